@@ -1,0 +1,51 @@
+# mome_dist: everything starts with `make setup`; `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The Python that makes the environment, and the environment itself.
+PYTHON ?= python3
+VENV ?= .venv
+# Extra pip arguments for torch alone, such as the index of PyTorch's CPU builds (see tools/setup_environment.sh).
+TORCH_PIP_ARGS ?=
+# Arguments for pytest, such as PYTEST_ARGS='-k dispatch -x'.
+PYTEST_ARGS ?=
+
+STAMP := $(VENV)/.setup-stamp
+PY := $(VENV)/bin/python
+export PYTHON TORCH_PIP_ARGS
+
+.PHONY: help setup assets lint test quickstart clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)$$/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the pinned dependencies (a second run does nothing)
+
+$(STAMP): setup.py pyproject.toml constraints.txt tools/setup_environment.sh tools/system_packages.sh
+	tools/system_packages.sh
+	tools/setup_environment.sh $(VENV)
+	touch $@
+
+assets: setup  ## fetch the pretrained models into the cache (a second run does nothing)
+	$(PY) tools/fetch_assets.py
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: setup assets lint  ## lint and all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
+	$(PY) tools/fetch_assets.py
+	$(PY) tools/make_corpus.py
+	$(PY) -m launchers.local --nproc 2 --module mome_dist.pretrain_video
+	$(PY) -m launchers.local --nproc 2 experiment=quickstart
+	$(PY) -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
+	$(PY) -m mome_dist.report run=runs/quickstart
+
+clean:  ## remove build products and tool caches; .venv, runs and the cache of models stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

