@@ -1,0 +1,153 @@
+"""The typed schema of a run: every key that a YAML file or a command line may set.
+
+Hydra composes the YAML files under ``configs/``; the result is merged into these dataclasses, so that an unknown key or
+a value of the wrong type is refused by name before anything starts. The meaning of every key is commented in the YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A string field restricted to the given values (checked by `mome_dist.config.validate`)."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass
+class SpeechTags:
+    """Text of the single tokens that open and close the speech segments of the LLM's input."""
+
+    audio_open: str = "<audio>"
+    audio_close: str = "</audio>"
+    video_open: str = "<video>"
+    video_close: str = "</video>"
+
+
+@dataclass
+class LLMConfig:
+    path: str = ""
+    precision: str = one_of("bf16", "fp32")
+    attention: str = one_of("auto", "eager", "sdpa")
+    tags: SpeechTags = field(default_factory=SpeechTags)
+
+
+@dataclass
+class AudioEncoderConfig:
+    path: str = ""
+    padding: str = one_of("30s", "clip")
+
+
+@dataclass
+class VideoEncoderConfig:
+    path: str = ""
+
+
+@dataclass
+class ProjectorConfig:
+    hidden_size: int = 2048
+    per_rate: bool = False
+    compression: str = one_of("pool", "stack")
+
+
+@dataclass
+class MoMEConfig:
+    placement: str = one_of("mhsa", "ffn", "layer")
+    routed_experts: int = 23
+    top_k: int = 4
+    shared_experts: int = 1
+    bottleneck: int = 12
+    renormalize: bool = True
+    balance_loss: float = 0.01
+    z_loss: float = 0.0
+    capacity_factor: float | None = None
+    min_capacity: int = 4
+    drop_policy: str = one_of("probs", "position")
+
+
+@dataclass
+class TaskConfig:
+    tasks: list[str] = field(default_factory=lambda: ["avsr"], metadata={"choices": ("asr", "vsr", "avsr")})
+    asr_audio_rates: list[int] = field(default_factory=lambda: [4, 16])
+    vsr_video_rates: list[int] = field(default_factory=lambda: [2, 5])
+    avsr_audio_rates: list[int] = field(default_factory=lambda: [4, 16])
+    avsr_video_rates: list[int] = field(default_factory=lambda: [2, 5])
+    views_per_step: int | None = None
+    prompts: dict[str, str] = field(
+        default_factory=lambda: {
+            "asr": "Transcribe speech to text.",
+            "vsr": "Transcribe video to text.",
+            "avsr": "Transcribe speech and video to text.",
+        }
+    )
+
+
+@dataclass
+class DataConfig:
+    corpus: str = ""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    batch_size: int = 16
+    accumulation: int = 1
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    timeout_seconds: int = 600
+
+
+@dataclass
+class DeepSpeedConfig:
+    file: str = "zero1.json"
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = one_of("adamw", "sgd")
+    learning_rate: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    weight_decay: float = 0.1
+    warmup_steps: int = 20
+    final_fraction: float = 0.02
+    gradient_clipping: float = 1.0
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = 100
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    resume: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass
+class DecodingConfig:
+    num_beams: int = 1
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    seed: int = 0
+    output_dir: str = "runs/run"
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    audio_encoder: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
+    video_encoder: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    mome: MoMEConfig = field(default_factory=MoMEConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)

@@ -1,0 +1,1 @@
+"""The MoME module: router, bottleneck experts, balance losses, and the ways to bring tokens and experts together."""

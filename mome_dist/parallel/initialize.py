@@ -1,0 +1,94 @@
+"""Start the process groups of a layout: torch.distributed, Megatron-Core, DeepSpeed, in that order.
+
+NCCL is used where CUDA is present, gloo otherwise. Every collective has the configured timeout, so that a lost rank
+ends the run with an error on all others instead of a hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import logger as deepspeed_logger
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from mome_dist.parallel import cpu_shim
+from mome_dist.parallel.layout import Coordinates, Layout
+from mome_dist.parallel.mpu import MegatronMPU
+
+
+def current_device() -> torch.device:
+    """The device of this process: its own GPU where there is CUDA, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[Coordinates]:
+    """Open the process groups of ``layout`` in this process and close them at the end.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them; alone, it opens a world of one.
+
+    Yields:
+        The coordinates of this rank.
+    """
+    cpu_shim.install()
+    device = current_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.get_world_size() == layout.world_size, "the layout was made for another number of processes"
+        _start_deepspeed(backend, timeout)
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            expert_model_parallel_size=1,  # expert parallelism belongs to DeepSpeed
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        )
+        model_parallel_cuda_manual_seed(seed)
+        # The expert groups of this layout, made now and for all layers; MoE modules find them by name.
+        deepspeed_groups.mpu = MegatronMPU()
+        deepspeed_groups._create_expert_data_and_model_parallel(layout.ep, deepspeed_groups.mpu)
+        yield layout.coordinates(dist.get_rank())
+    finally:
+        _close()
+
+
+def _start_deepspeed(backend: str, timeout: timedelta) -> None:
+    deepspeed_logger.setLevel(logging.ERROR)
+    # DeepSpeed reads the rank from the environment even where torch.distributed is initialised already.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if backend == "gloo":
+        # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _close() -> None:
+    parallel_state.destroy_model_parallel()
+    for registry in (
+        deepspeed_groups._EXPERT_PARALLEL_GROUP,
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
+        deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        registry.clear()
+    deepspeed_groups.mpu = None
+    dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None  # a later world in the same process starts from nothing
