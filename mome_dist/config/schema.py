@@ -30,6 +30,7 @@ class LLMConfig:
     path: str = ""
     precision: str = one_of("bf16", "fp32")
     attention: str = one_of("auto", "eager", "sdpa")
+    pad_heads: bool = False
     tags: SpeechTags = field(default_factory=SpeechTags)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
+from mome_dist.llm.shape import LLMShape
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,28 @@ class Layout:
         dp = rank // self.tp % self.dp
         return Coordinates(tp=rank % self.tp, dp=dp, pp=rank // (self.tp * self.dp), ep=dp % self.ep)
 
-    def check_model(self, layers: int, heads: int, kv_heads: int, vocabulary: int, ffn: int, routed_experts: int) -> None:
+    def check_model(self, shape: LLMShape, routed_experts: int, pad_heads: bool) -> None:
         """Check that the layout can divide a model.
+
+        Args:
+            shape: of the LLM.
+            routed_experts: of each MoME module.
+            pad_heads: whether attention heads may be padded to a multiple of tp.
 
         Raises:
             UserError: naming the parallel key, the model's number, and sizes that would work.
         """
-        for what, value in (
-            ("attention heads", heads),
-            ("key-value heads", kv_heads),
-            ("vocabulary entries", vocabulary),
-            ("feed-forward units", ffn),
-        ):
+        for what, value in (("vocabulary entries", shape.vocabulary), ("feed-forward units", shape.ffn_size)):
             if value % self.tp:
-                raise UserError(
-                    f"parallel.tp={self.tp} does not divide the LLM's {value} {what}: choose tp from "
-                    f"{[d for d in _divisors(heads) if kv_heads % d == 0 and vocabulary % d == 0 and ffn % d == 0]}."
-                )
+                raise UserError(f"parallel.tp={self.tp} does not divide the LLM's {value} {what}: {self._tp_choices(shape)}")
+        if shape.kv_heads % self.tp and not pad_heads:
+            padded = shape.with_padded_heads(self.tp)
+            raise UserError(
+                f"parallel.tp={self.tp} does not divide the LLM's {shape.heads} attention heads in {shape.kv_heads} "
+                f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with {padded.heads} "
+                "heads, the added ones zero."
+            )
+        layers = shape.layers
         if self.pp > layers:
             raise UserError(
                 f"parallel.pp={self.pp} is more than the LLM's {layers} layers: choose pp from {_divisors(layers)}."
@@ -93,6 +99,11 @@ class Layout:
                 f"parallel.ep={self.ep} does not divide mome.routed_experts={routed_experts}: choose ep from "
                 f"{[d for d in _divisors(routed_experts) if self.dp % d == 0]}, or another number of experts."
             )
+
+    @staticmethod
+    def _tp_choices(shape: LLMShape) -> str:
+        sizes = (shape.kv_heads, shape.vocabulary, shape.ffn_size)
+        return f"choose tp from {[d for d in _divisors(shape.kv_heads) if all(size % d == 0 for size in sizes)]}"
 
     def describe(self) -> str:
         """The layout in one line, for logs."""

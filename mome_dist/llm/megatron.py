@@ -1,0 +1,215 @@
+"""The frozen LLM as a Megatron-Core `GPTModel`, with a MoME module in every layer.
+
+The layer classes below add ``mome(h)`` beside attention, the feed-forward network or the whole layer. They say where a
+module goes; `mome_dist.parallel.model` decides which module and on which process groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mome_dist.llm.attention import attention_class
+from mome_dist.llm.norm import RMSNorm
+from mome_dist.llm.shape import LLMShape
+
+
+class MoMESlot:
+    """Mixin: a module whose first output gets ``mome(first input)`` added. Megatron's attention, feed-forward and layer
+    modules all take the hidden states [S, B, H] first and return a pair that starts with their output."""
+
+    mome: nn.Module | None = None
+    valid_SB: Tensor | None = None
+    auxiliary_scale: float = 1.0
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        output, rest = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if self.mome is None:
+            return output, rest
+        addition = self.mome(hidden_states, self.valid_SB)
+        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            # The auxiliary loss of this layer joins the backward pass here, whatever pipeline stage this is.
+            addition = MoEAuxLossAutoScaler.apply(addition, self.mome.auxiliary_loss() * self.auxiliary_scale)
+        return output + addition, rest
+
+
+class MoMESelfAttention(MoMESlot, SelfAttention):
+    """Self-attention with a slot beside it (placement "mhsa")."""
+
+
+class MoMEMLP(MoMESlot, MLP):
+    """Feed-forward network with a slot beside it (placement "ffn")."""
+
+
+class MoMETransformerLayer(MoMESlot, TransformerLayer):
+    """A layer with a slot beside it (placement "layer"), which also tells its sub-layers which tokens are padding."""
+
+    def slot(self, placement: str) -> MoMESlot:
+        """The part of this layer that the MoME module of a placement belongs to."""
+        slots = {"mhsa": self.self_attention, "ffn": self.mlp, "layer": self}
+        return slots[placement]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        padding_BS = kwargs.get("padding_mask")
+        valid_SB = None if padding_BS is None else ~padding_BS.t()
+        for part in (self, self.self_attention, self.mlp):
+            part.valid_SB = valid_SB
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class FrozenLLM(GPTModel):
+    """A `GPTModel` that takes embeddings, and gives the summed token cross-entropy at label positions only.
+
+    The output layer is by far the widest product of a small LLM; here it sees only positions that have a label.
+    """
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """Token ids int64 [B, S] -> embeddings [S, B, H]; first pipeline stage only."""
+        return self.embedding.word_embeddings(ids_BS).transpose(0, 1)
+
+    def forward(  # type: ignore[override]
+        self, embedded_SBH: Tensor | None, padding_BS: Tensor, label_index_N: Tensor, labels_N: Tensor
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            embedded_SBH: input of the first stage; None on later ones (the schedule sets their input).
+            padding_BS: bool [B, S], True where there is no token.
+            label_index_N: int64 [N], positions ``s * B + b`` whose output predicts a label.
+            labels_N: int64 [N], the labels.
+
+        Returns:
+            Hidden states [S, B, H]; on the last stage the sum over labels of the cross-entropy, an fp32 scalar.
+        """
+        hidden_SBH = self._decode(embedded_SBH, padding_BS)
+        if not self.post_process:
+            return hidden_SBH
+        selected_N1H = hidden_SBH.flatten(0, 1).index_select(0, label_index_N)[:, None]
+        logits_N1V, _ = self.output_layer(selected_N1H)
+        return vocab_parallel_cross_entropy(logits_N1V.float(), labels_N[:, None]).sum()
+
+    def logits(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
+        """As `forward`, but the last stage returns fp32 logits [S, B, V / tp] of every position."""
+        hidden_SBH = self._decode(embedded_SBH, padding_BS)
+        return self.output_layer(hidden_SBH)[0].float() if self.post_process else hidden_SBH
+
+    def _decode(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
+        return self.decoder(
+            hidden_states=embedded_SBH,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary_pos_emb(padding_BS.shape[1]),
+            padding_mask=padding_BS,
+        )
+
+
+def _layer_spec(attention: type[nn.Module]) -> ModuleSpec:
+    return ModuleSpec(
+        module=MoMETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=MoMESelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=attention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MoMEMLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-Core's view of a Llama: no bias, no dropout, SwiGLU, RMSNorm, grouped key-value heads."""
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Microbatches differ in length; Megatron exchanges shapes only if this dispatcher is named.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_sync=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_frozen_llm(shape: LLMShape, dtype: torch.dtype, attention: str, device: torch.device) -> FrozenLLM:
+    """Build this rank's part of the LLM, on the process groups that are open, with empty weights.
+
+    Attention heads are padded where tensor parallelism does not divide them (`LLMShape.with_padded_heads`). The caller
+    fills the weights (`mome_dist.llm.weights.load_weights`) and the MoME slots.
+    """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    config = transformer_config(
+        shape.with_padded_heads(tp), tp, parallel_state.get_pipeline_model_parallel_world_size(), dtype
+    )
+    layers = shape.layers // config.pipeline_model_parallel_size
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(attention_class(attention, device))] * layers, layer_norm=RMSNorm
+    )
+    model = FrozenLLM(
+        config,
+        spec,
+        vocab_size=shape.vocabulary,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_base,
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor or 1.0,
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return model.to(device)

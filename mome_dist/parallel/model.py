@@ -1,0 +1,151 @@
+"""The distributed model: this rank's part of the frozen LLM, its MoME modules, and on the first stage the projectors.
+
+Parallelism is applied here, from outside: the model code knows hidden states and slots; this module knows process
+groups, which ranks hold which experts, and what every local parameter is called in the layout-free model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.sequence import TokenBatch
+from mome_dist.speech.views import View
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank works on.
+
+    Attributes:
+        view: task and rates.
+        tokens: the sequences, on the model's device.
+        audio, video: encoder features of each clip, [T_i, d]; empty lists on later pipeline stages and for streams that
+            the view does not use.
+    """
+
+    view: View
+    tokens: TokenBatch
+    audio: list[Tensor]
+    video: list[Tensor]
+
+
+@dataclass(frozen=True)
+class GlobalName:
+    """The layout-free identity of a local trainable parameter.
+
+    Attributes:
+        name: of the tensor in the layout-free model.
+        index: which slice along the tensor's first dimension this parameter is; None for the whole tensor.
+    """
+
+    name: str
+    index: int | None = None
+
+
+class DistributedMoME(nn.Module):
+    """One rank's stage of the model, in the form that Megatron-Core's pipeline schedules drive."""
+
+    def __init__(self, llm: FrozenLLM, projectors: Projectors | None, momes: dict[int, ExpertParallelMoME]) -> None:
+        super().__init__()
+        self.llm = llm
+        self.config = llm.config  # the schedules look for it here
+        self.projectors = projectors
+        self.momes = momes  # by global layer number; owned by the LLM's layers, hence a plain dict
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Receive the previous stage's output (called by the schedules)."""
+        self.llm.set_input_tensor(input_tensor)
+
+    def embed(self, batch: MicroBatch) -> Tensor:
+        """Input embeddings [S, B, H] with the projected speech tokens in place; first stage only."""
+        assert self.projectors is not None
+        embedded_SBH = self.llm.embed(batch.tokens.ids_BS)
+        shape = embedded_SBH.shape
+        flat_NH = embedded_SBH.flatten(0, 1)
+        for stream, features, rate, index in (
+            ("audio", batch.audio, batch.view.audio_rate, batch.tokens.audio_index),
+            ("video", batch.video, batch.view.video_rate, batch.tokens.video_index),
+        ):
+            if rate is not None:
+                speech_NH = self.projectors(stream, features, rate).to(flat_NH.dtype)
+                flat_NH = flat_NH.index_copy(0, index, speech_NH)
+        return flat_NH.view(shape)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [S, B, H], or on the last stage the summed cross-entropy (fp32 scalar)."""
+        tokens = batch.tokens
+        embedded_SBH = self.embed(batch) if self.llm.pre_process else None
+        return self.llm(embedded_SBH, tokens.padding_BS, tokens.label_index, tokens.labels)
+
+    def trainable_modules(self) -> nn.ModuleDict:
+        """The modules that train, and nothing else: what the DeepSpeed engine is given."""
+        modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.momes.items()}
+        if self.projectors is not None:
+            modules["projectors"] = self.projectors
+        return nn.ModuleDict(modules)
+
+    def named_trainables(self) -> Iterator[tuple[GlobalName, nn.Parameter]]:
+        """Every local trainable parameter with its layout-free name."""
+        if self.projectors is not None:
+            for name, parameter in self.projectors.named_parameters():
+                yield GlobalName(f"projectors.{name}"), parameter
+        for number, mome in self.momes.items():
+            prefix = f"mome.{number}"
+            yield GlobalName(f"{prefix}.router_weight"), mome.deepspeed_moe.gate.wg.weight
+            first = mome.ep_rank * mome.num_local_experts
+            for local, expert in enumerate(mome.deepspeed_moe.experts.deepspeed_experts):
+                for name, parameter in expert.named_parameters():
+                    yield GlobalName(f"{prefix}.routed.{name.replace('.', '_')}", first + local), parameter
+            for name, parameter in mome.shared.named_parameters() if mome.shared is not None else ():
+                yield GlobalName(f"{prefix}.shared.{name}"), parameter
+
+
+def attach_mome(
+    llm: FrozenLLM, placement: str, layers: int, seed: int, **mome_arguments: object
+) -> dict[int, ExpertParallelMoME]:
+    """Put an expert-parallel MoME module into every layer of this stage.
+
+    Args:
+        placement: "mhsa", "ffn" or "layer".
+        layers: of the whole LLM; the auxiliary losses are averaged over them.
+        mome_arguments: of `ExpertParallelMoME`.
+
+    Returns:
+        The modules by global layer number, counted from zero.
+    """
+    data_parallel = parallel_state.get_data_parallel_group()
+    # The engine averages gradients over data-parallel ranks, while each rank's auxiliary loss is its part of a sum.
+    auxiliary_scale = parallel_state.get_data_parallel_world_size() / layers
+    device = next(llm.parameters()).device
+    momes: dict[int, ExpertParallelMoME] = {}
+    for layer in llm.decoder.layers:
+        assert isinstance(layer, MoMETransformerLayer)
+        number = layer.layer_number - 1
+        mome = ExpertParallelMoME(llm.config.hidden_size, **mome_arguments)  # type: ignore[arg-type]
+        mome.set_deepspeed_parallelism()
+        mome.set_data_parallel_group(data_parallel)
+        mome.initialize(f"mome.{number}", seed)
+        slot = layer.slot(placement)
+        slot.mome, slot.auxiliary_scale = mome.to(device), auxiliary_scale
+        momes[number] = mome
+    return momes
+
+
+def rank_writes(parameter: nn.Parameter) -> bool:
+    """Whether this rank is the one that saves a parameter: the first of the ranks that hold equal copies of it."""
+    from deepspeed.moe.utils import is_moe_param
+    from deepspeed.utils import groups
+
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return False
+    if is_moe_param(parameter):
+        return torch.distributed.get_rank(groups._get_expert_data_parallel_group(parameter.group_name)) == 0
+    return parallel_state.get_data_parallel_rank() == 0
