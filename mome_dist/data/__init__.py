@@ -1,0 +1,1 @@
+"""Corpora: media codecs, WebDataset shards with random access, synthetic audio-visual speech, noise."""

@@ -1,0 +1,227 @@
+"""Reading a corpus: random access to utterances in WebDataset shards by byte offset.
+
+The manifest names the splits and their shards with sizes and hashes; a split's index gives for every utterance the
+shard and the place of each member inside it. Reading is one `os.pread`, which has no file position: descriptors can be
+shared by threads and survive a fork. They are still kept per process, so that a forked worker may close its own.
+
+Opening checks everything that is cheap (manifest, indexes, presence and size of shards) and says which file is wrong
+and what to do; `Corpus.verify` hashes the shards too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video
+from mome_dist.data.shards import FORMAT, MANIFEST, sha256_of
+from mome_dist.errors import UserError
+
+_AGAIN = "make or fetch the corpus again"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a split's index.
+
+    ``samples`` counts 16 kHz audio samples, ``frames`` 25 fps video frames (0 where a modality is absent);
+    ``members`` maps flac, mp4 and json to (byte offset, size) in ``shard``.
+    """
+
+    id: str
+    shard: str
+    text: str
+    speaker: str
+    samples: int
+    frames: int
+    members: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
+
+
+class Corpus:
+    """An opened corpus. Make one with `Corpus.open`; it can be pickled to workers and used across forks."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], splits: dict[str, list[Utterance]]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._splits = splits
+        self._descriptors: dict[tuple[int, str], int] = {}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Corpus:
+        """Open a corpus directory. Raises UserError, naming file and fix, for anything missing or inconsistent."""
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        splits = {name: _read_split(directory, name, entry) for name, entry in manifest["splits"].items()}
+        return cls(directory, manifest, splits)
+
+    @property
+    def viseme_names(self) -> list[str] | None:
+        """Class names of the per-frame ``visemes`` in the metadata, or None where the corpus has none."""
+        names: list[str] | None = self.manifest.get("viseme_names")
+        return names
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits, in the manifest's order."""
+        return list(self._splits)
+
+    def split(self, name: str) -> list[Utterance]:
+        """Utterances of a split in stored order. Raises UserError when there is no such split."""
+        if name not in self._splits:
+            raise UserError(f"{self.directory}: no split {name!r}; choose one of {', '.join(self._splits)}")
+        return list(self._splits[name])
+
+    def audio(self, utterance: Utterance) -> Audio:
+        """Speech as float32 [samples] in [-1, 1] at 16 kHz."""
+        return decode_flac(self._member(utterance, "flac"), self._source(utterance, "flac"), utterance.samples)
+
+    def video(self, utterance: Utterance) -> Video:
+        """Mouth crop as grey uint8 [frames, height, width] at 25 fps."""
+        return decode_video(self._member(utterance, "mp4"), self._source(utterance, "mp4"), utterance.frames)
+
+    def metadata(self, utterance: Utterance) -> dict[str, Any]:
+        """Metadata, with ``visemes`` (one class number a video frame) where known."""
+        source = self._source(utterance, "json")
+        try:
+            metadata = json.loads(self._member(utterance, "json"))
+        except ValueError as error:
+            raise UserError(f"{source}: not JSON ({error}); {_AGAIN}") from error
+        if not isinstance(metadata, dict):
+            raise UserError(f"{source}: must hold a JSON object; {_AGAIN}")
+        return metadata
+
+    def verify(self) -> None:
+        """Hash every shard against the manifest. Raises UserError for the first that differs."""
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                path = self.directory / shard["file"]
+                actual = sha256_of(path)
+                if actual != shard["sha256"]:
+                    raise UserError(f"{path}: SHA-256 is {actual}, the manifest says {shard['sha256']}; {_AGAIN}")
+
+    def close(self) -> None:
+        """Close this process's descriptors; reading opens them again."""
+        pid = os.getpid()
+        for key in [key for key in self._descriptors if key[0] == pid]:
+            os.close(self._descriptors.pop(key))
+
+    def _source(self, utterance: Utterance, kind: str) -> str:
+        return f"{self.directory / utterance.shard}: {utterance.id}.{kind}"
+
+    def _member(self, utterance: Utterance, kind: str) -> bytes:
+        if kind not in utterance.members:
+            raise UserError(
+                f"{self._source(utterance, kind)}: the corpus holds no such member; choose another modality"
+            )
+        offset, size = utterance.members[kind]
+        key = (os.getpid(), utterance.shard)
+        if key not in self._descriptors:
+            try:
+                self._descriptors[key] = os.open(self.directory / utterance.shard, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(
+                    f"{self._source(utterance, kind)}: cannot open the shard ({error}); {_AGAIN}"
+                ) from error
+        data = os.pread(self._descriptors[key], size, offset)
+        if len(data) != size:
+            raise UserError(f"{self._source(utterance, kind)}: the shard ends before it; {_AGAIN}")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": {}}
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path}: no manifest; give a corpus directory, or make one with tools/make_corpus.py")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {_AGAIN}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: format is {found!r}, this version reads {FORMAT!r}; {_AGAIN}")
+    for key, expected in (("sample_rate", SAMPLE_RATE), ("fps", FPS)):
+        if manifest.get(key) != expected:
+            raise UserError(f"{path}: {key} is {manifest.get(key)!r}, must be {expected}; prepare the corpus again")
+    if not isinstance(manifest.get("splits"), dict) or not manifest["splits"]:
+        raise UserError(f"{path}: 'splits' names no split; {_AGAIN}")
+    for name, entry in manifest["splits"].items():
+        _check_split_entry(path, name, entry)
+    return manifest
+
+
+def _check_split_entry(path: Path, name: str, entry: Any) -> None:
+    where = f"{path}: split {name!r}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("index"), str):
+        raise UserError(f"{where} names no index file; {_AGAIN}")
+    if not isinstance(entry.get("shards"), list) or not entry["shards"]:
+        raise UserError(f"{where} has no shards; {_AGAIN}")
+    types = {"file": str, "bytes": int, "sha256": str, "utterances": int}
+    for shard in entry["shards"]:
+        if not isinstance(shard, dict) or any(not isinstance(shard.get(key), kind) for key, kind in types.items()):
+            raise UserError(f"{where}: shard entry {shard!r} needs {', '.join(types)}; {_AGAIN}")
+    for file in [entry["index"], *(shard["file"] for shard in entry["shards"])]:
+        if Path(file).name != file:
+            raise UserError(f"{where}: file {file!r} must be a plain name inside the corpus directory")
+
+
+def _read_split(directory: Path, name: str, entry: dict[str, Any]) -> list[Utterance]:
+    sizes = {shard["file"]: _check_shard(directory, shard) for shard in entry["shards"]}
+    path = directory / entry["index"]
+    if not path.is_file():
+        raise UserError(f"{path}: the index of split {name!r} is missing; {_AGAIN}")
+    utterances = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            utterances.append(_parse_line(f"{path}:{number}", line, directory, sizes))
+    if not utterances:
+        raise UserError(f"{path}: split {name!r} is empty; {_AGAIN}")
+    if len(utterances) != entry.get("utterances"):
+        raise UserError(f"{path}: {len(utterances)} utterances, the manifest says {entry.get('utterances')}; {_AGAIN}")
+    if len({utterance.id for utterance in utterances}) != len(utterances):
+        raise UserError(f"{path}: an utterance id occurs twice; {_AGAIN}")
+    return utterances
+
+
+def _check_shard(directory: Path, shard: dict[str, Any]) -> int:
+    path = directory / shard["file"]
+    if not path.is_file():
+        raise UserError(f"{path}: the shard is missing; {_AGAIN}")
+    size = path.stat().st_size
+    if size == 0 or shard["utterances"] == 0:
+        raise UserError(f"{path}: the shard is empty; {_AGAIN}")
+    if size != shard["bytes"]:
+        raise UserError(f"{path}: {size} bytes, the manifest says {shard['bytes']}; {_AGAIN}")
+    return size
+
+
+def _parse_line(where: str, line: str, directory: Path, sizes: dict[str, int]) -> Utterance:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); {_AGAIN}") from error
+    try:
+        shard = fields["shard"]
+        utterance = Utterance(
+            id=str(fields["id"]),
+            shard=shard,
+            text=str(fields["text"]),
+            speaker=str(fields["speaker"]),
+            samples=int(fields["samples"]),
+            frames=int(fields["frames"]),
+            members={kind: (int(place[0]), int(place[1])) for kind, place in fields["members"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{where}: bad or missing field ({type(error).__name__}: {error}); {_AGAIN}") from error
+    if shard not in sizes:
+        known = "is missing from the manifest" if (directory / str(shard)).is_file() else "does not exist"
+        raise UserError(f"{where}: utterance {utterance.id!r} is in shard {shard!r}, which {known}; {_AGAIN}")
+    if any(offset < 0 or size < 0 or offset + size > sizes[shard] for offset, size in utterance.members.values()):
+        raise UserError(f"{where}: a member of {utterance.id!r} lies outside {shard}; {_AGAIN}")
+    return utterance

@@ -1,0 +1,258 @@
+"""Audio and video codecs: FLAC speech and full-range grey H.264, in memory, plus one reader for a user's own file.
+
+Corpora hold speech as 16 kHz mono 16-bit FLAC and mouth crops as 25 fps grey H.264 in MP4. H.264 stores luma either in
+"limited" range (16-235) or "full" range (0-255); a stream that does not say is taken as limited, and every grey value
+comes back scaled. So the writer hands the luma plane over untouched and marks the stream as full range, and the reader
+takes the luma plane as it is, expanding it only where a foreign stream is of limited range.
+
+Nothing here unpickles, and files are opened from local paths only, never by URL.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import soundfile
+from av.audio.resampler import AudioResampler
+from av.video.reformatter import ColorRange
+from numpy.typing import NDArray
+
+from mome_dist.errors import UserError
+
+SAMPLE_RATE = 16_000
+FPS = 25
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
+
+VIDEO_CRF = 18
+VIDEO_PRESET = "superfast"
+_FULL_SCALE = 32768.0
+_NEUTRAL_CHROMA = 128
+_LIMITED_BLACK, _LIMITED_SPAN = 16.0, 219.0
+
+Audio = NDArray[np.float32]
+Video = NDArray[np.uint8]
+
+
+class Media(NamedTuple):
+    """What a media file holds: ``audio`` float32 [samples] at 16 kHz, ``video`` uint8 [T, H, W] at 25 fps; or None."""
+
+    audio: Audio | None
+    video: Video | None
+
+
+def frames_for_samples(samples: int) -> int:
+    """Number of 25 fps video frames that cover ``samples`` audio samples at 16 kHz (rounded up)."""
+    return -(-samples // SAMPLES_PER_FRAME)
+
+
+# ---------------------------------------------------------------------------------------------------------------- audio
+
+
+def encode_flac(audio: Audio) -> bytes:
+    """Encode float32 [samples] in [-1, 1] as 16 kHz mono 16-bit FLAC. Values outside the range are clipped."""
+    pcm = np.clip(np.rint(audio * _FULL_SCALE), -_FULL_SCALE, _FULL_SCALE - 1).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def decode_flac(data: bytes, source: str, samples: int | None = None) -> Audio:
+    """Decode 16 kHz mono FLAC into float32 [samples] in [-1, 1].
+
+    ``source`` names the data in errors. Raises UserError when the data is damaged, has another rate or channel count,
+    or does not hold exactly ``samples`` samples.
+    """
+    try:
+        pcm, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"{source}: cannot decode FLAC audio ({error}); make the shard again") from error
+    if rate != SAMPLE_RATE or pcm.shape[1] != 1:
+        raise UserError(f"{source}: audio is {pcm.shape[1]} x {rate} Hz; store 16 kHz mono")
+    if samples is not None and len(pcm) != samples:
+        raise UserError(f"{source}: holds {len(pcm)} samples, the index says {samples}; make the shard again")
+    return pcm[:, 0].astype(np.float32) / np.float32(_FULL_SCALE)
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
+
+
+def _add_video_stream(container: av.container.OutputContainer, video: Video, crf: int, preset: str) -> av.VideoStream:
+    if video.ndim != 3 or video.dtype != np.uint8 or len(video) == 0:
+        raise ValueError(f"video must be uint8 [T, H, W] with T > 0, got {video.dtype} {list(video.shape)}")
+    _, height, width = video.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 with 4:2:0 chroma needs even sizes, got {height}x{width}")
+    options = {"crf": str(crf), "preset": preset, "threads": "1"}
+    stream = container.add_stream("libx264", rate=FPS, options=options)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.codec_context.color_range = ColorRange.JPEG
+    return stream
+
+
+def _mux_video(container: av.container.OutputContainer, stream: av.VideoStream, video: Video) -> None:
+    _, height, width = video.shape
+    planes = np.full((height * 3 // 2, width), _NEUTRAL_CHROMA, np.uint8)
+    for index, image in enumerate(video):
+        planes[:height] = image
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        frame.color_range = ColorRange.JPEG
+        frame.pts = index
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def encode_video(video: Video, crf: int = VIDEO_CRF, preset: str = VIDEO_PRESET) -> bytes:
+    """Encode grey uint8 [T, H, W] (H and W even) as a silent 25 fps full-range H.264 MP4. Same input, same bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = _add_video_stream(container, video, crf, preset)
+        _mux_video(container, stream, video)
+    return buffer.getvalue()
+
+
+def _grey(frame: av.VideoFrame) -> Video:
+    """Grey levels 0-255 of a frame: uint8 [H, W]."""
+    name = frame.format.name
+    if not (
+        name == "gray" or (name.startswith("yuv") and frame.format.components[0].bits == 8 and len(frame.planes) == 3)
+    ):
+        # Packed RGB, palettes, 10-bit and so on: libswscale knows their ranges.
+        return frame.to_ndarray(format="gray").astype(np.uint8, copy=False)
+    plane = frame.planes[0]
+    luma = np.frombuffer(bytes(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    full_range = name == "gray" or name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
+    if full_range:
+        return luma
+    expanded = (luma.astype(np.float32) - _LIMITED_BLACK) * (255.0 / _LIMITED_SPAN)
+    return np.rint(np.clip(expanded, 0.0, 255.0)).astype(np.uint8)
+
+
+def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:
+    """Decode a silent grey clip into uint8 [T, H, W].
+
+    ``source`` names the data in errors. Raises UserError when the data is damaged or does not hold exactly ``frames``.
+    """
+    try:
+        with av.open(io.BytesIO(data), "r", format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # a mouth crop is too small to split over threads
+            images = [_grey(frame) for frame in container.decode(stream)]
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{source}: cannot decode H.264 video ({error}); make the shard again") from error
+    if not images or (frames is not None and len(images) != frames):
+        raise UserError(f"{source}: holds {len(images)} frames, the index says {frames}; make the shard again")
+    return np.stack(images)
+
+
+# ------------------------------------------------------------------------------------------------------------ one file
+
+
+def write_media_file(path: Path, audio: Audio, video: Video) -> None:
+    """Write one MP4 with both streams: AAC from float32 [samples] at 16 kHz, H.264 from uint8 [T, H, W] at 25 fps."""
+    with av.open(str(path), "w", format="mp4") as container:
+        picture = _add_video_stream(container, video, VIDEO_CRF, "medium")
+        sound = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"b": "96k"})
+        _mux_video(container, picture, video)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None], np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, 0
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def _seconds(frame: av.AudioFrame | av.VideoFrame) -> float | None:
+    return None if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
+
+
+def resample_audio(audio: Audio, rate: int) -> Audio:
+    """Resample floating [samples] from ``rate`` Hz to 16 kHz mono with libswresample."""
+    if rate == SAMPLE_RATE:
+        return audio
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None], np.float32), format="fltp", layout="mono")
+    frame.sample_rate = rate
+    return _resampled([frame])
+
+
+def _resampled(frames: list[av.AudioFrame]) -> Audio:
+    resampler = AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    pieces = []
+    for frame in [*frames, None]:
+        if frame is not None:
+            frame.pts = None  # the resampler must not stretch or drop anything over uneven timestamps
+        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+    return np.concatenate(pieces).astype(np.float32) if pieces else np.zeros(0, np.float32)
+
+
+def _read_audio(container: av.container.InputContainer, origin: float) -> Audio | None:
+    """The first audio stream from time ``origin`` (seconds) on, with silence where it starts later."""
+    frames = list(container.decode(container.streams.audio[0]))
+    if not frames:
+        return None
+    start = _seconds(frames[0])
+    audio = _resampled(frames)
+    shift = 0 if start is None else round((start - origin) * SAMPLE_RATE)
+    return np.pad(audio, (shift, 0)) if shift > 0 else audio[-shift:] if shift < 0 else audio
+
+
+def _at_25_fps(frames: Iterable[av.VideoFrame], origin: float) -> Video | None:
+    """Sample a stream at the middle of every 40 ms from ``origin`` on, holding a picture until the next one."""
+    images: list[Video] = []
+    shown: Video | None = None
+    end, interval = origin, 1.0 / FPS
+    for frame in frames:
+        start = _seconds(frame)
+        start = end if start is None else start
+        if shown is not None:
+            while origin + (len(images) + 0.5) * interval < start:
+                images.append(shown)
+        shown = _grey(frame)
+        end = start + (float(frame.duration * frame.time_base) if frame.duration and frame.time_base else interval)
+    if shown is None:
+        return None
+    while origin + (len(images) + 0.5) * interval < end or not images:
+        images.append(shown)
+    if len({image.shape for image in images}) > 1:
+        raise UserError("the picture size changes within the video; convert it to one size")
+    return np.stack(images)
+
+
+def _start(stream: av.stream.Stream) -> float:
+    return 0.0 if stream.start_time is None or stream.time_base is None else float(stream.start_time * stream.time_base)
+
+
+def read_media_file(path: str | Path) -> Media:
+    """Read one file of any container and codec that FFmpeg knows: its first audio and first video stream.
+
+    Both streams are put on one clock that starts with the video (with the audio where there is no video), so that a
+    delay between them in the file survives. Grey levels are full range whatever the file's own range.
+    Raises UserError when the path is no file, cannot be read, or holds neither audio nor video.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of one audio or video file")
+    audio: Audio | None = None
+    video: Video | None = None
+    try:
+        # Opened as a stream of bytes: no name in the path or in a playlist can make FFmpeg open anything else.
+        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
+            clock = [*container.streams.video[:1], *container.streams.audio[:1]]
+            if not clock:
+                raise UserError(f"{path}: holds neither an audio nor a video stream; give a file with speech in it")
+            origin = _start(clock[0])
+            if container.streams.video:
+                video = _at_25_fps(container.decode(container.streams.video[0]), origin)
+            if container.streams.audio:
+                if container.streams.video:
+                    container.seek(0)
+                audio = _read_audio(container, origin)
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(
+            f"{path}: cannot be read as audio or video ({error}); convert it to MP4, WAV or FLAC"
+        ) from error
+    if audio is None and video is None:
+        raise UserError(f"{path}: its streams are empty; give a file with speech in it")
+    return Media(audio, video)

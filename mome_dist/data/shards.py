@@ -1,0 +1,273 @@
+"""Writing a corpus: WebDataset tar shards with byte offsets, JSON-lines indexes and a manifest.
+
+A shard is a plain USTAR archive that `webdataset` reads as it is. While writing, the byte offset of every member is
+noted in the index, so that `corpus.Corpus` can read any utterance with one seek; sequential readers need no index.
+Bytes depend on the content alone (no times, no owners), so the same utterances give the same SHA-256 anywhere.
+
+The corpus is built in a temporary directory beside its final place and renamed when every file is on disk, the
+manifest last: a directory under the final name is always complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mome_dist.data.media import FPS, SAMPLE_RATE
+from mome_dist.errors import UserError
+
+FORMAT = "mome_dist.corpus/1"
+MANIFEST = "manifest.json"
+INDEXED_MEMBERS = ("flac", "mp4", "json")
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class EncodedUtterance:
+    """One utterance ready to be stored. ``flac`` or ``mp4`` may be None (a corpus of one modality)."""
+
+    id: str
+    text: str
+    speaker: str
+    samples: int
+    frames: int
+    flac: bytes | None
+    mp4: bytes | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_id(utterance_id: str) -> None:
+    """Raise UserError unless the id can name a WebDataset sample: non-empty, without dots, white space or slashes."""
+    if not utterance_id or any(c.isspace() or c in "./\\" for c in utterance_id) or len(utterance_id) > 90:
+        raise UserError(
+            f"utterance id {utterance_id!r}: WebDataset splits names at the first dot; "
+            "use at most 90 characters without dots, slashes and white space"
+        )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and flush it to disk."""
+    path.write_text(text, encoding="utf-8")
+    _fsync(path)
+
+
+class _Shard:
+    """One open tar file. Knows the offset of each member's data."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.utterances = 0
+        self._file = path.open("xb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
+        """Append a member; return (offset of its data, size) in bytes."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        info.uid = info.gid = 0
+        info.uname = info.gname = "root"
+        offset = self._file.tell() + len(info.tobuf(tarfile.USTAR_FORMAT))
+        self._tar.addfile(info, io.BytesIO(data))
+        return offset, len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the archive; return its manifest entry."""
+        self._tar.close()
+        self._file.close()
+        _fsync(self.path)
+        return {
+            "file": self.path.name,
+            "bytes": self.path.stat().st_size,
+            "sha256": sha256_of(self.path),
+            "utterances": self.utterances,
+        }
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class ShardWriter:
+    """Writes one split: ``{split}-00000.tar``, ... and, on close, the index ``{split}.jsonl``.
+
+    A new shard starts before an utterance that would follow ``max_utterances`` others or ``max_bytes`` bytes.
+    Raises UserError for a bad or repeated id.
+    """
+
+    def __init__(self, directory: Path, split: str, max_utterances: int = 500, max_bytes: int = 512 << 20) -> None:
+        self.directory, self.split = directory, split
+        self.max_utterances, self.max_bytes = max_utterances, max_bytes
+        self._shard: _Shard | None = None
+        self._finished: list[dict[str, Any]] = []
+        self._lines: list[str] = []
+        self._ids: set[str] = set()
+        self._samples = 0
+        self._frames = 0
+
+    def add(self, utterance: EncodedUtterance) -> None:
+        """Append one utterance."""
+        check_id(utterance.id)
+        if utterance.id in self._ids:
+            raise UserError(f"utterance id {utterance.id!r} occurs twice in split {self.split!r}; make ids unique")
+        self._ids.add(utterance.id)
+        shard = self._current_shard()
+        contents = {
+            "flac": utterance.flac,
+            "mp4": utterance.mp4,
+            "txt": utterance.text.encode(),
+            "json": json.dumps(utterance.metadata, sort_keys=True).encode(),
+        }
+        places = {
+            kind: shard.add(f"{utterance.id}.{kind}", data) for kind, data in contents.items() if data is not None
+        }
+        shard.utterances += 1
+        self._samples += utterance.samples
+        self._frames += utterance.frames
+        line = {
+            "id": utterance.id,
+            "shard": shard.path.name,
+            "text": utterance.text,
+            "speaker": utterance.speaker,
+            "samples": utterance.samples,
+            "frames": utterance.frames,
+            "members": {kind: places[kind] for kind in INDEXED_MEMBERS if kind in places},
+        }
+        self._lines.append(json.dumps(line, ensure_ascii=False))
+
+    def _current_shard(self) -> _Shard:
+        shard = self._shard
+        if shard is not None and (shard.utterances >= self.max_utterances or shard.size >= self.max_bytes):
+            self._finish_shard()
+            shard = None
+        if shard is None:
+            shard = self._shard = _Shard(self.directory / f"{self.split}-{len(self._finished):05d}.tar")
+        return shard
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._finished.append(self._shard.close())
+            self._shard = None
+
+    def close(self) -> dict[str, Any]:
+        """Finish the split; return its manifest entry. Raises UserError when it has no utterance."""
+        if not self._lines:
+            raise UserError(f"split {self.split!r} has no utterance; give it at least one or leave the split out")
+        self._finish_shard()
+        index = f"{self.split}.jsonl"
+        write_text(self.directory / index, "".join(f"{line}\n" for line in self._lines))
+        seconds = max(self._samples / SAMPLE_RATE, self._frames / FPS)
+        return {
+            "index": index,
+            "utterances": len(self._lines),
+            "seconds": round(seconds, 3),
+            "shards": self._finished,
+        }
+
+    def abandon(self) -> None:
+        """Close what is open without finishing it."""
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+
+
+class CorpusWriter:
+    """Writes a whole corpus and publishes it at once: a context manager around one `ShardWriter` per split.
+
+    ``settings`` (JSON values) says how the corpus was made; ``viseme_names`` names the classes of the per-frame
+    ``visemes`` lists in the metadata, if there are any. On an exception nothing appears under ``directory``.
+    Where ``directory`` exists already when the corpus is complete, that one is kept (another process was faster).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        settings: dict[str, Any],
+        viseme_names: list[str] | None = None,
+        max_utterances: int = 500,
+        max_bytes: int = 512 << 20,
+    ) -> None:
+        self.directory = directory
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "name": name,
+            "settings": settings,
+            "sample_rate": SAMPLE_RATE,
+            "fps": FPS,
+            "viseme_names": viseme_names,
+        }
+        self._limits = (max_utterances, max_bytes)
+        self._writers: dict[str, ShardWriter] = {}
+
+    def __enter__(self) -> CorpusWriter:
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.working = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=self.directory.parent))
+        return self
+
+    def add(self, split: str, utterance: EncodedUtterance) -> None:
+        """Append an utterance to a split (created on first use)."""
+        if split not in self._writers:
+            self._writers[split] = ShardWriter(self.working, split, *self._limits)
+        self._writers[split].add(utterance)
+
+    def finish(self) -> None:
+        """Write indexes and manifest. Further files may be put into ``working`` until the context ends."""
+        if not self._writers:
+            raise UserError(f"{self.directory}: a corpus needs at least one utterance")
+        splits = {split: writer.close() for split, writer in self._writers.items()}
+        write_text(self.working / MANIFEST, json.dumps({**self._manifest, "splits": splits}, indent=1) + "\n")
+
+    def _publish(self) -> None:
+        if not (self.working / MANIFEST).exists():
+            self.finish()
+        self.working.chmod(0o755)  # mkdtemp makes it private to the user
+        _fsync(self.working)
+        try:
+            self.working.rename(self.directory)
+        except OSError as error:
+            if not (self.directory / MANIFEST).is_file():
+                raise UserError(
+                    f"{self.directory}: exists and holds no corpus ({error}); remove it or choose another directory"
+                ) from error
+        else:
+            _fsync(self.directory.parent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+            shutil.rmtree(self.working, ignore_errors=True)
