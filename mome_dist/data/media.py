@@ -169,7 +169,7 @@ def _seconds(frame: av.AudioFrame | av.VideoFrame) -> float | None:
 
 
 def resample_audio(audio: Audio, rate: int) -> Audio:
-    """Resample floating [samples] from ``rate`` Hz to 16 kHz mono with libswresample."""
+    """Resample float32 [samples] from ``rate`` Hz to 16 kHz with libswresample."""
     if rate == SAMPLE_RATE:
         return audio
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None], np.float32), format="fltp", layout="mono")
@@ -178,12 +178,13 @@ def resample_audio(audio: Audio, rate: int) -> Audio:
 
 
 def _resampled(frames: list[av.AudioFrame]) -> Audio:
-    resampler = AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    """Frames of any format to 16 kHz mono: the mean of the channels (libswresample's own down-mix would add up to more)."""
+    resampler = AudioResampler(format="fltp", rate=SAMPLE_RATE)
     pieces = []
     for frame in [*frames, None]:
         if frame is not None:
             frame.pts = None  # the resampler must not stretch or drop anything over uneven timestamps
-        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+        pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)]
     return np.concatenate(pieces).astype(np.float32) if pieces else np.zeros(0, np.float32)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mome_dist.data.media import resample_audio
 from mome_dist.data.synthetic.speakers import Voice
 from mome_dist.data.synthetic.speech import Speech, split_segment
-from mome_dist.data.synthetic.visemes import Segment
+from mome_dist.data.synthetic.visemes import SILENCE, Segment
 from mome_dist.errors import UserError
 
 _SYNCHRONOUS = 2
@@ -58,7 +58,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 class Espeak:
     """The espeak-ng library. It has global state: one object a process, no threads."""
 
-    voices = ("en-us", "en-us+f3", "en-gb", "en-us+m3")
+    voices = ("en-us", "en-us+f3", "en-gb-x-rp", "en-us+m3")
 
     def __init__(self) -> None:
         loader = importlib.import_module("espeakng_loader")
@@ -107,7 +107,8 @@ class Espeak:
         segments: list[Segment] = []
         ends = [start for start, _ in self._phones[1:]] + [duration]
         for (start, name), end in zip(self._phones, ends, strict=True):
-            visemes = tuple(_IPA_VISEMES[sign] for sign in name if sign in _IPA_VISEMES) or ("sil",)
+            signs = name.replace("tʃ", "ʃ").replace("dʒ", "ʒ")  # the lips show one gesture for an affricate
+            visemes = tuple(_IPA_VISEMES[sign] for sign in signs if sign in _IPA_VISEMES) or (SILENCE,)
             if end > start:
                 segments += split_segment(start, end, visemes)
         return segments

@@ -14,7 +14,7 @@ import numpy as np
 from mome_dist.errors import UserError
 
 SLOTS: tuple[tuple[str, ...], ...] = (
-    ("carry", "fetch", "wash", "lift", "polish", "throw"),
+    ("carry", "fetch", "wash", "lift", "push", "throw"),
     ("orange", "purple", "brown", "silver", "golden", "pink"),
     ("basket", "feather", "wheel", "mushroom", "ladder", "rope", "cheese", "violin"),
     ("under", "through", "before", "above", "past"),

@@ -20,6 +20,7 @@ from mome_dist.data.synthetic.speakers import Face
 
 SIZE = 96
 _SCALE = 2  # drawing scale
+_ZOOM = 1.15  # of the crop over the proportions in `Face`
 _MARGIN = 6  # crop pixels around the picture, for head motion
 _CANVAS = (SIZE + 2 * _MARGIN) * _SCALE
 _CENTRE = (SIZE / 2 + _MARGIN) * _SCALE  # centre of the mouth on the canvas
@@ -139,7 +140,7 @@ def _drift(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.f
 def _head_motion(face: Face, rng: np.random.Generator, frames: int) -> NDArray[np.float64]:
     """Affine matrices [frames, 2, 3] from canvas to crop coordinates."""
     angle = np.deg2rad(face.tilt + _drift(rng, frames, 1.2))
-    scale = (1 + _drift(rng, frames, 0.02)) / _SCALE
+    scale = _ZOOM * (1 + _drift(rng, frames, 0.02)) / _SCALE
     centre_x = SIZE / 2 - 0.5 + face.shift_x + _drift(rng, frames, 0.8)
     centre_y = _MOUTH_Y - 0.5 + face.shift_y + _drift(rng, frames, 0.8)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)

@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
+
+TINY = SyntheticSettings(
+    train=24, validation=4, test=4, train_speakers=8, validation_speakers=4, test_speakers=4, seed=7
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> SyntheticSettings:
+    """Settings of `tiny_corpus`."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a synthetic corpus of 24 training, 4 validation and 4 test utterances. Do not change files in it."""
+    return generate_corpus(TINY, tmp_path_factory.mktemp("corpora") / "tiny", workers=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_corpus_dir: Path) -> Corpus:
+    """That corpus, opened."""
+    return Corpus.open(tiny_corpus_dir)
