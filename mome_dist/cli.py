@@ -19,9 +19,9 @@ P = ParamSpec("P")
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's ``main`` so that it returns an exit code (None counts as 0).
 
-    A `UserError` becomes ``error: <message>`` and code 2. In a distributed run only rank 0 prints it: all ranks meet
-    the same mistake, and one line is enough. Ctrl-C becomes code 130. Any other exception is a bug and keeps its
-    traceback. Use it as ``sys.exit(main_guard(main)())``, or as a decorator.
+    A `UserError` becomes ``error: <message>`` on stderr and code 2. Ranks above 0 of a distributed run put their number
+    before it: a mistake that only one rank can see must not be lost. Ctrl-C becomes code 130. Any other exception is a
+    bug and keeps its traceback. Use it as ``sys.exit(main_guard(main)())``, or as a decorator.
     """
 
     @functools.wraps(main)
@@ -29,16 +29,12 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print_error(error)
+            rank = os.environ.get("RANK", "0")
+            prefix = "" if rank == "0" else f"[rank {rank}] "
+            sys.stdout.flush()
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
             return USER_ERROR
         except KeyboardInterrupt:
             return INTERRUPTED
 
     return guarded
-
-
-def print_error(error: UserError) -> None:
-    """Print ``error: <message>`` to stderr."""
-    sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)

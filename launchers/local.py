@@ -1,0 +1,124 @@
+"""Run a module on N processes of this machine.
+
+    python -m launchers.local --nproc 2 experiment=quickstart
+    python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
+    python -m launchers.local --nproc 4 --timeout 600 --module my.module -- --timeout 3
+
+Options of the launcher come first; everything that it does not know goes to the module, and so does all that follows
+``--``. Rank 0 writes to the terminal, the others to ``rank-N.log``. When a rank fails, the others are ended and the
+exit code is that of the first to fail (124 when ``--timeout`` ran out, 128 + N when a rank died of signal N).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers.environment import free_port, rank_environment
+from launchers.ranks import TIMED_OUT, Outcome, RankGroup
+from mome_dist.cli import main_guard
+from mome_dist.errors import UserError
+
+DEFAULT_MODULE = "mome_dist.train"
+_TAIL_LINES = 30
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the launcher's own options, and the arguments for the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launchers.local",
+        description="Run a module on N processes of this machine.",
+        usage="%(prog)s --nproc N [--module M] [--timeout S] [--log-dir DIR] [key=value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="number of processes")
+    parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
+    parser.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with code 124")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of rank-N.log (default: a temporary one)")
+    own, after = list(arguments), []
+    if "--" in own:
+        position = own.index("--")
+        own, after = own[:position], own[position + 1 :]
+    options, unknown = parser.parse_known_args(own)
+    return options, unknown + after
+
+
+def check_request(module: str, nproc: int, arguments: Sequence[str]) -> None:
+    """Find mistakes before any process starts.
+
+    Raises:
+        UserError: no such module, a senseless number of processes, or a configuration that the module would refuse.
+    """
+    if nproc < 1:
+        raise UserError(f"--nproc is {nproc}: at least one process is needed")
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise UserError(f"--module {module}: there is no such Python module")
+    # Modules with options of their own (--corpus DIR) parse them themselves; the others take Hydra overrides.
+    if not any(argument.startswith("-") for argument in arguments):
+        validate = getattr(_import_if_present("mome_dist.config"), "validate_overrides", None)
+        if validate is not None:
+            validate(module, list(arguments), world_size=nproc)
+
+
+def launch(
+    module: str, nproc: int, arguments: Sequence[str], timeout: float | None = None, log_dir: Path | None = None
+) -> int:
+    """Run ``python -m module arguments...`` on `nproc` local ranks and return the exit code (see the module's text)."""
+    logs_root = log_dir or Path(tempfile.mkdtemp(prefix="mome_dist-ranks-"))
+    logs_root.mkdir(parents=True, exist_ok=True)
+    logs = [logs_root / f"rank-{rank}.log" for rank in range(1, nproc)]
+    port = free_port()
+    environments = [rank_environment(rank, nproc, port, os.environ) for rank in range(nproc)]
+    with RankGroup() as group:
+        group.start([sys.executable, "-m", module, *arguments], environments, logs)
+        outcome = group.wait(timeout)
+    if outcome.code != 0:
+        _explain(outcome, timeout, logs_root)
+    elif log_dir is None:
+        shutil.rmtree(logs_root, ignore_errors=True)
+    return outcome.code
+
+
+def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> None:
+    """Print on stderr which rank failed, the end of its log, and where the logs are."""
+    if outcome.is_user_error:
+        return
+    lines = []
+    if outcome.failed_rank is None:
+        assert outcome.code == TIMED_OUT
+        lines.append(f"launcher: no end after {timeout:g} s, all ranks were stopped")
+    else:
+        lines.append(f"launcher: rank {outcome.failed_rank} failed first, with exit code {outcome.code}")
+        log = logs_root / f"rank-{outcome.failed_rank}.log"
+        if log.exists():
+            lines += log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    if any(logs_root.iterdir()):
+        lines.append(f"launcher: the logs of the other ranks are in {logs_root}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _import_if_present(name: str) -> object | None:
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    check_request(options.module, options.nproc, rest)
+    return launch(options.module, options.nproc, rest, options.timeout, options.log_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""A group of rank processes that live and die together.
+
+The rules: the first rank that fails ends the others; signals to the launcher reach every rank once; when the launcher
+itself is killed, the kernel kills the ranks (``PR_SET_PDEATHSIG``). Every rank leads a process group of its own, so
+that its own children, such as data workers, end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mome_dist.cli import USER_ERROR
+
+TIMED_OUT = 124  # as timeout(1)
+TERMINATE_GRACE_SECONDS = 10.0
+USER_ERROR_GRACE_SECONDS = 3.0
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a group ended.
+
+    Attributes:
+        code: exit code of the first rank to fail; 0 when none did, 124 when time ran out.
+        failed_rank: that rank; None on success or when time ran out.
+        is_user_error: rank 0 ended with the code of a `UserError`, so it has told the user what is wrong.
+    """
+
+    code: int
+    failed_rank: int | None = None
+    is_user_error: bool = False
+
+
+class RankGroup:
+    """The processes of one local world; use it as a context manager, which leaves no process behind."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._running: set[int] = set()
+        self._codes: dict[int, int] = {}
+        self._received: list[int] = []
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._signal_groups(signal.SIGKILL, range(len(self._processes)))
+        for process in self._processes:
+            process.wait()
+
+    def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]) -> None:
+        """Start ``len(environments)`` ranks. Rank 0 writes to the terminal, rank N to ``logs[N - 1]``."""
+        launcher = os.getpid()
+        with self._signals_noted():
+            for rank, environment in enumerate(environments):
+                with contextlib.ExitStack() as stack:
+                    output = None if rank == 0 else stack.enter_context(logs[rank - 1].open("wb"))
+                    process = subprocess.Popen(
+                        command,
+                        env=dict(environment),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=None if output is None else subprocess.STDOUT,
+                        start_new_session=True,
+                        # Sound here: the launcher has no other thread yet, and the function allocates nothing.
+                        preexec_fn=lambda: _die_with(launcher),
+                    )
+                self._processes.append(process)
+                self._running.add(rank)
+        # One waiting thread a rank keeps the order of exits, which polling would lose: who failed first matters.
+        for rank in range(len(self._processes)):
+            threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()
+
+    def wait(self, timeout: float | None) -> Outcome:
+        """Wait until every rank has ended, one has failed, or `timeout` seconds are over; end the others."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._signals_forwarded():
+            while self._running:
+                ended = self._next_exit(deadline)
+                if ended is None:
+                    self._terminate()
+                    return Outcome(TIMED_OUT)
+                rank, code = ended
+                if code != 0:
+                    if code == USER_ERROR:
+                        # All ranks meet the same mistake of the user: let rank 0 come to print its line.
+                        self._drain(USER_ERROR_GRACE_SECONDS)
+                    self._terminate()
+                    return Outcome(code, rank, is_user_error=code == self._codes.get(0) == USER_ERROR)
+        return Outcome(0)
+
+    def _wait_for(self, rank: int) -> None:
+        code = self._processes[rank].wait()
+        self._exits.put((rank, code if code >= 0 else 128 - code))
+
+    def _next_exit(self, deadline: float | None) -> tuple[int, int] | None:
+        """Return the next (rank, exit code), or None when the deadline passes first."""
+        try:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            rank, code = self._exits.get(timeout=left)
+        except queue.Empty:
+            return None
+        self._running.discard(rank)
+        self._codes[rank] = code
+        return rank, code
+
+    def _drain(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._running and self._next_exit(deadline) is not None:
+            pass
+
+    def _terminate(self) -> None:
+        """SIGTERM to what still runs, ten seconds to end, then SIGKILL."""
+        self._signal_groups(signal.SIGTERM, self._running)
+        self._drain(TERMINATE_GRACE_SECONDS)
+        self._signal_groups(signal.SIGKILL, self._running)
+
+    def _signal_groups(self, number: int, ranks: Sequence[int] | set[int] | range) -> None:
+        for rank in list(ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._processes[rank].pid, number)
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """While ranks are being started, only remember signals: `_signals_forwarded` passes them on."""
+        with _handling(lambda number, _: self._received.append(number)):
+            yield
+
+    @contextlib.contextmanager
+    def _signals_forwarded(self) -> Iterator[None]:
+        def forward(number: int, _: FrameType | None) -> None:
+            repeated = number == signal.SIGINT and signal.SIGINT in self._received
+            self._received.append(number)
+            # A second Ctrl-C means it.
+            self._signal_groups(signal.SIGKILL if repeated else number, self._running)
+
+        with _handling(forward):
+            early, self._received = self._received, []
+            for number in early:
+                forward(number, None)
+            yield
+
+
+@contextlib.contextmanager
+def _handling(handler: object) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in FORWARDED_SIGNALS}  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _die_with(launcher: int) -> None:
+    """In the child, before exec: ask the kernel for SIGKILL when the launcher dies."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != launcher:  # it died before the request
+        os._exit(1)
