@@ -1,0 +1,135 @@
+"""Packaging: pins, the lock, the wheel, make targets, and what may be in the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGEST_FILE_BYTES = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> dict[str, Any]:
+    """Names of setup.py, which sets nothing up when it is not the main program."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_test")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    """Every file that git tracks and that is still there."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def read_constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_every_requirement_is_pinned_and_installed_at_its_pin(setup_py: dict[str, Any]) -> None:
+    installed_extras = [*setup_py["EXTRAS"]["test"], *setup_py["EXTRAS"]["espeak"]]
+    for requirement in map(Requirement, [*setup_py["REQUIREMENTS"], *installed_extras]):
+        assert [pin.operator for pin in requirement.specifier] == ["=="], requirement
+        if requirement.marker is None or requirement.marker.evaluate():
+            # A local suffix (2.13.0+cpu) does not matter to ==.
+            assert requirement.specifier.contains(version(requirement.name)), (requirement, version(requirement.name))
+
+
+def test_every_python_has_exactly_one_pin_of_each_requirement(setup_py: dict[str, Any]) -> None:
+    requirements = [Requirement(text) for text in setup_py["REQUIREMENTS"]]
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        chosen = [
+            canonicalize_name(requirement.name)
+            for requirement in requirements
+            if requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+        ]
+        assert len(chosen) == len(set(chosen)), python
+        assert {canonicalize_name(requirement.name) for requirement in requirements} == set(chosen), python
+
+
+def test_the_lock_repeats_no_direct_pin(setup_py: dict[str, Any]) -> None:
+    every = [*setup_py["REQUIREMENTS"], *(pin for extra in setup_py["EXTRAS"].values() for pin in extra)]
+    direct = {canonicalize_name(Requirement(text).name) for text in every}
+    locked = {canonicalize_name(requirement.name) for requirement in read_constraints()}
+    assert not direct & locked
+    assert "apex" not in direct | locked
+
+
+def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
+    source, out, site = tmp_path / "source", tmp_path / "out", tmp_path / "site"
+    for name in ("mome_dist", "launchers", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    nested = source / "configs" / "group" / "subgroup"
+    nested.mkdir(parents=True)
+    (nested / "added.yaml").write_text("x: 1\n", encoding="utf-8")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", str(out), str(source)], check=True, timeout=120)
+    with zipfile.ZipFile(next(out.glob("mome_dist-*.whl"))) as wheel:
+        wheel.extractall(site)
+    expected = {path.relative_to(source / "configs") for path in (source / "configs").rglob("*.yaml")}
+    packaged = site / "mome_dist" / "configs"
+    assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == expected
+    located = subprocess.run(
+        [sys.executable, "-c", "from mome_dist.paths import configs_dir; print(configs_dir())"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(located.stdout.strip()) == packaged
+
+
+def test_a_checkout_uses_its_own_configuration_tree() -> None:
+    from mome_dist.paths import configs_dir
+
+    assert configs_dir() == ROOT / "configs"
+
+
+def test_documented_make_targets_exist() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = {line.split()[0] for line in listed.splitlines()}
+    assert {"setup", "assets", "lint", "test", "quickstart", "clean"} <= targets
+    documents = [*ROOT.glob("*.md"), ROOT / ".ci" / "run"]
+    used = {name for path in documents for name in re.findall(r"`make ([a-z]+)", path.read_text(encoding="utf-8"))}
+    assert used <= targets
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_no_large_file_is_tracked(tracked: list[Path]) -> None:
+    assert not [path for path in tracked if path.stat().st_size > LARGEST_FILE_BYTES]
+
+
+def test_nothing_ties_the_tree_to_one_machine(tracked: list[Path]) -> None:
+    """No home or work folders of one machine, and no addresses of package indexes: pip's own settings name those."""
+    words = [
+        "/work" + "/main",
+        "/work" + "/shared",
+        "/root" + "/",
+        "pypi" + ".org",
+        "python" + "hosted",
+        ".." + "/shared",
+    ]
+    pattern = re.compile("|".join(map(re.escape, words)))
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in tracked
+        if path.suffix in {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".json", ""}
+        for match in pattern.finditer(path.read_text(encoding="utf-8", errors="ignore"))
+    ]
+    assert not found
