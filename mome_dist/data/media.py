@@ -178,7 +178,7 @@ def resample_audio(audio: Audio, rate: int) -> Audio:
 
 
 def _resampled(frames: list[av.AudioFrame]) -> Audio:
-    """Frames of any format to 16 kHz mono: the mean of the channels (libswresample's own down-mix would add up to more)."""
+    """Frames of any format to 16 kHz mono: the mean of the channels (libswresample's own down-mix is louder)."""
     resampler = AudioResampler(format="fltp", rate=SAMPLE_RATE)
     pieces = []
     for frame in [*frames, None]:

@@ -56,7 +56,7 @@ class Babble:
         speakers = sorted(self._by_speaker.keys() - {utterance.speaker})
         if not speakers:
             raise UserError(
-                f"{self.corpus.directory}: no speaker but {utterance.speaker!r} to make babble from; choose another split"
+                f"{self.corpus.directory}: no speaker but {utterance.speaker!r} to make babble from; take another split"
             )
         chosen = rng.choice(speakers, self.talkers, replace=len(speakers) < self.talkers)
         total = np.zeros(utterance.samples, np.float32)

@@ -29,9 +29,10 @@ def noise_burst(samples: int, seed: int = 0) -> media.Audio:
 
 
 def write_with_libav(path: Path, video: media.Video, codec: str, pixels: str, rate: int = 25) -> None:
-    """Let libav encode grey pictures in its own way: conversion, range and timing are not those of the tested module."""
+    """Let libav encode grey pictures in its own way: conversion and range are not those of the tested module."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={"qscale": "2"})
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], pixels
         for index, image in enumerate(video):
             frame = av.VideoFrame.from_ndarray(image, format="gray").reformat(format=pixels)
@@ -125,7 +126,7 @@ def test_read_media_file_keeps_a_delay_of_the_sound(tmp_path: Path) -> None:
     with av.open(str(whole)) as source, av.open(str(late), "w") as target:
         streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
         for packet in source.demux():
-            if packet.dts is None:
+            if packet.dts is None or packet.pts is None:
                 continue
             if packet.stream.type == "audio":
                 delay = round(0.5 / packet.time_base)

@@ -25,8 +25,8 @@ from mome_dist.errors import UserError
 BACKENDS = ("flite", "espeak")
 _PAUSE = 0.12  # seconds of silence kept before and after the words
 _INSTALL = {
-    "flite": "install it (`apt-get install flite`)",
-    "espeak": "install it (`pip install espeakng-loader==0.2.4`)",
+    "flite": "install flite (`apt-get install flite`)",
+    "espeak": "install espeak-ng (`pip install espeakng-loader==0.2.4`)",
 }
 
 
@@ -101,6 +101,15 @@ class Flite:
         return Speech(audio, segments)
 
 
+def installed_backends() -> list[str]:
+    """The backends that can run here, the preferred one first."""
+    found = {
+        "flite": shutil.which("flite") is not None,
+        "espeak": importlib.util.find_spec("espeakng_loader") is not None,
+    }
+    return [backend for backend in BACKENDS if found[backend]]
+
+
 def resolve_backend(name: str) -> str:
     """The backend that ``name`` (``auto``, ``flite`` or ``espeak``) stands for here.
 
@@ -108,19 +117,13 @@ def resolve_backend(name: str) -> str:
     """
     if name not in ("auto", *BACKENDS):
         raise UserError(f"backend {name!r} is unknown; choose auto, {' or '.join(BACKENDS)}")
-    available = {
-        "flite": shutil.which("flite") is not None,
-        "espeak": importlib.util.find_spec("espeakng_loader") is not None,
-    }
+    installed = installed_backends()
+    if not installed:
+        raise UserError(f"no speech synthesiser found; {' or '.join(_INSTALL.values())}")
     if name == "auto":
-        for backend in BACKENDS:
-            if available[backend]:
-                return backend
-        raise UserError(
-            f"no speech synthesiser found: for flite, {_INSTALL['flite']}; for espeak, {_INSTALL['espeak']}"
-        )
-    if not available[name]:
-        raise UserError(f"backend {name!r} is not installed; {_INSTALL[name]} or choose backend auto")
+        return installed[0]
+    if name not in installed:
+        raise UserError(f"backend {name!r} is not installed; {_INSTALL[name]}, or choose backend auto")
     return name
 
 
