@@ -34,9 +34,11 @@ class MoMESlot:
     """Mixin: a module whose first output gets ``mome(first input)`` added. Megatron's attention, feed-forward and layer
     modules all take the hidden states [S, B, H] first and return a pair that starts with their output."""
 
-    mome: nn.Module | None = None
-    valid_SB: Tensor | None = None
-    auxiliary_scale: float = 1.0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("mome", None)  # type: ignore[attr-defined]
+        self.valid_SB: Tensor | None = None
+        self.auxiliary_scale = 1.0
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         output, rest = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]

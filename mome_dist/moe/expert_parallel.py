@@ -36,6 +36,10 @@ class MatryoshkaGate(TopKGate):
         super().__init__(hidden_size, num_experts, k=top_k)
         self.renormalize = renormalize
 
+    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
+        # Set when the layer is built, since initial values depend on it, and again by the engine.
+        self.ep_group = ep_group
+
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None) -> Routing:
         return route(F.linear(hidden_TH.float(), self.wg.weight), self.k, self.renormalize, valid_T)
 

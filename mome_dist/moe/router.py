@@ -7,7 +7,7 @@ Source: MoME (arXiv 2510.04136), equation of the routed branch; renormalisation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Routing:
         """Bool [T, E]: the (token, expert) pairs that count, padding excluded."""
         selected = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, True)
         return selected if self.valid_T is None else selected & self.valid_T[:, None]
+
+    def restricted_to(self, valid_T: Tensor) -> Routing:
+        """The same routing with the tokens outside ``valid_T`` taken for padding."""
+        return replace(self, gates_TK=self.gates_TK * valid_T[:, None], valid_T=valid_T)
 
     def gates_TE(self) -> Tensor:
         """fp32 [T, E]: the gate of every expert, zero where it was not chosen."""

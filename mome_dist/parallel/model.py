@@ -56,7 +56,7 @@ class DistributedMoME(nn.Module):
     def __init__(self, llm: FrozenLLM, projectors: Projectors | None, momes: dict[int, ExpertParallelMoME]) -> None:
         super().__init__()
         self.llm = llm
-        self.config = llm.config  # the schedules look for it here
+        self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.projectors = projectors
         self.momes = momes  # by global layer number; owned by the LLM's layers, hence a plain dict
 

@@ -34,14 +34,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * warm * cosine
 
 
-def _parameter_groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not. DeepSpeed then puts experts into groups of their own."""
-    parameters = list(modules.parameters())
-    groups = [
-        {"name": "matrices", "params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
+    """One group of shared parameters and one of experts.
+
+    ZeRO sums the gradient norm over pipeline stages group by group, so every stage must have the same groups.
+    """
+    return split_params_into_different_moe_groups_for_optimizer({"name": "shared", "params": list(modules.parameters())})
 
 
 class Engine:
@@ -55,10 +53,13 @@ class Engine:
 
     def __init__(self, modules: nn.ModuleDict, config: OptimizerConfig, deepspeed_file: Path) -> None:
         self._modules, self._config = modules, config
-        groups = _parameter_groups(modules, config.weight_decay)
+        groups = _parameter_groups(modules)
         if config.name == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1])
+                groups,
+                lr=config.learning_rate,
+                betas=(config.betas[0], config.betas[1]),
+                weight_decay=config.weight_decay,
             )
         else:
             optimizer = torch.optim.SGD(groups, lr=config.learning_rate)

@@ -1,0 +1,141 @@
+"""The same model in one process: Hugging Face's `LlamaForCausalLM` with MoME modules attached.
+
+It decodes with transformers' `generate`, is what an export loads into, and is what the distributed model is proven
+against: it shares no layer code with Megatron-Core and keeps all experts in one place. Parameter names are the
+layout-free names of checkpoints (``projectors.*``, ``mome.N.*``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from mome_dist.moe.balance import load_balance_loss, router_z_loss
+from mome_dist.moe.local import LocalMoME
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.sequence import AUDIO, VIDEO, TokenBatch
+from mome_dist.speech.views import View
+
+
+def _attach(layer: nn.Module, placement: str, mome: LocalMoME) -> None:
+    """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook."""
+    target = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}[placement]
+
+    def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(output, tuple):
+            return output[0] + mome(hidden), *output[1:]
+        return output + mome(hidden)
+
+    target.register_forward_hook(add, with_kwargs=True)
+
+
+class MoMESpeechLM(nn.Module):
+    """A frozen Llama that reads speech.
+
+    Args:
+        llm: Hugging Face model; its parameters are frozen here.
+        projectors: of the streams in use.
+        placement: "mhsa", "ffn" or "layer".
+        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
+    """
+
+    def __init__(self, llm: LlamaForCausalLM, projectors: Projectors, placement: str, **mome_arguments: Any) -> None:
+        super().__init__()
+        self.projectors = projectors
+        hidden_size = llm.config.hidden_size
+        self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
+        for layer, mome in zip(llm.model.layers, self.mome, strict=True):
+            _attach(layer, placement, mome)
+        # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
+        self._llm = [llm.requires_grad_(False).eval()]
+
+    @property
+    def llm(self) -> LlamaForCausalLM:
+        """The frozen LLM."""
+        return self._llm[0]
+
+    def initialize(self, seed: int, embedding_scale: float) -> None:
+        """The same initial values as every parallel layout."""
+        self.projectors.initialize(seed, embedding_scale)
+        for number, mome in enumerate(self.mome):
+            mome.initialize(f"mome.{number}", seed)
+
+    def _insert(self, embedded_NH: Tensor, view: View, clips: dict[str, Sequence[Tensor]], at: dict[str, Tensor]) -> Tensor:
+        for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)):
+            if rate is not None:
+                speech = self.projectors(stream, clips[stream], rate).to(embedded_NH.dtype)
+                embedded_NH = embedded_NH.index_copy(0, at[stream], speech)
+        return embedded_NH
+
+    def loss(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
+        """Summed cross-entropy over the labels of a batch, fp32 scalar."""
+        ids_SB = tokens.ids_BS.t()
+        embedded_SBH = self.llm.get_input_embeddings()(ids_SB)
+        at = {"audio": tokens.audio_index, "video": tokens.video_index}
+        flat = self._insert(embedded_SBH.flatten(0, 1), view, {"audio": audio, "video": video}, at)
+        embedded_BSH = flat.view(embedded_SBH.shape).transpose(0, 1)
+        logits_BSV = self.llm(
+            inputs_embeds=embedded_BSH, attention_mask=(~tokens.padding_BS).long(), use_cache=False
+        ).logits
+        logits_NV = logits_BSV.transpose(0, 1).flatten(0, 1)[tokens.label_index].float()
+        return F.cross_entropy(logits_NV, tokens.labels, reduction="sum")
+
+    def auxiliary_loss(self, valid_BS: Tensor, balance_loss: float, z_loss: float) -> Tensor:
+        """Mean over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""
+        valid_T, losses = valid_BS.flatten(), []
+        tokens = valid_T.sum()
+        for mome in self.mome:
+            assert mome.last_routing is not None
+            routing = mome.last_routing.restricted_to(valid_T)
+            counts_E = routing.selected_TE().sum(dim=0)
+            loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
+            losses.append(loss + z_loss * router_z_loss(routing, tokens))
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prefixes: Sequence[list[int]],
+        view: View,
+        audio: Sequence[Tensor],
+        video: Sequence[Tensor],
+        *,
+        eos: int,
+        max_new_tokens: int,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """Decode clips without sampling.
+
+        Args:
+            prefixes: token ids before the text, with speech placeholders (`SequenceBuilder.prefix`).
+            view: task and rates.
+            audio, video: features of each clip, [T_i, d]; ignored for streams that the view does not use.
+            eos: id that ends a text.
+            max_new_tokens: the most tokens to write.
+            num_beams: 1 is greedy search.
+
+        Returns:
+            New token ids of each clip, up to and without ``eos``.
+        """
+        device = self.llm.get_input_embeddings().weight.device
+        length = max(map(len, prefixes))
+        # Left padding, so that every text starts at the same position.
+        ids_BS = torch.tensor([[0] * (length - len(ids)) + ids for ids in prefixes], device=device)
+        mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
+        embedded_BSH = self.llm.get_input_embeddings()(ids_BS.clamp(min=0))
+        at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
+        flat = self._insert(embedded_BSH.flatten(0, 1), view, {"audio": audio, "video": video}, at)
+        written = self.llm.generate(
+            inputs_embeds=flat.view(embedded_BSH.shape),
+            attention_mask=mask_BS,
+            generation_config=GenerationConfig(
+                do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
+            ),
+        )
+        return [row[: row.index(eos)] if eos in row else row for row in written.tolist()]

@@ -1,0 +1,124 @@
+"""A tiny random Llama, random speech features and the two forms of the MoME model over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.weights import load_weights
+from mome_dist.parallel.model import DistributedMoME, MicroBatch, attach_mome
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.reference import MoMESpeechLM
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate
+from mome_dist.speech.views import View
+from mome_dist.training.batches import Step
+
+WIDTHS = {"audio": 12, "video": 10}
+RATES = {"audio": [4, 16], "video": [2, 5]}
+VIEWS = [View("asr", 4, None), View("vsr", None, 2), View("avsr", 4, 5)]
+MOME: dict[str, Any] = {"routed_experts": 8, "top_k": 3, "shared_experts": 1, "bottleneck": 4, "renormalize": True}
+SEED, EMBEDDING_SCALE = 3, 0.5
+CPU = torch.device("cpu")
+
+
+def write_llama(directory: Path, layers: int = 4, heads: int = 4, kv_heads: int = 2, tied: bool = False) -> Path:
+    """Save a random Llama whose weights are large enough that a mistake shows."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+    )
+    generator = torch.Generator().manual_seed(1)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale, offset = (0.1, 1.0) if "norm" in name else (0.15, 0.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
+    model.save_pretrained(directory)
+    return directory
+
+
+def projectors(hidden_size: int = 32) -> Projectors:
+    module = Projectors(WIDTHS, RATES, hidden_size, projector_size=16, per_rate=False, compression="pool")
+    module.initialize(SEED, EMBEDDING_SCALE)
+    return module
+
+
+def wake(named: Any) -> None:
+    """Give the zero-initialised expert weights values, by name, so that every path carries a signal."""
+    from mome_dist.moe.experts import initial_value
+
+    with torch.no_grad():
+        for name, index, parameter in named:
+            if ".up_" in name or name.endswith("down_bias"):
+                slices = [(index, parameter)] if index is not None else list(enumerate(parameter))
+                for number, value in slices:
+                    key = f"wake.{name}.{number}.down_weight"
+                    value.copy_(initial_value(key, (*value.shape, 16), SEED)[..., 0])
+
+
+def reference(directory: Path, placement: str) -> MoMESpeechLM:
+    llm = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = MoMESpeechLM(llm, projectors(), placement, **MOME)
+    model.initialize(SEED, EMBEDDING_SCALE)
+    stacked = [(n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n]
+    wake(stacked)
+    return model.train()
+
+
+def distributed(directory: Path, placement: str, ep: int, **mome: Any) -> DistributedMoME:
+    shape = LLMShape.from_directory(directory)
+    llm = build_frozen_llm(shape, torch.float32, "eager", CPU)
+    load_weights(llm, shape, directory)
+    momes = attach_mome(llm, placement, shape.layers, SEED, ep_size=ep, **{**MOME, **mome})
+    model = DistributedMoME(llm, projectors() if llm.pre_process else None, momes)
+    wake([(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name])
+    return model.train()
+
+
+def utterance(number: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Random features and text of clip ``number``; lengths vary."""
+    rng = np.random.default_rng(number)
+    frames = int(rng.integers(6, 14))
+    audio = torch.tensor(rng.normal(size=(2 * frames, WIDTHS["audio"])), dtype=torch.float32)
+    video = torch.tensor(rng.normal(size=(frames, WIDTHS["video"])), dtype=torch.float32)
+    return audio, video, [int(token) for token in rng.integers(8, 64, size=int(rng.integers(3, 7)))]
+
+
+def example(number: int, view: View) -> Example:
+    audio, video, text = utterance(number)
+    ids = [1]
+    if view.audio_rate is not None:
+        ids += [4, *[AUDIO] * max(len(audio) // view.audio_rate, 1), 5]
+    if view.video_rate is not None:
+        ids += [6, *[VIDEO] * max(len(video) // view.video_rate, 1), 7]
+    return Example([*ids, 3, *text, 2], len(ids) + 1)
+
+
+def microbatch(numbers: list[int], view: View) -> MicroBatch:
+    return MicroBatch(
+        view,
+        collate([example(number, view) for number in numbers]),
+        [utterance(number)[0] for number in numbers] if view.audio_rate else [],
+        [utterance(number)[1] for number in numbers] if view.video_rate else [],
+    )
+
+
+def step_of(batch: list[int], dp_rank: int, dp_size: int, accumulation: int = 2) -> Step:
+    from mome_dist.data.order import share_of_rank
+
+    chunks = share_of_rank(batch, accumulation, dp_rank, dp_size)
+    labels = sum(len(utterance(number)[2]) + 1 for number in batch)
+    return Step([microbatch(chunk, view) for view in VIEWS for chunk in chunks], VIEWS, labels)
