@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import cv2
@@ -157,7 +158,8 @@ def test_tempo_pitch_and_warp_reach_the_sound(backend: str) -> None:
 def test_backend_errors_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="choose auto, flite or espeak"):
         resolve_backend("festival")
-    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.setenv("PATH", os.devnull)  # no flite
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     assert resolve_backend("auto") == "espeak"
     with pytest.raises(UserError, match="apt-get install flite"):
         resolve_backend("flite")
