@@ -1,0 +1,242 @@
+"""Features of frozen encoders, computed once and read from disk ever after.
+
+A frozen encoder gives the same features in every epoch, so each utterance is encoded once. A store is a directory of
+safetensors files ("parts") with one float16 tensor [frames, width] per utterance id. The ranks of a job share the work,
+each writing parts of its own; any number of ranks may read them, since a reader looks an id up over all parts and maps
+the file into memory.
+
+Stores are never patched: a part is written aside and renamed into place, whole. A part that cannot be read is removed
+with a warning and its utterances are encoded again, and so are utterances that no part holds (an interrupted job
+resumes). Every tensor carries a checksum that is verified when it is first read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from mome_dist.data.corpus import Utterance
+from mome_dist.errors import UserError
+
+FORMAT = "mome_dist.features/1"
+SUFFIX = ".safetensors"
+PART_BYTES = 256 << 20
+_FLOAT16_MAX = 65504.0
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[list[Utterance]], list[Tensor]]
+"""Maps utterances to their features, floating tensors [frames, width]."""
+
+
+def encoder_fingerprint(encoder: nn.Module, settings: dict[str, Any] | None = None) -> str:
+    """Return 16 hexadecimal digits that change with any weight, buffer or ``settings`` value (JSON) of an encoder."""
+    digest = hashlib.sha256(json.dumps(settings or {}, sort_keys=True).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def feature_directory(root: str | Path, corpus_sha256: str, encoder_name: str, split: str) -> Path:
+    """Where the features of a split belong; ``encoder_name`` should end in the encoder's fingerprint."""
+    return Path(root) / corpus_sha256[:16] / encoder_name / split
+
+
+class FeatureStore:
+    """Read access to the features of one split. Made by `build_features`, or `FeatureStore(directory)` later.
+
+    Raises:
+        UserError: there is no readable part, or parts come from different encoders.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._parts: dict[str, Path] = {}
+        self._checksums: dict[str, int] = {}
+        self._open: dict[tuple[int, Path], Any] = {}
+        self._verified: set[str] = set()
+        self.encoder_name = ""
+        for path, error in _parts(self.directory):
+            if error is not None:
+                raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.")
+            name, checksums = _describe(path)
+            if self.encoder_name not in ("", name):
+                raise UserError(f"{path} holds features of {name!r}, others are of {self.encoder_name!r}. Delete one.")
+            self.encoder_name = name
+            self._checksums |= checksums
+            self._parts |= dict.fromkeys(checksums, path)
+        if not self._parts:
+            raise UserError(f"{self.directory} holds no features. Run the command that encodes the corpus.")
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, utterance_id: str) -> bool:
+        return utterance_id in self._parts
+
+    def get(self, utterance_id: str) -> Tensor:
+        """Return the features of an utterance, float16 [frames, width].
+
+        Raises:
+            UserError: the store does not hold the utterance, or its bytes changed on disk.
+        """
+        path = self._parts.get(utterance_id)
+        if path is None:
+            raise UserError(
+                f"{self.directory} holds no features of utterance {utterance_id!r}. Encode the corpus again."
+            )
+        key = (os.getpid(), path)
+        if key not in self._open:
+            self._open[key] = safe_open(path, framework="pt")
+        features: Tensor = self._open[key].get_tensor(utterance_id)
+        if utterance_id not in self._verified:
+            if _checksum(features.numpy()) != self._checksums[utterance_id]:
+                raise UserError(f"{path}: features of {utterance_id!r} are damaged. Delete the file and encode again.")
+            self._verified.add(utterance_id)
+        return features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def build_features(
+    encoder_name: str,
+    encode: Encode,
+    utterances: Sequence[Utterance],
+    directory: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> FeatureStore:
+    """Encode what the store in ``directory`` lacks, sharing the work between ranks, and open it.
+
+    Every rank of the world must call this with the same arguments but ``rank``; ``directory`` is on a file system that
+    all of them see.
+
+    Args:
+        encoder_name: identity of the encoder; should contain its `encoder_fingerprint`.
+        encode: called with up to ``batch_size`` utterances of similar length.
+        barrier: waits for all ranks.
+        console: where rank 0 shows progress; none by default.
+
+    Raises:
+        UserError: features do not fit float16, or the directory holds features of another encoder.
+    """
+    directory = Path(directory)
+    damaged = [(path, error) for path, error in _parts(directory) if error is not None]
+    present: set[str] = set()
+    for path, error in _parts(directory):
+        if error is None:
+            name, checksums = _describe(path)
+            if name != encoder_name:
+                raise UserError(
+                    f"{path} holds features of {name!r}, not of {encoder_name!r}: choose another directory."
+                )
+            present |= set(checksums)
+    missing = sorted((u for u in utterances if u.id not in present), key=lambda u: (u.samples, u.frames, u.id))
+    barrier()  # every rank has seen the same files
+    if rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, error in damaged:
+            logger.warning("%s is damaged (%s): removed, its utterances are encoded again.", path, error)
+            path.unlink()
+    barrier()  # nothing is written before the damaged parts are gone
+    mine = missing[rank::world_size]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    silent = console is None or rank > 0 or not batches
+    progress = track(batches, f"encoding {directory.name}", console=console, disable=silent)
+    _write_parts(encoder_name, encode, progress, directory)
+    barrier()
+    return FeatureStore(directory)
+
+
+def _write_parts(encoder_name: str, encode: Encode, batches: Iterable[list[Utterance]], directory: Path) -> None:
+    pending: dict[str, NDArray[np.float16]] = {}
+    for batch in batches:
+        for utterance, features in zip(batch, encode(batch), strict=True):
+            pending[utterance.id] = _to_float16(features, utterance.id, encoder_name)
+        if sum(array.nbytes for array in pending.values()) >= PART_BYTES:
+            _write_part(encoder_name, pending, directory)
+            pending = {}
+    if pending:
+        _write_part(encoder_name, pending, directory)
+
+
+def _to_float16(features: Tensor, utterance_id: str, encoder_name: str) -> NDArray[np.float16]:
+    values = features.detach().float().cpu()
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if values.ndim != 2 or not largest <= _FLOAT16_MAX:  # also false for NaN
+        raise UserError(
+            f"Encoder {encoder_name!r} gives {utterance_id!r} features of shape {list(values.shape)} and size "
+            f"{largest}; they must be [frames, width], finite and at most {_FLOAT16_MAX:.0f}. Check its weights."
+        )
+    return np.ascontiguousarray(values.to(torch.float16).numpy())
+
+
+def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], directory: Path) -> None:
+    """Publish one part atomically; its name follows from the ids in it."""
+    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    metadata = {"format": FORMAT, "encoder": encoder_name, "crc32": json.dumps(checksums)}
+    name = hashlib.sha256("\n".join(sorted(arrays)).encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
+        written = Path(aside) / f"part-{name}{SUFFIX}"
+        save_file(arrays, written, metadata=metadata)
+        _fsync(written)
+        written.replace(directory / written.name)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parts(directory: Path) -> list[tuple[Path, str | None]]:
+    """Every part of a store with the reason why it cannot be read, None for a sound one."""
+    found: list[tuple[Path, str | None]] = []
+    for path in sorted(directory.glob(f"part-*{SUFFIX}")):
+        try:
+            _describe(path)
+            found.append((path, None))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            found.append((path, str(error)))
+    return found
+
+
+def _describe(path: Path) -> tuple[str, dict[str, int]]:
+    """Encoder name and checksum of each utterance of a part; opening checks the header against the file's size."""
+    with safe_open(path, framework="np") as part:
+        metadata = part.metadata() or {}
+        names = set(part.keys())
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"format is {metadata.get('format')!r}, not {FORMAT!r}")
+    checksums: dict[str, int] = json.loads(metadata["crc32"])
+    if set(checksums) != names:
+        raise ValueError("its checksums name other utterances than it holds")
+    return metadata["encoder"], checksums
+
+
+def _checksum(array: NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)

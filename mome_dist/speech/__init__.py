@@ -1,0 +1,1 @@
+"""From speech to LLM tokens: frozen encoders, Matryoshka compression, projectors, sequence assembly."""

@@ -1,0 +1,70 @@
+"""A plain data-parallel world, for the small pre-training jobs that come before MoME.
+
+These jobs hold a whole model on every rank, so they need neither Megatron nor DeepSpeed: the ranks sum their gradients
+and take the same step. Every quantity is a function of the seed and the step, never of the number of ranks: a batch is
+cut into fixed groups of samples and the groups are dealt out, so 1 and 4 processes train the same model up to the order
+of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a data-parallel job. A world of one needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in one message for all (they share dtype and device)."""
+        tensors = list(tensors)
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
+
+    def agree(self, value: bool) -> bool:
+        """Return rank 0's ``value`` on every rank, so that all take the same branch."""
+        flag = torch.tensor([int(value)], device=self.device)
+        if self.size > 1:
+            dist.broadcast(flag, src=0)
+        return bool(flag.item())
+
+
+@contextmanager
+def open_world(timeout_seconds: int = 600) -> Iterator[World]:
+    """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; without them, be alone.
+
+    NCCL where CUDA is present, gloo otherwise. A lost rank ends the others with an error after the timeout.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""The feature store: what goes in comes out, from any number of writers, and damage is seen."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mome_dist.data.corpus import Utterance
+from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
+from mome_dist.errors import UserError
+
+UTTERANCES = [Utterance(f"u{i:03d}", "s.tar", "words", "speaker", 320 * (i % 7 + 1), 1, {}) for i in range(23)]
+
+
+def features_of(utterance: Utterance) -> Tensor:
+    generator = torch.Generator().manual_seed(int(utterance.id[1:]))
+    return torch.randn(utterance.samples // 320, 6, generator=generator)
+
+
+class Encoder:
+    """Counts what it is asked to encode."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, batch: list[Utterance]) -> list[Tensor]:
+        self.seen += [utterance.id for utterance in batch]
+        return [features_of(utterance) for utterance in batch]
+
+
+def check(store: FeatureStore) -> None:
+    assert len(store) == len(UTTERANCES)
+    for utterance in UTTERANCES:
+        features = store.get(utterance.id)
+        assert features.dtype == torch.float16
+        torch.testing.assert_close(features, features_of(utterance).half(), rtol=0, atol=0)
+
+
+def test_round_trip_and_second_call_encodes_nothing(tmp_path: Path) -> None:
+    first, second = Encoder(), Encoder()
+    check(build_features("toy", first, UTTERANCES, tmp_path / "train", batch_size=4))
+    assert sorted(first.seen) == [utterance.id for utterance in UTTERANCES]
+    check(build_features("toy", second, UTTERANCES, tmp_path / "train"))
+    assert second.seen == []
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_ranks_share_the_work_and_anyone_reads_it(tmp_path: Path) -> None:
+    encoders = [Encoder() for _ in range(3)]
+    barrier = threading.Barrier(3)
+
+    def wait() -> None:
+        barrier.wait(30)
+
+    def work(rank: int) -> None:
+        check(build_features("toy", encoders[rank], UTTERANCES, tmp_path, rank, 3, wait))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(encoder.seen) for encoder in encoders) == [7, 8, 8]
+    assert len(list(tmp_path.glob("part-*"))) == 3
+    check(FeatureStore(tmp_path))
+    alone = Encoder()
+    check(build_features("toy", alone, UTTERANCES, tmp_path))
+    assert alone.seen == []
+
+
+def test_truncated_part_is_reported_and_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_features("toy", Encoder(), UTTERANCES[:10], tmp_path)
+    (damaged,) = tmp_path.glob("part-*")
+    build_features("toy", Encoder(), UTTERANCES, tmp_path)
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(UserError, match=damaged.name):
+        FeatureStore(tmp_path)
+    again = Encoder()
+    with caplog.at_level(logging.WARNING):
+        check(build_features("toy", again, UTTERANCES, tmp_path))
+    assert damaged.name in caplog.text
+    assert sorted(again.seen) == [utterance.id for utterance in UTTERANCES[:10]]
+
+
+def test_changed_bytes_are_seen_when_read(tmp_path: Path) -> None:
+    build_features("toy", Encoder(), UTTERANCES, tmp_path)
+    (part,) = tmp_path.glob("part-*")
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 0x40
+    part.write_bytes(content)
+    store = FeatureStore(tmp_path)
+    with pytest.raises(UserError, match="damaged"):
+        for utterance in UTTERANCES:
+            store.get(utterance.id)
+
+
+def test_deleted_part_is_encoded_again_and_missing_ids_are_named(tmp_path: Path) -> None:
+    build_features("toy", Encoder(), UTTERANCES[:5], tmp_path)
+    with pytest.raises(UserError, match="'u020'"):
+        FeatureStore(tmp_path).get("u020")
+    for part in tmp_path.glob("part-*"):
+        part.unlink()
+    with pytest.raises(UserError, match="holds no features"):
+        FeatureStore(tmp_path)
+    check(build_features("toy", Encoder(), UTTERANCES, tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 70_000.0])
+def test_values_outside_float16_are_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(UserError, match="u000"):
+        build_features("toy", lambda batch: [torch.full((2, 3), value) for _ in batch], UTTERANCES[:1], tmp_path)
+    assert list(tmp_path.glob("part-*")) == []
+
+
+def test_another_encoder_needs_another_directory(tmp_path: Path) -> None:
+    build_features("toy-1", Encoder(), UTTERANCES, tmp_path)
+    with pytest.raises(UserError, match="toy-2"):
+        build_features("toy-2", Encoder(), UTTERANCES, tmp_path)
+    assert feature_directory(tmp_path, "a" * 64, "toy-1", "train") == tmp_path / ("a" * 16) / "toy-1" / "train"
+
+
+def test_fingerprint_follows_weights_and_settings() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Linear(3, 2)
+    before = encoder_fingerprint(encoder, {"padding": "clip"})
+    assert before == encoder_fingerprint(encoder, {"padding": "clip"})
+    assert before != encoder_fingerprint(encoder, {"padding": "30s"})
+    with torch.no_grad():
+        encoder.weight[0, 0] += 1e-3
+    assert before != encoder_fingerprint(encoder, {"padding": "clip"})
