@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.config.schema import RunConfig
+from mome_dist.data.synthetic.settings import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.paths import cache_root, configs_dir
 
@@ -23,6 +24,8 @@ from mome_dist.paths import cache_root, configs_dir
 def _register_resolvers() -> None:
     # ${cache:assets/x} in a YAML file is x in the cache directory of whoever runs it.
     OmegaConf.register_new_resolver("cache", lambda path: str(cache_root() / path), replace=True)
+    # ${synthetic_corpus:} is where tools/make_corpus.py puts the corpus of the default settings.
+    OmegaConf.register_new_resolver("synthetic_corpus", lambda: str(default_corpus_dir(SyntheticSettings())), replace=True)
 
 
 def load_config(overrides: Sequence[str]) -> RunConfig:

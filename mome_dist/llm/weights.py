@@ -141,3 +141,11 @@ class _Importer:
             rows[: last - first, offset : offset + size] = part
             offset += size
         return rows.flatten(0, 1)
+
+
+def embedding_scale(directory: str | Path) -> float:
+    """Root mean square of the LLM's token embeddings, over the first 4096 rows: the size of input that it knows."""
+    shape = LLMShape.from_directory(directory)
+    with SafetensorsReader(directory) as reader:
+        rows = reader.slice("model.embed_tokens.weight", (shape.vocabulary, shape.hidden_size))[:4096]
+    return float(rows.float().square().mean().sqrt())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.mpu import MegatronMPU
@@ -76,6 +77,10 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=modules, optimizer=optimizer, config=settings, mpu=MegatronMPU())
         self.gradient_norm = 0.0
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters of this rank."""
+        return self._modules.parameters()
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Backward passes inside add up local gradients; leaving the block reduces them over ranks."""
@@ -95,6 +100,43 @@ class Engine:
         self.deepspeed.step()
         if self.zero_stage:
             self.gradient_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """Names of the optimiser's running averages; SGD without momentum has none."""
+        return ("exp_avg", "exp_avg_sq") if self._config.name == "adamw" else ()
+
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """A parameter's running average, whole, on every rank that holds the parameter (a collective under ZeRO)."""
+        if self.zero_stage:
+            self._link_fragments()
+            return safe_get_full_optimizer_state(parameter, name)
+        return self.deepspeed.optimizer.state[parameter][name].detach()
+
+    def set_moments(self, parameters: Sequence[nn.Parameter], moments: Mapping[str, Sequence[Tensor]], step: int) -> None:
+        """Continue from running averages after ``step`` steps: each name has one whole tensor a parameter."""
+        zero = self.deepspeed.optimizer
+        optimizer = zero.optimizer if self.zero_stage else zero
+        # Optimiser state appears at the first step; make it now, as AdamW would, to have something to fill.
+        for held in zero.single_partition_of_fp32_groups if self.zero_stage else parameters:
+            if self.moment_names:
+                optimizer.state[held] = {name: torch.zeros_like(held) for name in self.moment_names}
+                optimizer.state[held]["step"] = torch.tensor(float(step))
+        if self.zero_stage:
+            self._link_fragments()
+        for name, values in moments.items():
+            for parameter, value in zip(parameters, values, strict=True):
+                if self.zero_stage:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+                else:
+                    optimizer.state[parameter][name].copy_(value)
+
+    def _link_fragments(self) -> None:
+        # DeepSpeed links parameters to their slices of optimiser state during the first group's first step, when the
+        # other groups have no state yet; linked again here, when all have.
+        zero = self.deepspeed.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _clip(self) -> float:
         """Scale local gradients so that the norm over all distinct parameters of the model is at most the limit."""

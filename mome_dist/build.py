@@ -1,0 +1,66 @@
+"""Models from a configuration: the parts that every form of the model shares, and the one-process form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import views_of
+from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.weights import embedding_scale
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.reference import MoMESpeechLM
+from mome_dist.speech.sequence import SequenceBuilder, TextCodec
+
+
+def llm_dtype(config: RunConfig) -> torch.dtype:
+    """Parameter type of the frozen LLM."""
+    return torch.bfloat16 if config.llm.precision == "bf16" else torch.float32
+
+
+def build_sequences(config: RunConfig) -> SequenceBuilder:
+    """The sequence layout of a run."""
+    return SequenceBuilder(TextCodec(config.llm.path, asdict(config.llm.tags)), config.task.prompts)
+
+
+def build_projectors(config: RunConfig, widths: Mapping[str, int]) -> Projectors:
+    """The projectors of a run with their initial values; ``widths`` are the encoders' feature widths by stream."""
+    views = views_of(config)
+    projectors = Projectors(
+        widths,
+        {
+            "audio": sorted({view.audio_rate for view in views if view.audio_rate is not None}),
+            "video": sorted({view.video_rate for view in views if view.video_rate is not None}),
+        },
+        LLMShape.from_directory(config.llm.path).hidden_size,
+        config.projector.hidden_size,
+        config.projector.per_rate,
+        config.projector.compression,
+    )
+    projectors.initialize(config.seed, embedding_scale(config.llm.path))
+    return projectors
+
+
+def mome_arguments(config: RunConfig) -> dict[str, Any]:
+    """The arguments that every form of the MoME module takes."""
+    mome = config.mome
+    return {
+        "routed_experts": mome.routed_experts,
+        "top_k": mome.top_k,
+        "shared_experts": mome.shared_experts,
+        "bottleneck": mome.bottleneck,
+        "renormalize": mome.renormalize,
+    }
+
+
+def build_reference(config: RunConfig, widths: Mapping[str, int]) -> MoMESpeechLM:
+    """The one-process form of a run's model, untrained."""
+    llm = LlamaForCausalLM.from_pretrained(config.llm.path, dtype=llm_dtype(config), local_files_only=True)
+    model = MoMESpeechLM(llm, build_projectors(config, widths), config.mome.placement, **mome_arguments(config))
+    model.initialize(config.seed, embedding_scale(config.llm.path))
+    return model

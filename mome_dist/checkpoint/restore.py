@@ -1,0 +1,52 @@
+"""Loading a checkpoint into a distributed model, at any layout: each rank reads the slices it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.errors import UserError
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.training.engine import Engine
+
+
+def check_frozen(directory: Path, frozen: Mapping[str, str]) -> None:
+    """Refuse a checkpoint that was trained on other frozen models.
+
+    Raises:
+        UserError: naming the model that differs.
+    """
+    with CheckpointReader(directory) as reader:
+        for name, fingerprint in reader.index["frozen"].items():
+            if frozen.get(name, fingerprint) != fingerprint:
+                raise UserError(f"{directory} was trained with another {name}: set {name}.path to the one it was.")
+
+
+@torch.no_grad()
+def restore_weights(directory: Path, model: DistributedMoME) -> int:
+    """Fill the trainable parameters; call it before the engine is made. Returns the steps done."""
+    with CheckpointReader(directory) as reader:
+        for name, parameter in model.named_trainables():
+            value = reader.read(f"model/{name.name}", name.index)
+            if value.shape != parameter.shape:
+                raise UserError(
+                    f"{directory}: {name.name} has shape {list(value.shape)}, the configuration asks "
+                    f"{list(parameter.shape)}; resume with the configuration that wrote it, or set training.resume=false."
+                )
+            parameter.copy_(value)
+        return reader.step
+
+
+def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:
+    """Fill the optimiser's moments; call it after the engine is made."""
+    with CheckpointReader(directory) as reader:
+        if not reader.names("optimizer/") and engine.moment_names:
+            raise UserError(f"{directory} was written by another optimiser: set training.resume=false to start anew.")
+        moments = {
+            key: [reader.read(f"optimizer/{key}/{name.name}", name.index) for name, _ in model.named_trainables()]
+            for key in engine.moment_names
+        }
+        engine.set_moments([parameter for _, parameter in model.named_trainables()], moments, reader.step)

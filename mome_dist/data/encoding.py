@@ -1,0 +1,56 @@
+"""Features of a corpus through the frozen encoders of a run: computed once, shared by all ranks and later runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
+from mome_dist.data.shards import MANIFEST, sha256_of
+from mome_dist.paths import cache_root
+from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.speech.whisper import WhisperAudioEncoder
+
+
+def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
+    """The frozen encoder of a stream ("audio" or "video"), on a device.
+
+    Raises:
+        UserError: if its directory is missing or incomplete.
+    """
+    if stream == "audio":
+        audio = config.audio_encoder
+        return WhisperAudioEncoder.from_pretrained(audio.path, padding=audio.padding).to(device)
+    return VideoEncoder.from_pretrained(config.video_encoder.path).to(device)
+
+
+def split_features(
+    config: RunConfig,
+    corpus: Corpus,
+    split: str,
+    stream: str,
+    encoder: nn.Module,
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+    console: Console | None = None,
+) -> FeatureStore:
+    """The features of a whole split, encoded by all ranks together where they are not in the cache yet."""
+    assert isinstance(encoder, WhisperAudioEncoder | VideoEncoder)
+    device = next(encoder.parameters()).device
+    read = corpus.audio if stream == "audio" else corpus.video
+
+    def encode(utterances: Sequence[Utterance]) -> list[Tensor]:
+        with torch.no_grad():
+            return encoder([torch.from_numpy(read(utterance)).to(device) for utterance in utterances])
+
+    path = Path(getattr(config, f"{stream}_encoder").path)
+    name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
+    directory = feature_directory(cache_root() / "features", sha256_of(corpus.directory / MANIFEST), name, split)
+    return build_features(name, encode, corpus.split(split), directory, rank, world_size, barrier, console=console)

@@ -1,0 +1,35 @@
+"""Train a run: ``python -m mome_dist.train experiment=NAME key=value ...``
+
+Alone it trains in one process; a launcher starts it on every rank of a layout, e.g.
+``python -m launchers.local --nproc 2 experiment=tiny``. The keys are those of ``configs/``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mome_dist.cli import main_guard
+from mome_dist.config import load_config, validate
+from mome_dist.quiet import quiet_libraries
+
+
+@main_guard
+def main(overrides: Sequence[str] | None = None) -> None:
+    """Check the configuration, then train; nothing heavy is imported before the check has passed."""
+    arguments = list(sys.argv[1:] if overrides is None else overrides)
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    config = load_config(arguments)
+    layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+    quiet_libraries()
+    from mome_dist.training.loop import train
+
+    train(config, layout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The training loop: steps, validation, metrics, checkpoints, and a progress bar that says how long it will take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mome_dist.checkpoint.save import save_checkpoint
+from mome_dist.config import RunConfig
+from mome_dist.config.validate import views_of
+from mome_dist.data.order import batch_of_step
+from mome_dist.errors import UserError
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.speech.views import views_of_step
+from mome_dist.training.engine import learning_rate
+from mome_dist.training.metrics import Metrics, gather_routing
+from mome_dist.training.setup import Trainer, prepare, rank_console
+from mome_dist.training.step import StepLosses, forward_backward
+
+ROUTING_EVERY = 10  # steps between lines of routing.jsonl
+
+
+def train(config: RunConfig, layout: Layout) -> list[float]:
+    """Train on this rank until ``training.steps``; every rank of the layout calls it.
+
+    Returns:
+        The loss of each step done in this call, the same on all ranks.
+
+    Raises:
+        UserError: for missing or mismatched files, or a loss that is not finite.
+    """
+    with parallel_world(layout, config.seed, config.parallel.timeout_seconds) as at:
+        console = rank_console()
+        console.print(f"[bold]{config.name}[/]: {layout.describe()}", highlight=False)
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer = prepare(config, layout, at, console)
+        _describe(trainer, console)
+        metrics = Metrics(config, trainer.start)
+        try:
+            losses = _run(config, layout, trainer, metrics, console)
+        finally:
+            metrics.close()
+        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints")
+        return losses
+
+
+def _describe(trainer: Trainer, console: Console) -> None:
+    trainable = sum(parameter.numel() for parameter in trainer.engine.parameters())
+    frozen = sum(parameter.numel() for parameter in trainer.model.llm.parameters() if not parameter.requires_grad)
+    console.print(f"rank 0 trains {trainable:,} parameters beside {frozen:,} frozen ones", highlight=False)
+    if trainer.start:
+        console.print(f"resumed after step {trainer.start}", highlight=False)
+
+
+def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, console: Console) -> list[float]:
+    settings, views, losses = config.training, views_of(config), []
+    layers = trainer.model.config.num_layers
+    pace: deque[float] = deque(maxlen=20)
+    trainer.model.train()
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=settings.steps, completed=trainer.start, loss=math.nan, speed=0.0)
+        for number in range(trainer.start, settings.steps):
+            began = time.monotonic()
+            batch = batch_of_step(trainer.sizes["train"], config.data.batch_size, number, config.seed)
+            step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
+            step = trainer.batches["train"].build(batch, step_views)
+            with trainer.engine.accumulate():
+                result = forward_backward(trainer.model, step)
+            _check_finite(result, number)
+            rate = learning_rate(config.optimizer, number, settings.steps)
+            trainer.engine.step(rate)
+            losses.append(result.loss)
+            seconds = time.monotonic() - began
+            tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
+            pace.append(tokens / seconds)
+            done = number + 1
+            metrics.step(
+                {
+                    "step": done,
+                    "loss": result.loss,
+                    "learning_rate": rate,
+                    "gradient_norm": trainer.engine.gradient_norm,
+                    "tokens_per_second": tokens / seconds,
+                    "seconds": seconds,
+                    "views": {str(view): loss for view, loss in result.by_view.items()},
+                }
+            )
+            progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
+            last = done == settings.steps
+            if done % ROUTING_EVERY == 0 or last:
+                metrics.routing(done, gather_routing(trainer.model, layers))
+            if settings.validate_every and (done % settings.validate_every == 0 or last):
+                metrics.step({"step": done, "validation": _validate(config, layout, trainer)})
+            if last or (settings.save_every and done % settings.save_every == 0):
+                save_checkpoint(
+                    Path(config.output_dir), done, trainer.model, trainer.engine, config, layout, trainer.frozen
+                )
+    return losses
+
+
+def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, float]:
+    """Mean token cross-entropy of each view over the validation split, nothing dropped."""
+    size, unit = trainer.sizes["validation"], config.data.accumulation * layout.dp
+    usable = size - size % unit
+    totals: dict[str, float] = {}
+    tokens = 0
+    trainer.model.eval()
+    for first in range(0, usable, config.data.batch_size):
+        batch = list(range(first, min(first + config.data.batch_size, usable)))
+        step = trainer.batches["validation"].build(batch, views_of(config))
+        with torch.no_grad():
+            result = forward_backward(trainer.model, step, forward_only=True)
+        tokens += step.label_tokens
+        for view, loss in result.by_view.items():
+            totals[str(view)] = totals.get(str(view), 0.0) + loss * step.label_tokens
+    trainer.model.train()
+    return {view: total / tokens for view, total in totals.items()}
+
+
+def _check_finite(result: StepLosses, step: int) -> None:
+    if not math.isfinite(result.loss):
+        by_view = ", ".join(f"{view} {loss}" for view, loss in result.by_view.items())
+        raise UserError(
+            f"the loss of step {step + 1} is not finite ({by_view}): lower optimizer.learning_rate, or look at the data of "
+            "this step; the newest checkpoint is whole."
+        )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=dist.get_rank() != 0,
+    )

@@ -1,0 +1,125 @@
+"""What a rank needs before its first step: its stage of the model, features, batches, engine, and a resumed state."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from mome_dist.build import build_projectors, build_sequences, llm_dtype, mome_arguments
+from mome_dist.checkpoint.format import fingerprint, newest_checkpoint
+from mome_dist.checkpoint.restore import check_frozen, restore_optimizer, restore_weights
+from mome_dist.config import RunConfig, resolve_deepspeed_file
+from mome_dist.config.validate import streams_of
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.weights import load_weights
+from mome_dist.parallel.initialize import current_device
+from mome_dist.parallel.layout import Coordinates, Layout
+from mome_dist.parallel.model import DistributedMoME, attach_mome
+from mome_dist.training.batches import BatchBuilder, FeatureReader
+from mome_dist.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that the loop of one rank works with; ``start`` is the number of steps already done."""
+
+    model: DistributedMoME
+    engine: Engine
+    batches: dict[str, BatchBuilder]
+    sizes: dict[str, int]
+    frozen: dict[str, str]
+    start: int
+
+
+def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
+    """Build a rank's part of a run and resume it from its newest checkpoint, if there is one.
+
+    Raises:
+        UserError: for missing or mismatched files.
+    """
+    device = current_device()
+    corpus = Corpus.open(config.data.corpus)
+    features, widths = _features(config, corpus, device, console)
+    shape = LLMShape.from_directory(config.llm.path)
+    llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device)
+    load_weights(llm, shape, config.llm.path)
+    momes = attach_mome(
+        llm,
+        config.mome.placement,
+        shape.layers,
+        config.seed,
+        ep_size=layout.ep,
+        capacity_factor=config.mome.capacity_factor,
+        min_capacity=config.mome.min_capacity,
+        drop_policy=config.mome.drop_policy,
+        balance_loss=config.mome.balance_loss,
+        z_loss=config.mome.z_loss,
+        **mome_arguments(config),
+    )
+    projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
+    model = DistributedMoME(llm, projectors, momes)
+    frozen = _fingerprints(config)
+    checkpoint = newest_checkpoint(config.output_dir) if config.training.resume else None
+    start = 0
+    if checkpoint is not None:
+        check_frozen(checkpoint, frozen)
+        start = restore_weights(checkpoint, model)
+    engine = Engine(model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config))
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, model, engine)
+    sequences = build_sequences(config)
+    splits = {"train": config.data.train_split, "validation": config.data.validation_split}
+    batches = {
+        purpose: BatchBuilder(
+            corpus.split(split),
+            sequences,
+            features[purpose] if llm.pre_process else None,
+            config.data.accumulation,
+            at.dp,
+            layout.dp,
+            device,
+        )
+        for purpose, split in splits.items()
+    }
+    sizes = {purpose: len(corpus.split(split)) for purpose, split in splits.items()}
+    return Trainer(model, engine, batches, sizes, frozen, start)
+
+
+def _features(
+    config: RunConfig, corpus: Corpus, device: torch.device, console: Console
+) -> tuple[dict[str, dict[str, FeatureReader]], dict[str, int]]:
+    """Features of both splits by purpose and stream, and the width of each stream."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    features: dict[str, dict[str, FeatureReader]] = {"train": {}, "validation": {}}
+    widths: dict[str, int] = {}
+    for stream in streams_of(config):
+        encoder = load_encoder(config, stream, device)
+        widths[stream] = encoder.width
+        for purpose, split in (("train", config.data.train_split), ("validation", config.data.validation_split)):
+            store = split_features(config, corpus, split, stream, encoder, rank, world, dist.barrier, console)
+            features[purpose][stream] = store.get
+    return features, widths
+
+
+def _fingerprints(config: RunConfig) -> dict[str, str]:
+    """Identity of each frozen model, by the name of its configuration section."""
+    names = ["llm", *(f"{stream}_encoder" for stream in streams_of(config))]
+    hashed: list[dict[str, str] | None] = [None]
+    if dist.get_rank() == 0:
+        hashed = [{name: fingerprint(Path(getattr(config, name).path)) for name in names}]
+    dist.broadcast_object_list(hashed, src=0)
+    assert hashed[0] is not None
+    return hashed[0]
+
+
+def rank_console() -> Console:
+    """A console that only rank 0 writes to."""
+    return Console(file=sys.stderr, quiet=dist.get_rank() != 0)
