@@ -45,7 +45,9 @@ class Part:
 
 def fingerprint(directory: str | Path) -> str:
     """Identity of a frozen model's directory: a hash over the names and hashes of its config and weight files."""
-    files = sorted(path for path in Path(directory).iterdir() if path.suffix == ".safetensors" or path.name == "config.json")
+    files = sorted(
+        path for path in Path(directory).iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
+    )
     return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()
 
 
@@ -71,7 +73,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = newest_checkpoint(path)
     if found is None:
-        raise UserError(f"checkpoint={str(path)!r}: no {INDEX} and no checkpoints/{LATEST} there; name a run or checkpoint.")
+        raise UserError(
+            f"checkpoint={str(path)!r}: no {INDEX} and no checkpoints/{LATEST} there; name a run or checkpoint."
+        )
     return found
 
 
@@ -125,7 +129,9 @@ class CheckpointReader:
             pieces = [self._file(part).get_tensor(name) for part in sorted(parts, key=lambda part: part.start or 0)]
             tensor = pieces[0] if parts[0].start is None else torch.cat(pieces)
             if list(tensor.shape) != facts["shape"]:
-                raise UserError(f"{self.directory}: {name!r} has shape {list(tensor.shape)}, not {facts['shape']}; damaged.")
+                raise UserError(
+                    f"{self.directory}: {name!r} has shape {list(tensor.shape)}, not {facts['shape']}; damaged."
+                )
             return tensor
         for part in parts:
             first = part.start or 0

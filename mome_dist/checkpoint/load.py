@@ -70,13 +70,17 @@ def load_run(path: str | Path, device: torch.device | None = None, weights: bool
         reader.verify()
         for name, expected in reader.index["frozen"].items():
             if fingerprint(getattr(config, name).path) != expected:
-                raise UserError(f"{name}.path={getattr(config, name).path} is not the model that {directory} was trained with.")
+                raise UserError(
+                    f"{name}.path={getattr(config, name).path} is not the model that {directory} was trained with."
+                )
         widths = {stream: load_encoder(config, stream, device).width for stream in streams_of(config)}
         model = build_reference(config, widths)
         if weights:
             names = {name.removeprefix("model/") for name in reader.names("model/")}
             if names != set(model.state_dict()):
-                raise UserError(f"{directory} holds other tensors than its config.yaml asks; the checkpoint is damaged.")
+                raise UserError(
+                    f"{directory} holds other tensors than its config.yaml asks; the checkpoint is damaged."
+                )
             model.load_state_dict({name: reader.read(f"model/{name}") for name in names})
         step = reader.step if weights else 0
     model.llm.to(device)

@@ -33,8 +33,8 @@ def restore_weights(directory: Path, model: DistributedMoME) -> int:
             value = reader.read(f"model/{name.name}", name.index)
             if value.shape != parameter.shape:
                 raise UserError(
-                    f"{directory}: {name.name} has shape {list(value.shape)}, the configuration asks "
-                    f"{list(parameter.shape)}; resume with the configuration that wrote it, or set training.resume=false."
+                    f"{directory}: {name.name} has shape {list(value.shape)}, configured is {list(parameter.shape)}: "
+                    "resume with the configuration that wrote it, or set training.resume=false."
                 )
             parameter.copy_(value)
         return reader.step

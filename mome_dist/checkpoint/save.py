@@ -1,7 +1,8 @@
 """Writing a checkpoint: each rank its own part, then one rename makes it visible.
 
-Parts are written into a hidden directory beside the final one; after all ranks are done, rank 0 writes the index, flushes
-everything to disk, renames the directory and moves ``latest``. A crash at any moment leaves the previous checkpoint.
+Parts are written into a hidden directory beside the final one; after all ranks are done, rank 0 writes the index,
+flushes everything to disk, renames the directory and moves ``latest``. A crash at any moment leaves the previous
+checkpoint.
 """
 
 from __future__ import annotations
@@ -123,11 +124,11 @@ def _publish(aside: Path, final: Path) -> None:
         _fsync(path)
     if final.exists():  # a step that is trained again after a resume from an older checkpoint
         shutil.rmtree(final)
-    os.replace(aside, final)
+    aside.replace(final)
     pointer = final.parent / f".{LATEST}"
     pointer.write_text(final.name)
     _fsync(pointer)
-    os.replace(pointer, final.parent / LATEST)
+    pointer.replace(final.parent / LATEST)
     _fsync(final.parent)
 
 

@@ -25,7 +25,9 @@ def _register_resolvers() -> None:
     # ${cache:assets/x} in a YAML file is x in the cache directory of whoever runs it.
     OmegaConf.register_new_resolver("cache", lambda path: str(cache_root() / path), replace=True)
     # ${synthetic_corpus:} is where tools/make_corpus.py puts the corpus of the default settings.
-    OmegaConf.register_new_resolver("synthetic_corpus", lambda: str(default_corpus_dir(SyntheticSettings())), replace=True)
+    OmegaConf.register_new_resolver(
+        "synthetic_corpus", lambda: str(default_corpus_dir(SyntheticSettings())), replace=True
+    )
 
 
 def load_config(overrides: Sequence[str]) -> RunConfig:
@@ -61,7 +63,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def resolve_deepspeed_file(config: RunConfig) -> Path:

@@ -120,7 +120,9 @@ def _check_numbers(config: RunConfig) -> None:
             "cannot use more experts than there are."
         )
     if config.mome.capacity_factor is not None and config.mome.capacity_factor <= 0:
-        raise UserError(f"mome.capacity_factor={config.mome.capacity_factor}: must be above 0, or null to drop nothing.")
+        raise UserError(
+            f"mome.capacity_factor={config.mome.capacity_factor}: must be above 0, or null to drop nothing."
+        )
     if not config.task.tasks:
         raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
     for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
@@ -134,15 +136,17 @@ def _check_numbers(config: RunConfig) -> None:
         if task not in config.task.prompts:
             raise UserError(f"task.prompts has no prompt for {task!r}.")
     if config.projector.compression == "stack" and not config.projector.per_rate:
-        raise UserError("projector.compression=stack needs projector.per_rate=true: the input width grows with the rate.")
+        raise UserError(
+            "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
+        )
 
 
 def _check_batches(config: RunConfig, layout: Layout) -> None:
     unit = config.data.accumulation * layout.dp
     if config.data.batch_size % unit:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of data.accumulation={config.data.accumulation} "
-            f"x {layout.dp} data-parallel ranks = {unit}."
+            f"data.batch_size={config.data.batch_size} is not a multiple of {unit} = "
+            f"data.accumulation={config.data.accumulation} x {layout.dp} data-parallel ranks."
         )
 
 

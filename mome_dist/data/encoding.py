@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from mome_dist.data.features import FeatureStore, build_features, encoder_finger
 from mome_dist.data.shards import MANIFEST, sha256_of
 from mome_dist.paths import cache_root
 from mome_dist.speech.video_encoder import VideoEncoder
-from mome_dist.speech.whisper import WhisperAudioEncoder
+from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 
 
 def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
@@ -25,8 +26,8 @@ def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Whispe
         UserError: if its directory is missing or incomplete.
     """
     if stream == "audio":
-        audio = config.audio_encoder
-        return WhisperAudioEncoder.from_pretrained(audio.path, padding=audio.padding).to(device)
+        padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
+        return WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding).to(device)
     return VideoEncoder.from_pretrained(config.video_encoder.path).to(device)
 
 

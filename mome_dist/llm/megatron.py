@@ -34,6 +34,8 @@ class MoMESlot:
     """Mixin: a module whose first output gets ``mome(first input)`` added. Megatron's attention, feed-forward and layer
     modules all take the hidden states [S, B, H] first and return a pair that starts with their output."""
 
+    mome: Any  # the MoME module, or None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("mome", None)  # type: ignore[attr-defined]
@@ -85,7 +87,7 @@ class FrozenLLM(GPTModel):
         """Token ids int64 [B, S] -> embeddings [S, B, H]; first pipeline stage only."""
         return self.embedding.word_embeddings(ids_BS).transpose(0, 1)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, embedded_SBH: Tensor | None, padding_BS: Tensor, label_index_N: Tensor, labels_N: Tensor
     ) -> Tensor:
         """Run this pipeline stage.

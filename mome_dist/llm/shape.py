@@ -52,7 +52,7 @@ class LLMShape:
         config = json.loads(path.read_text())
         if "LlamaForCausalLM" not in config.get("architectures", []):
             raise UserError(
-                f"llm.path: {path} names architectures {config.get('architectures')}; only LlamaForCausalLM is supported."
+                f"llm.path: {path} names architectures {config.get('architectures')}; supported: LlamaForCausalLM."
             )
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
@@ -86,5 +86,7 @@ def _rope(config: dict[str, Any], path: Path) -> tuple[float, float | None]:
     # Megatron-Core has the Llama-3 rule with these constants built in; only the factor varies between models.
     built_in = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind != "llama3" or any(float(scaling[key]) != value for key, value in built_in.items()):
-        raise UserError(f"llm.path: {path} uses RoPE scaling {scaling}; supported: default, and llama3 with {built_in}.")
+        raise UserError(
+            f"llm.path: {path} uses RoPE scaling {scaling}; supported: default, and llama3 with {built_in}."
+        )
     return base, float(scaling["factor"])

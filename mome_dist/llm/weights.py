@@ -57,7 +57,9 @@ class SafetensorsReader:
             self._open[path.name] = self._stack.enter_context(safe_open(path, framework="pt"))
         part = self._open[path.name].get_slice(name)
         if tuple(part.get_shape()) != shape:
-            raise UserError(f"llm.path: {name!r} in {path} has shape {part.get_shape()}, config.json asks {list(shape)}.")
+            raise UserError(
+                f"llm.path: {name!r} in {path} has shape {part.get_shape()}, config.json asks {list(shape)}."
+            )
         return part
 
     def __contains__(self, name: str) -> bool:

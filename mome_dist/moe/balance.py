@@ -1,9 +1,9 @@
 """Losses that keep the routed experts in use: the Switch load-balance loss and the router z-loss.
 
-Both are means over the tokens of the global batch, not of one shard: with ``global_counts`` and ``global_tokens`` summed
-over the data-parallel ranks, the sum over ranks of what `load_balance_loss` returns equals the loss of the whole batch
-in one process, and so do its gradients. The count of tokens per expert carries no gradient, which is why no collective
-is needed in the backward pass.
+Both are means over the tokens of the global batch, not of one shard: with ``global_counts`` and ``global_tokens``
+summed over the data-parallel ranks, the sum over ranks of what `load_balance_loss` returns equals the loss of the whole
+batch in one process, and so do its gradients. The count of tokens per expert carries no gradient, which is why no
+collective is needed in the backward pass.
 Source: Switch Transformer (arXiv 2101.03961) equations 4-6; ST-MoE (arXiv 2202.08906) equation 5 for the z-loss.
 """
 

@@ -56,15 +56,18 @@ class AllToAllDispatch(MOELayer):
     def __init__(
         self, moe: MoE, gate: MatryoshkaGate, capacity_factor: float | None, min_capacity: int, drop_policy: str
     ) -> None:
-        super().__init__(
-            gate, moe.deepspeed_moe.experts, moe.expert_group_name, moe.ep_size, moe.num_local_experts
-        )
+        super().__init__(gate, moe.deepspeed_moe.experts, moe.expert_group_name, moe.ep_size, moe.num_local_experts)
         self.num_experts = moe.num_experts
         self.capacity_factor, self.min_capacity, self.drop_policy = capacity_factor, min_capacity, drop_policy
         self.dp_group: dist.ProcessGroup | None = None
         self.routing: Routing | None = None
         self.counts_RE: Tensor | None = None
         self.kept_TK: Tensor | None = None
+
+    def latest(self) -> tuple[Routing, Tensor]:
+        """Routing of the latest forward pass, and which routes got a slot, bool [T, K]."""
+        assert self.routing is not None and self.kept_TK is not None, "needs a forward pass first"
+        return self.routing, self.kept_TK
 
     def _gather_counts(self, counts_E: Tensor) -> Tensor:
         """[E] -> [R, E]: every data-parallel rank's count of tokens per expert, followed by its number of tokens."""
@@ -184,7 +187,7 @@ class ExpertParallelMoME(MoE):
         valid_T = None if valid is None else valid.reshape(-1)
         output_TH = self.deepspeed_moe(hidden_TH, valid_T)
         if self.training:
-            self.statistics.add(self.deepspeed_moe.routing, self.deepspeed_moe.kept_TK)
+            self.statistics.add(*self.deepspeed_moe.latest())
         if self.shared is not None:
             activations = self.shared.activations(hidden_TH.float())
             shared_TH = self.shared.combine(activations, torch.ones_like(activations[..., 0]))

@@ -31,8 +31,10 @@ class Bottleneck(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """N bottleneck experts as stacked tensors: ``down_weight`` [N, b, H], ``down_bias`` [N, b], ``up_weight`` [N, H, b],
-    ``up_bias`` [N, H]. This is also the layout-free form in which experts are saved."""
+    """N bottleneck experts as stacked tensors; also the layout-free form in which experts are saved.
+
+    ``down_weight`` [N, b, H], ``down_bias`` [N, b], ``up_weight`` [N, H, b], ``up_bias`` [N, H], all fp32.
+    """
 
     def __init__(self, experts: int, hidden_size: int, bottleneck: int) -> None:
         super().__init__()

@@ -29,13 +29,13 @@ def install() -> None:
     # Tensor-parallel mappings and pipeline receive buffers are allocated on the current CUDA device.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # The pipeline synchronises the device after exchanging shapes of variable-length microbatches.
-    torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
     # The schedules count tokens in a tensor created with device="cuda".
-    _schedules().torch = _TorchOnCPU()  # type: ignore[attr-defined]
+    _schedules().torch = _TorchOnCPU()
     # The random-number tracker saves and restores the state of the CUDA generator.
     from megatron.core.tensor_parallel import random as megatron_random
 
-    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)

@@ -77,13 +77,15 @@ class Layout:
         """
         for what, value in (("vocabulary entries", shape.vocabulary), ("feed-forward units", shape.ffn_size)):
             if value % self.tp:
-                raise UserError(f"parallel.tp={self.tp} does not divide the LLM's {value} {what}: {self._tp_choices(shape)}")
+                raise UserError(
+                    f"parallel.tp={self.tp} does not divide the LLM's {value} {what}: {self._tp_choices(shape)}"
+                )
         if shape.kv_heads % self.tp and not pad_heads:
             padded = shape.with_padded_heads(self.tp)
             raise UserError(
                 f"parallel.tp={self.tp} does not divide the LLM's {shape.heads} attention heads in {shape.kv_heads} "
-                f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with {padded.heads} "
-                "heads, the added ones zero."
+                f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with "
+                f"{padded.heads} heads, the added ones zero."
             )
         layers = shape.layers
         if self.pp > layers:

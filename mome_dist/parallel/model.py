@@ -147,5 +147,6 @@ def rank_writes(parameter: nn.Parameter) -> bool:
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return False
     if is_moe_param(parameter):
-        return torch.distributed.get_rank(groups._get_expert_data_parallel_group(parameter.group_name)) == 0
+        name = getattr(parameter, "group_name")  # noqa: B009  DeepSpeed adds it
+        return torch.distributed.get_rank(groups._get_expert_data_parallel_group(name)) == 0
     return parallel_state.get_data_parallel_rank() == 0

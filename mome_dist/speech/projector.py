@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Projectors(nn.Module):
 
     def supports(self, stream: str, rate: int) -> bool:
         """Whether this stream can be projected at this rate."""
-        return stream in self.streams and self._key(rate) in self.streams[stream]
+        return stream in self.streams and self._key(rate) in cast(nn.ModuleDict, self.streams[stream])
 
     @torch.no_grad()
     def initialize(self, seed: int, embedding_scale: float) -> None:
@@ -88,4 +89,4 @@ class Projectors(nn.Module):
             fp32 [sum of compressed lengths, H], clips one after the other.
         """
         tokens = torch.cat([compress(clip.float(), rate, self.compression) for clip in features])
-        return self.streams[stream][self._key(rate)](tokens)
+        return cast(nn.ModuleDict, self.streams[stream])[self._key(rate)](tokens)

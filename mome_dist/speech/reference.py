@@ -8,12 +8,13 @@ layout-free names of checkpoints (``projectors.*``, ``mome.N.*``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
@@ -22,9 +23,9 @@ from mome_dist.speech.sequence import AUDIO, VIDEO, TokenBatch
 from mome_dist.speech.views import View
 
 
-def _attach(layer: nn.Module, placement: str, mome: LocalMoME) -> None:
+def _attach(layer: LlamaDecoderLayer, placement: str, mome: LocalMoME) -> None:
     """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook."""
-    target = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}[placement]
+    targets: dict[str, nn.Module] = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}
 
     def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -32,7 +33,7 @@ def _attach(layer: nn.Module, placement: str, mome: LocalMoME) -> None:
             return output[0] + mome(hidden), *output[1:]
         return output + mome(hidden)
 
-    target.register_forward_hook(add, with_kwargs=True)
+    targets[placement].register_forward_hook(add, with_kwargs=True)
 
 
 class MoMESpeechLM(nn.Module):
@@ -50,8 +51,8 @@ class MoMESpeechLM(nn.Module):
         self.projectors = projectors
         hidden_size = llm.config.hidden_size
         self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
-        for layer, mome in zip(llm.model.layers, self.mome, strict=True):
-            _attach(layer, placement, mome)
+        for layer, mome in zip(llm.model.layers, self.momes, strict=True):
+            _attach(cast(LlamaDecoderLayer, layer), placement, mome)
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -60,13 +61,20 @@ class MoMESpeechLM(nn.Module):
         """The frozen LLM."""
         return self._llm[0]
 
+    @property
+    def momes(self) -> list[LocalMoME]:
+        """The MoME modules, first layer first."""
+        return cast(list[LocalMoME], list(self.mome))
+
     def initialize(self, seed: int, embedding_scale: float) -> None:
         """The same initial values as every parallel layout."""
         self.projectors.initialize(seed, embedding_scale)
-        for number, mome in enumerate(self.mome):
+        for number, mome in enumerate(self.momes):
             mome.initialize(f"mome.{number}", seed)
 
-    def _insert(self, embedded_NH: Tensor, view: View, clips: dict[str, Sequence[Tensor]], at: dict[str, Tensor]) -> Tensor:
+    def _insert(
+        self, embedded_NH: Tensor, view: View, clips: dict[str, Sequence[Tensor]], at: dict[str, Tensor]
+    ) -> Tensor:
         for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)):
             if rate is not None:
                 speech = self.projectors(stream, clips[stream], rate).to(embedded_NH.dtype)
@@ -90,7 +98,7 @@ class MoMESpeechLM(nn.Module):
         """Mean over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""
         valid_T, losses = valid_BS.flatten(), []
         tokens = valid_T.sum()
-        for mome in self.mome:
+        for mome in self.momes:
             assert mome.last_routing is not None
             routing = mome.last_routing.restricted_to(valid_T)
             counts_E = routing.selected_TE().sum(dim=0)

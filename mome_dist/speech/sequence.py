@@ -1,7 +1,7 @@
 """The token sequence that the LLM sees, and its batches with length masks.
 
-``<bos> <audio> A.. </audio> <video> V.. </video> prompt text <eos>``; streams that a task does not use are left out. The
-loss is on the text and the final ``<eos>`` only; padding is never a target and never attended to.
+``<bos> <audio> A.. </audio> <video> V.. </video> prompt text <eos>``; streams that a task does not use are left out.
+The loss is on the text and the final ``<eos>`` only; padding is never a target and never attended to.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class TokenBatch:
 
 
 def collate(examples: Sequence[Example]) -> TokenBatch:
-    """Pad a batch of examples on the right. The last token of a sequence is only ever a label, so it is not an input."""
+    """Pad a batch of examples on the right; the last token of a sequence is only ever a label, so it is no input."""
     inputs = [example.ids[:-1] for example in examples]
     length, batch = max(map(len, inputs)), len(inputs)
     ids_BS = torch.zeros(batch, length, dtype=torch.int64)

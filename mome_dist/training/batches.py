@@ -67,7 +67,9 @@ class BatchBuilder:
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
         chunks = share_of_rank(batch, self._accumulation, self._dp_rank, self._dp_size)
-        microbatches = [self.microbatch([self._utterances[i] for i in chunk], view) for view in views for chunk in chunks]
+        microbatches = [
+            self.microbatch([self._utterances[i] for i in chunk], view) for view in views for chunk in chunks
+        ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
 

@@ -41,7 +41,7 @@ TASK_SHARES = {"asr": 0.4, "vsr": 0.4, "avsr": 0.2}
 class CopySettings:
     """How to pre-train: steps, rows a step over all ranks, AdamW's values, and the seed of everything."""
 
-    steps: int = 300
+    steps: int = 250
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01

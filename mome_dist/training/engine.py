@@ -1,8 +1,8 @@
 """The coupling: Megatron-Core's schedule computes gradients, a DeepSpeed engine reduces them and steps.
 
-The engine is given the trainable modules only. Gradients are accumulated on the bare model by the pipeline schedule; the
-engine then averages shared parameters over data-parallel ranks and experts over the ranks that hold the same experts,
-clips by the global norm, and steps the (ZeRO-partitioned) optimiser. Trainable parameters are fp32 throughout.
+The engine is given the trainable modules only. Gradients are accumulated on the bare model by the pipeline schedule;
+the engine then averages shared parameters over data-parallel ranks and experts over the ranks that hold the same
+experts, clips by the global norm, and steps the (ZeRO-partitioned) optimiser. Trainable parameters are fp32 throughout.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
 
     ZeRO sums the gradient norm over pipeline stages group by group, so every stage must have the same groups.
     """
-    return split_params_into_different_moe_groups_for_optimizer({"name": "shared", "params": list(modules.parameters())})
+    return split_params_into_different_moe_groups_for_optimizer(
+        {"name": "shared", "params": list(modules.parameters())}
+    )
 
 
 class Engine:
@@ -74,7 +76,9 @@ class Engine:
             # Without ZeRO, DeepSpeed's norm leaves out other pipeline stages and expert ranks: see `_clip`.
             "gradient_clipping": config.gradient_clipping if self.zero_stage else 0.0,
         }
-        self.deepspeed, *_ = deepspeed.initialize(model=modules, optimizer=optimizer, config=settings, mpu=MegatronMPU())
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=modules, optimizer=optimizer, config=settings, mpu=MegatronMPU()
+        )
         self.gradient_norm = 0.0
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -113,7 +117,9 @@ class Engine:
             return safe_get_full_optimizer_state(parameter, name)
         return self.deepspeed.optimizer.state[parameter][name].detach()
 
-    def set_moments(self, parameters: Sequence[nn.Parameter], moments: Mapping[str, Sequence[Tensor]], step: int) -> None:
+    def set_moments(
+        self, parameters: Sequence[nn.Parameter], moments: Mapping[str, Sequence[Tensor]], step: int
+    ) -> None:
         """Continue from running averages after ``step`` steps: each name has one whole tensor a parameter."""
         zero = self.deepspeed.optimizer
         optimizer = zero.optimizer if self.zero_stage else zero
@@ -159,5 +165,5 @@ class Engine:
 
 
 def _expert_group(modules: nn.Module) -> dist.ProcessGroup:
-    name = next(parameter.group_name for parameter in modules.parameters() if is_moe_param(parameter))
-    return deepspeed_groups._get_expert_parallel_group(name)
+    expert = next(parameter for parameter in modules.parameters() if is_moe_param(parameter))
+    return deepspeed_groups._get_expert_parallel_group(getattr(expert, "group_name"))  # noqa: B009  DeepSpeed adds it

@@ -129,8 +129,8 @@ def _check_finite(result: StepLosses, step: int) -> None:
     if not math.isfinite(result.loss):
         by_view = ", ".join(f"{view} {loss}" for view, loss in result.by_view.items())
         raise UserError(
-            f"the loss of step {step + 1} is not finite ({by_view}): lower optimizer.learning_rate, or look at the data of "
-            "this step; the newest checkpoint is whole."
+            f"the loss of step {step + 1} is not finite ({by_view}): lower optimizer.learning_rate, or look at the "
+            "data of this step; the newest checkpoint is whole."
         )
 
 

@@ -6,7 +6,6 @@ Only rank 0 writes; every number it is given is already reduced over all ranks.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def _keep_until(path: Path, step: int) -> None:
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(f"{line}\n" for line in kept) if step else "")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def _start_wandb(config: RunConfig) -> Any:
@@ -112,6 +111,7 @@ def _start_wandb(config: RunConfig) -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "training.wandb_project is set, but wandb is not installed: pip install 'mome_dist[wandb]', or set it to null."
+            "training.wandb_project is set, but wandb is not installed: pip install 'mome_dist[wandb]', or set it to "
+            "null."
         ) from error
     return wandb.init(project=config.training.wandb_project, name=config.name, dir=config.output_dir, resume="allow")

@@ -33,7 +33,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _worker(function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple[Any, ...]) -> None:
+def _worker(
+    function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -60,7 +62,9 @@ def run_world(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     """
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), free_port()
-    workers = [context.Process(target=_worker, args=(function, rank, world, port, queue, args)) for rank in range(world)]
+    workers = [
+        context.Process(target=_worker, args=(function, rank, world, port, queue, args)) for rank in range(world)
+    ]
     for worker in workers:
         worker.start()
     gathered: dict[int, Any] = {}
