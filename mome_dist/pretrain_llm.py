@@ -1,6 +1,6 @@
 """Command: pre-train the tiny LLM on the texts of a corpus.
 
-    python -m mome_dist.pretrain_llm --corpus DIR --out DIR [--steps 300] [--batch-size 64] [--seed 0]
+    python -m mome_dist.pretrain_llm --corpus DIR --out DIR [--steps 250] [--batch-size 32] [--seed 0]
 
 Runs alone or, started by a launcher, on several processes that train one model together. Does nothing when ``--out``
 already holds an LLM made with the same settings from the same corpus. ``--out`` becomes a plain Hugging Face directory.
