@@ -1,0 +1,1 @@
+"""Decoding, word error rates, expert activations and reports of finished runs."""

@@ -1,0 +1,49 @@
+"""Parameter counts in closed form.
+
+Sources: MoME (arXiv 2510.04136), Llama-AVSR (arXiv 2409.12319). The published figures come out: at Llama 3.2-3B
+(H 3072, 28 layers, key-value width 1024) MoME-23/4 has 12.7 million active parameters, and LoRA of rank 96 on Q and V
+has 27.5 million.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ParameterCount(NamedTuple):
+    """Parameters that one token passes through, and all parameters that are kept and trained."""
+
+    active: int
+    total: int
+
+
+def expert_parameters(hidden_size: int, bottleneck: int) -> int:
+    """Weights and biases of one expert, ``Linear(H -> b)`` and ``Linear(b -> H)``."""
+    return 2 * hidden_size * bottleneck + bottleneck + hidden_size
+
+
+def active_and_total_parameters(
+    hidden_size: int, layers: int, routed_experts: int, top_k: int, shared_experts: int, bottleneck: int
+) -> ParameterCount:
+    """Parameters of the MoME modules of a model, routers included.
+
+    Args:
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
+        layers: LLM layers; each has one module.
+    """
+    expert = expert_parameters(hidden_size, bottleneck)
+    router = hidden_size * routed_experts
+    return ParameterCount(
+        active=layers * ((top_k + shared_experts) * expert + router),
+        total=layers * ((routed_experts + shared_experts) * expert + router),
+    )
+
+
+def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:
+    """Parameters of rank-``rank`` LoRA on the query and value projections of every layer.
+
+    Args:
+        query_width: heads times head size (the hidden size in most Llamas).
+        value_width: key-value heads times head size.
+    """
+    return layers * rank * ((hidden_size + query_width) + (hidden_size + value_width))

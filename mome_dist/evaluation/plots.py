@@ -1,0 +1,160 @@
+"""Figures of training and accuracy: losses, word error rates, expert load.
+
+Each function takes data and returns a matplotlib figure; nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mome_dist.evaluation.style import FAINT, INK, LINE_STYLES, MUTED, TASK_COLORS, grid, styled, view_colors
+from mome_dist.evaluation.telemetry import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
+
+_BASELINES: tuple[tuple[str, Literal["-", ":"], str], ...] = (
+    ("chance_wer", "-", "chance (shuffled speech)"),
+    ("untrained_wer", ":", "untrained model"),
+)
+
+
+def _loss_axis(axes: Axes, title: str) -> None:
+    axes.set(title=title, xlabel="optimiser step", ylabel="cross-entropy [nats per token]", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    grid(axes)
+
+
+def loss_figure(log: TrainingLog) -> Figure:
+    """Training loss, raw and smoothed, with validation: all views together on the left, one by one on the right."""
+    with styled():
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        whole, by_view = figure.subplots(1, 2, sharey=True)
+        steps, losses = log.series("loss")
+        window = max(3, len(losses) // 25)
+        whole.plot(steps, losses, color=FAINT, linewidth=0.8, label="each step")
+        whole.plot(steps, smoothed(losses, window), color=INK, label=f"mean of {window} steps")
+        at, validation = log.validation_series(None)
+        if len(at):
+            whole.plot(at, validation, "o-", color="#b2182b", markersize=4, linewidth=1, label="validation")
+        _loss_axis(whole, "Mean over views")
+        whole.legend()
+
+        views = log.views()
+        styles = _line_styles(views)
+        for view, color in view_colors(views).items():
+            steps, losses = log.view_series(view)
+            if len(losses):
+                line = smoothed(losses, max(3, len(losses) // 15))
+                by_view.plot(steps, line, color=color, linestyle=styles[view], linewidth=1.3, label=view)
+            at, validation = log.validation_series(view)
+            by_view.plot(at, validation, "o", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+        _loss_axis(by_view, "Each view (dots: validation)")
+        by_view.set_ylabel("")
+        if views:
+            by_view.legend(ncols=1 + len(views) // 8)
+        return figure
+
+
+def _line_styles(views: Sequence[str]) -> dict[str, str]:
+    """Within a task, views differ by stroke as well as by tint."""
+    seen: dict[str, int] = {}
+    styles = {}
+    for view in views:
+        task = view.split("(")[0]
+        styles[view] = LINE_STYLES[seen.get(task, 0) % len(LINE_STYLES)]
+        seen[task] = seen.get(task, 0) + 1
+    return styles
+
+
+def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
+    """Word error rate of every view, a panel a task, with the baselines as marks.
+
+    Args:
+        views: of ``results.json``.
+    """
+    tasks = [task for task in TASK_COLORS if any(view["task"] == task for view in views)]
+    by_task = {task: [view for view in views if view["task"] == task] for task in tasks}
+    top = max([5.0, *(view["wer"] for view in views)])
+    baselines = [view[key] for view in views for key in ("chance_wer", "untrained_wer") if view[key] is not None]
+    # A model that babbles exceeds 100 %; its mark is kept at the edge and its number in the table.
+    limit = 1.12 * max(top, min(max(baselines, default=0.0), 110.0))
+    with styled():
+        figure = Figure(figsize=(max(5.5, 1.6 + 0.85 * len(views)), 3.8), layout="constrained")
+        widths = [max(len(by_task[task]), 2) for task in tasks]
+        panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False, width_ratios=widths)[0]
+        for axes, task in zip(panels, tasks, strict=True):
+            entries = by_task[task]
+            places = np.arange(len(entries))
+            bars = axes.bar(places, [view["wer"] for view in entries], 0.62, color=TASK_COLORS[task])
+            axes.bar_label(bars, labels=[f"{view['wer']:.1f}" for view in entries], padding=2, color=INK, fontsize=8)
+            for place, view in zip(places, entries, strict=True):
+                for key, style, _ in _BASELINES:
+                    if view[key] is not None:
+                        height = min(view[key], limit * 0.985)
+                        axes.hlines(height, place - 0.38, place + 0.38, colors=INK, linestyles=style, linewidth=1.4)
+            axes.set_xticks(places, [view["rates"] + ("" if view["trained"] else "*") for view in entries])
+            axes.set_xlim(-0.6, max(len(entries), 2) - 0.4)
+            axes.set_ylim(0, limit)
+            what = {"asr": "audio rate", "vsr": "video rate", "avsr": "(audio, video) rates"}[task]
+            axes.set(title=task.upper(), xlabel=f"{what} [frames per token]")
+            grid(axes)
+        panels[0].set_ylabel("word error rate [%]")
+        handles = [
+            Line2D([], [], color=INK, linestyle=style, linewidth=1.4, label=label)
+            for key, style, label in _BASELINES
+            if any(view[key] is not None for view in views)
+        ]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower right", ncols=2)
+        return figure
+
+
+def _band(axes: Axes, steps: Any, values: Floats, color: str, label: str) -> None:
+    """Mean over layers as a line, range over layers as a band: values [N, layers]."""
+    axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.18, linewidth=0)
+    axes.plot(steps, values.mean(axis=1), color=color, marker="o" if len(steps) < 3 else None)
+    axes.set(title=label, xlabel="optimiser step")
+    grid(axes)
+
+
+def load_figure(log: RoutingLog) -> Figure:
+    """Balance between experts and routes dropped for capacity: over training (top), by layer at its end (bottom)."""
+    layers, experts = log.asked.shape[1:]
+    last = slice(-max(1, len(log.steps) // 4), None)
+    asked, dropped = log.asked[last].sum(0), log.dropped[last].sum(0)
+    figures: list[tuple[str, str, Floats, Floats, str]] = [
+        ("Busiest expert / mean", "load ratio", imbalance(log.asked), imbalance(asked), "#7a4fa3"),
+        (
+            "Entropy of the load / log E",
+            "fraction",
+            normalized_entropy(log.asked),
+            normalized_entropy(asked),
+            "#2a7f8e",
+        ),
+        ("Dropped routes", "%", log.drop_rate(), 100 * dropped.sum(-1) / np.maximum(asked.sum(-1), 1), "#b2182b"),
+    ]
+    limits = [(1.0, None), (None, 1.005), (0.0, None)]
+    with styled():
+        figure = Figure(figsize=(10, 5.4), layout="constrained")
+        grid_of_axes = figure.subplots(2, 3, sharey="col")
+        for column, (title, unit, over_training, by_layer, color) in enumerate(figures):
+            top, bottom = grid_of_axes[:, column]
+            _band(top, log.steps, over_training, color, title)
+            bottom.plot(np.arange(layers), by_layer, "o-", color=color, markersize=3.5, linewidth=1)
+            bottom.set(title=f"by layer, steps {log.steps[last][0]}-{log.steps[-1]}", xlabel="layer")
+            bottom.xaxis.get_major_locator().set_params(integer=True)
+            grid(bottom)
+            for axes in (top, bottom):
+                axes.set_ylabel(f"{title.lower()} [{unit}]" if unit == "%" else title.lower())
+            low, high = limits[column]
+            highest = np.nanmax([np.nanmax(over_training), np.nanmax(by_layer)])
+            top.set_ylim(low, high if high is not None else max(1.08 * float(highest), (low or 0) + 1.0))
+        figure.supxlabel(
+            f"line: mean of {layers} layers, band: their range; {experts} experts", fontsize=8, color=MUTED, ha="center"
+        )
+        return figure

@@ -1,0 +1,239 @@
+"""A run as one Markdown page with figures: what was trained, how it went, how well it recognises, what its experts do.
+
+Everything comes from the files of the run directory. What is not there yet is named, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mome_dist.config.load import load_saved_config
+from mome_dist.config.schema import RunConfig
+from mome_dist.errors import UserError
+from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
+from mome_dist.evaluation.activations import Activations
+from mome_dist.evaluation.arithmetic import active_and_total_parameters
+from mome_dist.evaluation.files import write_text
+from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
+from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, markdown_table, read_results
+from mome_dist.evaluation.style import save_figure
+from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog
+from mome_dist.llm.shape import LLMShape
+
+REPORT = "report.md"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory holds; None for what is not there (yet)."""
+
+    directory: Path
+    config: RunConfig
+    log: TrainingLog
+    routing: RoutingLog | None
+    results: Mapping[str, Any] | None
+    activations: Activations | None
+
+    @classmethod
+    def read(cls, directory: Path) -> RunFiles:
+        """Read a run directory. Raises UserError if it is none, or a file in it is damaged."""
+        if not (directory / "config.yaml").is_file():
+            raise UserError(
+                f"run={directory}: no config.yaml there; give the directory of a run, such as runs/quickstart."
+            )
+        evaluation = directory / "evaluation"
+        results, activations = evaluation / RESULTS, evaluation / ACTIVATIONS
+        return cls(
+            directory,
+            load_saved_config(directory / "config.yaml"),
+            TrainingLog.read(directory / "metrics.jsonl"),
+            RoutingLog.read(directory / "routing.jsonl"),
+            read_results(results) if results.is_file() else None,
+            Activations.load(activations) if activations.is_file() else None,
+        )
+
+
+def write_report(directory: Path) -> Path:
+    """Write ``report/report.md`` and its figures into a run directory; figures of an older report are replaced.
+
+    Raises:
+        UserError: not a run directory, or a damaged file.
+    """
+    files = RunFiles.read(directory)
+    out = directory / "report"
+    sections = [f"# {files.config.name}\n", _summary(files), *_losses(files, out), *_recognition(files, out)]
+    sections += [*_activations(files, out), *_load(files, out)]
+    write_text(out / REPORT, "\n".join(sections))
+    return out / REPORT
+
+
+def _summary(files: RunFiles) -> str:
+    config, mome, task = files.config, files.config.mome, files.config.task
+    layout = config.parallel
+    rows = [
+        ("frozen LLM", f"{Path(config.llm.path).name}, {config.llm.precision}"),
+        ("frozen encoders", ", ".join(_encoders(config)) or "-"),
+        (
+            "MoME",
+            f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared, "
+            f"bottleneck {mome.bottleneck}",
+        ),
+        ("MoME parameters", _parameters(files)),
+        ("projectors", _projectors(files)),
+        ("tasks and rates", "; ".join(_rates(config))),
+        ("views per step", "all" if task.views_per_step is None else str(task.views_per_step)),
+        (
+            "optimiser",
+            f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
+            f"batch {config.data.batch_size}",
+        ),
+        ("layout", f"tensor {layout.tp}, pipeline {layout.pp}, expert {layout.ep}; {config.deepspeed.file}"),
+        ("seed", str(config.seed)),
+        *_progress(files),
+    ]
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + "\n"
+
+
+def _encoders(config: RunConfig) -> list[str]:
+    tasks, names = set(config.task.tasks), []
+    if tasks & {"asr", "avsr"}:
+        names.append(f"{Path(config.audio_encoder.path).name} (audio, padded to {config.audio_encoder.padding})")
+    if tasks & {"vsr", "avsr"}:
+        names.append(f"{Path(config.video_encoder.path).name} (video)")
+    return names
+
+
+def _rates(config: RunConfig) -> list[str]:
+    task = config.task
+    lists = {
+        "asr": f"audio {task.asr_audio_rates}",
+        "vsr": f"video {task.vsr_video_rates}",
+        "avsr": f"audio {task.avsr_audio_rates} x video {task.avsr_video_rates}",
+    }
+    return [f"{name.upper()} {lists[name]}" for name in lists if name in task.tasks]
+
+
+def _parameters(files: RunFiles) -> str:
+    """Counts in closed form, from the LLM's config.json."""
+    mome = files.config.mome
+    try:
+        shape = LLMShape.from_directory(files.config.llm.path)
+    except UserError:
+        return f"unknown: the LLM is not at {files.config.llm.path}"
+    count = active_and_total_parameters(
+        shape.hidden_size, shape.layers, mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck
+    )
+    return f"{count.active:,} active per token, {count.total:,} trained"
+
+
+def _projectors(files: RunFiles) -> str:
+    projector = files.config.projector
+    sharing = "one a rate" if projector.per_rate else "shared by all rates"
+    text = f"hidden {projector.hidden_size}, {projector.compression}, {sharing}"
+    counted = (files.results or {}).get("trainable_parameters", {}).get("projectors")
+    return text if counted is None else f"{counted:,} trained; {text}"
+
+
+def _progress(files: RunFiles) -> list[tuple[str, str]]:
+    log = files.log
+    if not log.steps:
+        return [("training", "not started")]
+    steps, losses = log.series("loss")
+    rows = [
+        (
+            "training",
+            f"step {int(steps[-1])} of {files.config.training.steps}, loss {losses[0]:.3f} to {losses[-1]:.3f}",
+        )
+    ]
+    seconds = log.series("seconds")[1]
+    speeds = log.series("tokens_per_second")[1]
+    if len(seconds):
+        rows.append(("time in steps", f"{seconds.sum():.0f} s, {np.median(seconds):.2f} s a step (median)"))
+    if len(speeds):
+        rows.append(("throughput", f"{np.median(speeds):,.0f} tokens/s (median)"))
+    at, validation = log.validation_series(None)
+    if len(at):
+        best = int(np.argmin(validation))
+        rows.append(
+            (
+                "validation loss",
+                f"{validation[-1]:.3f} at the end, {validation[best]:.3f} at step {int(at[best])} (best)",
+            )
+        )
+    return rows
+
+
+def _figure(out: Path, name: str, figure: Any, title: str, reading: str) -> str:
+    save_figure(figure, out / name)
+    return f"![{title}]({name})\n\n{reading}\n"
+
+
+def _losses(files: RunFiles, out: Path) -> Sequence[str]:
+    if not files.log.steps:
+        return ["## Training\n", "No `metrics.jsonl` in the run yet: train it with `python -m mome_dist.train`.\n"]
+    reading = (
+        "How to read it: cross-entropy on text and end tokens, on a logarithmic axis; a dot far above its line is "
+        "overfitting, a view whose line lies above the others is the hard one."
+    )
+    return ["## Training\n", _figure(out, "loss.png", loss_figure(files.log), "Losses", reading)]
+
+
+def _evaluate_command(files: RunFiles) -> str:
+    return f"`python -m mome_dist.evaluate checkpoint={files.directory} baselines=[chance,untrained]`"
+
+
+def _recognition(files: RunFiles, out: Path) -> Sequence[str]:
+    if files.results is None:
+        return ["## Word error rates\n", f"Not evaluated yet: run {_evaluate_command(files)}.\n"]
+    results = files.results
+    decoding = results["decoding"]
+    text = (
+        f"Step {results['step']}, {results['split']} split of {results['corpus']}: {results['utterances']} utterances, "
+        f"{results['speech_seconds']:.0f} s; beams {decoding['num_beams']}, at most {decoding['max_new_tokens']} new "
+        f"tokens; texts compared in {results['normalizer']}.\n"
+    )
+    reading = (
+        "How to read it: bars are the trained model, one set of weights at every rate; coarser rates are cheaper. A "
+        "bar near its chance line has not learned to use that stream."
+    )
+    figure = _figure(out, "wer.png", wer_figure(results["views"]), "Word error rates", reading)
+    return ["## Word error rates\n", text, markdown_table(results["views"]), figure]
+
+
+def _activations(files: RunFiles, out: Path) -> Sequence[str]:
+    if files.activations is None:
+        return ["## Expert activations\n", f"Not recorded yet: run {_evaluate_command(files)}.\n"]
+    activations = files.activations
+    sections = [
+        "## Expert activations\n",
+        "Choices of the shared router on the speech and prompt tokens of the evaluated utterances. How to read the "
+        "maps: a row is an LLM layer, a column of cells an expert; dark cells are experts that most tokens of that modality "
+        "choose. Maps that look alike from rate to rate mean that the router knows a sound at any compression.\n",
+    ]
+    for task in tasks_of(activations):
+        figure = heat_map_figure(activations, task)
+        save_figure(figure, out / f"activations_{task}.png")
+        sections.append(f"![Expert activations, {task.upper()}](activations_{task}.png)\n")
+    reading = (
+        "How to read it: 1 means that two kinds of tokens spread over the experts alike, 0 that they share none. Rate "
+        "against rate should lie well above the dashed line, which compares audio with video."
+    )
+    figure = consistency_figure(activations)
+    return [*sections, "## Consistency across rates\n", _figure(out, "consistency.png", figure, "Consistency", reading)]
+
+
+def _load(files: RunFiles, out: Path) -> Sequence[str]:
+    title = "## Expert load\n"
+    if files.routing is None:
+        return [title, "No `routing.jsonl` in the run yet: training writes it.\n"]
+    reading = (
+        "How to read it: 1 on the left and in the middle is perfect balance; one expert doing everything would be the "
+        "number of experts on the left and 0 in the middle. Dropped routes are those beyond an expert's capacity in "
+        "training; evaluation never drops."
+    )
+    return [title, _figure(out, "load.png", load_figure(files.routing), "Expert load", reading)]

@@ -1,0 +1,108 @@
+"""What an evaluation is asked to do, as ``key=value`` arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mome_dist.errors import UserError
+from mome_dist.speech.views import View
+
+BASELINES = ("chance", "untrained")
+_VIEW = re.compile(r"(asr|vsr|avsr)\((\d+)(?:,(\d+))?\)")
+
+Request = TypeVar("Request")
+
+
+@dataclass
+class EvaluationRequest:
+    """Arguments of ``mome_dist.evaluate``; None means: as the run's own configuration has it.
+
+    Attributes:
+        checkpoint: run directory (its latest checkpoint) or one checkpoint directory.
+        rates: views such as ``asr(4)`` and ``avsr(16,5)``; None for those that were trained.
+        split: of the corpus.
+        corpus: another corpus than the one of the training.
+        baselines: of "chance" (speech shuffled among utterances) and "untrained" (the model before training).
+        limit: only so many utterances, from the start of the split.
+        num_beams, max_new_tokens, batch_size: of decoding.
+        output: directory of the results; None for ``evaluation/`` in the run directory.
+        seed: of the shuffle of the chance baseline.
+        timeout_seconds: after which a rank that waits for a lost one gives up.
+    """
+
+    checkpoint: str = ""
+    rates: Any = None
+    split: str | None = None
+    corpus: str | None = None
+    baselines: list[str] = field(default_factory=list)
+    limit: int | None = None
+    num_beams: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    output: str | None = None
+    seed: int = 0
+    timeout_seconds: int = 1800
+
+
+def parse_request(kind: type[Request], arguments: Sequence[str]) -> Request:
+    """Fill a dataclass from ``key=value`` arguments.
+
+    Raises:
+        UserError: an argument without ``=``, an unknown key, or a value of the wrong type.
+    """
+    schema = OmegaConf.structured(kind)
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is not of the form key=value; keys: {', '.join(schema)}.")
+        if key not in schema:
+            raise UserError(f"unknown key {key!r}; choose one of {', '.join(schema)}.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def parse_views(value: Any) -> list[View]:
+    """Views from ``[asr(4),avsr(16,5)]``, which YAML has cut at every comma, or from one string.
+
+    Raises:
+        UserError: anything that is not ``asr(A)``, ``vsr(V)`` or ``avsr(A,V)``, or a rate of zero.
+    """
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text.replace(" ", "")
+    views: list[View] = []
+    position = 0
+    while position < len(text):
+        match = _VIEW.match(text, position)
+        end = len(text) if match is None else match.end()
+        if match is None or text[end : end + 1] not in ("", ","):
+            raise UserError(f"rates={text}: write views as asr(4), vsr(2) or avsr(4,2), separated by commas.")
+        views.append(_view(match.group(0), match.group(1), int(match.group(2)), match.group(3)))
+        position = end + 1
+    if not views:
+        raise UserError("rates is empty: name views such as asr(4), or leave it out for all trained ones.")
+    return list(dict.fromkeys(views))
+
+
+def _view(text: str, task: str, first: int, second: str | None) -> View:
+    if (task == "avsr") != (second is not None):
+        raise UserError(f"rates: {text} is no view; asr and vsr take one rate, avsr an audio and a video rate.")
+    if first < 1 or (second is not None and int(second) < 1):
+        raise UserError(f"rates: {text} is no view; a rate is the number of frames per token, at least 1.")
+    if task == "avsr":
+        return View(task, first, int(second or 0))
+    return View(task, first, None) if task == "asr" else View(task, None, first)
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raise UserError for a baseline that there is not."""
+    for name in names:
+        if name not in BASELINES:
+            raise UserError(f"baselines: {name!r} is unknown; choose from {', '.join(BASELINES)}.")

@@ -1,0 +1,142 @@
+"""Reading what a run logged, and figures of expert load.
+
+``metrics.jsonl`` and ``routing.jsonl`` grow while a run trains. A run that was killed may leave half a line at the end,
+and one that resumed writes some steps again: the later record of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; an absent file has none, lines that are no object are left out with a warning."""
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif line.strip():
+            logger.warning("%s:%d is no record of a step and is left out.", path, number)
+    return records
+
+
+def _by_step(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One record a step, in order of steps. A resume goes back to its checkpoint: what the lost part of the run had
+    logged after that did not happen."""
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """The lines of ``metrics.jsonl``: ``steps`` of training and ``validations``, each in order of steps."""
+
+    steps: list[Mapping[str, Any]]
+    validations: list[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingLog:
+        """Read the file; an absent one is an empty log."""
+        records = read_jsonl(path)
+        return cls(
+            _by_step([record for record in records if "loss" in record]),
+            _by_step([record for record in records if "validation" in record]),
+        )
+
+    def series(self, key: str) -> tuple[Floats, Floats]:
+        """Steps and values of one number, such as "loss"."""
+        pairs = [(record["step"], record[key]) for record in self.steps if record.get(key) is not None]
+        return _columns(pairs)
+
+    def views(self) -> list[str]:
+        """Names of the views in the log, in the order of their appearance."""
+        names = [name for record in self.steps for name in record.get("views", {})]
+        names += [name for record in self.validations for name in record["validation"]]
+        return list(dict.fromkeys(names))
+
+    def view_series(self, view: str) -> tuple[Floats, Floats]:
+        """Steps and training losses of a view; steps that did not draw it are absent."""
+        return _columns([(r["step"], r["views"][view]) for r in self.steps if view in r.get("views", {})])
+
+    def validation_series(self, view: str | None) -> tuple[Floats, Floats]:
+        """Steps and validation losses of a view, or of the mean over views for None."""
+        pairs = []
+        for record in self.validations:
+            losses = record["validation"]
+            if view is None and losses:
+                pairs.append((record["step"], float(np.mean(list(losses.values())))))
+            elif view in losses:
+                pairs.append((record["step"], losses[view]))
+        return _columns(pairs)
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
+    table = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def smoothed(values: Floats, window: int) -> Floats:
+    """Centred moving average; near the ends the window shrinks symmetrically, so that a trend is not bent."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    half = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+@dataclass(frozen=True)
+class RoutingLog:
+    """``routing.jsonl``: ``steps`` int [N] and counts ``asked``, ``dropped`` fp64 [N, layers, experts]."""
+
+    steps: NDArray[np.int64]
+    asked: Floats
+    dropped: Floats
+
+    @classmethod
+    def read(cls, path: Path) -> RoutingLog | None:
+        """Read the file; None if it is absent or empty."""
+        records = _by_step(read_jsonl(path))
+        if not records:
+            return None
+        asked, dropped = (np.asarray([record[key] for record in records], np.float64) for key in ("asked", "dropped"))
+        return cls(np.asarray([record["step"] for record in records]), asked, dropped)
+
+    def drop_rate(self) -> Floats:
+        """Dropped in percent of asked routes: [N, layers]."""
+        return 100 * self.dropped.sum(-1) / np.maximum(self.asked.sum(-1), 1)
+
+
+def imbalance(counts: Floats) -> Floats:
+    """Load of the busiest expert over the mean load, along the last axis: 1 is perfect balance, E the worst."""
+    mean = counts.mean(axis=-1)
+    return np.divide(counts.max(axis=-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+
+
+def normalized_entropy(counts: Floats) -> Floats:
+    """Entropy of the load over experts divided by log E, along the last axis: 1 is uniform, 0 a single expert."""
+    totals = counts.sum(axis=-1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    entropy = -(shares * logs).sum(axis=-1)
+    return entropy / np.log(max(counts.shape[-1], 2))

@@ -1,0 +1,109 @@
+"""Command: what is said in one audio or video file.
+
+    python -m mome_dist.transcribe RUN FILE --audio-rate 4                     speech alone
+    python -m mome_dist.transcribe RUN FILE --video-rate 2                     lips alone
+    python -m mome_dist.transcribe RUN FILE --audio-rate 4 --video-rate 2      both
+
+The text goes to stdout and nothing else does. Video must be 96x96 mouth crops, as in a corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mome_dist.checkpoint.load import LoadedRun, load_run
+from mome_dist.cli import main_guard
+from mome_dist.data.media import FPS, SAMPLE_RATE, Media, read_media_file
+from mome_dist.errors import UserError
+from mome_dist.evaluation.decoding import check_view, decode
+from mome_dist.evaluation.run import streams_of
+from mome_dist.speech.views import View
+
+MOUTH_CROP = (96, 96)
+
+
+def view_of(audio_rate: int | None, video_rate: int | None) -> View:
+    """The view that the given rates ask for.
+
+    Raises:
+        UserError: no rate, or one below 1.
+    """
+    if audio_rate is None and video_rate is None:
+        raise UserError("no rate is given: add --audio-rate A to listen, --video-rate V to read lips, or both.")
+    for option, rate in (("--audio-rate", audio_rate), ("--video-rate", video_rate)):
+        if rate is not None and rate < 1:
+            raise UserError(f"{option} {rate}: a rate is the number of frames per token, at least 1.")
+    task = "vsr" if audio_rate is None else "asr" if video_rate is None else "avsr"
+    return View(task, audio_rate, video_rate)
+
+
+def clips_of(media: Media, view: View, file: Path) -> dict[str, Tensor]:
+    """The raw clip of each stream that the view reads.
+
+    Raises:
+        UserError: the file lacks a stream, or its video is no mouth crop.
+    """
+    clips = {}
+    for stream in streams_of(view):
+        values = getattr(media, stream)
+        option = f"--{stream}-rate"
+        if values is None:
+            raise UserError(f"{file} has no {stream} stream: leave out {option}, or give a file that has one.")
+        if stream == "video" and values.shape[1:] != MOUTH_CROP:
+            height, width = values.shape[1:]
+            raise UserError(
+                f"{file}: video is {width}x{height}, not a 96x96 mouth crop: crop it, or leave out {option}."
+            )
+        clips[stream] = torch.from_numpy(values)
+    return clips
+
+
+def transcribe(run: LoadedRun, view: View, clips: dict[str, Tensor], num_beams: int | None = None) -> str:
+    """Text of one clip: encode each stream, then decode."""
+    encoders = run.encoders()
+    with torch.no_grad():
+        features = {stream: list(encoders[stream]([clip.to(run.device)])) for stream, clip in clips.items()}
+    decoding = run.config.decoding if num_beams is None else replace(run.config.decoding, num_beams=num_beams)
+    audio, video = (features.get(stream, []) for stream in ("audio", "video"))
+    return decode(run.model, run.sequences, view, audio, video, decoding)[0]
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and print the text."""
+    parser = argparse.ArgumentParser(prog="python -m mome_dist.transcribe", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="run directory, or one checkpoint of it")
+    parser.add_argument("file", type=Path, help="audio or video file")
+    parser.add_argument("--audio-rate", type=int, metavar="A", help="audio frames (50 a second) per token")
+    parser.add_argument("--video-rate", type=int, metavar="V", help="video frames (25 a second) per token")
+    parser.add_argument("--num-beams", type=int, metavar="N", help="1 is greedy search (default: as the run has it)")
+    options = parser.parse_args(arguments)
+    view = view_of(options.audio_rate, options.video_rate)
+    if options.num_beams is not None and options.num_beams < 1:
+        raise UserError(f"--num-beams {options.num_beams} must be at least 1.")
+    clips = clips_of(read_media_file(options.file), view, options.file)  # before the model is loaded: it is quick
+    console = Console(stderr=True, highlight=False)
+    run = load_run(options.run, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_view(run.model.projectors, view)
+    trained = "" if view in run.views else f" (not trained; trained: {', '.join(map(str, run.views))})"
+    started = time.perf_counter()
+    text = transcribe(run, view, clips, options.num_beams)
+    seconds = {stream: len(clip) / {"audio": SAMPLE_RATE, "video": FPS}[stream] for stream, clip in clips.items()}
+    lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in seconds.items())
+    console.print(
+        f"{run.config.name}, step {run.step}, {view}{trained}: {lengths}, {time.perf_counter() - started:.2f} s"
+    )
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
