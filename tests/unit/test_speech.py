@@ -1,0 +1,131 @@
+"""Views, compression, projectors and token sequences against hand-made cases and the paper's counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from mome_dist.errors import UserError
+from mome_dist.speech.matryoshka import audio_frames, compress, compressed_length, sequence_length
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.sequence import AUDIO, VIDEO, SequenceBuilder, TextCodec, collate
+from mome_dist.speech.views import View, all_views, views_of_step
+
+TAGS = {"audio_open": "<audio>", "audio_close": "</audio>", "video_open": "<video>", "video_close": "</video>"}
+
+
+@pytest.fixture()
+def codec(tmp_path: Path) -> TextCodec:
+    words = ["<pad>", "<bos>", "<eos>", *TAGS.values(), "listen", "watch", "red", "blue", "ball"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(words[:7])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"})
+    )
+    return TextCodec(tmp_path, TAGS)
+
+
+@pytest.mark.parametrize(
+    ("audio", "video", "tokens"), [(1, 1, 757), (4, 2, 257), (4, 5, 182), (16, 2, 163), (16, 5, 88)]
+)
+def test_published_sequence_lengths(audio: int, video: int, tokens: int) -> None:
+    assert sequence_length(10, audio, video) == tokens
+
+
+def test_audio_frames_are_fifty_a_second_and_at_least_half_a_second() -> None:
+    assert [audio_frames(s) for s in (160_000, 16_000, 16_319, 7_999, 100)] == [500, 50, 50, 25, 25]
+
+
+@pytest.mark.parametrize("method", ["pool", "stack"])
+@pytest.mark.parametrize(("frames", "rate"), [(10, 1), (10, 3), (10, 5), (3, 5), (1, 16)])
+def test_compression_agrees_with_its_length(method: str, frames: int, rate: int) -> None:
+    features = torch.randn(frames, 4, generator=torch.Generator().manual_seed(0))
+    tokens = compress(features, rate, method)
+    assert tokens.shape == (compressed_length(frames, rate), 4 * rate if method == "stack" else 4)
+    first = features[: min(rate, frames)]
+    expected = first.mean(0) if method == "pool" else nn.functional.pad(first, (0, 0, 0, rate - len(first))).flatten()
+    torch.testing.assert_close(tokens[0], expected)
+
+
+def test_every_view_of_the_paper() -> None:
+    views = all_views(["avsr", "asr"], [4, 8], [1], [4, 16], [2, 5])
+    assert [str(view) for view in views] == [
+        "asr(4)",
+        "asr(8)",
+        "avsr(4,2)",
+        "avsr(4,5)",
+        "avsr(16,2)",
+        "avsr(16,5)",
+    ]
+
+
+def test_sampled_views_are_seen_equally_often_and_repeat_from_the_seed() -> None:
+    views = all_views(["asr", "vsr", "avsr"], [4, 16], [2, 5], [4, 16], [2, 5])
+    drawn = [views_of_step(views, 2, step, seed=1) for step in range(40)]
+    assert set(Counter(view for step in drawn for view in step).values()) == {10}
+    assert drawn == [views_of_step(views, 2, step, seed=1) for step in range(40)]
+    assert drawn != [views_of_step(views, 2, step, seed=2) for step in range(40)]
+    assert views_of_step(views, None, 3, seed=1) == views
+
+
+def test_projector_is_two_layers_and_a_norm_and_treats_clips_apart() -> None:
+    projectors = Projectors({"audio": 6, "video": 5}, {"audio": [2, 4], "video": [1]}, 8, 16, False, "pool")
+    projectors.initialize(0, embedding_scale=0.3)
+    clips = [torch.randn(9, 6), torch.randn(4, 6)]
+    output = projectors("audio", clips, 4)
+    assert output.shape == (2 + 1, 8) and output.dtype is torch.float32
+    torch.testing.assert_close(output[2:], projectors("audio", clips[1:], 4))
+    torch.testing.assert_close(output.std(-1, correction=0), torch.full((3,), 0.3), rtol=1e-3, atol=0)
+    layers = list(projectors.streams["audio"]["all"])
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.LayerNorm]
+
+
+def test_one_projector_a_rate() -> None:
+    projectors = Projectors({"audio": 6}, {"audio": [2, 4]}, 8, 16, True, "stack")
+    projectors.initialize(0, 1.0)
+    assert projectors("audio", [torch.randn(9, 6)], 4).shape == (2, 8)
+    assert projectors.supports("audio", 2) and not projectors.supports("audio", 3)
+
+
+def test_sequence_of_every_task(codec: TextCodec) -> None:
+    builder = SequenceBuilder(codec, {"asr": "listen", "vsr": "watch", "avsr": "listen watch"})
+    tags, [listen, watch] = codec.tags, codec.encode("listen watch")
+    audio = [tags["audio_open"], AUDIO, AUDIO, tags["audio_close"]]
+    video = [tags["video_open"], VIDEO, tags["video_close"]]
+    assert builder.prefix(View("asr", 4, None), 2, 0) == [codec.bos, *audio, listen]
+    assert builder.prefix(View("vsr", None, 2), 0, 1) == [codec.bos, *video, watch]
+    assert builder.prefix(View("avsr", 4, 2), 2, 1) == [codec.bos, *audio, *video, listen, watch]
+    view = View("avsr", 4, 2)
+    assert len(builder.prefix(view, 125, 125)) == sequence_length(10, 4, 2, overhead=builder.overhead(view))
+
+
+def test_labels_are_text_and_end_only_and_padding_is_never_one(codec: TextCodec) -> None:
+    builder = SequenceBuilder(codec, {"asr": "listen"})
+    view = View("asr", 4, None)
+    batch = collate([builder.example(view, 3, 0, "red ball"), builder.example(view, 1, 0, "blue")])
+    red, ball = codec.encode("red ball")
+    assert batch.labels.tolist() == [red, ball, codec.eos, *codec.encode("blue"), codec.eos]
+    assert batch.ids_BS.shape == (2, 9) and batch.padding_BS.sum(1).tolist() == [0, 3]
+    flat = batch.ids_BS.t().flatten()
+    # The position that predicts a text token holds the token before it.
+    assert flat[batch.label_index].tolist() == [*codec.encode("listen red ball"), *codec.encode("listen blue")]
+    assert not batch.padding_BS.t().flatten()[batch.label_index].any()
+    assert batch.audio_index.tolist() == [2 * 2, 3 * 2, 4 * 2, 2 * 2 + 1] and batch.video_index.numel() == 0
+
+
+def test_decoding_stops_at_the_end_token(codec: TextCodec) -> None:
+    ids = codec.encode("red ball")
+    assert codec.decode([*ids, codec.eos, *codec.encode("blue")]) == "red ball"
+
+
+def test_a_tag_that_is_not_one_token_is_named(codec: TextCodec, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"llm.tags.audio_open='<nothing>'"):
+        TextCodec(tmp_path, {**TAGS, "audio_open": "<nothing>"})
