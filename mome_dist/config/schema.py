@@ -112,6 +112,7 @@ class OptimizerConfig:
     name: str = one_of("adamw", "sgd")
     learning_rate: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    epsilon: float = 1e-8
     weight_decay: float = 0.1
     warmup_steps: int = 20
     final_fraction: float = 0.02

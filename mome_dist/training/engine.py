@@ -62,6 +62,7 @@ class Engine:
                 groups,
                 lr=config.learning_rate,
                 betas=(config.betas[0], config.betas[1]),
+                eps=config.epsilon,
                 weight_decay=config.weight_decay,
             )
         else:

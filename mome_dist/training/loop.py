@@ -69,7 +69,7 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
         task = progress.add_task("training", total=settings.steps, completed=trainer.start, loss=math.nan, speed=0.0)
         for number in range(trainer.start, settings.steps):
             began = time.monotonic()
-            batch = batch_of_step(trainer.sizes["train"], config.data.batch_size, number, config.seed)
+            batch = batch_of_step(trainer.lengths["train"], config.data.batch_size, number, config.seed)
             step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
             step = trainer.batches["train"].build(batch, step_views)
             with trainer.engine.accumulate():
@@ -108,7 +108,7 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
 
 def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
-    size, unit = trainer.sizes["validation"], config.data.accumulation * layout.dp
+    size, unit = len(trainer.lengths["validation"]), config.data.accumulation * layout.dp
     usable = size - size % unit
     totals: dict[str, float] = {}
     tokens = 0

@@ -34,7 +34,7 @@ class Trainer:
     model: DistributedMoME
     engine: Engine
     batches: dict[str, BatchBuilder]
-    sizes: dict[str, int]
+    lengths: dict[str, list[int]]
     frozen: dict[str, str]
     start: int
 
@@ -89,8 +89,8 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         )
         for purpose, split in splits.items()
     }
-    sizes = {purpose: len(corpus.split(split)) for purpose, split in splits.items()}
-    return Trainer(model, engine, batches, sizes, frozen, start)
+    lengths = {purpose: [u.samples for u in corpus.split(split)] for purpose, split in splits.items()}
+    return Trainer(model, engine, batches, lengths, frozen, start)
 
 
 def _features(

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from mome_dist.data.order import batch_of_step, share_of_rank
+from collections import Counter
+
+import numpy as np
+
+from mome_dist.data.order import POOL, batch_of_step, share_of_rank
+
+LENGTHS = [100 + 7 * (index * 37 % 32) for index in range(32)]
 
 
-def _positions(steps: range, batch: int = 6, utterances: int = 15) -> list[int]:
-    return [index for step in steps for index in batch_of_step(utterances, batch, step, seed=4)]
+def _order(steps: range, batch: int = 4) -> list[int]:
+    return [index for step in steps for index in batch_of_step(LENGTHS, batch, step, seed=4)]
 
 
-def test_every_epoch_holds_every_utterance_once_in_another_order() -> None:
-    order = _positions(range(10))  # four epochs of 15
-    epochs = [order[start : start + 15] for start in range(0, 60, 15)]
-    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
+def test_every_utterance_is_seen_equally_often_in_a_new_order() -> None:
+    order = _order(range(2 * POOL))  # two pools of two epochs each
+    assert set(Counter(order).values()) == {4}
+    assert order[: len(order) // 2] != order[len(order) // 2 :]
+
+
+def test_batches_hold_utterances_of_similar_length() -> None:
+    spread = [np.ptp([LENGTHS[i] for i in batch_of_step(LENGTHS, 4, step, seed=4)]) for step in range(POOL)]
+    assert np.mean(spread) < 0.25 * np.ptp(LENGTHS)
+    firsts = [LENGTHS[batch_of_step(LENGTHS, 4, step, seed=4)[0]] for step in range(POOL)]
+    assert firsts != sorted(firsts)  # but the batches themselves come shuffled
 
 
 def test_the_order_is_a_function_of_the_step() -> None:
-    assert _positions(range(7, 10)) == _positions(range(10))[7 * 6 :]
-    assert batch_of_step(15, 6, 0, seed=4) != batch_of_step(15, 6, 0, seed=5)
+    assert _order(range(37, 60)) == _order(range(60))[37 * 4 :]
+    assert _order(range(8)) != [i for step in range(8) for i in batch_of_step(LENGTHS, 4, step, seed=5)]
 
 
 def test_ranks_share_every_chunk_whatever_their_number() -> None:

@@ -1,0 +1,115 @@
+"""A whole run directory, small and untrained, made in a second: frozen parts, configuration and one checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+from mome_dist.build import build_reference
+from mome_dist.checkpoint.format import CONFIG, FORMAT, INDEX, LATEST, Part, describe_part, fingerprint, merge_parts
+from mome_dist.config import save_config
+from mome_dist.config.schema import (
+    AudioEncoderConfig,
+    DataConfig,
+    DecodingConfig,
+    LLMConfig,
+    MoMEConfig,
+    ProjectorConfig,
+    RunConfig,
+    TaskConfig,
+    VideoEncoderConfig,
+)
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.shards import sha256_of
+from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape
+from mome_dist.speech.whisper import WhisperAudioEncoder
+
+WIDTHS = {"audio": 16, "video": 16}
+STEP = 7
+
+
+def make_run(root: Path, corpus: Path) -> Path:
+    """Write frozen models and a run into ``root``; return the run directory."""
+    config = _config(root, corpus)
+    _frozen_models(root, Corpus.open(corpus))
+    model = build_reference(config, WIDTHS)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        # What training would change: experts that add something, and speech that outweighs the prompt.
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if ".up_" in name or "router" in name else 0.1
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    run = root / "runs" / config.name
+    checkpoint = run / "checkpoints" / f"step-{STEP:06d}"
+    checkpoint.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    save_config(config, checkpoint / CONFIG)
+    tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
+    part = checkpoint / "part-00000.safetensors"
+    save_file(tensors, part)
+    described = {name: describe_part(value, Part(part.name, None, None)) for name, value in tensors.items()}
+    index = {
+        "format": FORMAT,
+        "step": STEP,
+        "frozen": {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")},
+        "files": {part.name: {"bytes": part.stat().st_size, "sha256": sha256_of(part)}},
+        "tensors": merge_parts([described]),
+    }
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    (checkpoint.parent / LATEST).write_text(checkpoint.name)
+    return run
+
+
+def _config(root: Path, corpus: Path) -> RunConfig:
+    return RunConfig(
+        name="small",
+        output_dir=str(root / "runs" / "small"),
+        llm=LLMConfig(path=str(root / "llm"), precision="fp32", attention="eager"),
+        audio_encoder=AudioEncoderConfig(path=str(root / "whisper"), padding="clip"),
+        video_encoder=VideoEncoderConfig(path=str(root / "lips")),
+        projector=ProjectorConfig(hidden_size=24),
+        mome=MoMEConfig(routed_experts=6, top_k=2, shared_experts=1, bottleneck=3),
+        task=TaskConfig(
+            tasks=["asr", "vsr", "avsr"], avsr_audio_rates=[4], avsr_video_rates=[5], asr_audio_rates=[4, 16]
+        ),
+        data=DataConfig(corpus=str(corpus)),
+        decoding=DecodingConfig(num_beams=1, max_new_tokens=6, batch_size=3),
+    )
+
+
+def _frozen_models(root: Path, corpus: Corpus) -> None:
+    tokenizer = word_tokenizer([utterance.text for name in corpus.split_names for utterance in corpus.split(name)])
+    llama = tiny_llama(tokenizer, hidden=32, layers=2, heads=2, kv_heads=1, ffn_width=64)
+    with torch.no_grad():
+        for name, parameter in llama.named_parameters():
+            if "norm" not in name:
+                parameter *= 8  # what a position writes must depend on what it reads
+    save_llm(llama, tokenizer, root / "llm")
+    torch.manual_seed(0)
+    whisper = WhisperModel(
+        WhisperConfig(
+            vocab_size=64,
+            d_model=WIDTHS["audio"],
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+    whisper.save_pretrained(root / "whisper")
+    WhisperFeatureExtractor().save_pretrained(root / "whisper")
+    shape = VideoShape(trunk_widths=(4, 8), width=WIDTHS["video"], heads=2, ffn_width=32, position_kernel=5)
+    VideoEncoder(shape).save_pretrained(root / "lips")
+    assert WhisperAudioEncoder.from_pretrained(root / "whisper").width == WIDTHS["audio"]
