@@ -1,0 +1,76 @@
+"""Whole training runs of a small model on the tiny corpus, as users start them, inside forked worlds."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mome_dist.assets import asset_dir
+from mome_dist.config import load_config, validate
+from mome_dist.data.corpus import Corpus
+from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.training.loop import train
+from tests.parallel.worlds import run_world
+
+LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Frozen models and a corpus to train on, and a cache for features."""
+
+    corpus: Path
+    llm: Path
+    video_encoder: Path
+    cache: Path
+
+    @classmethod
+    def make(cls, corpus: Path, folder: Path) -> Lab:
+        """Random frozen models: what is tested is the machinery, not what it learns."""
+        texts = [utterance.text for utterance in Corpus.open(corpus).split("train")]
+        tokenizer = word_tokenizer(texts)
+        save_llm(tiny_llama(tokenizer, hidden=64, layers=4, ffn_width=96), tokenizer, folder / "llm")
+        VideoEncoder().save_pretrained(folder / "video")
+        return cls(corpus, folder / "llm", folder / "video", folder / "cache")
+
+    def overrides(self, output: Path, *more: str) -> list[str]:
+        """Command-line arguments of a run."""
+        return [
+            "experiment=tiny",
+            f"data.corpus={self.corpus}",
+            f"llm.path={self.llm}",
+            "llm.precision=fp32",
+            f"video_encoder.path={self.video_encoder}",
+            f"audio_encoder.path={asset_dir('whisper-tiny.en')}",
+            f"output_dir={output}",
+            "data.batch_size=8",
+            "mome.routed_experts=8",
+            "mome.capacity_factor=null",
+            "projector.hidden_size=64",
+            "optimizer.warmup_steps=0",
+            "training.steps=5",
+            "training.save_every=0",
+            "training.validate_every=0",
+            *more,
+        ]
+
+    def train(self, world: int, output: Path, *more: str, tp: int = 1, pp: int = 1, ep: int = 1) -> list[float]:
+        """Train in a forked world; return the losses of the steps done."""
+        overrides = self.overrides(output, f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.ep={ep}", *more)
+        losses = run_world(_train, world, overrides, self.cache)
+        assert all(rank == losses[0] for rank in losses), "ranks disagree on the losses"
+        return losses[0]
+
+
+def _train(overrides: list[str], cache: Path) -> list[float]:
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    config = load_config(overrides)
+    return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+
+
+def lines(path: Path) -> list[dict]:
+    """The records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,112 @@
+"""Whole runs: every layout trains alike, twice is the same, resuming continues, and decoding sees what was trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
+from mome_dist.checkpoint.load import load_run
+from mome_dist.config.validate import views_of
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.encoding import split_features
+from mome_dist.errors import UserError
+from mome_dist.training.batches import BatchBuilder
+from tests.parallel.runs import Lab, lines
+from tests.parallel.worlds import run_world
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def one_process(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return lab.train(1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "ep", "zero"), [(2, 1, 1, 2, "zero1"), (4, 2, 2, 1, "zero2"), (8, 2, 2, 2, "zero1")]
+)
+def test_losses_equal_one_process(
+    lab: Lab, one_process: list[float], tmp_path: Path, world: int, tp: int, pp: int, ep: int, zero: str
+) -> None:
+    losses = lab.train(world, tmp_path, f"deepspeed={zero}", tp=tp, pp=pp, ep=ep)
+    np.testing.assert_allclose(losses, one_process, rtol=1e-5)
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_does_not(lab: Lab, tmp_path: Path) -> None:
+    first = lab.train(2, tmp_path / "first", "mome.capacity_factor=1.25", ep=2)
+    assert lab.train(2, tmp_path / "second", "mome.capacity_factor=1.25", ep=2) == first
+    assert lab.train(2, tmp_path / "third", "mome.capacity_factor=1.25", "seed=1", ep=2) != first
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "ep", "zero", "exact"),
+    [(2, 1, 1, 2, "zero1", True), (1, 1, 1, 1, "zero0", False), (4, 2, 2, 1, "zero2", False)],
+)
+def test_resuming_continues_at_any_layout(
+    lab: Lab, tmp_path: Path, world: int, tp: int, pp: int, ep: int, zero: str, exact: bool
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    losses = lab.train(2, whole, "training.steps=6", "training.save_every=3", ep=2)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step-000006")
+    (broken / "checkpoints/latest").write_text("step-000003")
+    rest = lab.train(world, broken, "training.steps=6", f"deepspeed={zero}", tp=tp, pp=pp, ep=ep)
+    if exact:
+        assert rest == losses[3:]
+    np.testing.assert_allclose(rest, losses[3:], rtol=1e-5)
+    assert [record["step"] for record in lines(broken / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    with CheckpointReader(find_checkpoint(whole)) as one, CheckpointReader(find_checkpoint(broken)) as other:
+        assert set(one.names()) == set(other.names())
+        for name in one.names("model/"):
+            torch.testing.assert_close(one.read(name), other.read(name), rtol=0, atol=0 if exact else 2e-5)
+
+
+def _reference_validation(run: Path, cache: Path) -> dict[str, float]:
+    """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    loaded = load_run(run)
+    corpus = Corpus.open(loaded.config.data.corpus)
+    features = {
+        stream: split_features(loaded.config, corpus, "validation", stream, encoder, 0, 1, lambda: None).get
+        for stream, encoder in loaded.encoders().items()
+    }
+    utterances = corpus.split("validation")
+    builder = BatchBuilder(utterances, loaded.sequences, features, 1, 0, 1, torch.device("cpu"))
+    step = builder.build(range(len(utterances)), views_of(loaded.config))
+    with torch.no_grad():
+        return {
+            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
+            / step.label_tokens
+            for batch in step.microbatches
+        }
+
+
+@pytest.mark.parametrize("placement", ["mhsa", "ffn", "layer"])
+def test_the_decoding_model_has_the_losses_of_the_training_model(lab: Lab, tmp_path: Path, placement: str) -> None:
+    lab.train(4, tmp_path, f"mome={placement}", "mome.routed_experts=8", "training.validate_every=5", tp=2, pp=1, ep=2)
+    validation = lines(tmp_path / "metrics.jsonl")[-1]["validation"]
+    expected = run_world(_reference_validation, 1, tmp_path, lab.cache)[0]
+    assert validation.keys() == expected.keys() and len(expected) == 8
+    for view, loss in validation.items():
+        assert loss == pytest.approx(expected[view], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_frozen_model_is_refused(lab: Lab, tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    lab.train(1, tmp_path / "run", "training.steps=1")
+    other = Lab.make(tiny_corpus_dir, tmp_path / "other")
+    config = other.llm / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000', '"rope_theta": 20000'))
+    with pytest.raises(AssertionError, match="was trained with another llm: set llm.path"):
+        other.train(1, tmp_path / "run", "training.steps=2")
+    with pytest.raises(UserError, match="no index.json"):
+        find_checkpoint(tmp_path / "nothing")

@@ -1,0 +1,187 @@
+"""Wrong inputs end before training with one message that names the key or file and the fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mome_dist.assets import asset_dir
+from mome_dist.config import load_config, save_config, validate, validate_overrides
+from mome_dist.config.load import load_saved_config
+from mome_dist.errors import UserError
+from mome_dist.paths import configs_dir
+from mome_dist.speech.video_encoder import VideoEncoder
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A valid run over the real SmolLM2."""
+    folder = tmp_path_factory.mktemp("config")
+    VideoEncoder().save_pretrained(folder / "video")
+    return [
+        "experiment=quickstart",
+        f"llm.path={asset_dir('smollm2-135m')}",
+        f"audio_encoder.path={asset_dir('whisper-tiny.en')}",
+        f"video_encoder.path={folder / 'video'}",
+        f"data.corpus={tiny_corpus_dir}",
+        f"output_dir={folder / 'run'}",
+    ]
+
+
+def test_a_valid_configuration_passes(overrides: list[str]) -> None:
+    assert validate(load_config(overrides), world_size=2).describe() == "2 processes = tp 1 x pp 1 x dp 2 (ep 2)"
+
+
+WRONG = [
+    (["mome.top_kk=3"], 2, r"unknown configuration key 'mome.top_kk'; did you mean mome.top_k"),
+    (["+mome.extra=3"], 2, r"unknown configuration key 'mome.extra'"),
+    (["mome.top_k=many"], 2, r"'mome.top_k'.*'many'.*Integer"),
+    (["experiment=nothing"], 2, r"experiment/nothing.*quickstart.*tiny"),
+    (["steps"], 2, r"'steps' is not of the form key=value"),
+    (["mome.placement=attention"], 2, r"mome.placement='attention': choose from mhsa, ffn, layer"),
+    (["task.tasks=[asr,lip]"], 2, r"task.tasks='lip': choose from asr, vsr, avsr"),
+    (
+        ["parallel.tp=2"],
+        2,
+        r"parallel.tp=2 does not divide the LLM's 9 attention heads in 3 key-value groups.*pad_heads",
+    ),
+    (["parallel.tp=3"], 2, r"parallel.tp=3 x parallel.pp=1 = 3 does not divide the 2 started processes"),
+    (["parallel.pp=31", "parallel.ep=1"], 31, r"parallel.pp=31 is more than the LLM's 30 layers"),
+    (["parallel.pp=4"], 8, r"parallel.pp=4 does not divide the LLM's 30 layers: choose pp from \[1, 2, 3"),
+    (["mome.routed_experts=23"], 2, r"parallel.ep=2 does not divide mome.routed_experts=23: choose ep from \[1\]"),
+    (["parallel.ep=2"], 3, r"parallel.ep=2 does not divide the data-parallel size 3"),
+    (["parallel.ep=0"], 2, r"parallel.ep=0: must be at least 1"),
+    (["mome.top_k=25"], 2, r"mome.top_k=25 is more than mome.routed_experts=24"),
+    (["task.avsr_audio_rates=[4,0]"], 2, r"task.avsr_audio_rates=\[4, 0\]: give rates of at least 1"),
+    (["task.views_per_step=9"], 2, r"task.views_per_step=9: must be null or from 1 to 8"),
+    (["data.batch_size=15"], 2, r"data.batch_size=15 is not a multiple of 2"),
+    (["projector.compression=stack"], 2, r"projector.compression=stack needs projector.per_rate=true"),
+    (["llm.path=/nowhere"], 2, r"llm.path='/nowhere': /nowhere/config.json does not exist.*tools/fetch_assets.py"),
+    (["audio_encoder.path=/nowhere"], 2, r"audio_encoder.path='/nowhere' holds no encoder.*tools/fetch_assets.py"),
+    (["video_encoder.path=/nowhere"], 2, r"video_encoder.path='/nowhere' holds no encoder.*mome_dist.pretrain_video"),
+    (["data.corpus=/nowhere"], 2, r"/nowhere"),
+    (["data.train_split=dev"], 2, r"'?dev'?"),
+    (["deepspeed.file=none.json"], 2, r"deepspeed.file='none.json': .*none.json does not exist"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "world", "message"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_wrong_values_are_named(overrides: list[str], wrong: list[str], world: int, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        validate_overrides("mome_dist.train", [*overrides, *wrong], world)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"fp16": {"enabled": true}}', r"sets 'fp16'; remove it and use llm.precision"),
+        ('{"gradient_clipping": 1}', r"sets 'gradient_clipping'; remove it and use optimizer.gradient_clipping"),
+        ('{"zero_optimization": {"stage": 3}}', r"ZeRO stage 3; supported: 0, 1, 2"),
+        ("{", r"is not JSON"),
+    ],
+)
+def test_wrong_deepspeed_files_are_named(overrides: list[str], tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        validate(load_config([*overrides, f"deepspeed.file={tmp_path / 'ds.json'}"]), 2)
+
+
+def _damage(corpus: Path, kind: str) -> None:
+    shard = next(corpus.glob("train-*.tar"))
+    if kind == "missing shard":
+        shard.unlink()
+    elif kind == "empty shard":
+        shard.write_bytes(b"")
+    elif kind == "empty split":
+        (corpus / "train.jsonl").write_text("")
+    else:
+        (corpus / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("kind", ["missing shard", "empty shard", "empty split", "missing manifest"])
+def test_broken_corpora_are_named(overrides: list[str], tiny_corpus_dir: Path, tmp_path: Path, kind: str) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus_dir, corpus)
+    _damage(corpus, kind)
+    with pytest.raises(UserError, match=re.escape(str(corpus))):
+        validate(load_config([*overrides, f"data.corpus={corpus}"]), 2)
+
+
+def test_the_launcher_prints_the_message_once_and_starts_nothing(overrides: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launchers.local", "--nproc", "2", *overrides, "mome.top_k=25"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("mome.top_k=25 is more than mome.routed_experts=24") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_every_rank_refuses_by_itself_when_no_launcher_checked(overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "mome_dist.train", *overrides, "task.vsr_video_rates=[0]"]
+    for rank in ("0", "1"):
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 2
+        assert "task.vsr_video_rates=[0]: give rates of at least 1" in done.stderr
+
+
+def test_a_saved_configuration_is_the_one_that_ran(overrides: list[str], tmp_path: Path) -> None:
+    config = load_config([*overrides, "training.steps=7"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_saved_config(tmp_path / "config.yaml") == config
+
+
+YAML_FILES = sorted(configs_dir().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: str(path.relative_to(configs_dir())))
+def test_every_key_is_commented(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("#"), "the file says what it is for"
+    uncommented = [
+        line
+        for line in text.splitlines()
+        if re.match(r"\s*[a-z_]+: *\S", line) and " #" not in line and not line.startswith(("name:", "- override"))
+    ]
+    # An experiment's plain step counts explain themselves in config.yaml, where the keys are commented.
+    allowed = r"\s+(steps|save_every|validate_every):" if path.parent.name == "experiment" else r"$^"
+    assert [line for line in uncommented if not re.match(allowed, line)] == [
+        line for line in uncommented if path.parent.name == "task" and re.match(r"  (asr|vsr|avsr):", line)
+    ]
+
+
+def _values(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _values(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "experiment")]
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_group_option_composes(path: Path) -> None:
+    config = load_config([f"{path.parent.name}={path.stem}"])
+    section = getattr(config, path.parent.name)
+    for key, value in _values(yaml.safe_load(path.read_text())).items():
+        if not (isinstance(value, str) and "${" in value):
+            found = section
+            for part in key.split("."):
+                found = found[part] if isinstance(found, dict) else getattr(found, part)
+            assert found == value
+
+
+def test_deepspeed_files_are_plain_json() -> None:
+    files = sorted((configs_dir() / "deepspeed").glob("*.json"))
+    stages = [json.loads(path.read_text())["zero_optimization"]["stage"] for path in files]
+    assert stages == [0, 1, 2]
