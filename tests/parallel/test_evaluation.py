@@ -1,0 +1,44 @@
+"""Results of an evaluation do not depend on the number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mome_dist import evaluate
+from mome_dist.evaluation.activations import Activations
+from tests.evaluation_run import make_run
+from tests.parallel.worlds import run_world
+
+TIMINGS = ("tokens_per_second", "real_time_factor", "decode_seconds", "encode_seconds")
+
+
+def run_command(arguments: list[str]) -> int:
+    return evaluate.main(arguments)
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    results = json.loads((directory / "results.json").read_text())
+    assert results.pop("processes") in (1, 2, 3)
+    for view in results["views"]:
+        for key in TIMINGS:
+            view.pop(key)
+    activations = Activations.load(directory / "activations.safetensors")
+    hypotheses = (directory / "hypotheses.jsonl").read_text()
+    return {"results": results, "activations": activations.counts.tolist(), "hypotheses": hypotheses}
+
+
+@pytest.mark.parallel
+def test_any_number_of_processes_gives_the_same_results(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    run = make_run(tmp_path, tiny_corpus_dir)
+    outcomes = []
+    for world in (1, 2, 3):  # the split's 10 utterances make 4 batches of 3: ranks get unequal shares
+        out = tmp_path / f"world-{world}"
+        arguments = [f"checkpoint={run}", f"output={out}", "split=train", "limit=10", "baselines=[chance,untrained]"]
+        assert run_world(run_command, world, arguments) == [0] * world
+        outcomes.append(outcome(out))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert len(outcomes[0]["results"]["views"]) == 5

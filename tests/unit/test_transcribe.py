@@ -1,0 +1,69 @@
+"""The command that writes down one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mome_dist import transcribe
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.media import encode_flac, encode_video, write_media_file
+from tests.evaluation_run import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path:
+    return make_run(tmp_path_factory.mktemp("transcribe"), tiny_corpus_dir)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> dict[str, Path]:
+    directory, utterance = tmp_path_factory.mktemp("files"), tiny_corpus.split("test")[0]
+    audio, video = tiny_corpus.audio(utterance), tiny_corpus.video(utterance)
+    paths = {name: directory / name for name in ("both.mp4", "sound.flac", "lips.mp4", "face.mp4")}
+    write_media_file(paths["both.mp4"], audio, video)
+    paths["sound.flac"].write_bytes(encode_flac(audio))
+    paths["lips.mp4"].write_bytes(encode_video(video))
+    paths["face.mp4"].write_bytes(encode_video(np.zeros((10, 120, 160), np.uint8)))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("file", "rates", "view"),
+    [
+        ("both.mp4", ["--audio-rate", "4", "--video-rate", "5"], "avsr(4,5)"),
+        ("both.mp4", ["--audio-rate", "16"], "asr(16)"),
+        ("sound.flac", ["--audio-rate", "4", "--num-beams", "2"], "asr(4)"),
+        ("lips.mp4", ["--video-rate", "3"], "vsr(3) (not trained"),
+    ],
+)
+def test_text_on_stdout_and_the_rest_on_stderr(
+    run: Path, files: dict[str, Path], file: str, rates: list[str], view: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert transcribe.main([str(run), str(files[file]), *rates]) == 0
+    written = capsys.readouterr()
+    assert written.out.count("\n") == 1
+    assert view in " ".join(written.err.split())
+    assert transcribe.main([str(run), str(files[file]), *rates]) == 0
+    assert capsys.readouterr().out == written.out
+
+
+@pytest.mark.parametrize(
+    ("file", "rates", "named"),
+    [
+        ("sound.flac", ["--video-rate", "2"], "no video stream"),
+        ("lips.mp4", ["--audio-rate", "4", "--video-rate", "2"], "no audio stream"),
+        ("face.mp4", ["--video-rate", "2"], "160x120, not a 96x96 mouth crop"),
+        ("both.mp4", [], "no rate is given"),
+        ("both.mp4", ["--audio-rate", "0"], "at least 1"),
+    ],
+)
+def test_mistakes(
+    run: Path, files: dict[str, Path], file: str, rates: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert transcribe.main([str(run), str(files[file]), *rates]) == 2
+    written = capsys.readouterr()
+    assert named in written.err
+    assert written.out == ""
