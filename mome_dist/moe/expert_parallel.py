@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.sharded_moe import MOELayer, TopKGate, _AllToAll, _route_slots, _sparse_decode, _sparse_encode
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate, _AllToAll, _route_slots, _sparse_encode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,13 +54,14 @@ class BatchedExperts(Experts):
         """[ranks, local experts, capacity, H] -> the same shape and dtype."""
         ranks, experts, capacity, hidden_size = inputs.shape
         modules = [cast(Bottleneck, expert) for expert in self.deepspeed_experts]
-        down_weight_EHb = torch.stack([expert.down.weight.t() for expert in modules])
-        up_weight_EbH = torch.stack([expert.up.weight.t() for expert in modules])
-        down_bias_E1b = torch.stack([expert.down.bias[None] for expert in modules])
-        up_bias_E1H = torch.stack([expert.up.bias[None] for expert in modules])
-        tokens_ECH = inputs.transpose(0, 1).reshape(experts, ranks * capacity, hidden_size).to(down_weight_EHb.dtype)
-        hidden_ECb = F.gelu(torch.baddbmm(down_bias_E1b, tokens_ECH, down_weight_EHb))
-        output_ECH = torch.baddbmm(up_bias_E1H, hidden_ECb, up_weight_EbH).to(inputs.dtype)
+        # fp32 parameters, arithmetic in the precision of the frozen LLM.
+        down_weight_EbH = torch.stack([expert.down.weight for expert in modules]).to(inputs.dtype)
+        down_bias_Eb = torch.stack([expert.down.bias for expert in modules]).to(inputs.dtype)
+        up_weight_EHb = torch.stack([expert.up.weight for expert in modules]).to(inputs.dtype)
+        up_bias_EH = torch.stack([expert.up.bias for expert in modules]).to(inputs.dtype)
+        tokens_ECH = inputs.transpose(0, 1).reshape(experts, ranks * capacity, hidden_size)
+        hidden_ECb = F.gelu(torch.baddbmm(down_bias_Eb[:, None], tokens_ECH, down_weight_EbH.transpose(1, 2)))
+        output_ECH = torch.baddbmm(up_bias_EH[:, None], hidden_ECb, up_weight_EHb.transpose(1, 2))
         return output_ECH.view(experts, ranks, capacity, hidden_size).transpose(0, 1)
 
 
@@ -139,7 +140,17 @@ class AllToAllDispatch(MOELayer):
         buffer = buffer.reshape(self.num_experts, capacity, -1)
         if self.ep_size > 1:
             buffer = _AllToAll.apply(self.ep_group, buffer)
-        return _sparse_decode(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t(), hidden_TH.shape[0])
+        return _combine(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
+
+
+def _combine(results_RH: Tensor, routes_KT: Tensor, gates_KT: Tensor) -> Tensor:
+    """Gate-weighted sum in fp32 of each token's results; dropped routes read a row of zeros.
+
+    DeepSpeed's own version multiplies bf16 by fp32, for which the CPU has no vectorised kernel.
+    """
+    padded_RH = torch.cat([results_RH, results_RH.new_zeros(1, results_RH.shape[1])])
+    routed_KTH = padded_RH.index_select(0, routes_KT.flatten()).view(*routes_KT.shape, -1).float()
+    return (routed_KTH * gates_KT[..., None]).sum(dim=0).to(results_RH.dtype)
 
 
 class ExpertParallelMoME(MoE):
@@ -217,9 +228,8 @@ class ExpertParallelMoME(MoE):
         if self.training:
             self.statistics.add(*self.deepspeed_moe.latest())
         if self.shared is not None:
-            activations = self.shared.activations(hidden_TH.float())
-            shared_TH = self.shared.combine(activations, torch.ones_like(activations[..., 0]))
-            output_TH = (output_TH.float() + shared_TH).to(hidden.dtype)
+            activations = self.shared.activations(hidden_TH)
+            output_TH = output_TH + self.shared.combine(activations, torch.ones_like(activations[..., 0]))
         return output_TH.view(hidden.shape)
 
     def auxiliary_loss(self) -> Tensor:

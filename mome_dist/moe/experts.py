@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """One expert: Linear(H -> b), GELU, Linear(b -> H). Parameters and arithmetic are fp32; input and output keep the
-    caller's dtype."""
+    """One expert: Linear(H -> b), GELU, Linear(b -> H). Parameters are fp32; arithmetic is in the input's dtype."""
 
     def __init__(self, hidden_size: int, bottleneck: int) -> None:
         super().__init__()
@@ -27,7 +26,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        return self.up(F.gelu(self.down(hidden.to(self.down.weight.dtype)))).to(hidden.dtype)
+        dtype = hidden.dtype
+        narrow = F.gelu(F.linear(hidden, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        return F.linear(narrow, self.up.weight.to(dtype), self.up.bias.to(dtype))
 
 
 class ExpertStack(nn.Module):
@@ -44,16 +45,18 @@ class ExpertStack(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(experts, hidden_size))
 
     def activations(self, hidden_TH: Tensor) -> Tensor:
-        """All experts' GELU activations in one matrix product: [T, H] -> [T, N, b]."""
+        """All experts' GELU activations in one matrix product: [T, H] -> [T, N, b], in the input's dtype."""
         experts, bottleneck, hidden_size = self.down_weight.shape
-        flat = F.linear(hidden_TH, self.down_weight.reshape(-1, hidden_size), self.down_bias.reshape(-1))
+        weight, bias = self.down_weight.reshape(-1, hidden_size), self.down_bias.reshape(-1)
+        flat = F.linear(hidden_TH, weight.to(hidden_TH.dtype), bias.to(hidden_TH.dtype))
         return F.gelu(flat).view(-1, experts, bottleneck)
 
     def combine(self, activations_TNb: Tensor, gates_TN: Tensor) -> Tensor:
-        """Gate-weighted sum of all experts' outputs in one matrix product: -> [T, H]."""
-        weight_HNb = self.up_weight.permute(1, 0, 2).flatten(1)
+        """Gate-weighted sum of all experts' outputs in one matrix product: -> [T, H], in the activations' dtype."""
+        dtype = activations_TNb.dtype
+        weight_HNb = self.up_weight.permute(1, 0, 2).flatten(1).to(dtype)
         gated = (activations_TNb * gates_TN[..., None]).flatten(1)
-        return F.linear(gated, weight_HNb) + gates_TN @ self.up_bias
+        return F.linear(gated, weight_HNb) + gates_TN @ self.up_bias.to(dtype)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -51,7 +51,7 @@ WRONG = [
     (["task.tasks=[asr,lip]"], 2, r"task.tasks='lip': choose from asr, vsr, avsr"),
     (
         ["parallel.tp=2"],
-        2,
+        4,
         r"parallel.tp=2 does not divide the LLM's 9 attention heads in 3 key-value groups.*pad_heads",
     ),
     (["parallel.tp=3"], 2, r"parallel.tp=3 x parallel.pp=1 = 3 does not divide the 2 started processes"),
