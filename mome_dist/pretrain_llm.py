@@ -1,9 +1,10 @@
 """Command: pre-train the tiny LLM on the texts of a corpus.
 
-    python -m mome_dist.pretrain_llm --corpus DIR --out DIR [--steps 250] [--batch-size 32] [--seed 0]
+    python -m mome_dist.pretrain_llm [--corpus DIR] [--out DIR] [--steps 250] [--batch-size 32] [--seed 0]
 
-Runs alone or, started by a launcher, on several processes that train one model together. Does nothing when ``--out``
-already holds an LLM made with the same settings from the same corpus. ``--out`` becomes a plain Hugging Face directory.
+By default the corpus is the synthetic one and the result goes into the cache. Runs alone or, started by a launcher,
+on several processes that train one model together. Does nothing when ``--out`` already holds an LLM made with the
+same settings from the same corpus. ``--out`` becomes a plain Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from rich.console import Console
 
 from mome_dist.cli import main_guard
 from mome_dist.data.corpus import Corpus
+from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.paths import cache_root
 from mome_dist.training.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
 from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
 from mome_dist.training.plain_world import World, open_world
@@ -74,8 +77,10 @@ def pretrain(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m mome_dist.pretrain_llm", description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, required=True, help="corpus directory; only its texts are used")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the LLM to make")
+    corpus = default_corpus_dir(SyntheticSettings())
+    parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory; only its texts are used")
+    out = cache_root() / "llms" / "tiny"
+    parser.add_argument("--out", type=Path, default=out, help="directory of the LLM to make")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
     parser.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="rows a step, over all processes")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
