@@ -13,22 +13,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from torch import Tensor
-
-from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.cli import main_guard
-from mome_dist.data.media import FPS, SAMPLE_RATE, Media, read_media_file
 from mome_dist.errors import UserError
-from mome_dist.evaluation.decoding import check_view, decode
-from mome_dist.evaluation.run import streams_of
+from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.views import View
-
-MOUTH_CROP = (96, 96)
 
 
 def view_of(audio_rate: int | None, video_rate: int | None) -> View:
@@ -46,37 +36,6 @@ def view_of(audio_rate: int | None, video_rate: int | None) -> View:
     return View(task, audio_rate, video_rate)
 
 
-def clips_of(media: Media, view: View, file: Path) -> dict[str, Tensor]:
-    """The raw clip of each stream that the view reads.
-
-    Raises:
-        UserError: the file lacks a stream, or its video is no mouth crop.
-    """
-    clips = {}
-    for stream in streams_of(view):
-        values = getattr(media, stream)
-        option = f"--{stream}-rate"
-        if values is None:
-            raise UserError(f"{file} has no {stream} stream: leave out {option}, or give a file that has one.")
-        if stream == "video" and values.shape[1:] != MOUTH_CROP:
-            height, width = values.shape[1:]
-            raise UserError(
-                f"{file}: video is {width}x{height}, not a 96x96 mouth crop: crop it, or leave out {option}."
-            )
-        clips[stream] = torch.from_numpy(values)
-    return clips
-
-
-def transcribe(run: LoadedRun, view: View, clips: dict[str, Tensor], num_beams: int | None = None) -> str:
-    """Text of one clip: encode each stream, then decode."""
-    encoders = run.encoders()
-    with torch.no_grad():
-        features = {stream: list(encoders[stream]([clip.to(run.device)])) for stream, clip in clips.items()}
-    decoding = run.config.decoding if num_beams is None else replace(run.config.decoding, num_beams=num_beams)
-    audio, video = (features.get(stream, []) for stream in ("audio", "video"))
-    return decode(run.model, run.sequences, view, audio, video, decoding)[0]
-
-
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the text."""
@@ -90,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     view = view_of(options.audio_rate, options.video_rate)
     if options.num_beams is not None and options.num_beams < 1:
         raise UserError(f"--num-beams {options.num_beams} must be at least 1.")
+
+    quiet_libraries()
+    import torch
+    from rich.console import Console
+
+    from mome_dist.checkpoint.load import load_run
+    from mome_dist.data.media import FPS, SAMPLE_RATE, read_media_file
+    from mome_dist.evaluation.decoding import check_view
+    from mome_dist.evaluation.transcription import clips_of, transcribe
+
     clips = clips_of(read_media_file(options.file), view, options.file)  # before the model is loaded: it is quick
     console = Console(stderr=True, highlight=False)
     run = load_run(options.run, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))

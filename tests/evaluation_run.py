@@ -44,7 +44,7 @@ def make_run(root: Path, corpus: Path) -> Path:
         # What training would change: experts that add something, and speech that outweighs the prompt.
         for name, parameter in model.named_parameters():
             scale = 0.3 if ".up_" in name or "router" in name else 0.1
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     run = root / "runs" / config.name
     checkpoint = run / "checkpoints" / f"step-{STEP:06d}"
     checkpoint.mkdir(parents=True)

@@ -6,12 +6,14 @@ Each function takes data and returns a matplotlib figure; nothing is read or wri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mome_dist.evaluation.style import FAINT, INK, LINE_STYLES, MUTED, TASK_COLORS, grid, styled, view_colors
 from mome_dist.evaluation.telemetry import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
@@ -24,8 +26,9 @@ _BASELINES: tuple[tuple[str, Literal["-", ":"], str], ...] = (
 
 def _loss_axis(axes: Axes, title: str) -> None:
     axes.set(title=title, xlabel="optimiser step", ylabel="cross-entropy [nats per token]", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_locator(NullLocator())
     grid(axes)
 
 
@@ -35,7 +38,7 @@ def loss_figure(log: TrainingLog) -> Figure:
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         whole, by_view = figure.subplots(1, 2, sharey=True)
         steps, losses = log.series("loss")
-        window = max(3, len(losses) // 25)
+        window = max(3, len(losses) // 25 | 1)
         whole.plot(steps, losses, color=FAINT, linewidth=0.8, label="each step")
         whole.plot(steps, smoothed(losses, window), color=INK, label=f"mean of {window} steps")
         at, validation = log.validation_series(None)
@@ -49,7 +52,7 @@ def loss_figure(log: TrainingLog) -> Figure:
         for view, color in view_colors(views).items():
             steps, losses = log.view_series(view)
             if len(losses):
-                line = smoothed(losses, max(3, len(losses) // 15))
+                line = smoothed(losses, max(3, len(losses) // 15 | 1))
                 by_view.plot(steps, line, color=color, linestyle=styles[view], linewidth=1.3, label=view)
             at, validation = log.validation_series(view)
             by_view.plot(at, validation, "o", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
@@ -95,8 +98,13 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
             for place, view in zip(places, entries, strict=True):
                 for key, style, _ in _BASELINES:
                     if view[key] is not None:
-                        height = min(view[key], limit * 0.985)
+                        height = min(view[key], 0.95 * limit)
                         axes.hlines(height, place - 0.38, place + 0.38, colors=INK, linestyles=style, linewidth=1.4)
+                        if view[key] > height:
+                            label = f"\u2191 {view[key]:.0f}"
+                            axes.text(
+                                place, height, label, ha="center", va="bottom", fontsize=8, backgroundcolor="white"
+                            )
             axes.set_xticks(places, [view["rates"] + ("" if view["trained"] else "*") for view in entries])
             axes.set_xlim(-0.6, max(len(entries), 2) - 0.4)
             axes.set_ylim(0, limit)
@@ -114,12 +122,22 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
         return figure
 
 
-def _band(axes: Axes, steps: Any, values: Floats, color: str, label: str) -> None:
-    """Mean over layers as a line, range over layers as a band: values [N, layers]."""
-    axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.18, linewidth=0)
-    axes.plot(steps, values.mean(axis=1), color=color, marker="o" if len(steps) < 3 else None)
-    axes.set(title=label, xlabel="optimiser step")
-    grid(axes)
+@dataclass(frozen=True)
+class _Quantity:
+    """One column of the load figure: values over training [N, layers] and by layer [layers]."""
+
+    title: str
+    unit: str
+    over_training: Floats
+    by_layer: Floats
+    color: str
+
+    def limits(self, values: Floats) -> tuple[float, float]:
+        """Axis limits that show the values but do not blow up what is next to nothing."""
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        if self.unit == "%":
+            return 0.0, max(1.0, 1.08 * high)
+        return (1.0, max(2.0, 1.05 * high)) if "mean" in self.title else (min(0.9, low - 0.02), 1.005)
 
 
 def load_figure(log: RoutingLog) -> Figure:
@@ -127,34 +145,29 @@ def load_figure(log: RoutingLog) -> Figure:
     layers, experts = log.asked.shape[1:]
     last = slice(-max(1, len(log.steps) // 4), None)
     asked, dropped = log.asked[last].sum(0), log.dropped[last].sum(0)
-    figures: list[tuple[str, str, Floats, Floats, str]] = [
-        ("Busiest expert / mean", "load ratio", imbalance(log.asked), imbalance(asked), "#7a4fa3"),
-        (
-            "Entropy of the load / log E",
-            "fraction",
-            normalized_entropy(log.asked),
-            normalized_entropy(asked),
-            "#2a7f8e",
+    dropped_by_layer = 100 * dropped.sum(-1) / np.maximum(asked.sum(-1), 1)
+    quantities = [
+        _Quantity("Busiest expert / mean", "1 = balanced", imbalance(log.asked), imbalance(asked), "#7a4fa3"),
+        _Quantity(
+            "Entropy / log E", "1 = balanced", normalized_entropy(log.asked), normalized_entropy(asked), "#2a7f8e"
         ),
-        ("Dropped routes", "%", log.drop_rate(), 100 * dropped.sum(-1) / np.maximum(asked.sum(-1), 1), "#b2182b"),
+        _Quantity("Dropped routes", "%", log.drop_rate(), dropped_by_layer, "#b2182b"),
     ]
-    limits = [(1.0, None), (None, 1.005), (0.0, None)]
+    first, final = log.steps[last][0], log.steps[-1]
+    period = f"step {final}" if first == final else f"steps {first} to {final}"
     with styled():
         figure = Figure(figsize=(10, 5.4), layout="constrained")
-        grid_of_axes = figure.subplots(2, 3, sharey="col")
-        for column, (title, unit, over_training, by_layer, color) in enumerate(figures):
-            top, bottom = grid_of_axes[:, column]
-            _band(top, log.steps, over_training, color, title)
-            bottom.plot(np.arange(layers), by_layer, "o-", color=color, markersize=3.5, linewidth=1)
-            bottom.set(title=f"by layer, steps {log.steps[last][0]}-{log.steps[-1]}", xlabel="layer")
-            bottom.xaxis.get_major_locator().set_params(integer=True)
-            grid(bottom)
+        for (top, bottom), quantity in zip(figure.subplots(2, 3).T, quantities, strict=True):
+            values, color = quantity.over_training, quantity.color
+            top.fill_between(log.steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.18, linewidth=0)
+            top.plot(log.steps, values.mean(axis=1), color=color, marker="o" if len(log.steps) < 3 else None)
+            top.set(title=quantity.title, xlabel="optimiser step", ylim=quantity.limits(values))
+            bottom.plot(np.arange(layers), quantity.by_layer, "o-", color=color, markersize=3.5, linewidth=1)
+            bottom.set(xlabel=f"layer ({period})", ylim=quantity.limits(quantity.by_layer))
+            bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
             for axes in (top, bottom):
-                axes.set_ylabel(f"{title.lower()} [{unit}]" if unit == "%" else title.lower())
-            low, high = limits[column]
-            highest = np.nanmax([np.nanmax(over_training), np.nanmax(by_layer)])
-            top.set_ylim(low, high if high is not None else max(1.08 * float(highest), (low or 0) + 1.0))
-        figure.supxlabel(
-            f"line: mean of {layers} layers, band: their range; {experts} experts", fontsize=8, color=MUTED, ha="center"
-        )
+                axes.set_ylabel(f"[{quantity.unit}]")
+                grid(axes)
+        note = f"top: line is the mean of {layers} layers, band their range; bottom: each layer; {experts} experts"
+        figure.supxlabel(note, fontsize=8, color=MUTED)
         return figure

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
@@ -42,15 +43,18 @@ class RunFiles:
     @classmethod
     def read(cls, directory: Path) -> RunFiles:
         """Read a run directory. Raises UserError if it is none, or a file in it is damaged."""
-        if not (directory / "config.yaml").is_file():
+        checkpoint = newest_checkpoint(directory)
+        config = directory / CONFIG if (directory / CONFIG).is_file() or checkpoint is None else checkpoint / CONFIG
+        if not config.is_file():
             raise UserError(
-                f"run={directory}: no config.yaml there; give the directory of a run, such as runs/quickstart."
+                f"run={directory}: no {CONFIG} and no checkpoint there; give the directory of a run, such as "
+                "runs/quickstart."
             )
         evaluation = directory / "evaluation"
         results, activations = evaluation / RESULTS, evaluation / ACTIVATIONS
         return cls(
             directory,
-            load_saved_config(directory / "config.yaml"),
+            load_saved_config(config),
             TrainingLog.read(directory / "metrics.jsonl"),
             RoutingLog.read(directory / "routing.jsonl"),
             read_results(results) if results.is_file() else None,
@@ -212,8 +216,9 @@ def _activations(files: RunFiles, out: Path) -> Sequence[str]:
     sections = [
         "## Expert activations\n",
         "Choices of the shared router on the speech and prompt tokens of the evaluated utterances. How to read the "
-        "maps: a row is an LLM layer, a column of cells an expert; dark cells are experts that most tokens of that modality "
-        "choose. Maps that look alike from rate to rate mean that the router knows a sound at any compression.\n",
+        "maps: a row is an LLM layer, a column of cells an expert; dark cells are experts that most tokens of that "
+        "modality choose. Maps that look alike from rate to rate mean that the router knows a sound at any "
+        "compression.\n",
     ]
     for task in tasks_of(activations):
         figure = heat_map_figure(activations, task)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mome_dist.errors import UserError
@@ -84,9 +85,19 @@ def notes(views: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def rich_table(title: str, views: Sequence[Mapping[str, Any]]) -> Table:
     """The table for a terminal."""
-    table = Table(title=title, caption=" ".join(notes(views)), caption_justify="left", title_justify="left")
+    caption = "\n".join(notes(views))
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
     for number, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if number < _NUMBERS_START else "right", no_wrap=True)
+        # Two short lines a heading: the table fits 80 columns.
+        heading = column.replace(" ", "\n")
+        table.add_column(heading, justify="left" if number < _NUMBERS_START else "right", no_wrap=True)
     for row in table_rows(views):
         table.add_row(*row)
     return table

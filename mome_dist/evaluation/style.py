@@ -57,7 +57,7 @@ def grid(axes: Axes, axis: str = "y") -> None:
 def shades(color: str, count: int) -> list[tuple[float, float, float]]:
     """``count`` tints of a colour, the full one first: finest rate darkest."""
     red, green, blue = to_rgb(color)
-    weights = [1 - 0.62 * number / max(count - 1, 1) for number in range(count)]
+    weights = [1 - 0.55 * number / max(count - 1, 1) for number in range(count)]
     return [(1 - w * (1 - red), 1 - w * (1 - green), 1 - w * (1 - blue)) for w in weights]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,10 @@ class TrainingLog:
         return _columns(pairs)
 
     def views(self) -> list[str]:
-        """Names of the views in the log, in the order of their appearance."""
+        """Names of the views in the log, by task and from fine to coarse rates."""
         names = [name for record in self.steps for name in record.get("views", {})]
         names += [name for record in self.validations for name in record["validation"]]
-        return list(dict.fromkeys(names))
+        return sorted(dict.fromkeys(names), key=_task_and_rates)
 
     def view_series(self, view: str) -> tuple[Floats, Floats]:
         """Steps and training losses of a view; steps that did not draw it are absent."""
@@ -97,12 +98,19 @@ def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
     return table[:, 0], table[:, 1]
 
 
+def _task_and_rates(view: str) -> tuple[str, list[int]]:
+    """Sort key: "avsr(4,16)" before "avsr(16,2)"."""
+    task, _, rates = view.partition("(")
+    return task, [int(rate) for rate in re.findall(r"\d+", rates)]
+
+
 def smoothed(values: Floats, window: int) -> Floats:
-    """Centred moving average; near the ends the window shrinks symmetrically, so that a trend is not bent."""
+    """Centred moving average over ``window`` values (an odd number); near the ends, over those that there are."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    half = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    first = np.maximum(index - window // 2, 0)
+    last = np.minimum(index + window // 2 + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from mome_dist import evaluate
 from mome_dist.checkpoint.load import load_run
@@ -127,7 +129,11 @@ def test_table(results: dict[str, Any], run: Path) -> None:
     assert markdown_table(results["views"]) in markdown
     assert "| AVSR | (4,5) |" in markdown
     assert "not among the views of the training" in markdown
-    assert rich_table("t", results["views"]).row_count == 3
+    page = io.StringIO()
+    Console(width=80, file=page).print(rich_table("title", results["views"]))
+    printed = page.getvalue()
+    assert "\u2026" not in printed, "the table does not fit 80 columns"
+    assert all(cell in printed for row in rows for cell in row)
     bare = [{**results["views"][0], "chance_wer": None, "untrained_wer": None}]
     assert table_rows(bare)[0][7:9] == ["-", "-"]
 
