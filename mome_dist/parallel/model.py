@@ -108,14 +108,11 @@ class DistributedMoME(nn.Module):
                 yield GlobalName(f"{prefix}.shared.{name}"), parameter
 
 
-def attach_mome(
-    llm: FrozenLLM, placement: str, layers: int, seed: int, **mome_arguments: object
-) -> dict[int, ExpertParallelMoME]:
+def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: object) -> dict[int, ExpertParallelMoME]:
     """Put an expert-parallel MoME module into every layer of this stage.
 
     Args:
         placement: "mhsa", "ffn" or "layer".
-        layers: of the whole LLM; the auxiliary losses are averaged over them.
         mome_arguments: of `ExpertParallelMoME`.
 
     Returns:
@@ -123,7 +120,7 @@ def attach_mome(
     """
     data_parallel = parallel_state.get_data_parallel_group()
     # The engine averages gradients over data-parallel ranks, while each rank's auxiliary loss is its part of a sum.
-    auxiliary_scale = parallel_state.get_data_parallel_world_size() / layers
+    auxiliary_scale = parallel_state.get_data_parallel_world_size()
     device = next(llm.parameters()).device
     momes: dict[int, ExpertParallelMoME] = {}
     for layer in llm.decoder.layers:

@@ -95,7 +95,7 @@ class MoMESpeechLM(nn.Module):
         return F.cross_entropy(logits_NV, tokens.labels, reduction="sum")
 
     def auxiliary_loss(self, valid_BS: Tensor, balance_loss: float, z_loss: float) -> Tensor:
-        """Mean over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""
+        """Sum over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""
         valid_T, losses = valid_BS.flatten(), []
         tokens = valid_T.sum()
         for mome in self.momes:
@@ -104,7 +104,7 @@ class MoMESpeechLM(nn.Module):
             counts_E = routing.selected_TE().sum(dim=0)
             loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def generate(

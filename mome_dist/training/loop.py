@@ -12,8 +12,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mome_dist.checkpoint.format import CONFIG
 from mome_dist.checkpoint.save import save_checkpoint
-from mome_dist.config import RunConfig
+from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
 from mome_dist.data.order import batch_of_step
 from mome_dist.errors import UserError
@@ -41,6 +42,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         console = rank_console()
         console.print(f"[bold]{config.name}[/]: {layout.describe()}", highlight=False)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            save_config(config, Path(config.output_dir) / CONFIG)
         trainer = prepare(config, layout, at, console)
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)

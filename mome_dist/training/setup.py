@@ -54,7 +54,6 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     momes = attach_mome(
         llm,
         config.mome.placement,
-        shape.layers,
         config.seed,
         ep_size=layout.ep,
         capacity_factor=config.mome.capacity_factor,

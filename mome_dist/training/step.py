@@ -1,8 +1,9 @@
 """One training step: the pipeline schedule over the microbatches of a step, then the engine's step.
 
 The objective is the mean over views of the token-weighted mean cross-entropy over the global batch, plus the mean over
-microbatches and layers of the auxiliary losses. Every factor that a layout would otherwise bring in is cancelled here:
-the schedule divides by the number of microbatches, the engine by the data-parallel size.
+microbatches of the sum over layers of the auxiliary losses (each MoE layer adds its own, as in Switch Transformer).
+Every factor that a layout would otherwise bring in is cancelled here: the schedule divides by the number of
+microbatches, the engine by the data-parallel size.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_frozen_model_is_refused(lab: Lab, tmp_path: Pat
     other = Lab.make(tiny_corpus_dir, tmp_path / "other")
     config = other.llm / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000', '"rope_theta": 20000'))
-    with pytest.raises(AssertionError, match="was trained with another llm: set llm.path"):
+    with pytest.raises(AssertionError, match=r"was trained with another llm: set llm\.path"):
         other.train(1, tmp_path / "run", "training.steps=2")
-    with pytest.raises(UserError, match="no index.json"):
+    with pytest.raises(UserError, match=r"no index\.json"):
         find_checkpoint(tmp_path / "nothing")

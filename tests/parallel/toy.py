@@ -82,7 +82,7 @@ def distributed(directory: Path, placement: str, ep: int, **mome: Any) -> Distri
     shape = LLMShape.from_directory(directory)
     llm = build_frozen_llm(shape, torch.float32, "eager", CPU)
     load_weights(llm, shape, directory)
-    momes = attach_mome(llm, placement, shape.layers, SEED, ep_size=ep, **{**MOME, **mome})
+    momes = attach_mome(llm, placement, SEED, ep_size=ep, **{**MOME, **mome})
     model = DistributedMoME(llm, projectors() if llm.pre_process else None, momes)
     wake([(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name])
     return model.train()
