@@ -21,7 +21,8 @@ from tests.parallel.worlds import run_world
 BATCH, STEPS = 8, 3
 # fp32 sums in another order differ by about 1e-7 of their largest term. AdamW divides a gradient by its own size, so
 # with the usual epsilon of 1e-8 a gradient that is a difference of large terms would turn that into a visible part of
-# the rate. At 1e-4 the update moves by at most rate x 1e-7 / 1e-4 = 1e-5 a unit of gradient, whatever the gradient's size.
+# the rate. At 1e-4 the update moves by at most rate x 1e-7 / 1e-4 = 1e-5 a unit of gradient, whatever the gradient's
+# size.
 EPSILON = 1e-4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mome_dist.assets import asset_dir
-from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
 from mome_dist.parallel.initialize import parallel_world
@@ -51,7 +52,7 @@ def _megatron(directory: Path, tp: int, pp: int, kernel: str) -> np.ndarray | No
         ids_BS = torch.from_numpy(_ids(directory))
         padding_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
 
-        def forward_step(_iterator, model):
+        def forward_step(_iterator: Any, model: FrozenLLM) -> tuple[torch.Tensor, Any]:
             embedded = model.embed(ids_BS) if model.pre_process else None
             output = model.logits(embedded, padding_BS)
             return output, lambda logits: (torch.zeros(()), logits.transpose(0, 1).numpy())

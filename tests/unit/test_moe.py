@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
-from mome_dist.moe.experts import initial_value
+from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
 from mome_dist.moe.statistics import RoutingStatistics
@@ -84,7 +84,7 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
     module = _mome(shared, renormalize)
     hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
 
-    def expert(stack, n, h):
+    def expert(stack: ExpertStack, n: int, h: torch.Tensor) -> torch.Tensor:
         return stack.up_weight[n] @ F.gelu(stack.down_weight[n] @ h + stack.down_bias[n]) + stack.up_bias[n]
 
     output = module(hidden)
@@ -94,6 +94,7 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
         weights = best.values / best.values.sum() if renormalize else best.values
         expected = sum(w * expert(module.routed, int(n), token) for w, n in zip(weights, best.indices, strict=True))
         for n in range(shared):
+            assert module.shared is not None
             expected = expected + expert(module.shared, n, token)
         torch.testing.assert_close(result, expected)
 

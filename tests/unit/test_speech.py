@@ -84,7 +84,7 @@ def test_projector_is_two_layers_and_a_norm_and_treats_clips_apart() -> None:
     assert output.shape == (2 + 1, 8) and output.dtype is torch.float32
     torch.testing.assert_close(output[2:], projectors("audio", clips[1:], 4))
     torch.testing.assert_close(output.std(-1, correction=0), torch.full((3,), 0.3), rtol=1e-3, atol=0)
-    layers = list(projectors.streams["audio"]["all"])
+    layers = list(projectors.get_submodule("streams.audio.all").children())
     assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.LayerNorm]
 
 
