@@ -24,7 +24,7 @@ from mome_dist.config.schema import (
     VideoEncoderConfig,
 )
 from mome_dist.data.corpus import Corpus
-from mome_dist.data.shards import sha256_of
+from mome_dist.files import sha256_of
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape

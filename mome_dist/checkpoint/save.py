@@ -8,7 +8,6 @@ checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mome_dist.checkpoint.format import CONFIG, FORMAT, INDEX, LATEST, Part, describe_part, merge_parts
 from mome_dist.config import RunConfig, save_config
-from mome_dist.data.shards import sha256_of
+from mome_dist.files import fsync, sha256_of, write_text
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, rank_writes
 from mome_dist.training.engine import Engine
@@ -108,7 +107,7 @@ def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | 
         return
     path = folder / f"part-{rank:05d}.safetensors"
     save_file({name: tensor for name, (tensor, _) in tensors.items()}, path)
-    _fsync(path)
+    fsync(path)
     description: dict[str, Any] = {
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
         "tensors": {
@@ -121,15 +120,12 @@ def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | 
 
 def _publish(aside: Path, final: Path) -> None:
     for path in (aside / INDEX, aside / CONFIG, aside):
-        _fsync(path)
+        fsync(path)
     if final.exists():  # a step that is trained again after a resume from an older checkpoint
         shutil.rmtree(final)
     aside.replace(final)
-    pointer = final.parent / f".{LATEST}"
-    pointer.write_text(final.name)
-    _fsync(pointer)
-    pointer.replace(final.parent / LATEST)
-    _fsync(final.parent)
+    write_text(final.parent / LATEST, final.name)
+    fsync(final.parent)
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -137,11 +133,3 @@ def _prune(folder: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*"))[:-keep]:
         if old.name != latest:
             shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.synthetic.settings import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
+from mome_dist.files import write_text
 from mome_dist.paths import cache_root, configs_dir
 
 
@@ -61,9 +61,7 @@ def load_saved_config(path: Path) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    aside.replace(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def resolve_deepspeed_file(config: RunConfig) -> Path:

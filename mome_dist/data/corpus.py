@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video
-from mome_dist.data.shards import FORMAT, MANIFEST, sha256_of
+from mome_dist.data.shards import FORMAT, MANIFEST
 from mome_dist.errors import UserError
+from mome_dist.files import sha256_of
 
 _AGAIN = "make or fetch the corpus again"
 

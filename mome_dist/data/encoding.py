@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
-from mome_dist.data.shards import MANIFEST, sha256_of
+from mome_dist.data.shards import MANIFEST
+from mome_dist.files import sha256_of
 from mome_dist.paths import cache_root
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder

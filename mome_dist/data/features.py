@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.errors import UserError
+from mome_dist.files import fsync
 
 FORMAT = "mome_dist.features/1"
 SUFFIX = ".safetensors"
@@ -200,17 +201,9 @@ def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], direc
     with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
         written = Path(aside) / f"part-{name}{SUFFIX}"
         save_file(arrays, written, metadata=metadata)
-        _fsync(written)
+        fsync(written)
         written.replace(directory / written.name)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(directory)
 
 
 def _parts(directory: Path) -> list[tuple[Path, str | None]]:

@@ -10,10 +10,8 @@ manifest last: a directory under the final name is always complete.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 import tempfile
@@ -24,11 +22,11 @@ from typing import Any
 
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.errors import UserError
+from mome_dist.files import fsync, sha256_of, write_text
 
 FORMAT = "mome_dist.corpus/1"
 MANIFEST = "manifest.json"
 INDEXED_MEMBERS = ("flac", "mp4", "json")
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,6 @@ class EncodedUtterance:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def check_id(utterance_id: str) -> None:
     """Raise UserError unless the id can name a WebDataset sample: non-empty, without dots, white space or slashes."""
     if not utterance_id or any(c.isspace() or c in "./\\" for c in utterance_id) or len(utterance_id) > 90:
@@ -61,20 +50,6 @@ def check_id(utterance_id: str) -> None:
             f"utterance id {utterance_id!r}: WebDataset splits names at the first dot; "
             "use at most 90 characters without dots, slashes and white space"
         )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and flush it to disk."""
-    path.write_text(text, encoding="utf-8")
-    _fsync(path)
 
 
 class _Shard:
@@ -104,7 +79,7 @@ class _Shard:
         """Finish the archive; return its manifest entry."""
         self._tar.close()
         self._file.close()
-        _fsync(self.path)
+        fsync(self.path)
         return {
             "file": self.path.name,
             "bytes": self.path.stat().st_size,
@@ -250,7 +225,7 @@ class CorpusWriter:
         if not (self.working / MANIFEST).exists():
             self.finish()
         self.working.chmod(0o755)  # mkdtemp makes it private to the user
-        _fsync(self.working)
+        fsync(self.working)
         try:
             self.working.rename(self.directory)
         except OSError as error:
@@ -259,7 +234,7 @@ class CorpusWriter:
                     f"{self.directory}: exists and holds no corpus ({error}); remove it or choose another directory"
                 ) from error
         else:
-            _fsync(self.directory.parent)
+            fsync(self.directory.parent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mome_dist.errors import UserError
-from mome_dist.evaluation.files import written_aside
+from mome_dist.files import written_aside
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
 from mome_dist.speech.sequence import AUDIO, VIDEO

@@ -19,11 +19,11 @@ from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.arithmetic import active_and_total_parameters
-from mome_dist.evaluation.files import write_text
 from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
 from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, markdown_table, read_results
 from mome_dist.evaluation.style import save_figure
 from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog
+from mome_dist.files import write_text
 from mome_dist.llm.shape import LLMShape
 
 REPORT = "report.md"

@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mome_dist.errors import UserError
-from mome_dist.evaluation.files import write_json, write_text
 from mome_dist.evaluation.run import ViewResult
 from mome_dist.evaluation.wer import WordErrors, word_errors
+from mome_dist.files import write_json, write_text
 
 FORMAT = "mome_dist.evaluation/1"
 RESULTS, TABLE, HYPOTHESES, ACTIVATIONS = "results.json", "results.md", "hypotheses.jsonl", "activations.safetensors"

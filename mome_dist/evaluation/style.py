@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from mome_dist.evaluation.files import written_aside
+from mome_dist.files import written_aside
 
 TASK_COLORS = {"asr": "#1f6fb4", "vsr": "#d9722b", "avsr": "#2e8b68"}
 MODALITY_COLORS = {"audio": "#1f6fb4", "video": "#d9722b", "text": "#6b6b6b", "audio against video": "#b9a3c9"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
+from mome_dist.files import fsync
 
 RECORD_FILE = "pretraining.json"
 
@@ -66,18 +66,10 @@ def publish(directory: str | Path, settings: Mapping[str, Any], results: Mapping
         record = {"settings": dict(settings), "results": dict(results)}
         (built / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in [*built.rglob("*"), built]:
-            _fsync(path)
+            fsync(path)
         if directory.exists():
             directory.rename(aside / "old")
         built.rename(directory)
-        _fsync(directory.parent)
+        fsync(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mome_dist.config import RunConfig
 from mome_dist.errors import UserError
+from mome_dist.files import write_text
 from mome_dist.parallel.model import DistributedMoME
 
 
@@ -101,9 +102,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept) if step else "")
-    aside.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept) if step else "")
 
 
 def _start_wandb(config: RunConfig) -> Any:

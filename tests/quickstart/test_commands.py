@@ -7,18 +7,12 @@ cannot drift from what is tested.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from tests.quickstart.newcomer import ROOT, Newcomer
 
-from mome_dist.assets import assets_root
-
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"^(?:\|[^|]*\| `)?(python (?:-m|tools/)[^`#\n]*)", re.MULTILINE)
 SMALL_RUN = ["data.batch_size=8", "training.steps=3", "training.save_every=0", "training.validate_every=3"]
 
@@ -56,40 +50,18 @@ def test_every_documented_command_is_known() -> None:
     assert used == set(SHRINK)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A working directory with the project in it, and an environment whose cache holds the fetched assets only."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    for name in ("launchers", "tools", "configs"):
-        (folder / name).symlink_to(ROOT / name)
-    cache = folder / "cache"
-    cache.mkdir()
-    (cache / "assets").symlink_to(assets_root())
-    environment = {**os.environ, "MOME_DIST_CACHE": str(cache), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return folder, environment
-
-
-def _run(arguments: list[str], place: tuple[Path, dict[str, str]]) -> str:
-    folder, environment = place
-    command = [sys.executable, *arguments[1:]]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{shlex.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def test_the_readme_from_top_to_bottom(place: tuple[Path, dict[str, str]]) -> None:
-    corpus = Path()
+def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
+    newcomer = Newcomer.arrive(tmp_path)
+    corpus = newcomer.default_corpus()
     for command in sorted(documented_commands(), key=_stage):
         arguments = shrunk(command)
         if "tools/make_corpus.py" in arguments:
-            # A small corpus where the configuration expects the default one.
-            corpus = _default_corpus(place)
-            arguments += ["--out", str(corpus)]
+            arguments += ["--out", str(corpus)]  # a small corpus where the configuration expects the default one
         arguments = [str(corpus / "samples/test-00000.mp4") if word == "CLIP.mp4" else word for word in arguments]
-        output = _run(arguments, place)
+        output = newcomer.run(arguments)
         if "mome_dist.transcribe" in command:
             assert output.strip() == output.strip().lower() and "\n" not in output.strip()
-    runs = place[0] / "runs"
+    runs = tmp_path / "runs"
     results = json.loads((runs / "quickstart/evaluation/results.json").read_text())
     assert "avsr" in json.dumps(results) and (runs / "quickstart/report/report.md").is_file()
     assert len(list((runs / "quickstart/report").glob("*.png"))) >= 4
@@ -100,8 +72,3 @@ def test_the_readme_from_top_to_bottom(place: tuple[Path, dict[str, str]]) -> No
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
     return 0 if "pretrain" in command or "tools/" in command else 1
-
-
-def _default_corpus(place: tuple[Path, dict[str, str]]) -> Path:
-    code = "from mome_dist.config import load_config; print(load_config([]).data.corpus)"
-    return Path(_run(["python", "-c", code], place).strip())

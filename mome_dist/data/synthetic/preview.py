@@ -9,10 +9,10 @@ import numpy as np
 
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.media import Video, write_media_file
-from mome_dist.data.shards import write_text
 from mome_dist.data.synthetic.render import SIZE, render
 from mome_dist.data.synthetic.speakers import draw_speaker
 from mome_dist.data.synthetic.visemes import TARGETS
+from mome_dist.files import write_text
 
 _ROWS, _COLUMNS = 8, 12
 _SAMPLES = 3
