@@ -89,6 +89,7 @@ class DataConfig:
     corpus: str = ""
     train_split: str = "train"
     validation_split: str = "validation"
+    validation_utterances: int | None = None
     test_split: str = "test"
     batch_size: int = 16
     accumulation: int = 1

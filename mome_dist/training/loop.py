@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -111,7 +112,8 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
 
 def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
-    size, unit = len(trainer.lengths["validation"]), config.data.accumulation * layout.dp
+    unit = config.data.accumulation * layout.dp
+    size = min(len(trainer.lengths["validation"]), config.data.validation_utterances or sys.maxsize)
     usable = size - size % unit
     totals: dict[str, float] = {}
     tokens = 0
