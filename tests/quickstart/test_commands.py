@@ -11,6 +11,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from tests.quickstart.newcomer import ROOT, Newcomer
 
 COMMAND = re.compile(r"^(?:\|[^|]*\| `)?(python (?:-m|tools/)[^`#\n]*)", re.MULTILINE)
@@ -50,6 +52,8 @@ def test_every_documented_command_is_known() -> None:
     assert used == set(SHRINK)
 
 
+@pytest.mark.quickstart
+@pytest.mark.timeout(1200)
 def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path)
     corpus = newcomer.default_corpus()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.quickstart.newcomer import Newcomer
 
 LOCAL = "python -m launchers.local --nproc 2"
 
 
+@pytest.mark.quickstart
+@pytest.mark.timeout(1200)
 def test_asr_learns_unseen_sentences_of_unseen_speakers(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path)
     corpus = newcomer.default_corpus()
