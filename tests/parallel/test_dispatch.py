@@ -1,0 +1,139 @@
+"""All-to-all dispatch against the one-process form, and what capacity, drop policies and padding do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.experts import initial_value
+from mome_dist.moe.local import LocalMoME
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from tests.parallel.worlds import run_world
+
+HIDDEN, EXPERTS, TOP_K, BOTTLENECK, TOKENS = 16, 6, 2, 3, 30
+SHAPE = (HIDDEN, EXPERTS, TOP_K, 1, BOTTLENECK)
+
+
+def _fill(name: str, value: torch.Tensor) -> None:
+    value.copy_(initial_value(f"{name}.down_weight", (*value.shape, 9), seed=0)[..., 0] * 3)
+
+
+@torch.no_grad()
+def _local() -> LocalMoME:
+    module = LocalMoME(*SHAPE)
+    _fill("router", module.router_weight)
+    for kind, stack in (("routed", module.routed), ("shared", module.shared)):
+        assert stack is not None
+        for name, parameter in stack.named_parameters():
+            for number, value in enumerate(parameter):
+                _fill(f"{kind}.{number}.{name}", value)
+    return module
+
+
+@torch.no_grad()
+def _parallel(ep: int, **settings: Any) -> ExpertParallelMoME:
+    from megatron.core import parallel_state
+
+    module = ExpertParallelMoME(*SHAPE, ep_size=ep, **settings)
+    module.set_deepspeed_parallelism()
+    module.set_data_parallel_group(parallel_state.get_data_parallel_group())
+    _fill("router", module.deepspeed_moe.gate.wg.weight)
+    first = module.ep_rank * module.num_local_experts
+    for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
+        for name, parameter in expert.named_parameters():
+            _fill(f"routed.{first + local}.{name.replace('.', '_')}", parameter)
+    for name, parameter in module.shared.named_parameters():
+        for number, value in enumerate(parameter):
+            _fill(f"shared.{number}.{name}", value)
+    return module
+
+
+def _hidden(rank: int = 0, tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(rank))
+
+
+def _in_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    return run_world(_opened, size, function, size, *args)
+
+
+def _opened(function: Callable[..., Any], size: int, *args: Any) -> Any:
+    with parallel_world(Layout.for_world(size, tp=1, pp=1, ep=size), 0, timeout_seconds=60) as at:
+        return function(size, at.dp, *args)
+
+
+def _compare(ep: int, rank: int) -> tuple[float, float]:
+    """Largest relative errors of outputs and input gradients between the forms; ranks hold different lengths."""
+    outputs, gradients = [], []
+    for module in (_local(), _parallel(ep)):
+        hidden = _hidden(rank, TOKENS + 7 * rank).requires_grad_()
+        output = module.train()(hidden)
+        output.square().sum().backward()
+        assert hidden.grad is not None
+        outputs.append(output.detach())
+        gradients.append(hidden.grad)
+    return tuple(float((a - b).abs().max() / a.abs().max()) for a, b in (outputs, gradients))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("ep", [1, 2, 3])
+def test_dropless_dispatch_equals_the_local_form(ep: int) -> None:
+    assert np.max(_in_world(ep, _compare)) < 1e-6  # a few times the rounding of fp32
+
+
+def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    module = _parallel(ep, capacity_factor=0.5, min_capacity=2, drop_policy=policy).train()
+    module(_hidden())
+    routing, kept = module.deepspeed_moe.latest()
+    capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
+    module.eval()(_hidden())
+    assert module.deepspeed_moe.latest()[1].all(), "evaluation drops nothing"
+    return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_a_full_expert_keeps_the_tokens_that_its_policy_names(policy: str) -> None:
+    experts, probs, kept, capacity = _in_world(1, _drops, policy)[0]
+    dropped = 0
+    for expert in range(EXPERTS):
+        asking = [
+            (token, choice) for token in range(TOKENS) for choice in range(TOP_K) if experts[token, choice] == expert
+        ]
+        if policy == "probs":
+            asking.sort(key=lambda route: -probs[route[0], expert])
+        assert {route for route in asking if kept[route]} == set(asking[:capacity])
+        dropped += max(len(asking) - capacity, 0)
+    assert 0 < dropped == (~kept).sum()
+
+
+def _padded(ep: int, rank: int) -> tuple[float, float, int]:
+    module = _parallel(ep).train()
+    hidden, valid = _hidden(), torch.arange(TOKENS) < 20
+    output = module(hidden, valid)
+    assert module.shared is not None
+    activations = module.shared.activations(hidden)
+    shared = module.shared.combine(activations, torch.ones_like(activations[..., 0]))
+    alone = module(hidden[:20])
+    asked, dropped = module.statistics.take().sum(dim=1).tolist()
+    assert dropped == 0
+    return float((output[20:] - shared[20:]).abs().max()), float((output[:20] - alone).abs().max()), int(asked)
+
+
+def test_padding_uses_no_routed_expert_and_changes_no_token() -> None:
+    padding_error, token_error, asked = _in_world(1, _padded)[0]
+    assert padding_error < 1e-6 and token_error < 1e-6
+    assert asked == 2 * 20 * TOP_K
+
+
+def _unequal_capacity(ep: int, rank: int) -> float:
+    """Ranks with different numbers of tokens agree on one capacity, or the exchange would not fit."""
+    module = _parallel(ep, capacity_factor=0.8).train()
+    return float(module(_hidden(rank, 10 + 25 * rank)).abs().sum())
+
+
+def test_ranks_of_unequal_size_agree_on_the_capacity() -> None:
+    assert all(np.isfinite(_in_world(2, _unequal_capacity)))
