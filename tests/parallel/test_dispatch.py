@@ -48,6 +48,7 @@ def _parallel(ep: int, **settings: Any) -> ExpertParallelMoME:
     for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
         for name, parameter in expert.named_parameters():
             _fill(f"routed.{first + local}.{name.replace('.', '_')}", parameter)
+    assert module.shared is not None
     for name, parameter in module.shared.named_parameters():
         for number, value in enumerate(parameter):
             _fill(f"shared.{number}.{name}", value)
