@@ -67,7 +67,7 @@ def _megatron(directory: Path, tp: int, pp: int, kernel: str) -> np.ndarray | No
                 micro_batch_size=ids_BS.shape[0],
                 forward_only=True,
             )
-        return results[0] if parallel_state.is_pipeline_last_stage() else None
+            return results[0] if parallel_state.is_pipeline_last_stage() else None
 
 
 def _compare(directory: Path, tp: int, pp: int, kernel: str, tolerance: float) -> None:
