@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo", HF_HUB_OFFLINE="1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
