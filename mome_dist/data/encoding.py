@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
-from mome_dist.data.shards import MANIFEST
-from mome_dist.files import sha256_of
 from mome_dist.paths import cache_root
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
+from mome_dist.training.artefact import manifest_sha256
 
 
 def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
@@ -54,5 +53,5 @@ def split_features(
 
     path = Path(getattr(config, f"{stream}_encoder").path)
     name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
-    directory = feature_directory(cache_root() / "features", sha256_of(corpus.directory / MANIFEST), name, split)
+    directory = feature_directory(cache_root() / "features", manifest_sha256(corpus.directory), name, split)
     return build_features(name, encode, corpus.split(split), directory, rank, world_size, barrier, console=console)

@@ -30,18 +30,12 @@ from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from mome_dist.errors import UserError
+from mome_dist.speech.matryoshka import audio_frames
 
 SAMPLE_RATE = 16_000
-SAMPLES_PER_FRAME = 320
-MIN_FRAMES = 25
 MAX_SECONDS = 30
 
 Padding = Literal["30s", "clip"]
-
-
-def frame_count(samples: int) -> int:
-    """Return how many feature frames (50 a second) a clip of ``samples`` at 16 kHz yields, at least 25."""
-    return max(samples // SAMPLES_PER_FRAME, MIN_FRAMES)
 
 
 class WhisperAudioEncoder(nn.Module):
@@ -140,7 +134,7 @@ class WhisperAudioEncoder(nn.Module):
         for seconds, indices in groups.items():
             encoded = self._encode([waveforms[i] for i in indices], seconds)
             for row, index in enumerate(indices):
-                features[index] = encoded[row, : frame_count(len(waveforms[index]))]
+                features[index] = encoded[row, : audio_frames(len(waveforms[index]))]
         return cast("list[Tensor]", features)
 
     def _padded_seconds(self, waveform: Tensor) -> int:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist.errors import UserError
-from mome_dist.speech.whisper import Padding, WhisperAudioEncoder, frame_count
+from mome_dist.speech.matryoshka import audio_frames
+from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def speech(samples: int, seed: int = 0) -> torch.Tensor:
     [(1, 25), (8_000, 25), (8_319, 25), (8_320, 26), (16_000, 50), (40_123, 125), (480_000, 1500)],
 )
 def test_frames_are_fifty_a_second_and_at_least_25(directory: Path, samples: int, frames: int) -> None:
-    assert frame_count(samples) == frames
+    assert audio_frames(samples) == frames
     encoder = WhisperAudioEncoder.from_pretrained(directory, padding="clip")
     (features,) = encoder([speech(samples)])
     assert features.shape == (frames, encoder.width) == (frames, 32)
