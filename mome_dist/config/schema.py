@@ -62,7 +62,9 @@ class MoMEConfig:
     renormalize: bool = True
     balance_loss: float = 0.01
     z_loss: float = 0.0
+    dispatch: str = one_of("auto", "alltoall", "gather", "local")
     capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
     min_capacity: int = 4
     drop_policy: str = one_of("probs", "position")
 

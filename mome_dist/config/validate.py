@@ -52,6 +52,11 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_numbers(config)
     layout = Layout.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp, ep=config.parallel.ep)
     shape = LLMShape.from_directory(config.llm.path)
+    if config.mome.dispatch == "local" and layout.ep > 1:
+        raise UserError(
+            f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
+            "parallel.ep=1, or mome.dispatch=gather."
+        )
     layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
     _check_batches(config, layout)
     _check_deepspeed(config)
@@ -119,10 +124,10 @@ def _check_numbers(config: RunConfig) -> None:
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
             "cannot use more experts than there are."
         )
-    if config.mome.capacity_factor is not None and config.mome.capacity_factor <= 0:
-        raise UserError(
-            f"mome.capacity_factor={config.mome.capacity_factor}: must be above 0, or null to drop nothing."
-        )
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(config.mome, key)
+        if factor is not None and factor <= 0:
+            raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
     if not config.task.tasks:
         raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
     for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):

@@ -74,6 +74,8 @@ class MoMETransformerLayer(MoMESlot, TransformerLayer):
         valid_SB = None if padding_BS is None else ~padding_BS.t()
         for part in (self, self.self_attention, self.mlp):
             part.valid_SB = valid_SB
+            if part.mome is not None:
+                part.mome.prefetch(hidden_states.dtype)
         return super().forward(hidden_states, *args, **kwargs)
 
 

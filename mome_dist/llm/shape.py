@@ -27,6 +27,12 @@ class LLMShape:
     max_positions: int
     tied_embeddings: bool
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the matrix products of one layer."""
+        attention = 2 * self.hidden_size * self.head_size * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_size
+
     def with_padded_heads(self, tp: int) -> LLMShape:
         """The shape with whole key-value groups added until ``tp`` divides them.
 

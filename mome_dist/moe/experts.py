@@ -10,10 +10,21 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of N experts, stacked: ``down_weight`` [N, b, H], ``down_bias`` [N, b], ``up_weight`` [N, H, b],
+    ``up_bias`` [N, H]; the same fields without N are one expert's."""
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
 
 
 class Bottleneck(nn.Module):
@@ -24,6 +35,10 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(hidden_size, bottleneck)
         self.up = nn.Linear(bottleneck, hidden_size)
 
+    def weights(self) -> ExpertWeights:
+        """The parameters of this expert."""
+        return ExpertWeights(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         dtype = hidden.dtype
@@ -32,10 +47,8 @@ class Bottleneck(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """N bottleneck experts as stacked tensors; also the layout-free form in which experts are saved.
-
-    ``down_weight`` [N, b, H], ``down_bias`` [N, b], ``up_weight`` [N, H, b], ``up_bias`` [N, H], all fp32.
-    """
+    """N bottleneck experts as stacked fp32 tensors (`ExpertWeights`); also the layout-free form in which experts are
+    saved."""
 
     def __init__(self, experts: int, hidden_size: int, bottleneck: int) -> None:
         super().__init__()
@@ -44,19 +57,49 @@ class ExpertStack(nn.Module):
         self.up_weight = nn.Parameter(torch.empty(experts, hidden_size, bottleneck))
         self.up_bias = nn.Parameter(torch.empty(experts, hidden_size))
 
-    def activations(self, hidden_TH: Tensor) -> Tensor:
-        """All experts' GELU activations in one matrix product: [T, H] -> [T, N, b], in the input's dtype."""
-        experts, bottleneck, hidden_size = self.down_weight.shape
-        weight, bias = self.down_weight.reshape(-1, hidden_size), self.down_bias.reshape(-1)
-        flat = F.linear(hidden_TH, weight.to(hidden_TH.dtype), bias.to(hidden_TH.dtype))
-        return F.gelu(flat).view(-1, experts, bottleneck)
+    def weights(self) -> ExpertWeights:
+        """The parameters of all experts."""
+        return ExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
 
-    def combine(self, activations_TNb: Tensor, gates_TN: Tensor) -> Tensor:
-        """Gate-weighted sum of all experts' outputs in one matrix product: -> [T, H], in the activations' dtype."""
-        dtype = activations_TNb.dtype
-        weight_HNb = self.up_weight.permute(1, 0, 2).flatten(1).to(dtype)
-        gated = (activations_TNb * gates_TN[..., None]).flatten(1)
-        return F.linear(gated, weight_HNb) + gates_TN @ self.up_bias.to(dtype)
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """Sum of all experts' outputs for every token: [T, H] -> [T, H], in the same dtype."""
+        gates_TN = torch.ones(hidden_TH.shape[0], self.down_weight.shape[0], device=hidden_TH.device)
+        return dense_experts(hidden_TH, self.weights(), gates_TN)
+
+
+def dense_experts(
+    hidden_TH: Tensor, routed: ExpertWeights, gates_TE: Tensor, shared: ExpertStack | None = None
+) -> Tensor:
+    """Gate-weighted sum of experts as one down-projection of all of them, the gates as a mask, and one up-projection.
+
+    For bottlenecks of a few units this is far less work than sorting tokens by expert, and a token's output never
+    depends on its neighbours.
+
+    Args:
+        hidden_TH: [T, H].
+        routed: weights of E experts.
+        gates_TE: fp32 [T, E], zero where an expert is not used.
+        shared: experts that every token uses with a gate of one.
+
+    Returns:
+        [T, H] in the dtype of ``hidden_TH``, which is also that of the matrix products.
+    """
+    weights = routed
+    if shared is not None:
+        weights = ExpertWeights(
+            *(torch.cat([part, other.to(part.dtype)]) for part, other in zip(routed, shared.weights(), strict=True))
+        )
+        ones_TN = gates_TE.new_ones(gates_TE.shape[0], shared.down_weight.shape[0])
+        gates_TE = torch.cat([gates_TE, ones_TN], dim=1)
+    experts, bottleneck, hidden_size = weights.down_weight.shape
+    dtype = hidden_TH.dtype
+    down_weight, down_bias = weights.down_weight.reshape(-1, hidden_size), weights.down_bias.reshape(-1)
+    narrow = F.gelu(F.linear(hidden_TH, down_weight.to(dtype), down_bias.to(dtype)))
+    gated = (narrow.view(-1, experts, bottleneck) * gates_TE[..., None]).flatten(1)
+    # The gates are what multiplies the output biases: with them as further inputs one product does it all.
+    inputs = torch.cat([gated, gates_TE], dim=1).to(dtype)
+    up_weight = torch.cat([weights.up_weight.transpose(0, 1).flatten(1), weights.up_bias.t()], dim=1)
+    return F.linear(inputs, up_weight.to(dtype))
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

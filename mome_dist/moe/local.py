@@ -1,8 +1,6 @@
 """MoME in one process: every expert is here, nothing travels, nothing is dropped.
 
-This is the form used to decode, to export, and to prove the parallel forms against. All experts run as one concatenated
-down-projection and one up-projection, the gates mask in between: for bottlenecks of a few units that is far less work
-than sorting tokens by expert, and a token's output never depends on its neighbours.
+This is the form used to decode, to export, and to prove the parallel forms against.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
 from mome_dist.moe.router import Routing, route
 
 
@@ -61,8 +59,5 @@ class LocalMoME(nn.Module):
         self.last_routing = routing = route(F.linear(hidden_TH, self.router_weight), self.top_k, self.renormalize)
         if self.observer is not None:
             self.observer(routing)
-        output_TH = self.routed.combine(self.routed.activations(hidden_TH), routing.gates_TE())
-        if self.shared is not None:
-            activations = self.shared.activations(hidden_TH)
-            output_TH = output_TH + self.shared.combine(activations, torch.ones_like(activations[..., 0]))
+        output_TH = dense_experts(hidden_TH, self.routed.weights(), routing.gates_TE(), self.shared)
         return output_TH.to(hidden.dtype).view(hidden.shape)

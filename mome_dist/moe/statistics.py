@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mome_dist.moe.router import Routing
-
 
 class RoutingStatistics:
     """Running counts since the last `take`, on the routing's device, without a synchronisation per layer.
@@ -18,13 +16,8 @@ class RoutingStatistics:
         self.num_experts = num_experts
         self._counts_2E: Tensor | None = None
 
-    @torch.no_grad()
-    def add(self, routing: Routing, kept_TK: Tensor) -> None:
-        """Count one forward pass; ``kept_TK`` is bool [T, K], False where the route was dropped or is padding."""
-        experts, valid_T = routing.experts_TK, routing.valid_T
-        asked_TK = torch.ones_like(kept_TK) if valid_T is None else valid_T[:, None].expand_as(kept_TK)
-        asked_E = torch.bincount(experts[asked_TK], minlength=self.num_experts)
-        dropped_E = torch.bincount(experts[asked_TK & ~kept_TK], minlength=self.num_experts)
+    def add(self, asked_E: Tensor, dropped_E: Tensor) -> None:
+        """Count one forward pass: int64 [E] routes asked for (padding excluded) and routes dropped."""
         counts = torch.stack([asked_E, dropped_E])
         self._counts_2E = counts if self._counts_2E is None else self._counts_2E + counts
 

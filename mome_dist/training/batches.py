@@ -17,7 +17,7 @@ from mome_dist.data.corpus import Utterance
 from mome_dist.data.order import share_of_rank
 from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
-from mome_dist.speech.sequence import SequenceBuilder, collate
+from mome_dist.speech.sequence import SequenceBuilder, TokenBatch, collate
 from mome_dist.speech.views import View
 
 FeatureReader = Callable[[str], Tensor]
@@ -75,15 +75,23 @@ class BatchBuilder:
 
     def microbatch(self, utterances: Sequence[Utterance], view: View) -> MicroBatch:
         """One forward pass over some utterances."""
-        examples = [
-            self._sequences.example(view, *speech_lengths(utterance, view), utterance.text) for utterance in utterances
-        ]
         return MicroBatch(
             view=view,
-            tokens=collate(examples).to(self._device),
+            tokens=self._tokens(utterances, view).to(self._device),
             audio=list(self._read("audio", utterances)) if view.audio_rate is not None else [],
             video=list(self._read("video", utterances)) if view.video_rate is not None else [],
         )
+
+    def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
+        """Positions of a microbatch of the first data-parallel rank, padding included: the mean over views of a global
+        batch, the same on all ranks."""
+        chunks = share_of_rank(batch, self._accumulation, 0, self._dp_size)
+        parts = [[self._utterances[i] for i in chunk] for chunk in chunks]
+        sizes = [self._tokens(part, view).ids_BS.numel() for view in views for part in parts]
+        return sum(sizes) // len(sizes)
+
+    def _tokens(self, utterances: Sequence[Utterance], view: View) -> TokenBatch:
+        return collate([self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances])
 
     def _read(self, stream: str, utterances: Sequence[Utterance]) -> Iterator[Tensor]:
         if self._features is not None:

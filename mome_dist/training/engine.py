@@ -64,6 +64,7 @@ class Engine:
                 betas=(config.betas[0], config.betas[1]),
                 eps=config.epsilon,
                 weight_decay=config.weight_decay,
+                fused=True,
             )
         else:
             optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
@@ -128,7 +129,7 @@ class Engine:
         for held in zero.single_partition_of_fp32_groups if self.zero_stage else parameters:
             if self.moment_names:
                 optimizer.state[held] = {name: torch.zeros_like(held) for name in self.moment_names}
-                optimizer.state[held]["step"] = torch.tensor(float(step))
+                optimizer.state[held]["step"] = torch.tensor(float(step), device=held.device)
         if self.zero_stage:
             self._link_fragments()
         for name, values in moments.items():

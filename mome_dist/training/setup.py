@@ -14,9 +14,10 @@ from mome_dist.build import build_projectors, build_sequences, llm_dtype, mome_a
 from mome_dist.checkpoint.format import fingerprint, newest_checkpoint
 from mome_dist.checkpoint.restore import check_frozen, restore_optimizer, restore_weights
 from mome_dist.config import RunConfig, resolve_deepspeed_file
-from mome_dist.config.validate import streams_of
+from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.data.order import batch_of_step
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
@@ -24,6 +25,7 @@ from mome_dist.parallel.initialize import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME, attach_mome
 from mome_dist.training.batches import BatchBuilder, FeatureReader
+from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
 
 
@@ -51,12 +53,31 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     shape = LLMShape.from_directory(config.llm.path)
     llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device)
     load_weights(llm, shape, config.llm.path)
+    sequences = build_sequences(config)
+    splits = {"train": config.data.train_split, "validation": config.data.validation_split}
+    batches = {
+        purpose: BatchBuilder(
+            corpus.split(split),
+            sequences,
+            features[purpose] if llm.pre_process else None,
+            config.data.accumulation,
+            at.dp,
+            layout.dp,
+            device,
+        )
+        for purpose, split in splits.items()
+    }
+    lengths = {purpose: [u.samples for u in corpus.split(split)] for purpose, split in splits.items()}
+    first = batch_of_step(lengths["train"], config.data.batch_size, 0, config.seed)
+    tokens = batches["train"].mean_tokens(first, views_of(config))
     momes = attach_mome(
         llm,
         config.mome.placement,
         config.seed,
         ep_size=layout.ep,
+        dispatch=settle_dispatch(config, layout, shape, tokens, device, console),
         capacity_factor=config.mome.capacity_factor,
+        eval_capacity_factor=config.mome.eval_capacity_factor,
         min_capacity=config.mome.min_capacity,
         drop_policy=config.mome.drop_policy,
         balance_loss=config.mome.balance_loss,
@@ -74,21 +95,6 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     engine = Engine(model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config))
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
-    sequences = build_sequences(config)
-    splits = {"train": config.data.train_split, "validation": config.data.validation_split}
-    batches = {
-        purpose: BatchBuilder(
-            corpus.split(split),
-            sequences,
-            features[purpose] if llm.pre_process else None,
-            config.data.accumulation,
-            at.dp,
-            layout.dp,
-            device,
-        )
-        for purpose, split in splits.items()
-    }
-    lengths = {purpose: [u.samples for u in corpus.split(split)] for purpose, split in splits.items()}
     return Trainer(model, engine, batches, lengths, frozen, start)
 
 

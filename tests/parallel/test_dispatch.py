@@ -68,31 +68,66 @@ def _opened(function: Callable[..., Any], size: int, *args: Any) -> Any:
         return function(size, at.dp, *args)
 
 
-def _compare(ep: int, rank: int) -> tuple[float, float]:
-    """Largest relative errors of outputs and input gradients between the forms; ranks hold different lengths."""
-    outputs, gradients = [], []
-    for module in (_local(), _parallel(ep)):
-        hidden = _hidden(rank, TOKENS + 7 * rank).requires_grad_()
-        output = module.train()(hidden)
-        output.square().sum().backward()
-        assert hidden.grad is not None
-        outputs.append(output.detach())
-        gradients.append(hidden.grad)
-    return tuple(float((a - b).abs().max() / a.abs().max()) for a, b in (outputs, gradients))  # type: ignore[return-value]
+def _gradients(module: LocalMoME | ExpertParallelMoME, rank: int) -> dict[str, torch.Tensor]:
+    """Output, input gradient and this rank's expert gradients by name; ranks hold different numbers of tokens."""
+    hidden = _hidden(rank, TOKENS + 7 * rank).requires_grad_()
+    output = module.train()(hidden)
+    output.square().sum().backward()
+    assert hidden.grad is not None
+    return {"output": output.detach(), "input": hidden.grad}
 
 
-@pytest.mark.parametrize("ep", [1, 2, 3])
-def test_dropless_dispatch_equals_the_local_form(ep: int) -> None:
-    assert np.max(_in_world(ep, _compare)) < 1e-6  # a few times the rounding of fp32
+def _grad(module: torch.nn.Module, name: str) -> np.ndarray:
+    gradient = module.get_parameter(name).grad
+    assert gradient is not None
+    return gradient.numpy()
+
+
+def _compare(ep: int, rank: int, dispatch: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Outputs and gradients of the one-process form on all ranks' tokens, and of the distributed form on its own."""
+    parallel, pairs = _parallel(ep, dispatch=dispatch), {}
+    mine = _gradients(parallel, rank)
+    local = _local()
+    for other in range(ep):  # gradients add up over the tokens of all ranks
+        theirs = _gradients(local, other)
+        if other == rank:
+            pairs = {name: (theirs[name].numpy(), mine[name].numpy()) for name in mine}
+    first = parallel.ep_rank * parallel.num_local_experts
+    for number, expert in enumerate(parallel.deepspeed_moe.experts.deepspeed_experts):
+        for name, _ in expert.named_parameters():
+            stacked = _grad(local.routed, name.replace(".", "_"))
+            pairs[f"expert {first + number} {name}"] = (stacked[first + number], _grad(expert, name))
+    assert local.shared is not None and parallel.shared is not None
+    for name, parameter in parallel.shared.named_parameters():
+        assert parameter.grad is not None
+        mean = parameter.grad.clone()  # of this rank's tokens; the engine reduces it
+        torch.distributed.all_reduce(mean)
+        pairs[f"shared {name}"] = (_grad(local.shared, name), mean.numpy())
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("ep", "dispatch"),
+    [(1, "alltoall"), (2, "alltoall"), (3, "alltoall"), (1, "local"), (1, "gather"), (2, "gather"), (3, "gather")],
+)
+def test_dropless_dispatch_equals_the_local_form(ep: int, dispatch: str) -> None:
+    for pairs in _in_world(ep, _compare, dispatch):
+        assert len(pairs) == 2 + 4 * EXPERTS // ep + 4
+        for name, (expected, actual) in pairs.items():
+            # A few times the rounding of fp32, of the largest value.
+            error = np.abs(expected - actual).max() / np.abs(expected).max()
+            assert error < 1e-6, (name, error)
 
 
 def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     module = _parallel(ep, capacity_factor=0.5, min_capacity=2, drop_policy=policy).train()
     module(_hidden())
-    routing, kept = module.deepspeed_moe.latest()
+    routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK
+    asked, dropped = module.deepspeed_moe.asked_and_dropped()
+    assert asked.sum() == TOKENS * TOP_K and dropped.sum() == (~kept).sum()
     capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
     module.eval()(_hidden())
-    assert module.deepspeed_moe.latest()[1].all(), "evaluation drops nothing"
+    assert module.deepspeed_moe.kept_TK.all(), "evaluation drops nothing"
     return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
 
 
@@ -111,21 +146,21 @@ def test_a_full_expert_keeps_the_tokens_that_its_policy_names(policy: str) -> No
     assert 0 < dropped == (~kept).sum()
 
 
-def _padded(ep: int, rank: int) -> tuple[float, float, int]:
-    module = _parallel(ep).train()
+def _padded(ep: int, rank: int, dispatch: str) -> tuple[float, float, int]:
+    module = _parallel(ep, dispatch=dispatch).train()
     hidden, valid = _hidden(), torch.arange(TOKENS) < 20
     output = module(hidden, valid)
     assert module.shared is not None
-    activations = module.shared.activations(hidden)
-    shared = module.shared.combine(activations, torch.ones_like(activations[..., 0]))
+    shared = module.shared(hidden)
     alone = module(hidden[:20])
     asked, dropped = module.statistics.take().sum(dim=1).tolist()
     assert dropped == 0
     return float((output[20:] - shared[20:]).abs().max()), float((output[:20] - alone).abs().max()), int(asked)
 
 
-def test_padding_uses_no_routed_expert_and_changes_no_token() -> None:
-    padding_error, token_error, asked = _in_world(1, _padded)[0]
+@pytest.mark.parametrize("dispatch", ["alltoall", "gather"])
+def test_padding_uses_no_routed_expert_and_changes_no_token(dispatch: str) -> None:
+    padding_error, token_error, asked = _in_world(1, _padded, dispatch)[0]
     assert padding_error < 1e-6 and token_error < 1e-6
     assert asked == 2 * 20 * TOP_K
 

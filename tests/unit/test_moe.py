@@ -120,12 +120,14 @@ def test_initial_values_depend_on_name_and_seed_only() -> None:
     assert not first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), seed=6))
 
 
-def test_statistics_count_routes_and_drops_without_padding() -> None:
-    routing = route(_logits(4, 3), 1, True, torch.tensor([True, True, True, False]))
-    kept = torch.tensor([[True], [False], [True], [False]])
+def test_statistics_add_up_until_taken() -> None:
     statistics = RoutingStatistics(3)
-    statistics.add(routing, kept)
-    asked, dropped = statistics.take()
-    assert asked.sum() == 3 and dropped.sum() == 1
-    assert dropped[routing.experts_TK[1, 0]] == 1
+    for dropped in (torch.tensor([0, 1, 0]), torch.tensor([2, 0, 0])):
+        statistics.add(torch.tensor([5, 4, 3]), dropped)
+    assert statistics.take().tolist() == [[10, 8, 6], [2, 1, 0]]
     assert statistics.take().eq(0).all()
+
+
+def test_padding_selects_no_expert() -> None:
+    routing = route(_logits(4, 3), 1, True, torch.tensor([True, True, True, False]))
+    assert routing.selected_TE().sum(dim=1).tolist() == [1, 1, 1, 0]

@@ -1,0 +1,118 @@
+"""Tokens travel: each goes to the ranks that hold its experts, and the results come back.
+
+Source: GShard (arXiv 2006.16668) algorithm 2 for dispatch with capacity; DeepSpeed-MoE (arXiv 2201.05596).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from deepspeed.moe.experts import Experts
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import _AllToAll, _route_slots, _sparse_encode
+from torch import Tensor
+from torch.nn import functional as F
+
+from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
+from mome_dist.moe.dispatch.exchange import all_to_all
+from mome_dist.moe.experts import Bottleneck, ExpertStack
+from mome_dist.moe.router import Routing
+
+
+class AllToAllDispatch(Dispatch):
+    """Dispatch by all-to-all; the shared experts are computed while the tokens travel.
+
+    Args:
+        capacity_factor: slots an expert has in training, as a multiple of its even share of the tokens; None drops
+            nothing.
+        eval_capacity_factor: the same in evaluation.
+        min_capacity: the least number of slots.
+        drop_policy: "probs" keeps the most probable tokens of a full expert, "position" the first ones.
+    """
+
+    def __init__(
+        self,
+        moe: MoE,
+        gate: MatryoshkaGate,
+        experts: Experts,
+        capacity_factor: float | None,
+        eval_capacity_factor: float | None,
+        min_capacity: int,
+        drop_policy: str,
+    ) -> None:
+        super().__init__(moe, gate, experts)
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.min_capacity, self.drop_policy = min_capacity, drop_policy
+        self.kept_TK: Tensor | None = None  # bool, which routes of the latest forward pass got a slot
+
+    def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
+        routing = self._route(hidden_TH, valid_T)
+        capacity = self._capacity(self.counts())
+        slots_TK, self.kept_TK = self._place(routing, capacity)
+        experts_KT = torch.where(self.kept_TK, routing.experts_TK, -1).t()
+        routes_KT = _route_slots(experts_KT, slots_TK.t(), self.num_experts, capacity)
+        buffer = _sparse_encode(hidden_TH, routes_KT, self.num_experts, capacity)
+        if self.ep_size > 1:
+            exchange = all_to_all(self.ep_group)
+            exchange.start(buffer)
+        shared_TH = None if shared is None else shared(hidden_TH)
+        if self.ep_size > 1:
+            buffer = exchange.finish()
+        buffer = self.experts(buffer.reshape(self.ep_size, self.num_local_experts, capacity, -1))
+        buffer = buffer.reshape(self.num_experts, capacity, -1)
+        if self.ep_size > 1:
+            buffer = _AllToAll.apply(self.ep_group, buffer)
+        output_TH = _combine(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
+        return output_TH if shared_TH is None else output_TH + shared_TH
+
+    def _capacity(self, counts_RX: Tensor) -> int:
+        """Slots per expert and source rank: one number for all ranks, or the exchange would not fit."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return max(int(counts_RX[:, :-1].max()), 1)
+        tokens = int(counts_RX[:, -1].max())
+        share = tokens * self.gate.k / self.num_experts
+        return max(math.ceil(share * factor), self.min_capacity)
+
+    def _place(self, routing: Routing, capacity: int) -> tuple[Tensor, Tensor]:
+        """Slot of each (token, choice) inside its expert's buffer and whether it got one: int64 and bool [T, K]."""
+        asked_TE = selected_TE = routing.selected_TE()
+        if self.drop_policy == "probs" and capacity < selected_TE.shape[0]:
+            strength_TE = torch.where(selected_TE, routing.probs_TE, -1.0)
+            strongest_CE = strength_TE.topk(capacity, dim=0).indices
+            selected_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
+        slots_TE = selected_TE.long().cumsum(dim=0) - 1
+        kept_TE = selected_TE & (slots_TE < capacity)
+        self.dropped_E = (asked_TE & ~kept_TE).sum(dim=0)
+        return slots_TE.gather(1, routing.experts_TK), kept_TE.gather(1, routing.experts_TK)
+
+
+class BatchedExperts(Experts):
+    """DeepSpeed's list of local experts, computed as one batched product: a dozen tiny experts one after the other cost
+    more in calls than in arithmetic."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[ranks, local experts, capacity, H] -> the same shape and dtype."""
+        ranks, experts, capacity, hidden_size = inputs.shape
+        modules = [cast(Bottleneck, expert) for expert in self.deepspeed_experts]
+        # fp32 parameters, arithmetic in the precision of the frozen LLM.
+        down_weight_EbH = torch.stack([expert.down.weight for expert in modules]).to(inputs.dtype)
+        down_bias_Eb = torch.stack([expert.down.bias for expert in modules]).to(inputs.dtype)
+        up_weight_EHb = torch.stack([expert.up.weight for expert in modules]).to(inputs.dtype)
+        up_bias_EH = torch.stack([expert.up.bias for expert in modules]).to(inputs.dtype)
+        tokens_ECH = inputs.transpose(0, 1).reshape(experts, ranks * capacity, hidden_size)
+        hidden_ECb = F.gelu(torch.baddbmm(down_bias_Eb[:, None], tokens_ECH, down_weight_EbH.transpose(1, 2)))
+        output_ECH = torch.baddbmm(up_bias_EH[:, None], hidden_ECb, up_weight_EHb.transpose(1, 2))
+        return output_ECH.view(experts, ranks, capacity, hidden_size).transpose(0, 1)
+
+
+def _combine(results_RH: Tensor, routes_KT: Tensor, gates_KT: Tensor) -> Tensor:
+    """Gate-weighted sum in fp32 of each token's results; dropped routes read a row of zeros.
+
+    DeepSpeed's own version multiplies bf16 by fp32, for which the CPU has no vectorised kernel.
+    """
+    padded_RH = torch.cat([results_RH, results_RH.new_zeros(1, results_RH.shape[1])])
+    routed_KTH = padded_RH.index_select(0, routes_KT.flatten()).view(*routes_KT.shape, -1).float()
+    return (routed_KTH * gates_KT[..., None]).sum(dim=0).to(results_RH.dtype)

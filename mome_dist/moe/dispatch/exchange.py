@@ -1,0 +1,116 @@
+"""Collectives inside the autograd graph that run beside other work, forward and backward.
+
+An exchange is started early and finished where its result is needed; between the two, the caller computes. Autograd
+visits the two nodes in the opposite order, so the backward collective starts where the result was used and is waited
+for where the exchange was started: it runs beside the backward pass of the same computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Launch = Callable[[Tensor], "Flight"]
+
+
+@dataclass
+class Flight:
+    """A collective under way: what it will have written when ``work`` is done; ``source`` must live until then."""
+
+    result: Tensor
+    source: Tensor
+    work: dist.Work
+
+    def land(self) -> Tensor:
+        """Wait, and return the result."""
+        self.work.wait()
+        return self.result
+
+
+class Exchange:
+    """One collective with a gradient: `start` it, compute something else, `finish` it.
+
+    Args:
+        forward: launches the collective on the input.
+        backward: launches the collective that brings the result's gradient back to the input's shape and dtype.
+    """
+
+    def __init__(self, forward: Launch, backward: Launch) -> None:
+        self.launch_forward, self.launch_backward = forward, backward
+        self.flight: Flight | None = None
+        self._token: Tensor | None = None
+
+    def start(self, source: Tensor) -> None:
+        """Launch the collective."""
+        self._token = _Start.apply(source, self)
+
+    def finish(self) -> Tensor:
+        """Wait for the result, once."""
+        assert self._token is not None, "finish needs a start first"
+        token, self._token = self._token, None
+        return _Finish.apply(token, self)
+
+    def land(self) -> Tensor:
+        assert self.flight is not None, "nothing is under way"
+        flight, self.flight = self.flight, None
+        return flight.land()
+
+
+class _Start(torch.autograd.Function):
+    """Source -> a scalar that ties `_Finish` to it in the graph. Unfinished buffers never pass through autograd, which
+    might read them."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.flight = exchange.launch_forward(source)
+        return torch.zeros((), device=source.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_token: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.land(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.land()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.flight = ctx.exchange.launch_backward(gradients[0])
+        return torch.zeros((), device=gradients[0].device), None
+
+
+def all_to_all(group: dist.ProcessGroup) -> Exchange:
+    """Equal parts along the first dimension go to the ranks of ``group``; the gradient goes the same way back."""
+
+    def launch(source: Tensor) -> Flight:
+        source = source.contiguous()
+        result = torch.empty_like(source)
+        return Flight(result, source, dist.all_to_all_single(result, source, group=group, async_op=True))
+
+    return Exchange(launch, launch)
+
+
+def all_gather(group: dist.ProcessGroup, dtype: torch.dtype) -> Exchange:
+    """[N] fp32 on each of R ranks -> [R * N] in ``dtype`` on all; gradients are summed over the ranks in fp32."""
+    ranks = dist.get_world_size(group)
+
+    def gather(source: Tensor) -> Flight:
+        source = source.to(dtype)
+        result = source.new_empty(ranks * source.numel())
+        return Flight(result, source, dist.all_gather_into_tensor(result, source, group=group, async_op=True))
+
+    def scatter(gradient: Tensor) -> Flight:
+        gradient = gradient.float().contiguous()
+        result = gradient.new_empty(gradient.numel() // ranks)
+        return Flight(result, gradient, dist.reduce_scatter_tensor(result, gradient, group=group, async_op=True))
+
+    return Exchange(gather, scatter)
