@@ -94,6 +94,7 @@ class DataConfig:
     validation_utterances: int | None = None
     test_split: str = "test"
     batch_size: int = 16
+    bucket_batches: int = 16
     accumulation: int = 1
 
 

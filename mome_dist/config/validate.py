@@ -106,6 +106,7 @@ def _check_numbers(config: RunConfig) -> None:
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
         "data.accumulation": (config.data.accumulation, 1),
+        "data.bucket_batches": (config.data.bucket_batches, 1),
         "training.steps": (config.training.steps, 1),
         "training.save_every": (config.training.save_every, 0),
         "training.validate_every": (config.training.validate_every, 0),

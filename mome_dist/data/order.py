@@ -9,12 +9,11 @@ ranks, and continues exactly from any step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-
-POOL = 16  # batches that are sorted by length together
 
 
 @lru_cache(maxsize=4)
@@ -23,22 +22,35 @@ def epoch_permutation(utterances: int, seed: int, epoch: int) -> NDArray[np.int6
     return np.random.default_rng([seed, epoch]).permutation(utterances)
 
 
-def batch_of_step(lengths: Sequence[int], batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the utterances that make the global batch of a step.
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which utterances every step trains on.
 
-    Args:
-        lengths: of every utterance of the split, in any unit; utterances of similar length share a batch.
+    Attributes:
+        lengths: of every utterance of the split, in any unit.
         batch_size: utterances a step, over all ranks.
+        pool: batches that are sorted by length together. More of them mean less padding; one means that a batch holds
+            all lengths, which a short training learns more from.
+        seed: of the run.
     """
-    pool, slot = divmod(step, POOL)
-    first = pool * POOL * batch_size
-    indices = [
-        int(epoch_permutation(len(lengths), seed, position // len(lengths))[position % len(lengths)])
-        for position in range(first, first + POOL * batch_size)
-    ]
-    by_length = sorted(indices, key=lambda index: (lengths[index], index))
-    batch = int(np.random.default_rng([seed, 1, pool]).permutation(POOL)[slot])
-    return by_length[batch * batch_size : (batch + 1) * batch_size]
+
+    lengths: Sequence[int]
+    batch_size: int
+    pool: int
+    seed: int
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the utterances that make the global batch of a step."""
+        pool, slot = divmod(step, self.pool)
+        first, count = pool * self.pool * self.batch_size, len(self.lengths)
+        indices = [
+            int(epoch_permutation(count, self.seed, position // count)[position % count])
+            for position in range(first, first + self.pool * self.batch_size)
+        ]
+        if self.pool > 1:
+            indices.sort(key=lambda index: (self.lengths[index], index))
+        place = int(np.random.default_rng([self.seed, 1, pool]).permutation(self.pool)[slot])
+        return indices[place * self.batch_size : (place + 1) * self.batch_size]
 
 
 def share_of_rank(batch: Sequence[int], accumulation: int, dp_rank: int, dp_size: int) -> list[list[int]]:

@@ -17,7 +17,6 @@ from mome_dist.checkpoint.format import CONFIG
 from mome_dist.checkpoint.save import save_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
-from mome_dist.data.order import batch_of_step
 from mome_dist.errors import UserError
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
@@ -73,7 +72,7 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
         task = progress.add_task("training", total=settings.steps, completed=trainer.start, loss=math.nan, speed=0.0)
         for number in range(trainer.start, settings.steps):
             began = time.monotonic()
-            batch = batch_of_step(trainer.lengths["train"], config.data.batch_size, number, config.seed)
+            batch = trainer.order.batch(number)
             step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
             step = trainer.batches["train"].build(batch, step_views)
             with trainer.engine.accumulate():
@@ -113,7 +112,7 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
 def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
     unit = config.data.accumulation * layout.dp
-    size = min(len(trainer.lengths["validation"]), config.data.validation_utterances or sys.maxsize)
+    size = min(trainer.validation, config.data.validation_utterances or sys.maxsize)
     usable = size - size % unit
     totals: dict[str, float] = {}
     tokens = 0

@@ -17,7 +17,7 @@ from mome_dist.config import RunConfig, resolve_deepspeed_file
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
-from mome_dist.data.order import batch_of_step
+from mome_dist.data.order import BatchOrder
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
@@ -31,12 +31,22 @@ from mome_dist.training.engine import Engine
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything that the loop of one rank works with; ``start`` is the number of steps already done."""
+    """Everything that the loop of one rank works with.
+
+    Attributes:
+        model, engine: this rank's.
+        batches: builders for "train" and "validation".
+        order: of the training split.
+        validation: utterances of the validation split.
+        frozen: identity of each frozen model.
+        start: steps already done.
+    """
 
     model: DistributedMoME
     engine: Engine
     batches: dict[str, BatchBuilder]
-    lengths: dict[str, list[int]]
+    order: BatchOrder
+    validation: int
     frozen: dict[str, str]
     start: int
 
@@ -67,9 +77,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         )
         for purpose, split in splits.items()
     }
-    lengths = {purpose: [u.samples for u in corpus.split(split)] for purpose, split in splits.items()}
-    first = batch_of_step(lengths["train"], config.data.batch_size, 0, config.seed)
-    tokens = batches["train"].mean_tokens(first, views_of(config))
+    lengths = [utterance.samples for utterance in corpus.split(splits["train"])]
+    order = BatchOrder(lengths, config.data.batch_size, config.data.bucket_batches, config.seed)
+    tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     momes = attach_mome(
         llm,
         config.mome.placement,
@@ -95,7 +105,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     engine = Engine(model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config))
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
-    return Trainer(model, engine, batches, lengths, frozen, start)
+    return Trainer(model, engine, batches, order, len(corpus.split(splits["validation"])), frozen, start)
 
 
 def _features(

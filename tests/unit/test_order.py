@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
-from mome_dist.data.order import POOL, batch_of_step, share_of_rank
+from mome_dist.data.order import BatchOrder, share_of_rank
 
+POOL = 16
 LENGTHS = [100 + 7 * (index * 37 % 32) for index in range(32)]
+ORDER = BatchOrder(LENGTHS, batch_size=4, pool=POOL, seed=4)
 
 
-def _order(steps: range, batch: int = 4) -> list[int]:
-    return [index for step in steps for index in batch_of_step(LENGTHS, batch, step, seed=4)]
+def _order(steps: range, order: BatchOrder = ORDER) -> list[int]:
+    return [index for step in steps for index in order.batch(step)]
 
 
 def test_every_utterance_is_seen_equally_often_in_a_new_order() -> None:
@@ -22,15 +25,21 @@ def test_every_utterance_is_seen_equally_often_in_a_new_order() -> None:
 
 
 def test_batches_hold_utterances_of_similar_length() -> None:
-    spread = [np.ptp([LENGTHS[i] for i in batch_of_step(LENGTHS, 4, step, seed=4)]) for step in range(POOL)]
+    spread = [np.ptp([LENGTHS[i] for i in ORDER.batch(step)]) for step in range(POOL)]
     assert np.mean(spread) < 0.25 * np.ptp(LENGTHS)
-    firsts = [LENGTHS[batch_of_step(LENGTHS, 4, step, seed=4)[0]] for step in range(POOL)]
+    firsts = [LENGTHS[ORDER.batch(step)[0]] for step in range(POOL)]
     assert firsts != sorted(firsts)  # but the batches themselves come shuffled
 
 
 def test_the_order_is_a_function_of_the_step() -> None:
     assert _order(range(37, 60)) == _order(range(60))[37 * 4 :]
-    assert _order(range(8)) != [i for step in range(8) for i in batch_of_step(LENGTHS, 4, step, seed=5)]
+    assert _order(range(8)) != _order(range(8), replace(ORDER, seed=5))
+
+
+def test_without_a_pool_an_epoch_is_one_permutation() -> None:
+    order = replace(ORDER, pool=1)
+    assert sorted(_order(range(8), order)) == list(range(32))
+    assert np.mean([np.ptp([LENGTHS[i] for i in order.batch(step)]) for step in range(8)]) > 0.4 * np.ptp(LENGTHS)
 
 
 def test_ranks_share_every_chunk_whatever_their_number() -> None:
