@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.validate import views_of
+from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import embedding_scale
 from mome_dist.speech.projector import Projectors
@@ -60,7 +60,7 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
 
 def build_reference(config: RunConfig, widths: Mapping[str, int]) -> MoMESpeechLM:
     """The one-process form of a run's model, untrained."""
-    llm = LlamaForCausalLM.from_pretrained(config.llm.path, dtype=llm_dtype(config), local_files_only=True)
+    llm = load_hugging_face(config.llm.path, llm_dtype(config))
     model = MoMESpeechLM(llm, build_projectors(config, widths), config.mome.placement, **mome_arguments(config))
     model.initialize(config.seed, embedding_scale(config.llm.path))
     return model

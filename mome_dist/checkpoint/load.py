@@ -16,7 +16,7 @@ from mome_dist.config.load import load_saved_config
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
-from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.directory import check_directory
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -64,7 +64,7 @@ def load_run(path: str | Path, device: torch.device | None = None, weights: bool
     """
     directory = find_checkpoint(path)
     config = load_saved_config(directory / CONFIG)
-    LLMShape.from_directory(config.llm.path)  # a clear error if the frozen LLM is not here
+    check_directory(config.llm.path)  # a clear error if the frozen LLM is not here
     device = device or torch.device("cpu")
     with CheckpointReader(directory) as reader:
         reader.verify()

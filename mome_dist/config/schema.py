@@ -31,6 +31,7 @@ class LLMConfig:
     precision: str = one_of("bf16", "fp32")
     attention: str = one_of("auto", "eager", "sdpa")
     pad_heads: bool = False
+    cache_slices: bool = False
     tags: SpeechTags = field(default_factory=SpeechTags)
 
 

@@ -15,7 +15,7 @@ from mome_dist.config.load import load_config, resolve_deepspeed_file
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
-from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.directory import check_directory
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import View, all_views
 
@@ -51,7 +51,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_choices(config, "")
     _check_numbers(config)
     layout = Layout.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp, ep=config.parallel.ep)
-    shape = LLMShape.from_directory(config.llm.path)
+    shape = check_directory(config.llm.path)
     if config.mome.dispatch == "local" and layout.ep > 1:
         raise UserError(
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from mome_dist.llm.attention import attention_class
 from mome_dist.llm.norm import RMSNorm
+from mome_dist.llm.rope import inverse_frequencies
 from mome_dist.llm.shape import LLMShape
 
 
@@ -152,7 +153,8 @@ def _layer_spec(attention: type[nn.Module]) -> ModuleSpec:
 
 
 def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron-Core's view of a Llama: no bias, no dropout, SwiGLU, RMSNorm, grouped key-value heads."""
+    """Megatron-Core's view of a Llama or Qwen2: no dropout, SwiGLU, RMSNorm, grouped key-value heads, and no bias but
+    Qwen2's on queries, keys and values."""
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden_size,
@@ -165,7 +167,7 @@ def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) ->
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -211,10 +213,9 @@ def build_frozen_llm(shape: LLMShape, dtype: torch.dtype, attention: str, device
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=shape.rope_base,
-        rope_scaling=shape.rope_factor is not None,
-        rope_scaling_factor=shape.rope_factor or 1.0,
     )
+    # Megatron-Core's own frequencies know the scaling of Llama 3.1 only, with its constants built in.
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -1,4 +1,4 @@
-"""The same model in one process: Hugging Face's `LlamaForCausalLM` with MoME modules attached.
+"""The same model in one process: Hugging Face's Llama or Qwen2 with MoME modules attached.
 
 It decodes with transformers' `generate`, is what an export loads into, and is what the distributed model is proven
 against: it shares no layer code with Megatron-Core and keeps all experts in one place. Parameter names are the
@@ -13,8 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import GenerationConfig, PreTrainedModel
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
@@ -23,8 +22,11 @@ from mome_dist.speech.sequence import AUDIO, VIDEO, TokenBatch
 from mome_dist.speech.views import View
 
 
-def _attach(layer: LlamaDecoderLayer, placement: str, mome: LocalMoME) -> None:
-    """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook."""
+def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
+    """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook.
+
+    ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike.
+    """
     targets: dict[str, nn.Module] = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}
 
     def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -37,27 +39,27 @@ def _attach(layer: LlamaDecoderLayer, placement: str, mome: LocalMoME) -> None:
 
 
 class MoMESpeechLM(nn.Module):
-    """A frozen Llama that reads speech.
+    """A frozen LLM that reads speech.
 
     Args:
-        llm: Hugging Face model; its parameters are frozen here.
+        llm: Hugging Face model (see `mome_dist.llm.hugging_face`); its parameters are frozen here.
         projectors: of the streams in use.
         placement: "mhsa", "ffn" or "layer".
         mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
     """
 
-    def __init__(self, llm: LlamaForCausalLM, projectors: Projectors, placement: str, **mome_arguments: Any) -> None:
+    def __init__(self, llm: PreTrainedModel, projectors: Projectors, placement: str, **mome_arguments: Any) -> None:
         super().__init__()
         self.projectors = projectors
         hidden_size = llm.config.hidden_size
         self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
         for layer, mome in zip(llm.model.layers, self.momes, strict=True):
-            _attach(cast(LlamaDecoderLayer, layer), placement, mome)
+            _attach(layer, placement, mome)
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
     @property
-    def llm(self) -> LlamaForCausalLM:
+    def llm(self) -> PreTrainedModel:
         """The frozen LLM."""
         return self._llm[0]
 

@@ -1,6 +1,7 @@
 """The token sequence that the LLM sees, and its batches with length masks.
 
-``<bos> <audio> A.. </audio> <video> V.. </video> prompt text <eos>``; streams that a task does not use are left out.
+``<bos> <audio> A.. </audio> <video> V.. </video> prompt text <eos>``; streams that a task does not use are left out,
+and so is ``<bos>`` where the LLM has none (Qwen2).
 The loss is on the text and the final ``<eos>`` only; padding is never a target and never attended to.
 """
 
@@ -38,8 +39,8 @@ class TextCodec:
         self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         vocabulary = self._tokenizer.get_vocab()
         self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if self.bos is None or self.eos is None:
-            raise UserError(f"llm.path: the tokenizer in {directory} defines no bos_token or no eos_token.")
+        if self.eos is None:
+            raise UserError(f"llm.path: the tokenizer in {directory} defines no eos_token.")
         self.tags: dict[str, int] = {}
         for name, text in tags.items():
             if text not in vocabulary:
@@ -78,7 +79,7 @@ class SequenceBuilder:
 
     def prefix(self, view: View, audio_tokens: int, video_tokens: int) -> list[int]:
         """Everything before the text; a stream that the view does not use is ignored."""
-        tags, ids = self.codec.tags, [self.codec.bos]
+        tags, ids = self.codec.tags, [] if self.codec.bos is None else [self.codec.bos]
         if view.audio_rate is not None:
             ids += [tags["audio_open"], *[AUDIO] * audio_tokens, tags["audio_close"]]
         if view.video_rate is not None:

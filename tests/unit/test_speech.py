@@ -107,6 +107,15 @@ def test_sequence_of_every_task(codec: TextCodec) -> None:
     assert len(builder.prefix(view, 125, 125)) == sequence_length(10, 4, 2, overhead=builder.overhead(view))
 
 
+def test_an_llm_without_a_start_token_gets_none(codec: TextCodec, tmp_path: Path) -> None:
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None}))
+    without = TextCodec(tmp_path, TAGS)
+    view = View("asr", 4, None)
+    prefixes = [SequenceBuilder(each, {"asr": "listen"}).prefix(view, 2, 0) for each in (codec, without)]
+    assert without.bos is None and prefixes[0] == [codec.bos, *prefixes[1]]
+
+
 def test_labels_are_text_and_end_only_and_padding_is_never_one(codec: TextCodec) -> None:
     builder = SequenceBuilder(codec, {"asr": "listen"})
     view = View("asr", 4, None)
