@@ -27,8 +27,9 @@ def check_frozen(directory: Path, frozen: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def restore_weights(directory: Path, model: DistributedMoME) -> int:
-    """Fill the trainable parameters; call it before the engine is made. Returns the steps done."""
+    """Fill the trainable parameters and router biases; call it before the engine is made. Returns the steps done."""
     with CheckpointReader(directory) as reader:
+        _restore_biases(reader, model)
         for name, parameter in model.named_trainables():
             value = reader.read(f"model/{name.name}", name.index)
             if value.shape != parameter.shape:
@@ -38,6 +39,18 @@ def restore_weights(directory: Path, model: DistributedMoME) -> int:
                 )
             parameter.copy_(value)
         return reader.step
+
+
+def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
+    biases = model.router_biases()
+    saved = any(name.endswith(".router_bias") for name in reader.names("model/"))
+    if model.momes and saved != bool(biases):
+        raise UserError(
+            f"{reader.directory} was trained {'with' if saved else 'without'} a router bias: set mome.bias_rate "
+            f"{'above 0' if saved else 'to 0'}, or training.resume=false to start anew."
+        )
+    for name, bias in biases.items():
+        bias.copy_(reader.read(f"model/{name}"))
 
 
 def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:

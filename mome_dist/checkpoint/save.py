@@ -85,6 +85,9 @@ def _collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, 
     """
     single: dict[str, Tensor] = {}
     stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for key, bias in model.router_biases().items():
+        if rank_writes(bias):
+            single[f"model/{key}"] = bias
     for name, parameter in model.named_trainables():
         values = {f"model/{name.name}": parameter.detach()}
         values |= {f"optimizer/{key}/{name.name}": engine.moment(parameter, key) for key in engine.moment_names}

@@ -1,4 +1,4 @@
-"""Whether the shared router treats a modality alike at every rate.
+"""Whether the shared router treats a modality alike at every rate, and how alike the views of a training run are.
 
 A profile is the distribution over experts that the tokens of one view and modality choose in one layer. Two profiles
 agree by ``1 - JSD``, with the Jensen-Shannon divergence in bits: 1 for equal profiles, 0 for disjoint experts.
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mome_dist.evaluation.activations import MODALITIES, Activations
 from mome_dist.evaluation.request import parse_views
+from mome_dist.evaluation.telemetry import RoutingLog
 
 Floats = NDArray[np.float64]
 
@@ -84,3 +85,10 @@ def agreement_between_rates(found: list[Profile]) -> dict[str, Floats]:
     if audio and video:
         curves["audio against video"] = np.mean([agreement(p, q) for p in audio for q in video], axis=0)
     return curves
+
+
+def agreement_of_views(log: RoutingLog) -> Floats:
+    """Agreement of the distributions of load over experts between every two views of a training run: [V, V, layers]."""
+    totals = log.asked_by_view.sum(axis=-1, keepdims=True)
+    shares = log.asked_by_view / np.maximum(totals, 1)
+    return agreement(shares[:, None], shares[None])

@@ -21,8 +21,9 @@ from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.arithmetic import active_and_total_parameters
 from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
 from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, markdown_table, read_results
+from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_figure
 from mome_dist.evaluation.style import save_figure
-from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog
+from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog, imbalance, normalized_entropy
 from mome_dist.files import write_text
 from mome_dist.llm.shape import LLMShape
 
@@ -87,6 +88,7 @@ def _summary(files: RunFiles) -> str:
             f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared, "
             f"bottleneck {mome.bottleneck}",
         ),
+        ("router", _router(config)),
         ("MoME parameters", _parameters(files)),
         ("projectors", _projectors(files)),
         ("tasks and rates", "; ".join(_rates(config))),
@@ -120,6 +122,13 @@ def _rates(config: RunConfig) -> list[str]:
         "avsr": f"audio {task.avsr_audio_rates} x video {task.avsr_video_rates}",
     }
     return [f"{name.upper()} {lists[name]}" for name in lists if name in task.tasks]
+
+
+def _router(config: RunConfig) -> str:
+    mome = config.mome
+    gates = f"{mome.score} scores{', renormalised' if mome.renormalize else ''}"
+    bias = f", bias rate {mome.bias_rate:g}" if mome.bias_rate else ""
+    return f"{gates}; balance loss {mome.balance_loss:g}, z-loss {mome.z_loss:g}{bias}"
 
 
 def _parameters(files: RunFiles) -> str:
@@ -233,12 +242,48 @@ def _activations(files: RunFiles, out: Path) -> Sequence[str]:
 
 
 def _load(files: RunFiles, out: Path) -> Sequence[str]:
-    title = "## Expert load\n"
-    if files.routing is None:
+    title, log = "## Expert load\n", files.routing
+    if log is None:
         return [title, "No `routing.jsonl` in the run yet: training writes it.\n"]
+    asked, dropped = log.asked.sum(), log.dropped.sum()
+    share = 100 * (1 - log.tokens.sum() / max(log.positions.sum(), 1))
+    counted = (
+        f"Training routed {log.tokens.sum():,.0f} tokens in every layer; {share:.1f} % of all positions were padding, "
+        f"which goes to no routed expert; {100 * dropped / max(asked, 1):.2f} % of the routes were dropped.\n"
+    )
     reading = (
         "How to read it: 1 on the left and in the middle is perfect balance; one expert doing everything would be the "
         "number of experts on the left and 0 in the middle. Dropped routes are those beyond an expert's capacity in "
         "training; evaluation never drops."
     )
-    return [title, _figure(out, "load.png", load_figure(files.routing), "Expert load", reading)]
+    return [title, counted, _figure(out, "load.png", load_figure(log), "Expert load", reading), *_views(log, out)]
+
+
+def _views(log: RoutingLog, out: Path) -> Sequence[str]:
+    title = "## Expert load by view\n"
+    if not log.views:
+        return [title, "Nothing yet: training counts by view from checkpoint to checkpoint.\n"]
+    tokens, routes = log.tokens_by_view, np.maximum(log.asked_by_view.sum(axis=(1, 2)), 1)
+    rows = zip(
+        log.views,
+        tokens,
+        100 * (1 - tokens / np.maximum(log.positions_by_view, 1)),
+        100 * log.dropped_by_view.sum(axis=(1, 2)) / routes,
+        imbalance(log.asked_by_view).mean(axis=-1),
+        normalized_entropy(log.asked_by_view).mean(axis=-1),
+        strict=True,
+    )
+    table = "| view | tokens | padding % | dropped % | busiest / mean | entropy / log E |\n"
+    table += "| --- | --: | --: | --: | --: | --: |\n"
+    for view, count, padding, lost, busiest, entropy in rows:
+        table += f"| {view} | {count:,.0f} | {padding:.1f} | {lost:.2f} | {busiest:.2f} | {entropy:.3f} |\n"
+    maps = "How to read it: a row is an LLM layer, a column of cells an expert; 1 is an even share of a view's routes."
+    sections = [title, table, _figure(out, "load_views.png", view_load_figure(log), "Expert load by view", maps)]
+    if len(log.views) > 1:
+        reading = (
+            "How to read it: 1 means that the tokens of two views spread over the experts alike, 0 that they share no "
+            "expert. Two rates of one task should agree more than two tasks."
+        )
+        figure = view_agreement_figure(log)
+        sections.append(_figure(out, "view_agreement.png", figure, "Agreement between views in training", reading))
+    return sections

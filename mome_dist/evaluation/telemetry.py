@@ -115,11 +115,27 @@ def smoothed(values: Floats, window: int) -> Floats:
 
 @dataclass(frozen=True)
 class RoutingLog:
-    """``routing.jsonl``: ``steps`` int [N] and counts ``asked``, ``dropped`` fp64 [N, layers, experts]."""
+    """``routing.jsonl``: N lines, L layers, E experts; V views in the order of tasks and from fine to coarse rates.
+
+    Attributes:
+        steps: int [N]; each line counts since the one before.
+        asked, dropped: fp64 [N, L, E], routes asked for, and those of them lost to capacity.
+        tokens, positions: fp64 [N], tokens, and tokens with padding; zero in logs that do not have them.
+        views: names of the views that have been trained at a checkpoint.
+        asked_by_view, dropped_by_view: fp64 [V, L, E] over the whole run up to its newest checkpoint.
+        tokens_by_view, positions_by_view: fp64 [V], likewise.
+    """
 
     steps: NDArray[np.int64]
     asked: Floats
     dropped: Floats
+    tokens: Floats
+    positions: Floats
+    views: tuple[str, ...]
+    asked_by_view: Floats
+    dropped_by_view: Floats
+    tokens_by_view: Floats
+    positions_by_view: Floats
 
     @classmethod
     def read(cls, path: Path) -> RoutingLog | None:
@@ -127,8 +143,28 @@ class RoutingLog:
         records = _by_step(read_jsonl(path))
         if not records:
             return None
-        asked, dropped = (np.asarray([record[key] for record in records], np.float64) for key in ("asked", "dropped"))
-        return cls(np.asarray([record["step"] for record in records]), asked, dropped)
+        asked, dropped, tokens, positions = (
+            np.asarray([record.get(key, 0) for record in records], np.float64)
+            for key in ("asked", "dropped", "tokens", "positions")
+        )
+        parts = [record["by_view"] for record in records if "by_view" in record]
+        views = sorted({view for part in parts for view in part}, key=_task_and_rates)
+
+        def of_run(key: str) -> list[Floats]:
+            return [np.sum([part[view][key] for part in parts if view in part], axis=0, dtype=float) for view in views]
+
+        return cls(
+            np.asarray([record["step"] for record in records]),
+            asked,
+            dropped,
+            tokens,
+            positions,
+            tuple(views),
+            np.asarray(of_run("asked")).reshape(-1, *asked.shape[1:]),
+            np.asarray(of_run("dropped")).reshape(-1, *asked.shape[1:]),
+            np.asarray(of_run("tokens")),
+            np.asarray(of_run("positions")),
+        )
 
     def drop_rate(self) -> Floats:
         """Dropped in percent of asked routes: [N, layers]."""

@@ -1,14 +1,20 @@
-"""Losses that keep the routed experts in use: the Switch load-balance loss and the router z-loss.
+"""What keeps the routed experts in use: the Switch load-balance loss, the router z-loss, and a bias without a loss.
 
-Both are means over the tokens of the global batch, not of one shard: with ``global_counts`` and ``global_tokens``
+The losses are means over the tokens of the global batch, not of one shard: with ``global_counts`` and ``global_tokens``
 summed over the data-parallel ranks, the sum over ranks of what `load_balance_loss` returns equals the loss of the whole
 batch in one process, and so do its gradients. The count of tokens per expert carries no gradient, which is why no
 collective is needed in the backward pass.
-Source: Switch Transformer (arXiv 2101.03961) equations 4-6; ST-MoE (arXiv 2202.08906) equation 5 for the z-loss.
+
+The bias of an expert is added to its score for the choice of experts only. After every optimiser step it moves by a
+fixed amount, up for experts below the mean load of the global batch and down for those above, so no gradient pulls
+the router away from its task.
+Source: Switch Transformer (arXiv 2101.03961) equations 4-6; ST-MoE (arXiv 2202.08906) equation 5 for the z-loss;
+Wang et al. (arXiv 2408.15664) algorithm 1 for the bias.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mome_dist.moe.router import Routing
@@ -24,6 +30,8 @@ def _masked_sum(values_T: Tensor, valid_T: Tensor | None) -> Tensor:
 
 def load_balance_loss(routing: Routing, global_counts_E: Tensor, global_tokens: Tensor) -> Tensor:
     """This rank's part of ``E * sum_e f_e P_e``; 1.0 over all ranks when perfectly balanced.
+
+    Sigmoid scores count as probabilities after normalisation over all experts (DeepSeek-V3, equations 17-20).
 
     Args:
         routing: this rank's tokens.
@@ -41,3 +49,15 @@ def router_z_loss(routing: Routing, global_tokens: Tensor) -> Tensor:
     """This rank's part of the mean over tokens of ``logsumexp(logits)^2``."""
     squared_T = routing.logits_TE.float().logsumexp(dim=-1).square()
     return _masked_sum(squared_T, routing.valid_T) / global_tokens.clamp(min=1).float()
+
+
+def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """The router bias after a step: ``bias + rate * sign(mean load - load)``, fp32 [E].
+
+    Args:
+        bias_E: fp32 [E].
+        load_E: int64 [E], routes to each expert in the whole global batch, before any drop and without padding.
+        rate: of the update, in units of the score.
+    """
+    # In whole numbers: an expert at exactly the mean stays, and no rank can round to another sign.
+    return bias_E + rate * torch.sign(load_E.sum() - load_E.numel() * load_E).to(bias_E.dtype)

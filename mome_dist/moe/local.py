@@ -21,11 +21,16 @@ class LocalMoME(nn.Module):
     Args:
         hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
         renormalize: whether the K gates are divided by their sum.
+        score: "softmax" or "sigmoid", see `mome_dist.moe.router.route`.
+        bias_rate: above 0, the choice of experts has a bias; here it only comes from a checkpoint.
 
     Attributes:
+        router_bias: fp32 [Nr], or None.
         observer: called with the `Routing` of every forward pass if set; used for activation statistics.
         last_routing: routing of the latest forward pass, for losses; None before the first.
     """
+
+    router_bias: Tensor | None
 
     def __init__(
         self,
@@ -35,10 +40,13 @@ class LocalMoME(nn.Module):
         shared_experts: int,
         bottleneck: int,
         renormalize: bool = True,
+        score: str = "softmax",
+        bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.top_k, self.renormalize = top_k, renormalize
+        self.top_k, self.renormalize, self.score = top_k, renormalize, score
         self.router_weight = nn.Parameter(torch.empty(routed_experts, hidden_size))
+        self.register_buffer("router_bias", torch.zeros(routed_experts) if bias_rate > 0 else None)
         self.routed = ExpertStack(routed_experts, hidden_size, bottleneck)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
@@ -56,7 +64,10 @@ class LocalMoME(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] in any float dtype -> [..., H] in the same dtype; arithmetic is fp32."""
         hidden_TH = hidden.reshape(-1, hidden.shape[-1]).float()
-        self.last_routing = routing = route(F.linear(hidden_TH, self.router_weight), self.top_k, self.renormalize)
+        logits_TE = F.linear(hidden_TH, self.router_weight)
+        self.last_routing = routing = route(
+            logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias
+        )
         if self.observer is not None:
             self.observer(routing)
         output_TH = dense_experts(hidden_TH, self.routed.weights(), routing.gates_TE(), self.shared)

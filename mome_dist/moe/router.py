@@ -1,8 +1,13 @@
-"""The router that all Matryoshka rates and modalities share: softmax over the routed experts, then top-K.
+"""The router that all Matryoshka rates and modalities share: a score for every routed expert, then top-K.
+
+Scores are a softmax over the experts (MoME) or the sigmoid of each expert's own logit (DeepSeek-V3). A bias may be
+added to the scores for the choice alone, which balances the experts without a loss (`mome_dist.moe.balance`); the gates
+are always the scores without it.
 
 Shape suffixes: T tokens, E routed experts, K experts a token, H hidden size. Everything here is fp32, whatever the
 precision of the LLM: a bf16 softmax over tens of experts reorders near-ties.
-Source: MoME (arXiv 2510.04136), equation of the routed branch; renormalisation as in the same authors' related systems.
+Source: MoME (arXiv 2510.04136), equation of the routed branch; renormalisation as in the same authors' related systems;
+DeepSeek-V3 (arXiv 2412.19437) equations 13-16 for sigmoid scores and the bias.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,9 @@ class Routing:
     """Where each token goes.
 
     Attributes:
-        experts_TK: int64 [T, K], the chosen experts, most probable first.
+        experts_TK: int64 [T, K], the chosen experts, highest score (plus bias) first.
         gates_TK: fp32 [T, K], their weights; zero for tokens that are padding.
-        probs_TE: fp32 [T, E], softmax over all routed experts.
+        probs_TE: fp32 [T, E], the scores of all routed experts as probabilities: they add up to one.
         logits_TE: fp32 [T, E].
         valid_T: bool [T], False for padding; None if every token counts.
     """
@@ -45,19 +51,34 @@ class Routing:
         return torch.zeros_like(self.probs_TE).scatter(1, self.experts_TK, self.gates_TK)
 
 
-def route(logits_TE: Tensor, top_k: int, renormalize: bool, valid_T: Tensor | None = None) -> Routing:
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    renormalize: bool,
+    valid_T: Tensor | None = None,
+    *,
+    score: str = "softmax",
+    bias_E: Tensor | None = None,
+) -> Routing:
     """Choose the experts of each token.
 
     Args:
-        logits_TE: fp32 [T, E].
+        logits_TE: [T, E] in any float dtype.
         top_k: experts a token, at most E.
         renormalize: divide the K gates by their sum, so that they add up to one.
         valid_T: bool [T]; tokens marked False get gates of zero and appear in no count.
+        score: "softmax" over all experts, or "sigmoid" of each expert's logit.
+        bias_E: fp32 [E], added to the scores for the choice, and only there.
     """
-    probs_TE = logits_TE.float().softmax(dim=-1)
-    gates_TK, experts_TK = probs_TE.topk(top_k, dim=-1)
-    if renormalize:
-        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+    logits_TE = logits_TE.float()
+    # Everything in logarithms up to the last softmax: no sum of scores that underflows, whichever experts are chosen.
+    strength_TE = logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
+    probs_TE = strength_TE.softmax(dim=-1)
+    scores_TE = probs_TE if score == "softmax" else logits_TE.sigmoid()
+    # Scores rise with logits, which do not saturate.
+    choice_TE = logits_TE if bias_E is None else scores_TE + bias_E
+    experts_TK = choice_TE.topk(top_k, dim=-1).indices
+    gates_TK = strength_TE.gather(1, experts_TK).softmax(dim=-1) if renormalize else scores_TE.gather(1, experts_TK)
     if valid_T is not None:
         gates_TK = gates_TK * valid_T[:, None]
     return Routing(experts_TK, gates_TK, probs_TE, logits_TE, valid_T)

@@ -1,23 +1,30 @@
 """What a run writes while it trains: ``metrics.jsonl``, ``routing.jsonl``, TensorBoard, and W&B if asked.
 
+A line of ``routing.jsonl`` has the counts since the line before: ``tokens``, ``positions`` (padding included), and
+``asked`` and ``dropped`` routes [layers][experts]. At every checkpoint it also has ``by_view``, the same by task and
+rates since the last checkpoint: it is the larger part, and a resume continues from checkpoints only, so that the lines
+of a run add up to all its steps however often it was interrupted.
+
 Only rank 0 writes; every number it is given is already reduced over all ranks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mome_dist.config import RunConfig
+from mome_dist.config.validate import views_of
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
+from mome_dist.moe.statistics import RoutingCounts
 from mome_dist.parallel.model import DistributedMoME
 
 
@@ -27,6 +34,7 @@ class Metrics:
     def __init__(self, config: RunConfig, start: int) -> None:
         self._board: SummaryWriter | None = None
         self._wandb: Any = None
+        self._since_checkpoint: RoutingCounts | None = None
         if dist.get_rank() != 0:
             return
         self._folder = Path(config.output_dir)
@@ -49,22 +57,18 @@ class Metrics:
         }
         self._scalars(record["step"], flat)
 
-    def routing(self, step: int, counts_L2E: Tensor) -> None:
-        """Log the routes asked for and dropped, int64 [layers, 2, experts], since the last call."""
+    def routing(self, step: int, counts: RoutingCounts, by_view: bool) -> None:
+        """Log what the routers did since the last call; ``by_view`` for every step that saves a checkpoint."""
         if self._board is None:
             return
-        asked_LE, dropped_LE = counts_L2E.unbind(1)
-        self._append("routing.jsonl", {"step": step, "asked": asked_LE.tolist(), "dropped": dropped_LE.tolist()})
-        share_LE = asked_LE / asked_LE.sum(dim=1, keepdim=True).clamp(min=1)
-        entropy_L = -(share_LE * share_LE.clamp(min=1e-12).log()).sum(dim=1)
-        self._scalars(
-            step,
-            {
-                "routing/load_max_over_mean": float((share_LE.max(dim=1).values * share_LE.shape[1]).mean()),
-                "routing/entropy": float(entropy_L.mean()),
-                "routing/drop_rate": float(dropped_LE.sum() / asked_LE.sum().clamp(min=1)),
-            },
-        )
+        record = {"step": step, **counts.record()}
+        if self._since_checkpoint is not None:
+            counts = self._since_checkpoint + counts
+        self._since_checkpoint = None if by_view else counts
+        if by_view:
+            record["by_view"] = counts.by_view()
+        self._append("routing.jsonl", record)
+        self._scalars(step, _routing_scalars(record))
 
     def close(self) -> None:
         """Flush everything."""
@@ -85,16 +89,44 @@ class Metrics:
             self._wandb.log(values, step=step)
 
 
-def gather_routing(model: DistributedMoME, layers: int) -> Tensor:
-    """Counts of all layers and data-parallel ranks since the last call, int64 [layers, 2, experts]; collective."""
-    device = next(model.parameters()).device
-    experts = next(iter(model.momes.values())).num_experts
-    counts_L2E = torch.zeros(layers, 2, experts, dtype=torch.int64, device=device)
-    for number, mome in model.momes.items():
-        counts_L2E[number] = mome.statistics.take()
-    dist.all_reduce(counts_L2E, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(counts_L2E, group=parallel_state.get_pipeline_model_parallel_group())
-    return counts_L2E.cpu()
+def gather_routing(model: DistributedMoME, config: RunConfig) -> RoutingCounts:
+    """Counts of all layers and ranks since the last call; every rank calls it.
+
+    What a module counts is already the sum over the ranks that hold other tokens, so only the layers of the other
+    pipeline stages are missing.
+    """
+    views = tuple(str(view) for view in views_of(config))
+    shape = (len(views), model.config.num_layers, 2 * config.mome.routed_experts + 2)
+    packed_VLX = torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+    for layer, mome in model.momes.items():
+        for view, counts_X in mome.statistics.take().items():
+            packed_VLX[views.index(view), layer] = counts_X
+    dist.all_reduce(packed_VLX, group=parallel_state.get_pipeline_model_parallel_group())
+    return RoutingCounts(views, packed_VLX.cpu())
+
+
+def _routing_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Figures of a line of ``routing.jsonl``: of each layer, and their means."""
+    asked_LE = torch.tensor(record["asked"], dtype=torch.float64)
+    dropped_L = torch.tensor(record["dropped"], dtype=torch.float64).sum(dim=1)
+    routes_L = asked_LE.sum(dim=1).clamp(min=1)
+    share_LE = asked_LE / routes_L[:, None]
+    experts = share_LE.shape[1]
+    entropy_L = torch.special.entr(share_LE).sum(dim=1) / math.log(max(experts, 2))
+    by_layer = {
+        "load_max_over_mean": share_LE.max(dim=1).values * experts,
+        "normalized_entropy": entropy_L,
+        "drop_rate": dropped_L / routes_L,
+    }
+    scalars = {f"routing/{name}": float(values_L.mean()) for name, values_L in by_layer.items()}
+    scalars |= {
+        f"routing_{name}/layer_{layer:02d}": value
+        for name, values_L in by_layer.items()
+        for layer, value in enumerate(values_L.tolist())
+    }
+    scalars["routing/tokens"] = float(record["tokens"])
+    scalars["routing/padding_share"] = 1 - record["tokens"] / max(record["positions"], 1)
+    return scalars
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mome_dist.moe.balance import load_balance_loss, router_z_loss
-from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
+from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
-from mome_dist.moe.statistics import RoutingStatistics
+from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics, first_pass
 
 
 def _logits(tokens: int = 40, experts: int = 8) -> torch.Tensor:
@@ -46,6 +50,79 @@ def test_padding_gets_no_gate_and_no_count() -> None:
     assert int(routing.selected_TE().sum()) == 25 * 3
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_sigmoid_gates_are_scores_over_the_sum_of_the_chosen(renormalize: bool) -> None:
+    logits = _logits()
+    routing = route(logits, 3, renormalize, score="sigmoid")
+    for token in range(len(logits)):
+        scores = [1 / (1 + math.exp(-logit)) for logit in logits[token].tolist()]
+        best = sorted(range(8), key=lambda e: -scores[e])[:3]
+        whole = sum(scores[e] for e in best) if renormalize else 1.0
+        assert routing.experts_TK[token].tolist() == best
+        assert routing.gates_TK[token].tolist() == pytest.approx([scores[e] / whole for e in best], rel=1e-5)
+        assert routing.probs_TE[token].tolist() == pytest.approx([s / sum(scores) for s in scores], rel=1e-5)
+
+
+def test_sigmoid_gates_survive_logits_that_no_sigmoid_can_hold() -> None:
+    logits = torch.tensor([[-200.0, -201.0, -300.0], [40.0, 60.0, 50.0]], requires_grad=True)
+    routing = route(logits, 2, True, score="sigmoid")
+    assert routing.experts_TK.tolist() == [[0, 1], [1, 2]]
+    odds = 1 / (1 + math.exp(-1))  # exp(-200) against exp(-201)
+    assert routing.gates_TK.flatten().tolist() == pytest.approx([odds, 1 - odds, 0.5, 0.5])
+    routing.gates_TK[:, 0].sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad[0, :2].abs().min() > 0.1
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_bias_chooses_experts_and_leaves_their_gates_alone(score: str) -> None:
+    logits, bias = _logits(), torch.linspace(-0.3, 0.3, 8)
+    logits.requires_grad_()
+    routing = route(logits, 3, True, score=score, bias_E=bias)
+    scores = logits.softmax(-1) if score == "softmax" else 1 / (1 + (-logits).exp())
+    moved = 0
+    for token in range(len(logits)):
+        best = sorted(range(8), key=lambda e: -float(scores[token, e].detach() + bias[e]))[:3]
+        assert routing.experts_TK[token].tolist() == best
+        torch.testing.assert_close(routing.gates_TK[token], scores[token, best] / scores[token, best].sum())
+        moved += set(best) != set(logits[token].topk(3).indices.tolist())
+    assert moved > 5
+    weights = torch.randn(routing.gates_TK.shape, generator=torch.Generator().manual_seed(4))
+    chosen = scores.gather(1, routing.experts_TK)
+    expected = torch.autograd.grad((weights * chosen / chosen.sum(-1, keepdim=True)).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad((weights * routing.gates_TK).sum(), logits), expected)
+
+
+def test_balance_loss_of_sigmoid_scores_is_over_normalised_ones() -> None:
+    logits = _logits()
+    routing = route(logits, 3, True, score="sigmoid")
+    counts = routing.selected_TE().sum(0)
+    scores = 1 / (1 + (-logits.double()).exp())
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    expected = 8 * sum(int(counts[e]) / (3 * 40) * float(probability[e]) for e in range(8))
+    assert load_balance_loss(routing, counts, torch.tensor(40)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bias_moves_towards_the_mean_load() -> None:
+    bias = updated_bias(torch.tensor([0.5, 0.0, 0.0, -0.1]), torch.tensor([9, 3, 5, 3]), 0.01)
+    torch.testing.assert_close(bias, torch.tensor([0.49, 0.01, 0.0, -0.09]))
+    assert updated_bias(torch.zeros(3), torch.tensor([7, 7, 7]), 0.1).eq(0).all()
+    assert updated_bias(torch.zeros(3), torch.zeros(3, dtype=torch.int64), 0.1).eq(0).all()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_bias_balances_a_skewed_stream(score: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    skew, bias, imbalances = torch.linspace(-1.5, 1.5, 8), torch.zeros(8), []
+    for _ in range(300):
+        logits = torch.randn(256, 8, generator=generator) + skew
+        load = route(logits, 2, True, score=score, bias_E=bias).selected_TE().sum(0)
+        imbalances.append(float(load.max() / load.float().mean()))
+        bias = updated_bias(bias, load, 0.005)
+    start, end = sum(imbalances[:10]) / 10, sum(imbalances[-50:]) / 50
+    # 64 tokens an expert: chance alone makes the busiest one about 1.2 times the mean.
+    assert start > 2.2 and end < 1.3, (start, end)
+
+
 def test_balance_loss_is_one_when_uniform_and_e_over_k_when_collapsed() -> None:
     experts, top_k, tokens = 8, 2, 64
     uniform = route(torch.zeros(tokens, experts), top_k, True)
@@ -69,8 +146,8 @@ def test_shards_of_a_batch_add_up_to_its_losses() -> None:
     torch.testing.assert_close(router_z_loss(whole, tokens), expected_z)
 
 
-def _mome(shared: int, renormalize: bool = True) -> LocalMoME:
-    module = LocalMoME(16, routed_experts=6, top_k=2, shared_experts=shared, bottleneck=3, renormalize=renormalize)
+def _mome(shared: int, renormalize: bool = True, **router: Any) -> LocalMoME:
+    module = LocalMoME(16, 6, 2, shared_experts=shared, bottleneck=3, renormalize=renormalize, **router)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -99,11 +176,23 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
         torch.testing.assert_close(result, expected)
 
 
+def test_local_mome_routes_by_its_score_and_bias() -> None:
+    module = _mome(0, score="sigmoid", bias_rate=0.001)
+    assert module.router_bias is not None and "router_bias" in module.state_dict()
+    assert "router_bias" not in _mome(0).state_dict()
+    module.router_bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, 5]))
+    hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(2))
+    scores = torch.sigmoid(hidden @ module.router_weight.t())
+    gates = torch.zeros(9, 6)
+    gates[:, 4:] = scores[:, 4:] / scores[:, 4:].sum(-1, keepdim=True)
+    torch.testing.assert_close(module(hidden), dense_experts(hidden, module.routed.weights(), gates))
+
+
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     module = _mome(1)
     hidden = torch.randn(7, 16, generator=torch.Generator().manual_seed(3))
     alone = torch.cat([module(token[None]) for token in hidden])
-    torch.testing.assert_close(module(hidden), alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(module(hidden), alone, rtol=1e-6, atol=1e-6)  # rounding only
 
 
 def test_an_untrained_module_adds_nothing() -> None:
@@ -120,12 +209,37 @@ def test_initial_values_depend_on_name_and_seed_only() -> None:
     assert not first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), seed=6))
 
 
-def test_statistics_add_up_until_taken() -> None:
-    statistics = RoutingStatistics(3)
-    for dropped in (torch.tensor([0, 1, 0]), torch.tensor([2, 0, 0])):
-        statistics.add(torch.tensor([5, 4, 3]), dropped)
-    assert statistics.take().tolist() == [[10, 8, 6], [2, 1, 0]]
-    assert statistics.take().eq(0).all()
+def test_statistics_add_up_by_view_until_taken() -> None:
+    statistics = RoutingStatistics()
+    for view, dropped in (("asr(4)", [0, 1, 0]), ("vsr(2)", None), ("asr(4)", [2, 0, 0])):
+        statistics.view = view
+        statistics.add(torch.tensor([5, 4, 3, 6, 8]), None if dropped is None else torch.tensor(dropped))
+    taken = statistics.take()
+    assert taken["asr(4)"].tolist() == [10, 8, 6, 2, 1, 0, 12, 16]
+    assert taken["vsr(2)"].tolist() == [5, 4, 3, 0, 0, 0, 6, 8]
+    assert statistics.take() == {}
+    packed = torch.stack([taken["asr(4)"], taken["vsr(2)"], torch.zeros(8, dtype=torch.int64)])
+    counts = RoutingCounts(("asr(4)", "vsr(2)", "vsr(5)"), packed[:, None])
+    assert (counts + counts).record() == {
+        "tokens": 36,
+        "positions": 48,
+        "asked": [[30, 24, 18]],
+        "dropped": [[4, 2, 0]],
+    }
+    assert list(counts.by_view()) == ["asr(4)", "vsr(2)"]
+    assert counts.by_view()["asr(4)"]["dropped"] == [[2, 1, 0]]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputation_is_no_first_pass(use_reentrant: bool) -> None:
+    passes = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        passes.append(first_pass())
+        return x.sin()
+
+    checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant).sum().backward()
+    assert passes == [True, False]
 
 
 def test_padding_selects_no_expert() -> None:

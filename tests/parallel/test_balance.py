@@ -1,0 +1,235 @@
+"""Balancing by a bias, and counts of routing: every layout against a plain recount in one process, and over resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
+from mome_dist.checkpoint.load import load_run
+from mome_dist.config.schema import MoMEConfig, OptimizerConfig, RunConfig, TaskConfig
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.training.balance import update_router_biases
+from mome_dist.training.engine import Engine
+from mome_dist.training.metrics import gather_routing
+from mome_dist.training.step import forward_backward
+from tests.parallel import toy
+from tests.parallel.runs import Lab, lines
+from tests.parallel.worlds import run_world
+
+BATCH, STEPS, RATE, LEARNING_RATE = 8, 3, 0.02, 0.5
+EXPERTS = int(toy.MOME["routed_experts"])
+ROUTER: dict[str, Any] = {"score": "sigmoid", "bias_rate": RATE}
+CONFIG = RunConfig(
+    mome=MoMEConfig(routed_experts=EXPERTS),
+    task=TaskConfig(
+        tasks=["asr", "vsr", "avsr"],
+        asr_audio_rates=[4],
+        vsr_video_rates=[2],
+        avsr_audio_rates=[4],
+        avsr_video_rates=[5],
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def _train(directory: Path, layout: Layout, scratch: Path) -> dict[str, Any]:
+    """Train a few steps on one rank; return its biases and what all ranks counted."""
+    config = scratch / "zero1.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    settings = OptimizerConfig(name="sgd", learning_rate=LEARNING_RATE, gradient_clipping=0.5, warmup_steps=0)
+    with parallel_world(layout, toy.SEED, timeout_seconds=60) as at:
+        model = toy.distributed(directory, "mhsa", layout, balance_loss=0.1, **ROUTER)
+        engine = Engine(model.trainable_modules(), settings, config, layout.sequence_parallel)
+        for number in range(STEPS):
+            step = toy.step_of(_batch(number), at.dp, layout.dp)
+            with engine.accumulate():
+                forward_backward(model, step)
+            engine.step(settings.learning_rate)
+            update_router_biases(model)
+        counts = gather_routing(model, CONFIG)
+        assert not any(mome.statistics.take() for mome in model.momes.values())
+        biases = {name: bias.tolist() for name, bias in model.router_biases().items()}
+    return {"biases": biases, "total": counts.record(), "by_view": counts.by_view()}
+
+
+def _batch(number: int) -> list[int]:
+    return list(range(number * BATCH, (number + 1) * BATCH))
+
+
+def _reference(directory: Path) -> dict[str, Any]:
+    """The same training by Hugging Face's Llama and autograd; tokens are counted one by one, biases moved by hand."""
+    model = toy.reference(directory, "mhsa", **ROUTER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    asked: Counter[tuple[str, int, int]] = Counter()
+    tokens: Counter[str] = Counter()
+    positions: Counter[str] = Counter()
+    for number in range(STEPS):
+        step, load = toy.step_of(_batch(number), 0, 1), np.zeros((len(model.momes), EXPERTS))
+        for batch in step.microbatches:
+            valid = ~batch.tokens.padding_BS
+            tokens[str(batch.view)] += int(valid.sum())
+            positions[str(batch.view)] += valid.numel()
+            loss = model.loss(batch.view, batch.tokens, batch.audio, batch.video)
+            loss = loss / (step.label_tokens * len(step.views))
+            (loss + model.auxiliary_loss(valid, 0.1, 0.0) / len(step.microbatches)).backward()
+            for layer, mome in enumerate(model.momes):
+                assert mome.last_routing is not None
+                for token, chosen in zip(valid.flatten().tolist(), mome.last_routing.experts_TK.tolist(), strict=True):
+                    for expert in chosen if token else []:
+                        asked[str(batch.view), layer, expert] += 1
+                        load[layer, expert] += 1
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, mome in enumerate(model.momes):
+            assert mome.router_bias is not None
+            for expert in range(EXPERTS):
+                above = load[layer, expert] - load[layer].mean()
+                mome.router_bias[expert] += RATE if above < 0 else -RATE if above > 0 else 0.0
+    biases = {f"mome.{layer}.router_bias": mome.router_bias.tolist() for layer, mome in enumerate(model.momes)}
+    return {"biases": biases, "asked": asked, "tokens": tokens, "positions": positions}
+
+
+LAYOUTS = {
+    "one process": (1, Layout.for_world(1)),
+    "ep 2": (2, Layout.for_world(2, ep=2)),
+    "pp 2, recomputed": (2, Layout.for_world(2, pp=2, recompute="full")),
+    "tp 2, sequence parallel": (2, Layout.for_world(2, tp=2, sequence_parallel=True)),
+    "tp 2, pp 2, ep 2": (8, Layout.for_world(8, tp=2, pp=2, ep=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Path) -> dict[str, Any]:
+    found: dict[str, Any] = run_world(_reference, 1, llama)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_biases_and_counts_equal_a_plain_recount(
+    llama: Path, tmp_path: Path, expected: dict[str, Any], name: str
+) -> None:
+    world, layout = LAYOUTS[name]
+    results = run_world(_train, world, llama, layout, tmp_path)
+    biases: dict[str, list[float]] = {}
+    for result in results:
+        for key, bias in result["biases"].items():
+            assert biases.setdefault(key, bias) == bias, "ranks disagree"
+    assert biases.keys() == expected["biases"].keys()
+    for key, bias in biases.items():
+        assert bias == pytest.approx(expected["biases"][key], abs=1e-7)
+        assert max(map(abs, bias)) > RATE / 2
+    for result in results:
+        assert list(result["by_view"]) == [str(view) for view in toy.VIEWS]
+        for view, record in result["by_view"].items():
+            layers = range(len(biases))
+            assert record["asked"] == [[expected["asked"][view, n, e] for e in range(EXPERTS)] for n in layers]
+            assert not np.any(record["dropped"])
+            assert record["tokens"] == expected["tokens"][view]
+            if name == "one process":  # shorter batches of more ranks have other padding
+                assert record["positions"] == expected["positions"][view]
+            assert record["positions"] >= record["tokens"]
+        total = np.sum([record["asked"] for record in result["by_view"].values()], axis=0)
+        assert result["total"]["asked"] == total.tolist()
+        assert result["total"]["tokens"] == sum(expected["tokens"].values())
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
+
+
+BIAS = ("mome.score=sigmoid", "mome.bias_rate=0.01", "training.steps=6", "training.save_every=3")
+
+
+def _biases(run: Path) -> dict[str, list[float]]:
+    with CheckpointReader(find_checkpoint(run)) as reader:
+        return {name: reader.read(name).tolist() for name in reader.names("model/") if name.endswith("router_bias")}
+
+
+def _decoding_biases(run: Path, cache: Path) -> dict[str, list[float]]:
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    return {
+        f"model/mome.{layer}.router_bias": mome.router_bias.tolist()
+        for layer, mome in enumerate(load_run(run).model.momes)
+        if mome.router_bias is not None
+    }
+
+
+def _by_view(records: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Tokens and asked routes of each view, over all lines."""
+    sums: dict[str, Counter[str]] = {}
+    for record in records:
+        for view, part in record.get("by_view", {}).items():
+            values = {"tokens": part["tokens"], "asked": int(np.sum(part["asked"]))}
+            sums.setdefault(view, Counter()).update(values)
+    return sums
+
+
+def test_biases_and_counts_survive_a_resume_at_another_layout(lab: Lab, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    losses = lab.train(2, whole, *BIAS, ep=2)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step-000006")
+    (broken / "checkpoints/latest").write_text("step-000003")
+    with pytest.raises(RuntimeError, match=r"trained with a router bias: set mome\.bias_rate above 0"):
+        lab.train(1, broken, *BIAS, "mome.bias_rate=0")
+    rest = lab.train(4, broken, *BIAS, tp=2, pp=2)
+    np.testing.assert_allclose(rest, losses[3:], rtol=1e-5)
+
+    biases = _biases(whole)
+    assert len(biases) == 4 and all(max(map(abs, bias)) > 0.005 for bias in biases.values())
+    assert _biases(broken) == biases
+    assert run_world(_decoding_biases, 1, whole, lab.cache)[0] == biases
+
+    records, others = lines(whole / "routing.jsonl"), lines(broken / "routing.jsonl")
+    assert [record["step"] for record in records] == [record["step"] for record in others] == [3, 6]
+    sums = _by_view(records)
+    assert _by_view(others) == sums
+    top_k = 4
+    for record in records:
+        assert np.sum(record["asked"], axis=1).tolist() == [top_k * record["tokens"]] * 4
+    assert sum(part["tokens"] for part in sums.values()) == sum(record["tokens"] for record in records)
+    _check_tensorboard(whole, records[-1])
+
+
+def _check_tensorboard(run: Path, record: dict[str, Any]) -> None:
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    asked = np.asarray(record["asked"], dtype=np.float64)
+    by_layer = asked.max(axis=1) / asked.mean(axis=1)
+    values = {tag: board.Scalars(tag)[-1].value for tag in board.Tags()["scalars"]}
+    assert values["routing/tokens"] == record["tokens"]
+    assert values["routing/padding_share"] == pytest.approx(1 - record["tokens"] / record["positions"])
+    assert values["routing/load_max_over_mean"] == pytest.approx(by_layer.mean())
+    for layer in range(4):
+        assert values[f"routing_load_max_over_mean/layer_{layer:02d}"] == pytest.approx(by_layer[layer])
+        assert 0 < values[f"routing_normalized_entropy/layer_{layer:02d}"] <= 1
+        assert values[f"routing_drop_rate/layer_{layer:02d}"] == 0
+
+
+def test_a_bias_balances_a_training_run(lab: Lab, tmp_path: Path) -> None:
+    """Without any balance loss, the same run with and without a bias."""
+    settings = ("mome.score=sigmoid", "mome.balance_loss=0", "training.steps=30", "training.save_every=0")
+    imbalance = {}
+    for rate in (0.0, 0.01):
+        run = tmp_path / f"rate{rate}"
+        lab.train(1, run, *settings, f"mome.bias_rate={rate}")
+        asked = np.asarray(lines(run / "routing.jsonl")[-1]["asked"], dtype=np.float64)
+        imbalance[rate] = float((asked.max(axis=1) / asked.mean(axis=1)).mean())
+    assert imbalance[0.01] < 1 + 0.6 * (imbalance[0.0] - 1), imbalance
