@@ -6,7 +6,6 @@ Source: GShard (arXiv 2006.16668) algorithm 2 for dispatch with capacity; DeepSp
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from deepspeed.moe.experts import Experts
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import all_to_all
-from mome_dist.moe.experts import Bottleneck, ExpertStack
+from mome_dist.moe.experts import ExpertStack, ExpertWeights, stack_weights
 from mome_dist.moe.router import Routing
 
 
@@ -50,6 +49,7 @@ class AllToAllDispatch(Dispatch):
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
         capacity = self._capacity(self.counts())
+        self.capacity = capacity if self._factor() is not None else None
         slots_TK, self.kept_TK = self._place(routing, capacity)
         experts_KT = torch.where(self.kept_TK, routing.experts_TK, -1).t()
         routes_KT = _route_slots(experts_KT, slots_TK.t(), self.num_experts, capacity)
@@ -67,9 +67,12 @@ class AllToAllDispatch(Dispatch):
         output_TH = _combine(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
         return output_TH if shared_TH is None else output_TH + shared_TH
 
+    def _factor(self) -> float | None:
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
     def _capacity(self, counts_RX: Tensor) -> int:
         """Slots per expert and source rank: one number for all ranks, or the exchange would not fit."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        factor = self._factor()
         if factor is None:
             return max(int(counts_RX[:, :-1].max()), 1)
         tokens = int(counts_RX[:, -1].max())
@@ -78,14 +81,13 @@ class AllToAllDispatch(Dispatch):
 
     def _place(self, routing: Routing, capacity: int) -> tuple[Tensor, Tensor]:
         """Slot of each (token, choice) inside its expert's buffer and whether it got one: int64 and bool [T, K]."""
-        asked_TE = selected_TE = routing.selected_TE()
+        selected_TE = routing.selected_TE()
         if self.drop_policy == "probs" and capacity < selected_TE.shape[0]:
             strength_TE = torch.where(selected_TE, routing.probs_TE, -1.0)
             strongest_CE = strength_TE.topk(capacity, dim=0).indices
             selected_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
         slots_TE = selected_TE.long().cumsum(dim=0) - 1
         kept_TE = selected_TE & (slots_TE < capacity)
-        self.dropped_E = (asked_TE & ~kept_TE).sum(dim=0)
         return slots_TE.gather(1, routing.experts_TK), kept_TE.gather(1, routing.experts_TK)
 
 
@@ -96,15 +98,11 @@ class BatchedExperts(Experts):
     def forward(self, inputs: Tensor) -> Tensor:
         """[ranks, local experts, capacity, H] -> the same shape and dtype."""
         ranks, experts, capacity, hidden_size = inputs.shape
-        modules = [cast(Bottleneck, expert) for expert in self.deepspeed_experts]
         # fp32 parameters, arithmetic in the precision of the frozen LLM.
-        down_weight_EbH = torch.stack([expert.down.weight for expert in modules]).to(inputs.dtype)
-        down_bias_Eb = torch.stack([expert.down.bias for expert in modules]).to(inputs.dtype)
-        up_weight_EHb = torch.stack([expert.up.weight for expert in modules]).to(inputs.dtype)
-        up_bias_EH = torch.stack([expert.up.bias for expert in modules]).to(inputs.dtype)
+        weights = ExpertWeights(*(part.to(inputs.dtype) for part in stack_weights(self.deepspeed_experts)))
         tokens_ECH = inputs.transpose(0, 1).reshape(experts, ranks * capacity, hidden_size)
-        hidden_ECb = F.gelu(torch.baddbmm(down_bias_Eb[:, None], tokens_ECH, down_weight_EbH.transpose(1, 2)))
-        output_ECH = torch.baddbmm(up_bias_EH[:, None], hidden_ECb, up_weight_EHb.transpose(1, 2))
+        hidden_ECb = F.gelu(torch.baddbmm(weights.down_bias[:, None], tokens_ECH, weights.down_weight.mT))
+        output_ECH = torch.baddbmm(weights.up_bias[:, None], hidden_ECb, weights.up_weight.mT)
         return output_ECH.view(experts, ranks, capacity, hidden_size).transpose(0, 1)
 
 

@@ -1,7 +1,9 @@
-"""Which dispatch is cheapest: a cost model over bytes, FLOPs and rates that are measured where the run will be.
+"""Which dispatch is cheapest: a cost model over bytes, FLOPs and calls, at rates measured where the run will be.
 
 The model covers one MoE layer, forward and backward, on one rank. Weights that are gathered travel beside the frozen
-layer's own compute, so only what that cannot hide is counted; tokens travel while everything waits.
+layer's own compute, so only what that cannot hide is counted; tokens travel while everything waits. The constants below
+are how often each dispatch passes over its data and how many operations it calls; they were fitted to the times of
+``benchmarks/moe_layer.py`` on CPU, whose result tables show prediction beside measurement.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
+from torch import Tensor
 
-# Passes over the dispatched rows that all-to-all makes beside the products, forward and backward (sort, zero slots,
-# weight, add up, and their gradients), and over the bottleneck activations that the dense form makes.
-ROW_PASSES, BOTTLENECK_PASSES = 12, 14
+# Passes over memory beside the products, forward and backward: over the units of all experts and over their weights
+# (dense form), over the dispatched rows and the weights (all-to-all), over the hidden states (router, both).
+UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 12.0, 6.0
+# Operations called whatever the sizes, and for each expert of the rank (its parameters are separate tensors).
+DENSE_CALLS, ALLTOALL_CALLS, EXPERT_CALLS = 120, 200, 12
 # An expert gets more than its share of tokens; without a capacity factor every buffer is as long as the longest.
 TYPICAL_IMBALANCE = 2.0
-REPEATS = 5
+PRODUCTS = 3  # forward, and the gradients of input and weight
+# How the rates are measured: seconds of a timing at least, exchanges, operations in a chain.
+SHORTEST_TIMING, EXCHANGES, SMALL_OPERATIONS = 0.02, 20, 50
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,17 @@ class LayerLoad:
         return self.tokens * self.top_k * (self.capacity_factor or TYPICAL_IMBALANCE)
 
     @property
-    def expert_parameters(self) -> int:
-        """Parameters of all routed experts."""
-        return self.experts * (2 * self.bottleneck * self.hidden_size + self.bottleneck + self.hidden_size)
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states."""
+        return self.tokens * self.hidden_size * self.element_bytes
+
+    def parameters(self, experts: int) -> int:
+        """Parameters of that many experts."""
+        return experts * (2 * self.bottleneck * self.hidden_size + self.bottleneck + self.hidden_size)
+
+    def expert_flops(self, rows: float) -> float:
+        """Forward and backward of one expert (two products) for each of ``rows`` rows."""
+        return PRODUCTS * 4 * rows * self.bottleneck * self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -60,16 +74,20 @@ class Rates:
     """Measured speeds of one rank.
 
     Attributes:
-        dense_flops, batched_flops: matrix products over all experts at once, and expert by expert, FLOP/s.
+        dense_flops, batched_flops, router_flops: products over all experts at once, expert by expert, and of the fp32
+            router, FLOP/s.
         copy_bytes: copies of rows, bytes read and written a second.
         link_bytes, latency: of an exchange between expert-parallel ranks, bytes/s and s.
+        call: of one small operation, s.
     """
 
     dense_flops: float
     batched_flops: float
+    router_flops: float
     copy_bytes: float
     link_bytes: float
     latency: float
+    call: float
 
 
 @dataclass(frozen=True)
@@ -83,80 +101,148 @@ class Choice:
 
 def choose(load: LayerLoad, rates: Rates, ep: int) -> Choice:
     """The cheapest dispatch for a layer over ``ep`` expert-parallel ranks."""
-    away = (ep - 1) / ep
-    passes = 3  # forward, and the gradients of input and weight
-    dense_flops = passes * 4 * load.tokens * (load.experts + load.shared) * load.bottleneck * load.hidden_size
-    activations = load.tokens * (load.experts + load.shared) * load.bottleneck * 4
-    dense = dense_flops / rates.dense_flops + BOTTLENECK_PASSES * activations / rates.copy_bytes
-    # Gathered in the precision of the hidden states, reduced in fp32.
-    weight_bytes = load.expert_parameters * (load.element_bytes + 4) * away
-    hidden = load.frozen_flops / rates.dense_flops
-    gather_wait = max(0.0, weight_bytes / rates.link_bytes - hidden) + 2 * rates.latency if ep > 1 else 0.0
-
-    row_flops = passes * 4 * load.rows * load.bottleneck * load.hidden_size
-    shared_flops = passes * 4 * load.tokens * load.shared * load.bottleneck * load.hidden_size
-    row_bytes = load.rows * load.hidden_size * load.element_bytes
-    token_bytes = 4 * row_bytes * away  # there and back, forward and backward
-    alltoall_wait = token_bytes / rates.link_bytes + 4 * rates.latency if ep > 1 else 0.0
-    alltoall = (
-        row_flops / rates.batched_flops
-        + shared_flops / rates.dense_flops
-        + ROW_PASSES * row_bytes / rates.copy_bytes
-        + alltoall_wait
-    )
     weights = "gather" if ep > 1 else "local"
-    seconds = {weights: dense + gather_wait, "alltoall": alltoall}
-    reasons = (
-        f"{weights}: {dense_flops / 1e9:.2f} GFLOP over all experts, {weight_bytes / 1e6:.2f} MB of weights on the "
-        f"wire ({gather_wait * 1e3:.2f} ms not hidden): {seconds[weights] * 1e3:.1f} ms a layer",
-        f"alltoall: {(row_flops + shared_flops) / 1e9:.2f} GFLOP, {token_bytes / 1e6:.2f} MB of tokens on the wire "
-        f"({alltoall_wait * 1e3:.2f} ms): {alltoall * 1e3:.1f} ms a layer",
+    common = _common_seconds(load, rates, ep)
+    dense, dense_reason = _dense_seconds(load, rates, ep)
+    alltoall, alltoall_reason = _alltoall_seconds(load, rates, ep)
+    seconds = {weights: common + dense, "alltoall": common + alltoall}
+    reasons = tuple(
+        f"{name}: {reason}: {seconds[name] * 1e3:.1f} ms a layer"
+        for name, reason in ((weights, dense_reason), ("alltoall", alltoall_reason))
     )
     return Choice(min(seconds, key=lambda name: seconds[name]), seconds, reasons)
 
 
-@torch.no_grad()
+def _common_seconds(load: LayerLoad, rates: Rates, ep: int) -> float:
+    """The router, and the parameters of this rank's experts, which are separate tensors."""
+    router_flops = PRODUCTS * 2 * load.tokens * load.experts * load.hidden_size
+    passed = HIDDEN_PASSES * load.hidden_bytes / rates.copy_bytes
+    return router_flops / rates.router_flops + passed + EXPERT_CALLS * load.experts / ep * rates.call
+
+
+def _dense_seconds(load: LayerLoad, rates: Rates, ep: int) -> tuple[float, str]:
+    """All experts for every token of this rank, with weights that are gathered or here."""
+    experts = load.experts + load.shared
+    flops = load.expert_flops(load.tokens * experts)
+    unit_bytes = load.tokens * experts * load.bottleneck * load.element_bytes
+    passed = UNIT_PASSES * unit_bytes + WEIGHT_PASSES * 4 * load.parameters(experts)
+    work = flops / rates.dense_flops + passed / rates.copy_bytes + DENSE_CALLS * rates.call
+    if ep == 1:
+        return work, f"{flops / 1e9:.2f} GFLOP over all experts"
+    # Gathered in the precision of the hidden states, reduced in fp32.
+    wire_bytes = load.parameters(load.experts) * (load.element_bytes + 4) * (ep - 1) / ep
+    beside = load.frozen_flops / rates.dense_flops
+    wait = max(0.0, wire_bytes / rates.link_bytes - beside) + 2 * rates.latency
+    reason = f"{flops / 1e9:.2f} GFLOP over all experts, {wire_bytes / 1e6:.2f} MB of weights on the wire"
+    return work + wait, f"{reason} ({wait * 1e3:.2f} ms not hidden)"
+
+
+def _alltoall_seconds(load: LayerLoad, rates: Rates, ep: int) -> tuple[float, str]:
+    """The chosen experts only, for tokens that are sorted by expert and travel."""
+    row_flops, shared_flops = load.expert_flops(load.rows), load.expert_flops(load.tokens * load.shared)
+    row_bytes = load.rows * load.hidden_size * load.element_bytes
+    passed = ROW_PASSES * row_bytes + WEIGHT_PASSES * 4 * load.parameters(load.experts) / ep
+    work = row_flops / rates.batched_flops + shared_flops / rates.dense_flops + passed / rates.copy_bytes
+    work += ALLTOALL_CALLS * rates.call
+    reason = f"{(row_flops + shared_flops) / 1e9:.2f} GFLOP over the chosen experts"
+    if ep == 1:
+        return work, reason
+    wire_bytes = 4 * row_bytes * (ep - 1) / ep  # there and back, forward and backward
+    wait = wire_bytes / rates.link_bytes + 4 * rates.latency
+    return work + wait, f"{reason}, {wire_bytes / 1e6:.2f} MB of tokens on the wire ({wait * 1e3:.2f} ms)"
+
+
 def measure(load: LayerLoad, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> Rates:
     """Measure the rates for a layer's shapes; every rank of the world calls it and gets the slowest rank's rates."""
-    ep = dist.get_world_size(group)
-    width = (load.experts + load.shared) * load.bottleneck
-    hidden_TH = torch.randn(load.tokens, load.hidden_size, device=device).to(dtype)
-    weight_NH = torch.randn(width, load.hidden_size, device=device).to(dtype)
-    dense = _seconds(lambda: F.linear(F.linear(hidden_TH, weight_NH), weight_NH.t()), device)
+    units = (load.experts + load.shared) * load.bottleneck
+    hidden_TH, units_NH = (torch.randn(rows, load.hidden_size, device=device) for rows in (load.tokens, units))
     per_expert = max(1, int(load.rows / load.experts))
-    rows_ECH = torch.randn(load.experts, per_expert, load.hidden_size, device=device).to(dtype)
-    weight_EHb = torch.randn(load.experts, load.hidden_size, load.bottleneck, device=device).to(dtype)
-    batched = _seconds(lambda: torch.bmm(torch.bmm(rows_ECH, weight_EHb), weight_EHb.transpose(1, 2)), device)
+    rows_ECH, weight_EbH = (
+        torch.randn(load.experts, rows, load.hidden_size, device=device).to(dtype)
+        for rows in (per_expert, load.bottleneck)
+    )
+    dense = _seconds(lambda: _expert_products(hidden_TH.to(dtype), units_NH.to(dtype)), device)
+    batched = _seconds(lambda: _expert_products(rows_ECH, weight_EbH), device)
+    router = _seconds(lambda: _router_products(hidden_TH, units_NH[: load.experts]), device)
     index = torch.randint(load.tokens, (load.experts * per_expert,), device=device)
-    copy = _seconds(lambda: hidden_TH.index_select(0, index), device)
-    link, latency = 1e12, 0.0
-    if ep > 1:
-        small, large = (torch.zeros(size - size % ep, dtype=dtype, device=device) for size in (64 * ep, 1_000_000))
-        latency = _seconds(lambda: dist.all_to_all_single(torch.empty_like(small), small, group=group), device)
-        whole = _seconds(lambda: dist.all_to_all_single(torch.empty_like(large), large, group=group), device)
-        link = large.numel() * large.element_size() * (ep - 1) / ep / max(whole - latency, 1e-9)
+    source_TH = hidden_TH.to(dtype)
+    copy = _seconds(lambda: source_TH.index_select(0, index), device)
+    link, latency = _link_bytes_and_latency(group, dtype, device)
+    call = _seconds(lambda: _small_operations(device), device) / (2 * SMALL_OPERATIONS)
+    # The slowest rank counts: the least of the rates, and the most of the times.
     slowest = torch.tensor(
         [
-            4 * load.tokens * width * load.hidden_size / dense,
-            4 * rows_ECH.shape[0] * per_expert * load.bottleneck * load.hidden_size / batched,
+            load.expert_flops(load.tokens * (load.experts + load.shared)) / dense,
+            load.expert_flops(load.experts * per_expert) / batched,
+            PRODUCTS * 2 * load.tokens * load.experts * load.hidden_size / router,
             2 * index.numel() * load.hidden_size * load.element_bytes / copy,
             link,
             -latency,
+            -call,
         ],
         dtype=torch.float64,
         device=device,
     )
     dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-    dense_flops, batched_flops, copy_bytes, link_bytes, negative = slowest.tolist()
-    return Rates(dense_flops, batched_flops, copy_bytes, link_bytes, -negative)
+    *rates, latency, call = slowest.tolist()
+    return Rates(*rates, -latency, -call)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+@torch.no_grad()
+def _expert_products(x: Tensor, weight: Tensor) -> None:
+    """The six products of a pair of projections: x [..., rows, H], weight [..., units, H]."""
+    narrow = x @ weight.mT
+    wide = narrow @ weight
+    grad_narrow = wide @ weight.mT
+    for left, right in ((grad_narrow, weight), (grad_narrow.mT, x), (narrow.mT, wide)):
+        left @ right
+
+
+@torch.no_grad()
+def _router_products(hidden_TH: Tensor, weight_EH: Tensor) -> None:
+    logits_TE = hidden_TH @ weight_EH.t()
+    for left, right in ((logits_TE, weight_EH), (logits_TE.t(), hidden_TH)):
+        left @ right
+
+
+def _small_operations(device: torch.device) -> None:
+    """A chain of operations on almost nothing, forward and backward: what they cost is the call."""
+    value = torch.zeros(8, device=device, requires_grad=True)
+    for _ in range(SMALL_OPERATIONS):
+        value = value * 1.0
+    value.sum().backward()
+
+
+def _link_bytes_and_latency(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Bytes a second between expert-parallel ranks, and the seconds that an exchange of nothing takes."""
+    ep = dist.get_world_size(group)
+    if ep == 1:
+        return 1e12, 0.0
+    small, large = (torch.zeros(size - size % ep, dtype=dtype, device=device) for size in (64 * ep, 1_000_000))
+
+    def exchange(source: Tensor) -> Callable[[], object]:
+        return lambda: dist.all_to_all_single(torch.empty_like(source), source, group=group)
+
+    # A fixed number of times: every rank must make the same calls.
+    latency, whole = (_seconds(exchange(source), device, repeats=EXCHANGES) for source in (small, large))
+    return large.numel() * large.element_size() * (ep - 1) / ep / max(whole - latency, 1e-9), latency
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int | None = None) -> float:
+    """Mean seconds of a run after a first one, over ``repeats`` runs or as many as take a while.
+
+    A mean, because where ranks share cores a median leaves out the time that a rank waits for its turn.
+    """
+    run()
+    _synchronize(device)
+    began, runs = time.perf_counter(), 0
+    while runs < (repeats or 1) or (repeats is None and time.perf_counter() - began < SHORTEST_TIMING):
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[REPEATS // 2]
+        runs += 1
+    _synchronize(device)
+    return (time.perf_counter() - began) / runs
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

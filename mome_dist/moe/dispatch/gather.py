@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange, all_gather
-from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts
+from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts, stack_weights
 
 
 class GatherDispatch(Dispatch):
@@ -36,21 +36,18 @@ class GatherDispatch(Dispatch):
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
-        self.dropped_E = torch.zeros_like(cast(Tensor, self.asked_E))
         if self.ep_size == 1:
-            packed = self._packed()
+            weights = stack_weights(self.experts.deepspeed_experts)
         else:
             if self._exchange is None:
                 self.prefetch(hidden_TH.dtype)
             exchange, self._exchange = cast(Exchange, self._exchange), None
-            packed = exchange.finish()
-        return dense_experts(hidden_TH, self._unpacked(packed), routing.gates_TE(), shared)
+            weights = self._unpacked(exchange.finish())
+        return dense_experts(hidden_TH, weights, routing.gates_TE(), shared)
 
     def _packed(self) -> Tensor:
         """The local experts as one vector: each kind of parameter (fields of `ExpertWeights`), expert by expert."""
-        modules = [cast(Bottleneck, expert) for expert in self.experts.deepspeed_experts]
-        kinds = zip(*(module.weights() for module in modules), strict=True)
-        return torch.cat([parameter.flatten() for kind in kinds for parameter in kind])
+        return torch.cat([part.flatten() for part in stack_weights(self.experts.deepspeed_experts)])
 
     def _unpacked(self, packed: Tensor) -> ExpertWeights:
         """The experts of all ranks, stacked, from their packed vectors one after the other."""

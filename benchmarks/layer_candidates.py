@@ -1,0 +1,118 @@
+"""The layers under comparison, all computing the same function from the same weights.
+
+`StockLayer` is DeepSpeed's MoE layer as it comes: its generic top-K gating, which for K = 4 drops nothing when asked,
+its loop over experts and its dispatch. Its experts are our bottlenecks, because the trainable parameters are fp32 and
+the hidden states bf16, which plain `nn.Linear` experts refuse; and MoME's shared expert is added to it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from deepspeed.moe.layer import MoE
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from benchmarks.layer_ranks import STOCK
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.experts import Bottleneck
+
+BALANCE_LOSS = 0.01
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one MoME layer: H, routed experts (beside one shared), K, b."""
+
+    hidden_size: int
+    experts: int
+    top_k: int
+    bottleneck: int
+
+
+class StockLayer(nn.Module):
+    """DeepSpeed's layer and a shared expert."""
+
+    def __init__(self, shape: LayerShape, ep: int) -> None:
+        super().__init__()
+        self.routed = MoE(
+            shape.hidden_size,
+            Bottleneck(shape.hidden_size, shape.bottleneck),
+            num_experts=shape.experts,
+            ep_size=ep,
+            k=shape.top_k,
+            drop_tokens=False,
+            enable_expert_tensor_parallelism=True,
+        )
+        self.routed.set_deepspeed_parallelism()
+        self.shared = Bottleneck(shape.hidden_size, shape.bottleneck)
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> [T, H] and the weighted balance loss."""
+        output_TH, balance, _ = self.routed(hidden_TH)
+        return output_TH + self.shared(hidden_TH), BALANCE_LOSS * balance
+
+
+class MoMELayer(nn.Module):
+    """Our layer with one of its dispatches."""
+
+    def __init__(self, shape: LayerShape, ep: int, dispatch: str) -> None:
+        super().__init__()
+        self.mome = ExpertParallelMoME(
+            shape.hidden_size,
+            shape.experts,
+            shape.top_k,
+            shared_experts=1,
+            bottleneck=shape.bottleneck,
+            ep_size=ep,
+            dispatch=dispatch,
+            balance_loss=BALANCE_LOSS,
+        )
+        self.mome.set_deepspeed_parallelism()
+        self.mome.set_token_group(parallel_state.get_data_parallel_group())
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> [T, H] and the weighted balance loss."""
+        self.mome.prefetch(hidden_TH.dtype)
+        output_TH = self.mome(hidden_TH)
+        return output_TH, self.mome.auxiliary_loss()
+
+
+def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLayer | MoMELayer]:
+    """Every candidate by name, with equal weights: DeepSpeed's layer first, then our dispatches."""
+    layers: dict[str, StockLayer | MoMELayer] = {STOCK: StockLayer(shape, ep)}
+    for dispatch in ("alltoall", "gather" if ep > 1 else "local"):
+        layers[dispatch] = MoMELayer(shape, ep, dispatch)
+    for layer in layers.values():
+        _fill(layer, ep_rank)
+    return layers
+
+
+def local_experts(layer: StockLayer | MoMELayer) -> nn.ModuleList:
+    """The `Bottleneck` modules of the routed experts that this rank holds."""
+    module = layer.routed if isinstance(layer, StockLayer) else layer.mome
+    return module.deepspeed_moe.experts.deepspeed_experts
+
+
+@torch.no_grad()
+def _fill(layer: StockLayer | MoMELayer, ep_rank: int) -> None:
+    """Give every parameter a value that depends on its global name only."""
+    module = layer.routed if isinstance(layer, StockLayer) else layer.mome
+    _fill_one("router", module.deepspeed_moe.gate.wg.weight)
+    experts = local_experts(layer)
+    for number, expert in enumerate(experts, start=ep_rank * len(experts)):
+        for name, parameter in expert.named_parameters():
+            _fill_one(f"expert.{number}.{name}", parameter)
+    shared = layer.shared if isinstance(layer, StockLayer) else layer.mome.shared
+    assert shared is not None
+    for name, parameter in shared.named_parameters():
+        # Ours is a stack of one with names like down_weight.
+        value = parameter if isinstance(layer, StockLayer) else parameter[0]
+        _fill_one(f"shared.{name.replace('.', '_')}", value)
+
+
+def _fill_one(name: str, parameter: Tensor) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)

@@ -1,0 +1,114 @@
+"""One case of `benchmarks.moe_layer` on one rank: the candidates, checked against each other, counted and timed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor
+
+from benchmarks.layer_candidates import LayerShape, MoMELayer, StockLayer, build_layers, local_experts
+from benchmarks.layer_ranks import STOCK
+from benchmarks.measuring import WireBytes, interleaved, median_milliseconds
+from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Largest difference from DeepSpeed's layer, of the largest value: a few roundings of the sums over experts.
+TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
+# What all tokens have in common, as multiple of what they differ in: it loads the experts as unevenly as training does.
+COMMON = 0.4
+
+
+def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one shape, the same on all ranks."""
+    ep, dtype = dist.get_world_size(), DTYPES[options.precision]
+    load = LayerLoad(
+        tokens=options.tokens,
+        hidden_size=shape.hidden_size,
+        experts=shape.experts,
+        shared=1,
+        top_k=shape.top_k,
+        bottleneck=shape.bottleneck,
+        capacity_factor=None,
+        element_bytes=dtype.itemsize,
+        frozen_flops=0.0,  # the layer is alone here: nothing hides what travels
+    )
+    group = deepspeed_groups._get_expert_parallel_group(f"ep_size_{ep}")
+    rates = measure(load, group, dtype, torch.device("cpu"))
+    choice = choose(load, rates, ep)
+    layers = build_layers(shape, ep, ep_rank)
+    hidden_TH, gradient_TH = _tokens(shape, options.tokens, dtype)
+    sent = _check_and_count(layers, hidden_TH, gradient_TH, TOLERANCE[options.precision])
+    seconds = interleaved(
+        {name: _pass(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}, options.rounds
+    )
+    alltoall = layers["alltoall"]
+    assert isinstance(alltoall, MoMELayer)
+    counts_E = alltoall.mome.deepspeed_moe.counts()[:, :-1].sum(dim=0).double()
+    candidates = {
+        name: {
+            "milliseconds": median_milliseconds(times),
+            "least": min(times) * 1e3,
+            "most": max(times) * 1e3,
+            "predicted": choice.seconds[name] * 1e3 if name in choice.seconds else None,
+            "bytes_sent": sent[name],
+        }
+        for name, times in seconds.items()
+    }
+    return {
+        "processes": ep,
+        "precision": options.precision,
+        "tokens": options.tokens,
+        **asdict(shape),
+        "imbalance": float(counts_E.max() / counts_E.mean()),
+        "candidates": candidates,
+        "auto": choice.name,
+        "rates": asdict(rates),
+    }
+
+
+def _tokens(shape: LayerShape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """This rank's hidden states, and the gradient of the output."""
+    common_H = torch.randn(shape.hidden_size, generator=torch.Generator().manual_seed(1)) * COMMON
+    generator = torch.Generator().manual_seed(100 + dist.get_rank())
+    hidden_TH, gradient_TH = torch.randn(2, tokens, shape.hidden_size, generator=generator)
+    return (hidden_TH + common_H).to(dtype).requires_grad_(), gradient_TH.to(dtype)
+
+
+def _pass(layer: StockLayer | MoMELayer, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
+    """One forward and backward pass."""
+
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
+        hidden_TH.grad = None
+        output_TH, auxiliary = layer(hidden_TH)
+        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, None])
+
+    return run
+
+
+def _check_and_count(
+    layers: dict[str, StockLayer | MoMELayer], hidden_TH: Tensor, gradient_TH: Tensor, tolerance: float
+) -> dict[str, float]:
+    """Bytes sent by each candidate in one pass, after seeing that all give the same output and expert gradient."""
+    sent, expected = {}, {}
+    for name, layer in layers.items():
+        wire = WireBytes()
+        with wire.counted():
+            _pass(layer, hidden_TH, gradient_TH)()
+        sent[name] = wire.sent
+        expert = local_experts(layer)[0]
+        with torch.no_grad():
+            actual = {"output": layer(hidden_TH)[0], "expert gradient": expert.get_parameter("down.weight").grad}
+        if name == STOCK:
+            expected = actual
+        for what, value in actual.items():
+            reference = expected[what].float()
+            error = float((value.float() - reference).abs().max() / reference.abs().max())
+            assert error < tolerance, f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
+    return sent

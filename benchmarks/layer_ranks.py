@@ -1,0 +1,55 @@
+"""The part of `benchmarks.moe_layer` that runs on every rank: measures all cases of one number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mome_dist.quiet import quiet_libraries
+
+STOCK, TOP_K = "deepspeed", 4
+
+
+def add_case_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is measured."""
+    parser.add_argument("--tokens", type=int, default=704, help="of each process")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[576, 2048], help="hidden sizes")
+    parser.add_argument("--bottleneck", type=int, nargs="+", default=[12, 128], help="units of an expert")
+    parser.add_argument("--experts", type=int, nargs="+", default=[23, 64], help="routed experts; rounded up for ep")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the hidden states")
+    parser.add_argument("--rounds", type=int, default=11, help="turns of every candidate; the median counts")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every case and let rank 0 write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
+    add_case_options(parser)
+    parser.add_argument("--figures", type=Path, required=True, help="JSON file that rank 0 writes")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    import torch
+
+    from benchmarks.layer_candidates import LayerShape
+    from benchmarks.layer_cases import measure_case
+    from benchmarks.measuring import machine
+    from mome_dist.files import write_json
+    from mome_dist.parallel.initialize import parallel_world
+    from mome_dist.parallel.layout import Layout
+
+    torch.set_num_threads(1)  # also a process alone: what differs between worlds is what travels
+    ranks = int(os.environ["WORLD_SIZE"])
+    with parallel_world(Layout.for_world(ranks, tp=1, pp=1, ep=ranks), 0, timeout_seconds=600) as at:
+        described = machine()
+        cases = [
+            measure_case(LayerShape(hidden, experts + -experts % ranks, TOP_K, bottleneck), at.ep, options)
+            for hidden, bottleneck, experts in itertools.product(options.hidden, options.bottleneck, options.experts)
+        ]
+        if os.environ["RANK"] == "0":
+            write_json(options.figures, {"machine": described, "cases": cases})
+
+
+if __name__ == "__main__":
+    main()

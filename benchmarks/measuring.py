@@ -1,0 +1,110 @@
+"""How everything here is timed: candidates take turns, all in the same processes, and the slowest rank counts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launchers.environment import usable_cores
+
+WARM_UP_ROUNDS = 2
+
+
+def interleaved(candidates: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round (A B C, A B C, ...), of the slowest rank; two first rounds do not count.
+
+    Every rank of the world calls it with the same candidates.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(WARM_UP_ROUNDS + rounds):
+        for name, run in candidates.items():
+            dist.barrier()
+            began = time.perf_counter()
+            run()
+            elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+            if turn >= WARM_UP_ROUNDS:
+                seconds[name].append(float(elapsed))
+    return seconds
+
+
+def median_milliseconds(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1e3
+
+
+class WireBytes:
+    """Bytes that one rank sends to others, from the tensors of the collectives that run inside `counted`.
+
+    Of R ranks, an all-to-all and a reduce-scatter send (R - 1) / R of their input, an all-gather sends its input to
+    R - 1 others, and an all-reduce is a reduce-scatter and an all-gather.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the collectives of `torch.distributed`, by whomever they are called."""
+        shares: dict[str, tuple[int, Callable[[int], float]]] = {
+            # name: position of the input among the arguments, parts of it that are sent
+            "all_to_all_single": (1, lambda ranks: (ranks - 1) / ranks),
+            "all_gather_into_tensor": (1, lambda ranks: ranks - 1),
+            "reduce_scatter_tensor": (1, lambda ranks: (ranks - 1) / ranks),
+            "all_reduce": (0, lambda ranks: 2 * (ranks - 1) / ranks),
+        }
+        originals = {name: getattr(dist, name) for name in shares}
+        for name, (position, share) in shares.items():
+            setattr(dist, name, self._counting(originals[name], position, share))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+
+    def _counting(
+        self, collective: Callable[..., Any], position: int, share: Callable[[int], float]
+    ) -> Callable[..., Any]:
+        def counting(*tensors: Tensor, **arguments: Any) -> Any:
+            named = [arguments[name] for name in ("input", "input_tensor", "tensor") if name in arguments]
+            source = named[0] if named else tensors[position]
+            sent = share(dist.get_world_size(arguments.get("group")))
+            self.sent += sent * source.numel() * source.element_size()
+            return collective(*tensors, **arguments)
+
+        return counting
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, in words."""
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "threads of a process": torch.get_num_threads(),
+        "load before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "megatron-core": version("megatron-core"),
+    }
+
+
+def _processor() -> str:
+    """The processor's model name and, where it has them, its bf16 instructions."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return f"{name} ({', '.join(bf16) or 'no bf16 products'})"

@@ -1,0 +1,137 @@
+"""A training step of the frozen LLM on random clips, with MoME or with projectors only, and its parts timed."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.measuring import WARM_UP_ROUNDS, median_milliseconds
+from mome_dist.config.schema import OptimizerConfig
+from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.weights import embedding_scale, load_weights
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_mome
+from mome_dist.paths import configs_dir
+from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.projector import Projectors
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate
+from mome_dist.speech.views import View
+from mome_dist.training.batches import Step
+from mome_dist.training.engine import Engine
+from mome_dist.training.step import forward_backward
+
+FORMS = ("projectors", "mome")
+PARTS = ("forward and backward", "gradient reduction", "optimiser step")
+WIDTHS, FRAMES_PER_SECOND = {"audio": 384, "video": 128}, {"audio": 50, "video": 25}
+RATES = {"audio": [4, 16], "video": [2, 5]}
+# The longest and one of the shortest views of a step of two.
+VIEWS = [View("avsr", 4, 2), View("vsr", None, 5)]
+CLIP_SECONDS, TEXT_TOKENS, PROMPT_TOKENS = (2.0, 3.0), 9, 10
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and its engine."""
+
+    model: DistributedMoME
+    engine: Engine
+
+
+def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
+    """The frozen LLM with projectors; "mome" also has a MoME module in every layer."""
+    shape = LLMShape.from_directory(options.llm)
+    llm = build_frozen_llm(shape, torch.bfloat16, "auto", CPU, layout)
+    load_weights(llm, shape, options.llm)
+    projectors = Projectors(WIDTHS, RATES, shape.hidden_size, 512, per_rate=False, compression="pool")
+    projectors.initialize(0, embedding_scale(options.llm))
+    momes = {}
+    if form == "mome":
+        momes = attach_mome(
+            llm,
+            "ffn",
+            seed=0,
+            routed_experts=options.experts,
+            top_k=4,
+            shared_experts=1,
+            bottleneck=options.bottleneck,
+            ep_size=layout.ep,
+            dispatch="gather" if layout.ep > 1 else "local",
+        )
+    model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep).train()
+    settings = configs_dir() / "deepspeed" / "zero1.json"
+    return Trained(model, Engine(model.trainable_modules(), OptimizerConfig(), settings))
+
+
+def random_step(options: argparse.Namespace, number: int) -> Step:
+    """One microbatch of random clips for each view; the same on every rank, so that all have the same work."""
+    drawn = random.Random(number)
+    seconds = [drawn.uniform(*CLIP_SECONDS) for _ in range(options.clips)]
+    labels = (TEXT_TOKENS + 1) * options.clips * dist.get_world_size()
+    return Step([_microbatch(view, seconds) for view in VIEWS], VIEWS, labels)
+
+
+def _microbatch(view: View, seconds: Sequence[float]) -> MicroBatch:
+    features: dict[str, list[torch.Tensor]] = {"audio": [], "video": []}
+    examples = []
+    for clip in seconds:
+        ids = [1]
+        for stream, rate, placeholder in (("audio", view.audio_rate, AUDIO), ("video", view.video_rate, VIDEO)):
+            if rate is not None:
+                frames = int(clip * FRAMES_PER_SECOND[stream])
+                features[stream].append(torch.randn(frames, WIDTHS[stream]))
+                ids += [2, *[placeholder] * compressed_length(frames, rate), 3]
+        ids += [4] * PROMPT_TOKENS
+        examples.append(Example([*ids, *range(5, 5 + TEXT_TOKENS), 0], len(ids)))
+    return MicroBatch(view, collate(examples), features["audio"], features["video"])
+
+
+def timed_step(trained: Trained, step: Step) -> list[float]:
+    """Seconds of each of `PARTS`, and of the whole step."""
+    dist.barrier()
+    times = [time.perf_counter()]
+    with trained.engine.accumulate():
+        forward_backward(trained.model, step)
+        times.append(time.perf_counter())
+    times.append(time.perf_counter())
+    trained.engine.step(1e-5)
+    times.append(time.perf_counter())
+    return [*(after - before for before, after in pairwise(times)), times[-1] - times[0]]
+
+
+def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]:
+    """Median milliseconds of every part of both forms' steps, which take turns; the slowest rank counts."""
+    forms = {form: build(form, options, layout) for form in FORMS}
+    rounds: dict[str, list[list[float]]] = {form: [] for form in FORMS}
+    for number in range(WARM_UP_ROUNDS + options.rounds):
+        step = random_step(options, number)
+        for form, trained in forms.items():
+            seconds = torch.tensor(timed_step(trained, step), dtype=torch.float64)
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+            if number >= WARM_UP_ROUNDS:
+                rounds[form].append(seconds.tolist())
+    tokens = [batch.tokens.ids_BS.numel() for batch in random_step(options, 0).microbatches]
+    return {
+        "processes": dist.get_world_size(),
+        "tokens": tokens,
+        "trained parameters": {
+            form: sum(p.numel() for p in trained.model.trainable_modules().parameters())
+            for form, trained in forms.items()
+        },
+        "milliseconds": {
+            form: {
+                part: median_milliseconds(list(times))
+                for part, times in zip((*PARTS, "step"), zip(*rounds[form], strict=True), strict=True)
+            }
+            for form in FORMS
+        },
+    }
