@@ -1,7 +1,8 @@
-"""The command grammar: one word from each of seven slots, such as "carry purple feather under church autumn twice".
+"""The command grammar: one word from each of seven slots, such as "keep white lamp under church june twice".
 
 The form follows the GRID corpus (Cooke et al., 2006): fixed positions, few words in each. Words that compete in one
-slot differ in their visemes and in their sounds, so that lip reading is possible in principle.
+slot differ in their visemes and in their sounds, so that lip reading is possible in principle. Most words have one
+syllable: at a natural pace a clip lasts two to three seconds.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import numpy as np
 from mome_dist.errors import UserError
 
 SLOTS: tuple[tuple[str, ...], ...] = (
-    ("carry", "fetch", "wash", "lift", "push", "throw"),
-    ("orange", "purple", "brown", "silver", "golden", "pink"),
-    ("basket", "feather", "wheel", "mushroom", "ladder", "rope", "cheese", "violin"),
-    ("under", "through", "before", "above", "past"),
-    ("river", "church", "mountain", "forest", "hotel", "beach"),
-    ("spring", "summer", "autumn", "winter", "june", "march"),
-    ("softly", "quickly", "alone", "together", "twice"),
+    ("keep", "fetch", "wash", "lift", "push", "throw"),
+    ("white", "green", "brown", "black", "gold", "pink"),
+    ("box", "fish", "wheel", "shoe", "lamp", "rope", "cheese", "knife"),
+    ("under", "through", "near", "above", "past"),
+    ("lake", "church", "farm", "house", "bridge", "shop"),
+    ("spring", "summer", "dawn", "june", "march", "friday"),
+    ("softly", "alone", "now", "again", "twice"),
 )
 VOCABULARY: tuple[str, ...] = tuple(word for slot in SLOTS for word in slot)
 SENTENCES = math.prod(len(slot) for slot in SLOTS)

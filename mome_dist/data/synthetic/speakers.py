@@ -95,5 +95,5 @@ def draw_speaker(split: str, index: int, voices: tuple[str, ...], seed: int) -> 
     """The ``index``-th speaker of a split: voices take turns, everything else is drawn."""
     rng = np.random.default_rng([seed, zlib.crc32(f"speaker {split} {index}".encode())])
     name = voices[index % len(voices)]
-    voice = Voice(name, pitch=rng.uniform(0.85, 1.2), stretch=rng.uniform(0.8, 1.0), warp=rng.uniform(0.9, 1.12))
+    voice = Voice(name, pitch=rng.uniform(0.85, 1.2), stretch=rng.uniform(0.9, 1.1), warp=rng.uniform(0.9, 1.12))
     return Speaker(f"{split}-{index:02d}-{name}", voice, _draw_face(rng))
