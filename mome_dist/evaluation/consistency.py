@@ -91,4 +91,4 @@ def agreement_of_views(log: RoutingLog) -> Floats:
     """Agreement of the distributions of load over experts between every two views of a training run: [V, V, layers]."""
     totals = log.asked_by_view.sum(axis=-1, keepdims=True)
     shares = log.asked_by_view / np.maximum(totals, 1)
-    return agreement(shares[:, None], shares[None])
+    return np.array([[agreement(p, q) for q in shares] for p in shares])

@@ -47,6 +47,8 @@ WRONG = [
     (["mome.top_k=many"], 2, r"'mome.top_k'.*'many'.*Integer"),
     (["experiment=nothing"], 2, r"experiment/nothing.*quickstart.*tiny"),
     (["steps"], 2, r"'steps' is not of the form key=value"),
+    (["mome.score=relu"], 2, r"mome.score='relu': choose from softmax, sigmoid"),
+    (["mome.bias_rate=-0.1"], 2, r"mome.bias_rate=-0.1: must be at least 0"),
     (["mome.placement=attention"], 2, r"mome.placement='attention': choose from mhsa, ffn, layer"),
     (["task.tasks=[asr,lip]"], 2, r"task.tasks='lip': choose from asr, vsr, avsr"),
     (

@@ -13,7 +13,13 @@ import torch
 from mome_dist import evaluate, report
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
-from mome_dist.evaluation.consistency import agreement, agreement_between_rates, agreement_matrix, profiles
+from mome_dist.evaluation.consistency import (
+    agreement,
+    agreement_between_rates,
+    agreement_matrix,
+    agreement_of_views,
+    profiles,
+)
 from mome_dist.evaluation.report import RunFiles
 from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 from tests.evaluation_run import make_run
@@ -80,7 +86,32 @@ def test_drop_rate(tmp_path: Path) -> None:
     log = RoutingLog.read(path)
     assert log is not None
     assert log.drop_rate().tolist() == [[25, 0]]
+    assert log.views == () and log.tokens.tolist() == [0]
     assert RoutingLog.read(tmp_path / "absent") is None
+
+
+def test_views_add_up_over_checkpoints_and_are_compared_by_layer(tmp_path: Path) -> None:
+    def part(tokens: int, asked: list[list[int]]) -> dict[str, object]:
+        return {"tokens": tokens, "positions": 2 * tokens, "asked": asked, "dropped": [[1, 0], [0, 0]]}
+
+    first = {"vsr(2)": part(4, [[4, 0], [2, 2]]), "asr(16)": part(6, [[6, 0], [3, 3]])}
+    second = {"asr(4)": part(2, [[0, 2], [1, 1]]), "vsr(2)": part(4, [[0, 4], [0, 4]])}
+    path = tmp_path / "routing.jsonl"
+    with path.open("w") as file:
+        for step, by_view in ((3, {"by_view": first}), (5, {}), (6, {"by_view": second})):
+            file.write(json.dumps({"step": step, **part(8, [[4, 4], [4, 4]]), **by_view}) + "\n")
+    log = RoutingLog.read(path)
+    assert log is not None
+    assert log.tokens.tolist() == [8, 8, 8] and log.positions.tolist() == [16, 16, 16]
+    assert log.views == ("asr(4)", "asr(16)", "vsr(2)")
+    assert log.asked_by_view.tolist() == [[[0, 2], [1, 1]], [[6, 0], [3, 3]], [[4, 4], [2, 6]]]
+    assert log.dropped_by_view[:, 0, 0].tolist() == [1, 1, 2]
+    assert log.tokens_by_view.tolist() == [2, 6, 8] and log.positions_by_view.tolist() == [4, 12, 16]
+    agreements = agreement_of_views(log)
+    assert agreements.shape == (3, 3, 2)
+    assert agreements[0, 1] == pytest.approx([0, 1]), "other experts in layer 0, the same in layer 1"
+    assert agreements[1, 2, 0] == pytest.approx(agreement(np.array([1.0, 0]), np.array([0.5, 0.5])))
+    assert agreements == pytest.approx(agreements.transpose(1, 0, 2))
 
 
 def write_logs(run: Path) -> None:
@@ -96,7 +127,9 @@ def write_logs(run: Path) -> None:
     with (run / "routing.jsonl").open("w") as file:
         for step in range(10, 41, 10):
             asked = generator.integers(50, 200, (2, 6)).tolist()
-            file.write(json.dumps({"step": step, "asked": asked, "dropped": [[1] * 6] * 2}) + "\n")
+            record = {"tokens": 750, "positions": 1000, "asked": asked, "dropped": [[1] * 6] * 2}
+            by_view = {"by_view": dict.fromkeys(views, record)} if step % 20 == 0 else {}
+            file.write(json.dumps({"step": step} | record | by_view) + "\n")
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -123,7 +156,7 @@ def test_report_before_and_after_evaluation(
     assert capsys.readouterr().out.strip() == str(run / "report" / "report.md")
     page = (run / "report" / "report.md").read_text()
     figures = ["loss", "wer", "activations_asr", "activations_vsr", "activations_avsr", "consistency", "load"]
-    for name in figures:
+    for name in [*figures, "load_views", "view_agreement"]:
         assert f"({name}.png)" in page
         width, height = png_size(run / "report" / f"{name}.png")
         assert min(width, height) > 300
@@ -132,6 +165,9 @@ def test_report_before_and_after_evaluation(
     # 2 layers of H 32: (2 + 1) experts of 2*32*3 + 3 + 32 and a router of 32*6; all 7 experts are trained.
     assert "1,746 active per token, 3,562 trained" in page
     assert "step 40 of 100" in page
+    assert "| router | softmax scores, renormalised; balance loss 0.01, z-loss 0 |" in page
+    assert "Training routed 3,000 tokens in every layer; 25.0 % of all positions were padding" in page
+    assert "| avsr(4,5) | 1,500 | 25.0 |" in page
     assert {path.suffix for path in (run / "report").iterdir()} == {".md", ".png"}
 
 
