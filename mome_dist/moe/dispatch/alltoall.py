@@ -6,12 +6,14 @@ Source: GShard (arXiv 2006.16668) algorithm 2 for dispatch with capacity; DeepSp
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import _AllToAll, _route_slots, _sparse_encode
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
@@ -64,7 +66,7 @@ class AllToAllDispatch(Dispatch):
         buffer = buffer.reshape(self.num_experts, capacity, -1)
         if self.ep_size > 1:
             buffer = _AllToAll.apply(self.ep_group, buffer)
-        output_TH = _combine(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
+        output_TH = _Combine.apply(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
         return output_TH if shared_TH is None else output_TH + shared_TH
 
     def _factor(self) -> float | None:
@@ -106,11 +108,31 @@ class BatchedExperts(Experts):
         return output_ECH.view(experts, ranks, capacity, hidden_size).transpose(0, 1)
 
 
-def _combine(results_RH: Tensor, routes_KT: Tensor, gates_KT: Tensor) -> Tensor:
-    """Gate-weighted sum in fp32 of each token's results; dropped routes read a row of zeros.
+class _Combine(torch.autograd.Function):
+    """Gate-weighted sum in fp32 of each token's results; dropped routes add nothing.
 
-    DeepSpeed's own version multiplies bf16 by fp32, for which the CPU has no vectorised kernel.
+    results_RH [R, H] (a row a slot), routes_KT int64 [K, T] (R where dropped), gates_KT fp32 [K, T] -> [T, H]. One of
+    the K routes at a time: DeepSpeed's way needs fp32 copies of all of them, and products of bf16 with fp32, for which
+    the CPU has no vectorised kernel.
     """
-    padded_RH = torch.cat([results_RH, results_RH.new_zeros(1, results_RH.shape[1])])
-    routed_KTH = padded_RH.index_select(0, routes_KT.flatten()).view(*routes_KT.shape, -1).float()
-    return (routed_KTH * gates_KT[..., None]).sum(dim=0).to(results_RH.dtype)
+
+    @staticmethod
+    def forward(ctx: Any, results_RH: Tensor, routes_KT: Tensor, gates_KT: Tensor) -> Tensor:
+        dropped_KT = routes_KT == results_RH.shape[0]
+        # Any row will do where the gate is zero.
+        routes_KT, gates_KT = routes_KT.masked_fill(dropped_KT, 0), gates_KT.masked_fill(dropped_KT, 0)
+        ctx.save_for_backward(results_RH, routes_KT, gates_KT, dropped_KT)
+        output_TH = results_RH.new_zeros(routes_KT.shape[1], results_RH.shape[1], dtype=torch.float32)
+        for routes_T, gates_T in zip(routes_KT, gates_KT, strict=True):
+            output_TH.addcmul_(results_RH.index_select(0, routes_T).float(), gates_T[:, None])
+        return output_TH.to(results_RH.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor]:
+        results_RH, routes_KT, gates_KT, dropped_KT = ctx.saved_tensors
+        grad_TH, grad_results_RH, grad_gates_KT = grad_TH.float(), torch.zeros_like(results_RH), []
+        for routes_T, gates_T in zip(routes_KT, gates_KT, strict=True):
+            grad_gates_KT.append((results_RH.index_select(0, routes_T).float() * grad_TH).sum(dim=1))
+            grad_results_RH.index_add_(0, routes_T, (grad_TH * gates_T[:, None]).to(results_RH.dtype))
+        return grad_results_RH, None, torch.stack(grad_gates_KT).masked_fill(dropped_KT, 0)
