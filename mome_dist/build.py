@@ -55,6 +55,8 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
         "shared_experts": mome.shared_experts,
         "bottleneck": mome.bottleneck,
         "renormalize": mome.renormalize,
+        "score": mome.score,
+        "bias_rate": mome.bias_rate,
     }
 
 
