@@ -1,0 +1,93 @@
+"""The benchmark scripts at a tiny size: their documented commands keep working, and what they count is right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import moe_layer, train_step
+from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+HIDDEN, BOTTLENECK, EXPERTS, RANKS = 32, 4, 6, 2
+
+
+def _run(module: str, results: Path, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark as its README says; return its JSON file."""
+    command = [sys.executable, "-m", module, *arguments, "--results", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = results.glob("*.json")
+    markdown = path.with_suffix(".md").read_text()
+    assert markdown in done.stdout
+    assert str(ROOT) not in markdown.replace(str(results), "")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def layer_case(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    # Five experts, which two processes cannot share: six are taken.
+    sizes = f"--tokens 24 --hidden {HIDDEN} --bottleneck {BOTTLENECK} --experts 5 --rounds 2 --processes {RANKS}"
+    figures = _run("benchmarks.moe_layer", tmp_path_factory.mktemp("layer"), *sizes.split())["figures"]
+    (case,) = figures
+    return case
+
+
+def test_the_layer_benchmark_measures_and_predicts_every_candidate(layer_case: dict[str, Any]) -> None:
+    assert layer_case["experts"] == EXPERTS and layer_case["processes"] == RANKS
+    assert set(layer_case["candidates"]) == {"deepspeed", "alltoall", "gather"}
+    for name, candidate in layer_case["candidates"].items():
+        assert 0 < candidate["least"] <= candidate["milliseconds"] <= candidate["most"]
+        assert (candidate["predicted"] is None) == (name == "deepspeed")
+    predicted = {name: each["predicted"] for name, each in layer_case["candidates"].items() if each["predicted"]}
+    assert layer_case["auto"] == min(predicted, key=lambda name: predicted[name])
+
+
+def test_bytes_are_those_of_the_tensors_that_travel(layer_case: dict[str, Any]) -> None:
+    sent = {name: candidate["bytes_sent"] for name, candidate in layer_case["candidates"].items()}
+    parameters = EXPERTS // RANKS * (2 * HIDDEN * BOTTLENECK + HIDDEN + BOTTLENECK)
+    counts = 8 * (EXPERTS + 1)
+    # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
+    assert sent["gather"] == parameters * (2 + 4) + counts
+    # Half of a buffer of as many rows for every expert, four times; DeepSpeed agrees on the number by an all-reduce.
+    rows = (sent["alltoall"] - counts) / (4 * EXPERTS / RANKS * HIDDEN * 2)
+    assert rows == int(rows) > 0
+    assert sent["deepspeed"] - 8 == sent["alltoall"] - counts
+
+
+def test_the_step_benchmark_splits_a_step(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(["a few words"])
+    save_llm(tiny_llama(tokenizer, hidden=64, layers=2, ffn_width=96), tokenizer, tmp_path / "llm")
+    sizes = f"--experts 4 --bottleneck 2 --clips 2 --rounds 2 --processes {RANKS}"
+    (case,) = _run("benchmarks.train_step", tmp_path / "out", "--llm", str(tmp_path / "llm"), *sizes.split())["figures"]
+    for form, milliseconds in case["milliseconds"].items():
+        step = milliseconds.pop("step")
+        assert len(milliseconds) == 3 and all(part > 0 for part in milliseconds.values()), form
+        assert max(milliseconds.values()) < step
+    # A router, two of the four routed experts and a shared one in each of two layers.
+    layer = 4 * 64 + 3 * (2 * 64 * 2 + 64 + 2)
+    added = case["trained parameters"]["mome"] - case["trained parameters"]["projectors"]
+    assert added <= 2 * layer and added > 2 * layer - 20  # without MoME, the engine gets an idle expert of one unit
+
+
+def test_documented_commands_are_understood() -> None:
+    commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
+    assert {name for name, _ in commands} == {"moe_layer", "train_step"}
+    for name, arguments in commands:
+        {"moe_layer": moe_layer, "train_step": train_step}[name].parse_arguments(shlex.split(arguments))
+
+
+def test_committed_tables_say_what_made_them() -> None:
+    tables = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    assert tables
+    for path in tables:
+        stored = json.loads(path.read_text())
+        assert stored["command"].startswith("python -m benchmarks.") and stored["machine"]["processor"]
+        assert stored["command"] in path.with_suffix(".md").read_text()
