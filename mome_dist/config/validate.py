@@ -52,6 +52,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_numbers(config)
     layout = Layout.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp, ep=config.parallel.ep)
     shape = check_directory(config.llm.path)
+    if not (Path(config.llm.path) / "tokenizer.json").is_file():
+        raise UserError(f"llm.path: {config.llm.path} has no tokenizer.json; fetch it, or save it with transformers.")
     if config.mome.dispatch == "local" and layout.ep > 1:
         raise UserError(
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from mome_dist.assets import asset_dir
-from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
-from mome_dist.llm.weights import load_weights
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from tests import tiny_llms
 from tests.parallel import toy
+from tests.parallel.logits import hugging_face_logits, megatron_logits
 from tests.parallel.worlds import run_world
 
 TEXT = [
@@ -27,66 +25,118 @@ TEXT = [
 ]
 
 
-def _ids(directory: Path) -> np.ndarray:
-    """Real text where the directory has a tokenizer, random ids where it has none: int64 [B, S]."""
-    if not (directory / "tokenizer.json").is_file():
-        return np.random.default_rng(0).integers(0, LLMShape.from_directory(directory).vocabulary, size=(2, 20))
+def _text_ids(directory: Path) -> np.ndarray:
+    """Token ids of real text, int64 [B, S]."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = [tokenizer(text).input_ids for text in TEXT]
     shortest = min(map(len, rows))
     return np.array([row[:shortest] for row in rows])
 
 
-def _hugging_face(directory: Path) -> np.ndarray:
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(_ids(directory))).logits.numpy()
+def _random_ids(directory: Path, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, LLMShape.from_directory(directory).vocabulary, size=(2, length))
 
 
-def _megatron(directory: Path, tp: int, pp: int, kernel: str) -> np.ndarray | None:
-    """Logits [B, S, V / tp] on the last stage, computed through the pipeline schedule."""
-    with parallel_world(Layout.for_world(tp * pp, tp=tp, pp=pp, ep=1), 0, timeout_seconds=120):
-        shape = LLMShape.from_directory(directory)
-        llm = build_frozen_llm(shape, torch.float32, kernel, torch.device("cpu")).eval()
-        load_weights(llm, shape, directory)
-        ids_BS = torch.from_numpy(_ids(directory))
-        padding_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-
-        def forward_step(_iterator: Any, model: FrozenLLM) -> tuple[torch.Tensor, Any]:
-            embedded = model.embed(ids_BS) if model.pre_process else None
-            output = model.logits(embedded, padding_BS)
-            return output, lambda logits: (torch.zeros(()), logits.transpose(0, 1).numpy())
-
-        with torch.no_grad():
-            results = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter([None]),
-                model=[llm],
-                num_microbatches=1,
-                seq_length=ids_BS.shape[1],
-                micro_batch_size=ids_BS.shape[0],
-                forward_only=True,
-            )
-            return results[0] if parallel_state.is_pipeline_last_stage() else None
-
-
-def _compare(directory: Path, tp: int, pp: int, kernel: str, tolerance: float) -> None:
-    expected = run_world(_hugging_face, 1, directory)[0]
-    parts = [part for part in run_world(_megatron, tp * pp, directory, tp, pp, kernel) if part is not None]
-    np.testing.assert_allclose(np.concatenate(parts, axis=-1), expected, rtol=0, atol=tolerance)
+def _compare(directory: Path, ids: np.ndarray, tp: int, pp: int, kernel: str, tolerance: float) -> None:
+    expected = hugging_face_logits(directory, ids)
+    found = megatron_logits(directory, ids, tp, pp, kernel)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_smollm2_logits_equal_hugging_face(tp: int, pp: int) -> None:
     # Nine heads in three groups: two tensor-parallel ranks need a padded fourth group.
-    _compare(asset_dir("smollm2-135m"), tp, pp, "eager", 1e-4)
+    directory = asset_dir("smollm2-135m")
+    _compare(directory, _text_ids(directory), tp, pp, "eager", 1e-4)
 
 
 @pytest.mark.parametrize(("tp", "pp", "kernel"), [(2, 2, "eager"), (2, 1, "sdpa"), (4, 1, "eager"), (1, 4, "sdpa")])
 def test_random_llama_logits_equal_hugging_face(tmp_path: Path, tp: int, pp: int, kernel: str) -> None:
     # Eight heads in two groups: four tensor-parallel ranks pad two groups.
-    _compare(toy.write_llama(tmp_path, heads=8, kv_heads=2), tp, pp, kernel, 1e-5)
+    directory = toy.write_llama(tmp_path, heads=8, kv_heads=2)
+    _compare(directory, _random_ids(directory, 20), tp, pp, kernel, 1e-5)
 
 
 def test_untied_and_tied_output_layers(tmp_path: Path) -> None:
-    _compare(toy.write_llama(tmp_path / "tied", tied=True), 2, 1, "eager", 1e-5)
+    directory = toy.write_llama(tmp_path / "tied", tied=True)
+    _compare(directory, _random_ids(directory, 20), 2, 1, "eager", 1e-5)
+
+
+# Sequences are longer than the original context of `tiny_llms.LLAMA3_ROPE`. Six heads in three groups: two ranks pad a
+# fourth group.
+LENGTH = 64
+THREE_GROUPS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "llama3": lambda path: tiny_llms.save(tiny_llms.llama3(), path),
+    "llama3 in three groups": lambda path: tiny_llms.save(tiny_llms.llama3(**THREE_GROUPS), path),
+    "qwen2": lambda path: tiny_llms.save(tiny_llms.qwen2(), path, shard_size="20KB"),
+    "qwen2 in three groups": lambda path: tiny_llms.save(tiny_llms.qwen2(**THREE_GROUPS), path),
+    "qwen2 tied": lambda path: tiny_llms.save(tiny_llms.qwen2(tie_word_embeddings=True), path),
+    "qwen2 with llama3 scaling": lambda path: tiny_llms.save(
+        tiny_llms.qwen2(rope_parameters=dict(tiny_llms.LLAMA3_ROPE)), path
+    ),
+}
+Directories = Callable[[str], tuple[Path, np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
+    """A model's directory, token ids, and Hugging Face's logits for them; each made once."""
+    made: dict[str, tuple[Path, np.ndarray, np.ndarray]] = {}
+
+    def make(name: str) -> tuple[Path, np.ndarray, np.ndarray]:
+        if name not in made:
+            directory = MODELS[name](tmp_path_factory.mktemp("llm"))
+            ids = _random_ids(directory, LENGTH)
+            made[name] = directory, ids, hugging_face_logits(directory, ids)
+        return made[name]
+
+    return make
+
+
+WORLDS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+CASES = [(name, *world) for name in ("llama3", "qwen2") for world in WORLDS]
+CASES += [("llama3 in three groups", 2, 1), ("qwen2 in three groups", 2, 1), ("qwen2", 4, 1)]
+CASES += [("qwen2 tied", 2, 2), ("qwen2 with llama3 scaling", 2, 1)]
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), CASES)
+def test_every_architecture_equals_hugging_face(directories: Directories, name: str, tp: int, pp: int) -> None:
+    directory, ids, expected = directories(name)
+    np.testing.assert_allclose(megatron_logits(directory, ids, tp, pp), expected, rtol=0, atol=1e-5)
+
+
+def test_scaling_and_biases_matter_in_these_models(directories: Directories, tmp_path: Path) -> None:
+    """Otherwise the test above could not fail: dropping either moves the logits far beyond its tolerance."""
+    for name, plain in (
+        ("llama3", tiny_llms.llama3(rope_parameters={"rope_type": "default", "rope_theta": 1000.0})),
+        ("qwen2", tiny_llms.qwen2()),
+    ):
+        with torch.no_grad():
+            for parameter_name, parameter in plain.named_parameters():
+                if parameter_name.endswith("bias"):
+                    parameter.zero_()
+        _, ids, expected = directories(name)
+        without = hugging_face_logits(tiny_llms.save(plain, tmp_path / name), ids)
+        assert np.abs(without - expected).max() > 0.1
+
+
+def _reference_losses(directory: Path) -> list[float]:
+    model = toy.reference(directory, "mhsa")
+    batches = [toy.microbatch([0, 1, 2], view) for view in toy.VIEWS]
+    return [model.loss(batch.view, batch.tokens, batch.audio, batch.video).item() for batch in batches]
+
+
+def _distributed_losses(directory: Path) -> list[float]:
+    layout = Layout.for_world(2, tp=2)
+    with parallel_world(layout, toy.SEED, timeout_seconds=60):
+        model = toy.distributed(directory, "mhsa", layout)
+        chunk = model.chunks[0]
+        return [chunk(toy.microbatch([0, 1, 2], view)).item() for view in toy.VIEWS]
+
+
+def test_qwen2_reads_speech_in_both_forms(directories: Directories) -> None:
+    directory, _, _ = directories("qwen2")
+    expected = run_world(_reference_losses, 1, directory)[0]
+    for found in run_world(_distributed_losses, 2, directory):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

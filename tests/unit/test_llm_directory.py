@@ -22,6 +22,7 @@ from mome_dist.llm.shape import LLMShape, RopeScaling
 from tests import tiny_llms
 
 ROPE = tiny_llms.LLAMA3_ROPE
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +76,21 @@ def test_the_spelling_of_rotary_settings_does_not_matter(models: Path, tmp_path:
     assert LLMShape.from_directory(old).rope_scaling is None
 
 
-def _config(*remove: str, **values: Any) -> Callable[[Path], None]:
-    return lambda directory: tiny_llms.edit_config(directory, remove, **values) and None
+def _config(*remove: str, **values: Any) -> Damage:
+    return lambda directory: tiny_llms.edit_config(directory, remove, **values)
 
 
-def _rope(**values: Any) -> Callable[[Path], None]:
+def _rope(**values: Any) -> Damage:
     changed = {key: value for key, value in {**ROPE, **values}.items() if value is not None}
     return _config(rope_parameters=changed)
 
 
-def _cut(size: int) -> Callable[[Path], None]:
+def _cut(size: int) -> Damage:
     """Keep the first ``size`` bytes of the weights, or all but the last ``-size``."""
-    return lambda directory: (directory / SINGLE).write_bytes((directory / SINGLE).read_bytes()[:size]) and None
+    return lambda directory: (directory / SINGLE).write_bytes((directory / SINGLE).read_bytes()[:size])
 
 
-def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     def apply(directory: Path) -> None:
         tensors = load_file(directory / SINGLE)
         change(tensors)
@@ -103,7 +104,7 @@ def _pickled(directory: Path) -> None:
 
 
 NORM, GATE = "model.layers.2.input_layernorm.weight", "model.layers.1.mlp.gate_proj.weight"
-WRONG: list[tuple[str, Callable[[Path], Any], str]] = [
+WRONG: list[tuple[str, Damage, str]] = [
     ("no config", lambda d: (d / "config.json").unlink(), r"llm.path='.*': .*config.json does not exist; give"),
     ("config no JSON", lambda d: (d / "config.json").write_text("{"), r"config.json cannot be read \(.*fetch it again"),
     ("config a list", lambda d: (d / "config.json").write_text("[]"), r"config.json holds no JSON object"),
@@ -148,7 +149,7 @@ WRONG: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
-def test_wrong_directories_are_named(models: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_wrong_directories_are_named(models: Path, tmp_path: Path, damage: Damage, message: str) -> None:
     directory = shutil.copytree(models / "llama3", tmp_path / "llm")
     damage(directory)
     with pytest.raises(UserError, match=message) as error:
@@ -168,7 +169,7 @@ def _swap(files: dict[str, str]) -> None:
     files[NORM] = next(name for name in files.values() if name != files[NORM])
 
 
-SHARDED: list[tuple[str, Callable[[Path], Any], str]] = [
+SHARDED: list[tuple[str, Damage, str]] = [
     (
         "shard missing",
         lambda d: (d / json.loads((d / f"{SINGLE}.index.json").read_text())["weight_map"][NORM]).unlink(),
@@ -194,7 +195,7 @@ def _cut_shard(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in SHARDED], ids=[case[0] for case in SHARDED])
-def test_wrong_shards_are_named(models: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_wrong_shards_are_named(models: Path, tmp_path: Path, damage: Damage, message: str) -> None:
     directory = shutil.copytree(models / "sharded", tmp_path / "llm")
     damage(directory)
     with pytest.raises(UserError, match=message) as error:
@@ -212,6 +213,8 @@ def test_windows_that_no_layer_has_are_accepted(models: Path) -> None:
 
 def test_launchers_find_damage_before_they_start_anything(models: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(models / "llama3", tmp_path / "llm")
+    with pytest.raises(UserError, match=r"llm has no tokenizer.json; fetch it"):
+        validate(load_config(["experiment=tiny", f"llm.path={directory}"]), world_size=2)
     _cut(-1)(directory)
     with pytest.raises(UserError, match=r"llm/model.safetensors has \d+ bytes"):
         validate(load_config(["experiment=tiny", f"llm.path={directory}"]), world_size=2)
