@@ -3,8 +3,9 @@
 It is a `deepspeed.moe.layer.MoE`, because the engine finds expert parameters and their process groups by that type. It
 keeps DeepSpeed's experts, groups and all-to-all, and differs in what MoME needs:
 
-- the router (`mome_dist.moe.router`) is fp32, knows padding, and normalises as configured;
-- the balance loss is over the global batch, not per shard (`mome_dist.moe.balance`);
+- the router (`mome_dist.moe.router`) is fp32, knows padding, and scores and normalises as configured;
+- the balance loss, and the load that moves the router's bias, are over the global batch, not per shard
+  (`mome_dist.moe.balance`);
 - capacity is agreed on by all ranks, since ranks hold different numbers of tokens;
 - tokens may stay where they are and weights travel instead (`mome_dist.moe.dispatch`);
 - hidden states are replicated over tensor-parallel ranks and the expert-parallel group lies inside the data-parallel
@@ -18,19 +19,20 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
-from mome_dist.moe.balance import load_balance_loss, router_z_loss
+from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch, BatchedExperts
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import Bottleneck, ExpertStack, initial_value
-from mome_dist.moe.statistics import RoutingStatistics
+from mome_dist.moe.statistics import RoutingStatistics, first_pass
 
 
 class ExpertParallelMoME(MoE):
     """A MoME module whose routed experts are spread over ``ep_size`` ranks; the shared ones are replicated.
 
     Args:
-        hidden_size, routed_experts, top_k, shared_experts, bottleneck, renormalize: as in `LocalMoME`.
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck, renormalize, score: as in `LocalMoME`.
+        bias_rate: of the router bias that `update_bias` moves after every step; 0 for no bias.
         ep_size: expert-parallel ranks; divides ``routed_experts`` and the data-parallel size.
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
@@ -46,6 +48,8 @@ class ExpertParallelMoME(MoE):
         shared_experts: int,
         bottleneck: int,
         renormalize: bool = True,
+        score: str = "softmax",
+        bias_rate: float = 0.0,
         *,
         ep_size: int = 1,
         dispatch: str = "alltoall",
@@ -66,7 +70,7 @@ class ExpertParallelMoME(MoE):
             # Expert groups inside the data-parallel group, one per tensor-parallel rank and pipeline stage.
             enable_expert_tensor_parallelism=True,
         )
-        gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize)
+        gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize, score, with_bias=bias_rate > 0)
         experts = BatchedExperts(expert, self.num_local_experts, self.expert_group_name)
         if dispatch == "alltoall":
             self.deepspeed_moe = AllToAllDispatch(
@@ -78,16 +82,18 @@ class ExpertParallelMoME(MoE):
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
         self.balance_loss, self.z_loss = balance_loss, z_loss
-        self.statistics = RoutingStatistics(routed_experts)
+        self.bias_rate = bias_rate
+        self.step_load_E: Tensor | None = None  # int64, routes of the step so far, over the global batch
+        self.statistics = RoutingStatistics()
 
     @property
     def ep_rank(self) -> int:
         """This rank's place in its expert-parallel group: it holds experts ``ep_rank * num_local_experts`` and on."""
         return dist.get_rank(self.deepspeed_moe.ep_group) if self.ep_size > 1 else 0
 
-    def set_data_parallel_group(self, group: dist.ProcessGroup | None) -> None:
-        """Tell over which ranks the balance loss and the capacity are agreed on."""
-        self.deepspeed_moe.dp_group = group
+    def set_token_group(self, group: dist.ProcessGroup | None) -> None:
+        """Tell which ranks hold different tokens: the balance loss and the capacity are agreed on over them."""
+        self.deepspeed_moe.token_group = group
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
@@ -108,9 +114,28 @@ class ExpertParallelMoME(MoE):
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         valid_T = None if valid is None else valid.reshape(-1)
         output_TH = self.deepspeed_moe(hidden_TH, valid_T, self.shared)
-        if self.training:
-            self.statistics.add(*self.deepspeed_moe.asked_and_dropped())
+        if self.training and first_pass():
+            self._count()
         return output_TH.view(hidden.shape)
+
+    def _count(self) -> None:
+        load_X, dropped_E = self.deepspeed_moe.load()
+        self.statistics.add(load_X, dropped_E)
+        if self.router_bias is not None:
+            load_E = load_X[:-2]
+            self.step_load_E = load_E if self.step_load_E is None else self.step_load_E + load_E
+
+    @property
+    def router_bias(self) -> Tensor | None:
+        """fp32 [E], equal on all ranks; None without a bias."""
+        return self.deepspeed_moe.gate.bias_E
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Move the router's bias by the load of the training passes since the last call; once after every step."""
+        if self.router_bias is not None and self.step_load_E is not None:
+            self.router_bias.copy_(updated_bias(self.router_bias, self.step_load_E, self.bias_rate))
+        self.step_load_E = None
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what the dispatch can do before the hidden states (of this dtype) are there."""

@@ -101,7 +101,7 @@ def _reference(directory: Path) -> dict[str, Any]:
             for expert in range(EXPERTS):
                 above = load[layer, expert] - load[layer].mean()
                 mome.router_bias[expert] += RATE if above < 0 else -RATE if above > 0 else 0.0
-    biases = {f"mome.{layer}.router_bias": mome.router_bias.tolist() for layer, mome in enumerate(model.momes)}
+    biases = {name: bias.tolist() for name, bias in model.state_dict().items() if name.endswith("router_bias")}
     return {"biases": biases, "asked": asked, "tokens": tokens, "positions": positions}
 
 

@@ -42,7 +42,7 @@ def _parallel(ep: int, **settings: Any) -> ExpertParallelMoME:
 
     module = ExpertParallelMoME(*SHAPE, ep_size=ep, **settings)
     module.set_deepspeed_parallelism()
-    module.set_data_parallel_group(parallel_state.get_data_parallel_group())
+    module.set_token_group(parallel_state.get_data_parallel_group())
     _fill("router", module.deepspeed_moe.gate.wg.weight)
     first = module.ep_rank * module.num_local_experts
     for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
@@ -123,10 +123,12 @@ def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.
     module = _parallel(ep, capacity_factor=0.5, min_capacity=2, drop_policy=policy).train()
     module(_hidden())
     routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK
-    asked, dropped = module.deepspeed_moe.asked_and_dropped()
-    assert asked.sum() == TOKENS * TOP_K and dropped.sum() == (~kept).sum()
+    load, dropped = module.deepspeed_moe.load()
+    assert load[:-2].sum() == TOKENS * TOP_K and load[-2:].tolist() == [TOKENS, TOKENS]
+    assert dropped.equal(torch.bincount(routing.experts_TK[~kept], minlength=EXPERTS))
     capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
     module.eval()(_hidden())
+    assert module.deepspeed_moe.load()[1] is None
     assert module.deepspeed_moe.kept_TK.all(), "evaluation drops nothing"
     return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
 
@@ -153,9 +155,10 @@ def _padded(ep: int, rank: int, dispatch: str) -> tuple[float, float, int]:
     assert module.shared is not None
     shared = module.shared(hidden)
     alone = module(hidden[:20])
-    asked, dropped = module.statistics.take().sum(dim=1).tolist()
-    assert dropped == 0
-    return float((output[20:] - shared[20:]).abs().max()), float((output[:20] - alone).abs().max()), int(asked)
+    counts = module.statistics.take()[""]
+    assert counts[EXPERTS:].tolist() == [0] * EXPERTS + [20 + 20, TOKENS + 20], "dropped, tokens, positions"
+    asked = int(counts[:EXPERTS].sum())
+    return float((output[20:] - shared[20:]).abs().max()), float((output[:20] - alone).abs().max()), asked
 
 
 @pytest.mark.parametrize("dispatch", ["alltoall", "gather"])
@@ -173,3 +176,23 @@ def _unequal_capacity(ep: int, rank: int) -> float:
 
 def test_ranks_of_unequal_size_agree_on_the_capacity() -> None:
     assert all(np.isfinite(_in_world(2, _unequal_capacity)))
+
+
+def _loads(ep: int, rank: int) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
+    """What the dispatch says about all ranks, and this rank's own routes: all, and those that got no slot."""
+    module = _parallel(ep, capacity_factor=0.5, min_capacity=2).train()
+    module(_hidden(rank, 10 + 25 * rank), torch.arange(10 + 25 * rank) % 4 > 0)
+    load, dropped = module.deepspeed_moe.load()
+    routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK
+    valid = routing.valid_T[:, None].expand(kept.shape)
+    asked, lost = routing.experts_TK[valid], routing.experts_TK[valid & ~kept]
+    return load.tolist(), dropped.tolist(), asked.numpy(), lost.numpy()
+
+
+def test_loads_and_drops_are_those_of_all_ranks() -> None:
+    loads, dropped, asked, lost = zip(*_in_world(2, _loads), strict=True)
+    assert loads[0] == loads[1] and dropped[0] == dropped[1]
+    assert loads[0][:EXPERTS] == np.bincount(np.concatenate(asked), minlength=EXPERTS).tolist()
+    assert loads[0][EXPERTS:] == [7 + 26, 10 + 35]
+    assert dropped[0] == np.bincount(np.concatenate(lost), minlength=EXPERTS).tolist()
+    assert sum(dropped[0]) > 0

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
-from mome_dist.parallel.model import DistributedMoME, MicroBatch, attach_mome
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
-from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
 from mome_dist.speech.views import View
 from mome_dist.training.batches import Step
 
@@ -69,21 +71,24 @@ def wake(named: Any) -> None:
                     value.copy_(initial_value(key, (*value.shape, 16), SEED)[..., 0])
 
 
-def reference(directory: Path, placement: str) -> MoMESpeechLM:
-    llm = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    model = MoMESpeechLM(llm, projectors(), placement, **MOME)
+def reference(directory: Path, placement: str, **mome: Any) -> MoMESpeechLM:
+    llm = load_hugging_face(directory, torch.float32)
+    llm.set_attn_implementation("eager")
+    model = MoMESpeechLM(llm, projectors(), placement, **{**MOME, **mome})
     model.initialize(SEED, EMBEDDING_SCALE)
     stacked = [(n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n]
     wake(stacked)
     return model.train()
 
 
-def distributed(directory: Path, placement: str, ep: int, **mome: Any) -> DistributedMoME:
-    shape = LLMShape.from_directory(directory)
-    llm = build_frozen_llm(shape, torch.float32, "eager", CPU)
-    load_weights(llm, shape, directory)
-    momes = attach_mome(llm, placement, SEED, ep_size=ep, **{**MOME, **mome})
-    model = DistributedMoME(llm, projectors() if llm.pre_process else None, momes)
+def distributed(directory: Path, placement: str, layout: Layout, **mome: Any) -> DistributedMoME:
+    shape, chunks = LLMShape.from_directory(directory), []
+    for number in range(layout.virtual):
+        llm = build_frozen_llm(shape, torch.float32, "eager", CPU, layout, number)
+        load_weights(llm, shape, directory)
+        momes = attach_mome(llm, placement, SEED, ep_size=layout.ep, **{**MOME, **mome})
+        chunks.append(Chunk(llm, projectors() if llm.pre_process else None, momes))
+    model = DistributedMoME(chunks, layout.ep)
     wake([(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name])
     return model.train()
 
@@ -108,9 +113,11 @@ def example(number: int, view: View) -> Example:
 
 
 def microbatch(numbers: list[int], view: View) -> MicroBatch:
+    examples = [example(number, view) for number in numbers]
+    length = longest_input(examples)
     return MicroBatch(
         view,
-        collate([example(number, view) for number in numbers]),
+        collate(examples, length + length % 2),  # sequence parallelism halves it
         [utterance(number)[0] for number in numbers] if view.audio_rate else [],
         [utterance(number)[1] for number in numbers] if view.video_rate else [],
     )
