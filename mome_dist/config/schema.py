@@ -61,6 +61,8 @@ class MoMEConfig:
     shared_experts: int = 1
     bottleneck: int = 12
     renormalize: bool = True
+    score: str = one_of("softmax", "sigmoid")
+    bias_rate: float = 0.0
     balance_loss: float = 0.01
     z_loss: float = 0.0
     dispatch: str = one_of("auto", "alltoall", "gather", "local")
@@ -104,6 +106,10 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    virtual: int = 1
+    stage_layers: list[int] | None = None
+    sequence_parallel: bool = False
+    recompute: str = one_of("none", "selective", "full")
     timeout_seconds: int = 600
 
 

@@ -48,9 +48,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     Raises:
         UserError: naming the first wrong key or file, and the fix.
     """
-    _check_choices(config, "")
-    _check_numbers(config)
-    layout = Layout.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp, ep=config.parallel.ep)
+    check_values(config)
+    layout = layout_of(config, world_size)
     shape = check_directory(config.llm.path)
     if not (Path(config.llm.path) / "tokenizer.json").is_file():
         raise UserError(f"llm.path: {config.llm.path} has no tokenizer.json; fetch it, or save it with transformers.")
@@ -67,6 +66,35 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     for split in (config.data.train_split, config.data.validation_split):
         corpus.split(split)
     return layout
+
+
+def check_values(config: RunConfig) -> None:
+    """Check the values of a configuration that need no file and no number of processes.
+
+    Raises:
+        UserError: naming the first wrong key, and the fix.
+    """
+    _check_choices(config, "")
+    _check_numbers(config)
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """The layout that a configuration asks for on a number of processes.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    parallel = config.parallel
+    return Layout.for_world(
+        world_size,
+        parallel.tp,
+        parallel.pp,
+        parallel.ep,
+        parallel.virtual,
+        parallel.sequence_parallel,
+        parallel.recompute,
+        parallel.stage_layers,
+    )
 
 
 def views_of(config: RunConfig) -> list[View]:
@@ -104,6 +132,7 @@ def _check_numbers(config: RunConfig) -> None:
         "mome.bottleneck": (config.mome.bottleneck, 1),
         "mome.balance_loss": (config.mome.balance_loss, 0),
         "mome.z_loss": (config.mome.z_loss, 0),
+        "mome.bias_rate": (config.mome.bias_rate, 0),
         "mome.min_capacity": (config.mome.min_capacity, 1),
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
@@ -155,6 +184,12 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
         raise UserError(
             f"data.batch_size={config.data.batch_size} is not a multiple of {unit} = "
             f"data.accumulation={config.data.accumulation} x {layout.dp} data-parallel ranks."
+        )
+    microbatches = (config.task.views_per_step or len(views_of(config))) * config.data.accumulation
+    if layout.virtual > 1 and microbatches % layout.pp:
+        raise UserError(
+            f"parallel.virtual={layout.virtual}: the interleaved schedule needs a multiple of parallel.pp={layout.pp} "
+            f"microbatches a step, but there are {microbatches} = views x data.accumulation={config.data.accumulation}."
         )
 
 

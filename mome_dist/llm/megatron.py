@@ -6,6 +6,7 @@ module goes; `mome_dist.parallel.model` decides which module and on which proces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mome_dist.llm.attention import attention_class
 from mome_dist.llm.norm import RMSNorm
 from mome_dist.llm.rope import inverse_frequencies
 from mome_dist.llm.shape import LLMShape
+from mome_dist.parallel.layout import Layout
 
 
 class MoMESlot:
@@ -73,6 +75,9 @@ class MoMETransformerLayer(MoMESlot, TransformerLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         padding_BS = kwargs.get("padding_mask")
         valid_SB = None if padding_BS is None else ~padding_BS.t()
+        if valid_SB is not None and self.config.sequence_parallel:
+            tp = parallel_state.get_tensor_model_parallel_world_size()
+            valid_SB = valid_SB.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]
         for part in (self, self.self_attention, self.mlp):
             part.valid_SB = valid_SB
             if part.mome is not None:
@@ -107,6 +112,7 @@ class FrozenLLM(GPTModel):
         hidden_SBH = self._decode(embedded_SBH, padding_BS)
         if not self.post_process:
             return hidden_SBH
+        hidden_SBH = self._whole_sequence(hidden_SBH)
         selected_N1H = hidden_SBH.flatten(0, 1).index_select(0, label_index_N)[:, None]
         logits_N1V, _ = self.output_layer(selected_N1H)
         return vocab_parallel_cross_entropy(logits_N1V.float(), labels_N[:, None]).sum()
@@ -114,9 +120,20 @@ class FrozenLLM(GPTModel):
     def logits(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
         """As `forward`, but the last stage returns fp32 logits [S, B, V / tp] of every position."""
         hidden_SBH = self._decode(embedded_SBH, padding_BS)
-        return self.output_layer(hidden_SBH)[0].float() if self.post_process else hidden_SBH
+        if not self.post_process:
+            return hidden_SBH
+        return self.output_layer(self._whole_sequence(hidden_SBH))[0].float()
+
+    def _whole_sequence(self, hidden_SBH: Tensor) -> Tensor:
+        """Undo sequence parallelism. The output layer (see `build_frozen_llm`) gives its whole input gradient on every
+        rank, so the backward pass only takes this rank's part of it."""
+        if not self.config.sequence_parallel:
+            return hidden_SBH
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
     def _decode(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
+        if embedded_SBH is not None and self.config.sequence_parallel:
+            embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
         return self.decoder(
             hidden_states=embedded_SBH,
             attention_mask=None,
@@ -152,7 +169,22 @@ def _layer_spec(attention: type[nn.Module]) -> ModuleSpec:
     )
 
 
-def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) -> TransformerConfig:
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _pipeline_layout(stages: Sequence[int]) -> list[list[str]]:
+    """Megatron-Core's spelling of the layers of each stage."""
+    layout = [["decoder"] * layers for layers in stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def transformer_config(shape: LLMShape, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """Megatron-Core's view of a Llama or Qwen2: no dropout, SwiGLU, RMSNorm, grouped key-value heads, and no bias but
     Qwen2's on queries, keys and values."""
     return TransformerConfig(
@@ -170,17 +202,23 @@ def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) ->
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_model_parallel_layout=_pipeline_layout(layout.stages(shape.layers)) if layout.pp > 1 else None,
+        sequence_parallel=layout.sequence_parallel,
+        **_RECOMPUTE[layout.recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=False,
-        # Microbatches differ in length; Megatron exchanges shapes only if this dispatcher is named.
-        variable_seq_lengths=True,
+        # Microbatches differ in length; Megatron exchanges shapes only if this dispatcher is named. The interleaved
+        # schedule cannot: between two ranks it would mix up the shapes of the two directions.
+        variable_seq_lengths=layout.virtual == 1,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_sync=False,
+        batch_p2p_comm=layout.virtual == 1,
+        overlap_p2p_comm=layout.virtual > 1,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -190,17 +228,18 @@ def transformer_config(shape: LLMShape, tp: int, pp: int, dtype: torch.dtype) ->
     )
 
 
-def build_frozen_llm(shape: LLMShape, dtype: torch.dtype, attention: str, device: torch.device) -> FrozenLLM:
-    """Build this rank's part of the LLM, on the process groups that are open, with empty weights.
+def build_frozen_llm(
+    shape: LLMShape, dtype: torch.dtype, attention: str, device: torch.device, layout: Layout, chunk: int = 0
+) -> FrozenLLM:
+    """Build one of this rank's chunks of the LLM, on the process groups of ``layout``, with empty weights.
 
     Attention heads are padded where tensor parallelism does not divide them (`LLMShape.with_padded_heads`). The caller
     fills the weights (`mome_dist.llm.weights.load_weights`) and the MoME slots.
     """
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    config = transformer_config(
-        shape.with_padded_heads(tp), tp, parallel_state.get_pipeline_model_parallel_world_size(), dtype
-    )
-    layers = shape.layers // config.pipeline_model_parallel_size
+    config = transformer_config(shape.with_padded_heads(layout.tp), layout, dtype)
+    vp_stage = chunk if layout.virtual > 1 else None
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    layers = layout.stages(shape.layers)[chunk * layout.pp + pp_rank]
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(attention_class(attention, device))] * layers, layer_norm=RMSNorm
     )
@@ -209,13 +248,18 @@ def build_frozen_llm(shape: LLMShape, dtype: torch.dtype, attention: str, device
         spec,
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+        scatter_embedding_sequence_parallel=False,  # after speech tokens are in place, see FrozenLLM
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
     # Megatron-Core's own frequencies know the scaling of Llama 3.1 only, with its constants built in.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
+    if model.post_process and layout.sequence_parallel:
+        # Label positions are selected from whole sequences, so its input is not split.
+        model.output_layer.sequence_parallel, model.output_layer.allreduce_dgrad = False, True
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

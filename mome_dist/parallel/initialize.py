@@ -57,6 +57,7 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             expert_model_parallel_size=1,  # expert parallelism belongs to DeepSpeed
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, timeout_seconds // 60),

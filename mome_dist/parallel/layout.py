@@ -7,6 +7,7 @@ This module needs neither torch nor any process group, so that a launcher can ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
@@ -25,21 +26,43 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes: tensor (tp), pipeline (pp), expert (ep) and data (dp) parallel; ``tp * pp * dp`` processes."""
+    """How a world of ``tp * pp * dp`` processes divides a model and its work.
+
+    Attributes:
+        tp, pp, ep, dp: sizes of the tensor, pipeline, expert and data parallel axes; ep lies inside dp.
+        virtual: model chunks of a pipeline rank; more than one means the interleaved schedule.
+        sequence_parallel: whether hidden states between products are split over the tensor-parallel ranks.
+        recompute: activations that the backward pass computes again: "none", "selective" (attention) or "full".
+        stage_layers: layers of each of the ``pp * virtual`` stages, in layer order; None divides evenly.
+    """
 
     tp: int
     pp: int
     ep: int
     dp: int
+    virtual: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    stage_layers: tuple[int, ...] | None = None
 
     @classmethod
-    def for_world(cls, world_size: int, tp: int, pp: int, ep: int) -> Layout:
+    def for_world(
+        cls,
+        world_size: int,
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        virtual: int = 1,
+        sequence_parallel: bool = False,
+        recompute: str = "none",
+        stage_layers: Sequence[int] | None = None,
+    ) -> Layout:
         """Divide ``world_size`` processes; what tp and pp leave over is data parallel.
 
         Raises:
             UserError: if the sizes do not fit; the message names the key and possible values.
         """
-        for name, value in (("tp", tp), ("pp", pp), ("ep", ep)):
+        for name, value in (("tp", tp), ("pp", pp), ("ep", ep), ("virtual", virtual)):
             if value < 1:
                 raise UserError(f"parallel.{name}={value}: must be at least 1.")
         if world_size % (tp * pp):
@@ -53,7 +76,19 @@ class Layout:
                 f"parallel.ep={ep} does not divide the data-parallel size {dp} (= {world_size} processes / tp {tp} / "
                 f"pp {pp}): choose ep from {_divisors(dp)}, or start a multiple of {tp * pp * ep} processes."
             )
-        return cls(tp=tp, pp=pp, ep=ep, dp=dp)
+        if virtual > 1 and pp == 1:
+            raise UserError(f"parallel.virtual={virtual} interleaves pipeline stages, but parallel.pp=1 has only one.")
+        if sequence_parallel and tp == 1:
+            raise UserError(
+                "parallel.sequence_parallel=true splits sequences over tensor-parallel ranks, but parallel.tp=1."
+            )
+        stages = None if stage_layers is None else tuple(stage_layers)
+        if stages is not None and len(stages) != pp * virtual:
+            raise UserError(
+                f"parallel.stage_layers={list(stages)} names {len(stages)} stages, but there are {pp * virtual} = "
+                f"parallel.pp={pp} x parallel.virtual={virtual}."
+            )
+        return cls(tp, pp, ep, dp, virtual, sequence_parallel, recompute, stages)
 
     @property
     def world_size(self) -> int:
@@ -87,20 +122,40 @@ class Layout:
                 f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with "
                 f"{padded.heads} heads, the added ones zero."
             )
-        layers = shape.layers
-        if self.pp > layers:
-            raise UserError(
-                f"parallel.pp={self.pp} is more than the LLM's {layers} layers: choose pp from {_divisors(layers)}."
-            )
-        if layers % self.pp:
-            raise UserError(
-                f"parallel.pp={self.pp} does not divide the LLM's {layers} layers: choose pp from {_divisors(layers)}."
-            )
+        self._check_stages(shape.layers)
         if routed_experts % self.ep:
             raise UserError(
                 f"parallel.ep={self.ep} does not divide mome.routed_experts={routed_experts}: choose ep from "
                 f"{[d for d in _divisors(routed_experts) if self.dp % d == 0]}, or another number of experts."
             )
+
+    def stages(self, layers: int) -> tuple[int, ...]:
+        """Layers of each stage, in layer order; stage ``chunk * pp + pp_rank`` is that chunk of that pipeline rank."""
+        return self.stage_layers or (layers // (self.pp * self.virtual),) * (self.pp * self.virtual)
+
+    def _check_stages(self, layers: int) -> None:
+        stages = self.pp * self.virtual
+        if self.stage_layers is not None:
+            if sum(self.stage_layers) != layers or min(self.stage_layers) < 0:
+                raise UserError(
+                    f"parallel.stage_layers={list(self.stage_layers)} adds up to {sum(self.stage_layers)}, but the LLM "
+                    f"has {layers} layers."
+                )
+        elif layers % stages:
+            reason = "is more than" if stages > layers else "does not divide"
+            name = f"parallel.pp={self.pp}" + (f" x parallel.virtual={self.virtual}" if self.virtual > 1 else "")
+            raise UserError(
+                f"{name} {reason} the LLM's {layers} layers: choose from {_divisors(layers)}, or say with "
+                "parallel.stage_layers how many layers each stage gets."
+            )
+
+    def rank_map(self) -> str:
+        """A table of the coordinates of every rank."""
+        rows = ["rank  tp  pp  dp  ep"]
+        for rank in range(self.world_size):
+            at = self.coordinates(rank)
+            rows.append(f"{rank:4d}  {at.tp:2d}  {at.pp:2d}  {at.dp:2d}  {at.ep:2d}")
+        return "\n".join(rows)
 
     @staticmethod
     def _tp_choices(shape: LLMShape) -> str:
@@ -109,7 +164,14 @@ class Layout:
 
     def describe(self) -> str:
         """The layout in one line, for logs."""
-        return f"{self.world_size} processes = tp {self.tp} x pp {self.pp} x dp {self.dp} (ep {self.ep})"
+        extras = [
+            f"{self.virtual} chunks a stage" if self.virtual > 1 else "",
+            "sequence parallel" if self.sequence_parallel else "",
+            f"{self.recompute} recomputation" if self.recompute != "none" else "",
+            f"stages of {', '.join(map(str, self.stage_layers))} layers" if self.stage_layers else "",
+        ]
+        sizes = f"{self.world_size} processes = tp {self.tp} x pp {self.pp} x dp {self.dp} (ep {self.ep})"
+        return ", ".join([sizes, *(extra for extra in extras if extra)])
 
 
 def _divisors(number: int) -> list[int]:

@@ -6,8 +6,9 @@ groups, which ranks hold which experts, and what every local parameter is called
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
@@ -50,15 +51,22 @@ class GlobalName:
     index: int | None = None
 
 
-class DistributedMoME(nn.Module):
-    """One rank's stage of the model, in the form that Megatron-Core's pipeline schedules drive."""
+class Chunk(nn.Module):
+    """One chunk of a rank's part of the model, in the form that Megatron-Core's pipeline schedules drive.
+
+    Args:
+        llm: the chunk's layers of the frozen LLM, MoME modules in their slots.
+        projectors: on the first chunk of the pipeline, None on others.
+        momes: the MoME modules by global layer number.
+    """
 
     def __init__(self, llm: FrozenLLM, projectors: Projectors | None, momes: dict[int, ExpertParallelMoME]) -> None:
         super().__init__()
         self.llm = llm
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
+        self.vp_stage = llm.vp_stage
         self.projectors = projectors
-        self.momes = momes  # by global layer number; owned by the LLM's layers, hence a plain dict
+        self.momes = momes  # owned by the LLM's layers, hence a plain dict
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Receive the previous stage's output (called by the schedules)."""
@@ -82,12 +90,45 @@ class DistributedMoME(nn.Module):
     def forward(self, batch: MicroBatch) -> Tensor:
         """Hidden states [S, B, H], or on the last stage the summed cross-entropy (fp32 scalar)."""
         tokens = batch.tokens
+        for mome in self.momes.values():
+            mome.statistics.view = str(batch.view)
         embedded_SBH = self.embed(batch) if self.llm.pre_process else None
         return self.llm(embedded_SBH, tokens.padding_BS, tokens.label_index, tokens.labels)
+
+
+class DistributedMoME(nn.Module):
+    """This rank's part of the model: one chunk, or several under the interleaved pipeline schedule.
+
+    Attributes:
+        chunks: in the order of their layers.
+        momes: the MoME modules of all chunks by global layer number.
+        projectors: None on ranks without the first layers.
+        idle: a MoME module of one unit that no token visits, on a rank whose stages have no layers: the engine wants
+            shared and expert parameters on every rank. It is trained by nothing, named by nothing, saved by nothing.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], ep: int) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+        self.config = chunks[0].config
+        self.momes = {number: mome for chunk in chunks for number, mome in chunk.momes.items()}
+        self.projectors = chunks[0].projectors
+        self.idle: ExpertParallelMoME | None = None
+        if not self.momes:
+            self.idle = ExpertParallelMoME(1, ep, 1, 0, 1, ep_size=ep)
+            self.idle.set_deepspeed_parallelism()
+            self.idle.initialize("idle", 0)
+            self.idle.to(next(chunks[0].parameters()).device)
+
+    def parts(self) -> list[Chunk]:
+        """The chunks, as a list of their own type."""
+        return [cast(Chunk, chunk) for chunk in self.chunks]
 
     def trainable_modules(self) -> nn.ModuleDict:
         """The modules that train, and nothing else: what the DeepSpeed engine is given."""
         modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.momes.items()}
+        if self.idle is not None:
+            modules["idle"] = self.idle
         if self.projectors is not None:
             modules["projectors"] = self.projectors
         return nn.ModuleDict(modules)
@@ -107,6 +148,11 @@ class DistributedMoME(nn.Module):
             for name, parameter in mome.shared.named_parameters() if mome.shared is not None else ():
                 yield GlobalName(f"{prefix}.shared.{name}"), parameter
 
+    def router_biases(self) -> dict[str, Tensor]:
+        """The router biases that choose experts beside what trains, fp32 [E] each, by layout-free name."""
+        biases = {f"mome.{number}.router_bias": mome.router_bias for number, mome in self.momes.items()}
+        return {name: bias for name, bias in biases.items() if bias is not None}
+
 
 def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: object) -> dict[int, ExpertParallelMoME]:
     """Put an expert-parallel MoME module into every layer of this stage.
@@ -118,7 +164,11 @@ def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: obj
     Returns:
         The modules by global layer number, counted from zero.
     """
-    data_parallel = parallel_state.get_data_parallel_group()
+    # The ranks that hold different tokens: under sequence parallelism also those of the tensor-parallel group.
+    if llm.config.sequence_parallel:
+        token_group = parallel_state.get_tensor_and_data_parallel_group()
+    else:
+        token_group = parallel_state.get_data_parallel_group()
     # The engine averages gradients over data-parallel ranks, while each rank's auxiliary loss is its part of a sum.
     auxiliary_scale = parallel_state.get_data_parallel_world_size()
     device = next(llm.parameters()).device
@@ -128,7 +178,7 @@ def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: obj
         number = layer.layer_number - 1
         mome = ExpertParallelMoME(llm.config.hidden_size, **mome_arguments)  # type: ignore[arg-type]
         mome.set_deepspeed_parallelism()
-        mome.set_data_parallel_group(data_parallel)
+        mome.set_token_group(token_group)
         mome.initialize(f"mome.{number}", seed)
         slot = layer.slot(placement)
         slot.mome, slot.auxiliary_scale = mome.to(device), auxiliary_scale
@@ -136,8 +186,9 @@ def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: obj
     return momes
 
 
-def rank_writes(parameter: nn.Parameter) -> bool:
-    """Whether this rank is the one that saves a parameter: the first of the ranks that hold equal copies of it."""
+def rank_writes(parameter: Tensor) -> bool:
+    """Whether this rank is the one that saves a parameter or a buffer: the first of the ranks that hold equal copies
+    of it."""
     from deepspeed.moe.utils import is_moe_param
     from deepspeed.utils import groups
 

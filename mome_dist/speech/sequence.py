@@ -122,10 +122,15 @@ class TokenBatch:
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
-def collate(examples: Sequence[Example]) -> TokenBatch:
-    """Pad a batch of examples on the right; the last token of a sequence is only ever a label, so it is no input."""
+def longest_input(examples: Sequence[Example]) -> int:
+    """Length to which a batch of examples is padded: the last token of a sequence is only ever a label, no input."""
+    return max(len(example.ids) for example in examples) - 1
+
+
+def collate(examples: Sequence[Example], length: int | None = None) -> TokenBatch:
+    """Pad a batch of examples on the right, to the longest input or to ``length``."""
     inputs = [example.ids[:-1] for example in examples]
-    length, batch = max(map(len, inputs)), len(inputs)
+    length, batch = length or longest_input(examples), len(inputs)
     ids_BS = torch.zeros(batch, length, dtype=torch.int64)
     padding_BS = torch.ones(batch, length, dtype=torch.bool)
     label_index, labels = [], []

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.order import share_of_rank
+from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
-from mome_dist.speech.sequence import SequenceBuilder, TokenBatch, collate
+from mome_dist.speech.sequence import Example, SequenceBuilder, collate, longest_input
 from mome_dist.speech.views import View
 
 FeatureReader = Callable[[str], Tensor]
@@ -48,6 +49,8 @@ class BatchBuilder:
         accumulation: chunks that a global batch is cut into.
         dp_rank, dp_size: of this rank.
         device: where the microbatches go.
+        layout: whose sequence parallelism wants lengths that tp divides, and whose interleaved schedule wants one
+            length for all microbatches of a step.
     """
 
     def __init__(
@@ -59,39 +62,47 @@ class BatchBuilder:
         dp_rank: int,
         dp_size: int,
         device: torch.device,
+        layout: Layout,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
-        self._accumulation, self._dp_rank, self._dp_size, self._device = accumulation, dp_rank, dp_size, device
+        self._accumulation, self._dp_rank, self._dp_size = accumulation, dp_rank, dp_size
+        self._device, self._layout = device, layout
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
         chunks = share_of_rank(batch, self._accumulation, self._dp_rank, self._dp_size)
-        microbatches = [
-            self.microbatch([self._utterances[i] for i in chunk], view) for view in views for chunk in chunks
-        ]
+        parts = [([self._utterances[i] for i in chunk], view) for view in views for chunk in chunks]
+        examples = [self._examples(*part) for part in parts]
+        longest = max(map(longest_input, examples)) if self._layout.virtual > 1 else 0
+        microbatches = [self._microbatch(*part, each, longest) for part, each in zip(parts, examples, strict=True)]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
-
-    def microbatch(self, utterances: Sequence[Utterance], view: View) -> MicroBatch:
-        """One forward pass over some utterances."""
-        return MicroBatch(
-            view=view,
-            tokens=self._tokens(utterances, view).to(self._device),
-            audio=list(self._read("audio", utterances)) if view.audio_rate is not None else [],
-            video=list(self._read("video", utterances)) if view.video_rate is not None else [],
-        )
 
     def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
         """Positions of a microbatch of the first data-parallel rank, padding included: the mean over views of a global
         batch, the same on all ranks."""
         chunks = share_of_rank(batch, self._accumulation, 0, self._dp_size)
         parts = [[self._utterances[i] for i in chunk] for chunk in chunks]
-        sizes = [self._tokens(part, view).ids_BS.numel() for view in views for part in parts]
+        sizes = [longest_input(self._examples(part, view)) * len(part) for view in views for part in parts]
         return sum(sizes) // len(sizes)
 
-    def _tokens(self, utterances: Sequence[Utterance], view: View) -> TokenBatch:
-        return collate([self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances])
+    def _examples(self, utterances: Sequence[Utterance], view: View) -> list[Example]:
+        return [self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances]
+
+    def _microbatch(
+        self, utterances: Sequence[Utterance], view: View, examples: Sequence[Example], longest: int
+    ) -> MicroBatch:
+        """One forward pass over some utterances, padded to at least ``longest`` tokens."""
+        length = max(longest, longest_input(examples))
+        if self._layout.sequence_parallel:
+            length += -length % self._layout.tp
+        return MicroBatch(
+            view=view,
+            tokens=collate(examples, length).to(self._device),
+            audio=list(self._read("audio", utterances)) if view.audio_rate is not None else [],
+            video=list(self._read("video", utterances)) if view.video_rate is not None else [],
+        )
 
     def _read(self, stream: str, utterances: Sequence[Utterance]) -> Iterator[Tensor]:
         if self._features is not None:

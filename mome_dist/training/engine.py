@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -52,10 +52,13 @@ class Engine:
         modules: the trainable modules of this rank.
         config: optimiser settings.
         deepspeed_file: a plain DeepSpeed JSON config; batch sizes and clipping are filled in here.
+        sequence_parallel: whether MoME modules see another part of each sequence on every tensor-parallel rank.
     """
 
-    def __init__(self, modules: nn.ModuleDict, config: OptimizerConfig, deepspeed_file: Path) -> None:
-        self._modules, self._config = modules, config
+    def __init__(
+        self, modules: nn.ModuleDict, config: OptimizerConfig, deepspeed_file: Path, sequence_parallel: bool = False
+    ) -> None:
+        self._modules, self._config, self._sequence_parallel = modules, config, sequence_parallel
         groups = _parameter_groups(modules)
         if config.name == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -83,6 +86,12 @@ class Engine:
         )
         self.gradient_norm = 0.0
 
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of each optimiser group, as the model knows them."""
+        if self.zero_stage:
+            return [list(group) for group in self.deepspeed.optimizer.bit16_groups]
+        return [list(group["params"]) for group in self.deepspeed.optimizer.param_groups]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of this rank."""
         return self._modules.parameters()
@@ -93,9 +102,22 @@ class Engine:
         if self.zero_stage:
             with self.deepspeed.coalesce_grad_reduction():
                 yield
+                self._sum_over_sequence()
         else:
             yield
+            self._sum_over_sequence()
             self.deepspeed.allreduce_gradients()
+
+    def _sum_over_sequence(self) -> None:
+        """Under sequence parallelism, add up the gradients of what saw parts of sequences: all but the projectors."""
+        if not self._sequence_parallel:
+            return
+        split = (module for name, module in self._modules.items() if name != "projectors")
+        gradients = [p.grad for module in split for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     def step(self, rate: float) -> None:
         """Clip by the global norm, step at this learning rate, and clear the gradients."""
@@ -106,6 +128,13 @@ class Engine:
         self.deepspeed.step()
         if self.zero_stage:
             self.gradient_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's reduced gradient, whole, between `accumulate` and `step` (a collective under ZeRO)."""
+        if self.zero_stage:
+            return safe_get_full_grad(parameter)
+        assert parameter.grad is not None
+        return parameter.grad
 
     @property
     def moment_names(self) -> tuple[str, ...]:

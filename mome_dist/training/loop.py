@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mome_dist.checkpoint.format import CONFIG
+from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.checkpoint.save import save_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
@@ -21,7 +21,9 @@ from mome_dist.errors import UserError
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import views_of_step
+from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import learning_rate
+from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
@@ -47,25 +49,37 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         trainer = prepare(config, layout, at, console)
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
+        ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config))
         try:
-            losses = _run(config, layout, trainer, metrics, console)
+            losses = _run(config, layout, trainer, metrics, ledger, console)
         finally:
             metrics.close()
+        checkpoint = newest_checkpoint(config.output_dir)
+        if checkpoint is not None:
+            console.print(ledger.finish(checkpoint), highlight=False)
         console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints")
         return losses
 
 
 def _describe(trainer: Trainer, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.engine.parameters())
-    frozen = sum(parameter.numel() for parameter in trainer.model.llm.parameters() if not parameter.requires_grad)
+    frozen = sum(p.numel() for chunk in trainer.model.parts() for p in chunk.llm.parameters() if not p.requires_grad)
     console.print(f"rank 0 trains {trainable:,} parameters beside {frozen:,} frozen ones", highlight=False)
     if trainer.start:
         console.print(f"resumed after step {trainer.start}", highlight=False)
 
 
-def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, console: Console) -> list[float]:
+def _watched_steps(config: RunConfig) -> int:
+    """Steps until every view was trained on, and two more: the gradient of what lies before the zero-initialised expert
+    weights appears once these have moved."""
+    views = len(views_of(config))
+    return math.ceil(views / (config.task.views_per_step or views)) + 2
+
+
+def _run(
+    config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, ledger: Ledger, console: Console
+) -> list[float]:
     settings, views, losses = config.training, views_of(config), []
-    layers = trainer.model.config.num_layers
     pace: deque[float] = deque(maxlen=20)
     trainer.model.train()
     with _progress(console) as progress:
@@ -80,6 +94,8 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
             _check_finite(result, number)
             rate = learning_rate(config.optimizer, number, settings.steps)
             trainer.engine.step(rate)
+            update_router_biases(trainer.model)
+            ledger.after_step()
             losses.append(result.loss)
             seconds = time.monotonic() - began
             tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
@@ -98,11 +114,12 @@ def _run(config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, 
             )
             progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
             last = done == settings.steps
-            if done % ROUTING_EVERY == 0 or last:
-                metrics.routing(done, gather_routing(trainer.model, layers))
+            saving = last or (settings.save_every > 0 and done % settings.save_every == 0)
+            if done % ROUTING_EVERY == 0 or saving:
+                metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 metrics.step({"step": done, "validation": _validate(config, layout, trainer)})
-            if last or (settings.save_every and done % settings.save_every == 0):
+            if saving:
                 save_checkpoint(
                     Path(config.output_dir), done, trainer.model, trainer.engine, config, layout, trainer.frozen
                 )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from mome_dist.build import build_projectors, build_sequences, llm_dtype, mome_arguments
+from mome_dist.build import build_sequences
 from mome_dist.checkpoint.format import fingerprint, newest_checkpoint
 from mome_dist.checkpoint.restore import check_frozen, restore_optimizer, restore_weights
 from mome_dist.config import RunConfig, resolve_deepspeed_file
@@ -18,12 +18,13 @@ from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.order import BatchOrder
-from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
-from mome_dist.llm.weights import load_weights
+from mome_dist.llm.slice_cache import SliceCache
+from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
-from mome_dist.parallel.model import DistributedMoME, attach_mome
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.paths import cache_root
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
@@ -60,49 +61,35 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     device = current_device()
     corpus = Corpus.open(config.data.corpus)
     features, widths = _features(config, corpus, device, console)
-    shape = LLMShape.from_directory(config.llm.path)
-    llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device)
-    load_weights(llm, shape, config.llm.path)
     sequences = build_sequences(config)
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
     batches = {
         purpose: BatchBuilder(
             corpus.split(split),
             sequences,
-            features[purpose] if llm.pre_process else None,
+            features[purpose] if at.pp == 0 else None,
             config.data.accumulation,
             at.dp,
             layout.dp,
             device,
+            layout,
         )
         for purpose, split in splits.items()
     }
     lengths = [utterance.samples for utterance in corpus.split(splits["train"])]
     order = BatchOrder(lengths, config.data.batch_size, config.data.bucket_batches, config.seed)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
-    momes = attach_mome(
-        llm,
-        config.mome.placement,
-        config.seed,
-        ep_size=layout.ep,
-        dispatch=settle_dispatch(config, layout, shape, tokens, device, console),
-        capacity_factor=config.mome.capacity_factor,
-        eval_capacity_factor=config.mome.eval_capacity_factor,
-        min_capacity=config.mome.min_capacity,
-        drop_policy=config.mome.drop_policy,
-        balance_loss=config.mome.balance_loss,
-        z_loss=config.mome.z_loss,
-        **mome_arguments(config),
-    )
-    projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
-    model = DistributedMoME(llm, projectors, momes)
+    dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     frozen = _fingerprints(config)
+    model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
     checkpoint = newest_checkpoint(config.output_dir) if config.training.resume else None
     start = 0
     if checkpoint is not None:
         check_frozen(checkpoint, frozen)
         start = restore_weights(checkpoint, model)
-    engine = Engine(model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config))
+    engine = Engine(
+        model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel
+    )
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
     return Trainer(model, engine, batches, order, len(corpus.split(splits["validation"])), frozen, start)
@@ -133,6 +120,14 @@ def _fingerprints(config: RunConfig) -> dict[str, str]:
     dist.broadcast_object_list(hashed, src=0)
     assert hashed[0] is not None
     return hashed[0]
+
+
+def _slice_cache(config: RunConfig, source: str) -> SliceCache | None:
+    if not config.llm.cache_slices:
+        return None
+    # Any rank may find its slices damaged, so any rank may say so.
+    console = Console(file=sys.stderr, markup=False, highlight=False, soft_wrap=True)
+    return SliceCache(cache_root() / "sliced", source, console.print)
 
 
 def rank_console() -> Console:

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from mome_dist.parallel.model import DistributedMoME, MicroBatch
+from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch
 from mome_dist.speech.views import View
 from mome_dist.training.batches import Step
 
@@ -47,7 +47,7 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     # Sum of cross-entropies of one microbatch -> its part of the mean over tokens and views.
     weight = 1 / (step.label_tokens * len(step.views))
 
-    def forward_step(batches: Any, stage: DistributedMoME) -> tuple[Tensor, Any]:
+    def forward_step(batches: Any, stage: Chunk) -> tuple[Tensor, Any]:
         batch: MicroBatch = next(batches)
 
         def loss_of(cross_entropy: Tensor) -> tuple[Tensor, tuple[View, Tensor]]:
@@ -60,10 +60,11 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / count, device=device))
     parts: Sequence[tuple[View, Tensor]] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(step.microbatches),
-        model=[model],
+        # The interleaved schedule reads the microbatches once for each chunk.
+        data_iterator=[iter(step.microbatches) for _ in model.chunks],
+        model=model.parts(),
         num_microbatches=count,
-        # Sizes for fixed-length pipelines only; ours exchange shapes.
+        # Only the interleaved schedule needs sizes; the others exchange shapes.
         seq_length=step.microbatches[0].tokens.ids_BS.shape[1],
         micro_batch_size=step.microbatches[0].tokens.ids_BS.shape[0],
         forward_only=forward_only,

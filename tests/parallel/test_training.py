@@ -16,6 +16,7 @@ from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.errors import UserError
+from mome_dist.parallel.layout import Layout
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world
@@ -82,7 +83,7 @@ def _reference_validation(run: Path, cache: Path) -> dict[str, float]:
         store = split_features(loaded.config, corpus, "validation", stream, encoder, 0, 1, lambda: None)
         features[stream] = store.get
     utterances = corpus.split("validation")
-    builder = BatchBuilder(utterances, loaded.sequences, features, 1, 0, 1, torch.device("cpu"))
+    builder = BatchBuilder(utterances, loaded.sequences, features, 1, 0, 1, torch.device("cpu"), Layout.for_world(1))
     step = builder.build(range(len(utterances)), views_of(loaded.config))
     with torch.no_grad():
         return {
@@ -107,7 +108,7 @@ def test_a_checkpoint_of_another_frozen_model_is_refused(lab: Lab, tmp_path: Pat
     other = Lab.make(tiny_corpus_dir, tmp_path / "other")
     config = other.llm / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000', '"rope_theta": 20000'))
-    with pytest.raises(AssertionError, match=r"was trained with another llm: set llm\.path"):
+    with pytest.raises(RuntimeError, match=r"was trained with another llm: set llm\.path"):
         other.train(1, tmp_path / "run", "training.steps=2")
     with pytest.raises(UserError, match=r"no index\.json"):
         find_checkpoint(tmp_path / "nothing")

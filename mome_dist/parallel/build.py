@@ -1,0 +1,58 @@
+"""The distributed model of a configuration: this rank's chunks, on the process groups of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mome_dist.build import build_projectors, llm_dtype, mome_arguments
+from mome_dist.config.schema import RunConfig
+from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.slice_cache import SliceCache
+from mome_dist.llm.weights import load_weights
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
+
+
+def build_distributed(
+    config: RunConfig,
+    layout: Layout,
+    widths: Mapping[str, int],
+    dispatch: str,
+    device: torch.device,
+    slice_cache: SliceCache | None = None,
+) -> DistributedMoME:
+    """Build this rank's part with frozen weights loaded and trainables at their initial values.
+
+    Args:
+        widths: the encoders' feature widths by stream.
+        dispatch: "alltoall", "gather" or "local": ``mome.dispatch`` with "auto" settled.
+        slice_cache: of the LLM's weights; None reads the LLM's own files.
+
+    Raises:
+        UserError: for missing or wrong files of the LLM.
+    """
+    shape = LLMShape.from_directory(config.llm.path)
+    chunks = []
+    for number in range(layout.virtual):
+        llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device, layout, number)
+        load_weights(llm, shape, config.llm.path, slice_cache)
+        momes = attach_mome(
+            llm,
+            config.mome.placement,
+            config.seed,
+            ep_size=layout.ep,
+            dispatch=dispatch,
+            capacity_factor=config.mome.capacity_factor,
+            eval_capacity_factor=config.mome.eval_capacity_factor,
+            min_capacity=config.mome.min_capacity,
+            drop_policy=config.mome.drop_policy,
+            balance_loss=config.mome.balance_loss,
+            z_loss=config.mome.z_loss,
+            **mome_arguments(config),
+        )
+        projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
+        chunks.append(Chunk(llm, projectors, momes))
+    return DistributedMoME(chunks, layout.ep)

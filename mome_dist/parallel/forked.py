@@ -1,0 +1,79 @@
+"""Worlds of forked processes on one machine's CPU: the parent imports once, the workers start in milliseconds.
+
+A fork inherits no threads: the parent must not open a process group, nor run torch operations on more than one thread,
+before it forks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(
+    function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        outcome = (rank, True, function(*args))
+    except BaseException:
+        outcome = (rank, False, traceback.format_exc())
+    results.put(outcome)
+    results.close()
+    results.join_thread()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_forked(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run ``function(*args)`` on ``world`` forked ranks and return their results in rank order.
+
+    Each rank finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. Results must not hold torch
+    tensors: return numpy arrays or numbers.
+
+    Raises:
+        RuntimeError: if a rank fails or gives no result within ``timeout`` seconds; no process is left behind.
+    """
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), _free_port()
+    workers = [
+        context.Process(target=_worker, args=(function, rank, world, port, results, args)) for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    gathered: dict[int, Any] = {}
+    try:
+        for _ in range(world):
+            rank, succeeded, value = results.get(timeout=timeout)
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
+            gathered[rank] = value
+    except queue.Empty:
+        missing = sorted(set(range(world)) - gathered.keys())
+        raise RuntimeError(f"ranks {missing} of {world} gave no result within {timeout:.0f} s") from None
+    finally:
+        for worker in workers:
+            worker.join(timeout=5 if len(gathered) == world else 0)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+    return [gathered[rank] for rank in range(world)]

@@ -1,0 +1,140 @@
+"""The trainability ledger: every parameter does what it was declared to do, or the run stops and names it.
+
+The field's silent failures are parameters that should train and do not (left out of the optimiser, cut off from the
+loss, dropped in a reduction) and frozen ones that move. The ledger looks at every tensor on every rank: at the start,
+after the first steps, and at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.errors import UserError
+from mome_dist.parallel.model import DistributedMoME, GlobalName
+from mome_dist.training.engine import Engine
+
+CHUNK = 1 << 20  # elements that a checksum reads at a time
+
+
+class Ledger:
+    """Watches a run. All methods are collective.
+
+    Args:
+        model, engine: of this rank.
+        watched_steps: steps after which every parameter must have had a gradient and moved: enough that every view was
+            trained on, and that the gradient has passed the expert weights that start at zero.
+
+    Raises:
+        UserError: from each method, naming the parameters at fault, on all ranks.
+    """
+
+    def __init__(self, model: DistributedMoME, engine: Engine, watched_steps: int) -> None:
+        self._model, self._engine, self._watched_steps = model, engine, watched_steps
+        self._trainable = {_spell(name): parameter for name, parameter in model.named_trainables()}
+        self._steps = 0
+        self._visited: dict[int, Tensor] = {}
+        self._check_groups()
+        self._frozen_at_start = self._frozen_checksums()
+        self._trainable_at_start = {name: checksum(p) for name, p in self._trainable.items()}
+
+    def after_step(self) -> None:
+        """Note which experts were used; at the last watched step, check gradients and movement."""
+        self._steps += 1
+        if self._steps > self._watched_steps:
+            return
+        for number, mome in self._model.momes.items():
+            used_E = mome.deepspeed_moe.counts()[:, :-1].sum(dim=0) > 0
+            self._visited[number] = used_E | self._visited.get(number, torch.zeros_like(used_E))
+        if self._steps == self._watched_steps:
+            self._check_training()
+
+    def finish(self, checkpoint: Path) -> str:
+        """Check the frozen parameters and what the last checkpoint holds; return a line that says what was checked."""
+        at_end = self._frozen_checksums()
+        changed = [name for name, before in self._frozen_at_start.items() if at_end[name] != before]
+        with CheckpointReader(checkpoint) as reader:
+            saved = {name.removeprefix("model/") for name in reader.names("model/")}
+        missing = sorted({name.partition("[")[0] for name in self._trainable} - saved)
+        _stop_if(
+            [f"frozen parameter {name} changed" for name in changed]
+            + [f"{name} trains, but is not in {checkpoint.name}" for name in missing]
+        )
+        judged = self._steps >= self._watched_steps
+        trained = "with gradients and moved" if judged else f"too few steps to judge (under {self._watched_steps})"
+        return (
+            f"ledger of rank 0: {len(self._trainable):,} trainable tensors, each in one optimiser group, {trained}, in "
+            f"the checkpoint; {len(at_end):,} frozen tensors unchanged"
+        )
+
+    def _check_groups(self) -> None:
+        held = [id(parameter) for group in self._engine.parameter_groups() for parameter in group]
+        problems = [
+            f"{name} is in {held.count(id(parameter))} optimiser groups instead of one"
+            for name, parameter in self._trainable.items()
+            if held.count(id(parameter)) != 1
+        ]
+        problems += [
+            f"frozen parameter {name} is in an optimiser group" for name, p in self._frozen() if id(p) in set(held)
+        ]
+        _stop_if(problems)
+
+    def _check_training(self) -> None:
+        problems = []
+        for name, parameter in self._trainable.items():
+            # Moments first: reading them is collective, whatever this rank finds.
+            moments = [self._engine.moment(parameter, moment) for moment in self._engine.moment_names[:1]]
+            if not self._expected(name):
+                continue
+            if any(not bool(moment.any()) for moment in moments):
+                problems.append(f"no gradient of {name} reached the optimiser in {self._steps} steps")
+            elif checksum(parameter) == self._trainable_at_start[name]:
+                problems.append(f"{name} did not move in {self._steps} steps")
+        _stop_if(problems)
+
+    def _expected(self, name: str) -> bool:
+        """Whether a parameter must have trained: an expert that no token chose has not."""
+        layer, routed, rest = name.partition(".routed.")
+        if not routed:
+            return True
+        expert = int(rest.partition("[")[2].rstrip("]"))
+        return bool(self._visited[int(layer.removeprefix("mome."))][expert])
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        for number, chunk in enumerate(self._model.parts()):
+            for name, parameter in chunk.llm.named_parameters():
+                if not parameter.requires_grad:
+                    yield f"chunk {number}: {name}", parameter
+
+    def _frozen_checksums(self) -> dict[str, int]:
+        return {name: checksum(parameter) for name, parameter in self._frozen()}
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """A sum over a tensor's bits that changes with any of them and with their order (not cryptographic)."""
+    bits = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    total = 0
+    for number, part in enumerate(bits.split(CHUNK)):
+        weights = torch.arange(1, part.numel() + 1, device=part.device)
+        total = (total * 31 + number + int((part.long() * weights).sum())) % (1 << 61)
+    return total
+
+
+def _spell(name: GlobalName) -> str:
+    return name.name if name.index is None else f"{name.name}[{name.index}]"
+
+
+def _stop_if(problems: Sequence[str]) -> None:
+    """Stop all ranks if any of them has found a problem."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, list(problems))
+    distinct = list(dict.fromkeys(problem for part in found for problem in part))
+    if distinct:
+        more = f" (and {len(distinct) - 3} more)" if len(distinct) > 3 else ""
+        raise UserError(f"trainability ledger: {'; '.join(distinct[:3])}{more}.")

@@ -1,0 +1,106 @@
+"""The command line of the verification: which cases, and a table of what was found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mome_dist.config import RunConfig, load_config, resolve_deepspeed_file
+from mome_dist.config.validate import check_values, layout_of, views_of
+from mome_dist.errors import UserError
+from mome_dist.llm.shape import LLMShape
+from mome_dist.verification.cases import standard_cases
+from mome_dist.verification.compare import TOLERANCE, explain
+from mome_dist.verification.probe import Probe, shrunk
+from mome_dist.verification.run import Case
+from mome_dist.verification.verify import OPTIMIZERS, Verdict, Verifier
+
+LOG_WIDTH = 140  # columns of the table where there is no terminal to ask
+KINDS = ("loss", "gradient norm", "gradient", "weight")
+
+
+def verify_command(options: argparse.Namespace, scratch: Path) -> int:
+    """Run the cases that the command line asks for, print the table, return the exit code.
+
+    Raises:
+        UserError: for a wrong configuration, or a choice without cases.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    config = load_config(options.overrides)
+    check_values(config)
+    if options.shrink:
+        config = shrunk(config, scratch / "llm")
+    cases = [_own_case(config, options.nproc)] if options.nproc else standard_cases()
+    cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]
+    if not cases:
+        raise UserError(f"--only {options.only}: no case has such a name; without --only all are run.")
+    for case in cases:
+        case.layout.check_model(
+            LLMShape.from_directory(config.llm.path), config.mome.routed_experts, config.llm.pad_heads
+        )
+    optimizers = [options.optimizer] if options.optimizer else list(OPTIMIZERS)
+    began = time.monotonic()
+    verdicts: list[Verdict] = []
+    table = Table(title="largest relative errors")
+    for heading in ("layout", "processes", "optimiser", *KINDS, "verdict"):
+        table.add_column(heading, no_wrap=heading != "layout")
+    with console.status("starting") as status:
+        verifier = Verifier(Probe(config, options.steps))
+        for case, optimizer in product(cases, optimizers):
+            status.update(f"run {len(verdicts) + 1} of {len(cases) * len(optimizers)}: {case.name}, {optimizer}")
+            verdicts.append(verifier.check(case, optimizer))
+            table.add_row(*_row(verdicts[-1], config))
+    console.print(table)
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    for verdict in failed:
+        _explain(verdict, config, console)
+    console.print(
+        f"{len(verdicts) - len(failed)} of {len(verdicts)} runs equal one process within {TOLERANCE:g} "
+        f"({len(cases)} layouts, {time.monotonic() - began:.0f} s)"
+    )
+    return 1 if failed else 0
+
+
+def _own_case(config: RunConfig, world_size: int) -> Case:
+    layout = layout_of(config, world_size)
+    stage = json.loads(resolve_deepspeed_file(config).read_text()).get("zero_optimization", {}).get("stage", 0)
+    dispatch = config.mome.dispatch
+    if dispatch == "auto":  # chosen by speed at the start of a run; both forms are in the standard list
+        dispatch = "gather" if layout.ep > 1 else "local"
+    return Case(layout.describe(), layout, stage, dispatch)
+
+
+def _row(verdict: Verdict, config: RunConfig) -> list[str]:
+    case, comparison = verdict.case, verdict.comparison
+    name = f"{case.name} ({case.dispatch})" if case.dispatch not in case.name else case.name
+    head = [name, str(case.layout.world_size), verdict.optimizer]
+    if comparison is None:
+        return [*head, *["-"] * len(KINDS), "[red]failed"]
+    errors = [f"{comparison.errors[kind]:.1e}" for kind in KINDS]
+    mismatch = verdict.worst
+    if mismatch is None:
+        return [*head, *errors, "[green]equal"]
+    return [*head, *errors, f"[red]{explain(mismatch.ratio, case.layout, _microbatches(config))}"]
+
+
+def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
+    console.print(f"[bold red]{verdict.case.name}, {verdict.optimizer}[/]")
+    if verdict.failure:
+        console.print(f"  {verdict.failure}", highlight=False, markup=False)
+    for mismatch in verdict.comparison.mismatches[:5] if verdict.comparison else ():
+        ratio = explain(mismatch.ratio, verdict.case.layout, _microbatches(config))
+        console.print(
+            f"  {mismatch.what} {mismatch.name}: {mismatch.error:.1e} off, ratio {ratio}", highlight=False, markup=False
+        )
+
+
+def _microbatches(config: RunConfig) -> int:
+    return len(views_of(config)) * config.data.accumulation

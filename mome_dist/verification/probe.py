@@ -1,0 +1,159 @@
+"""What the runs to be compared train: a model of a given configuration and a few batches of random speech.
+
+Nothing depends on the layout: utterance ``i`` is a function of ``i``, initial values are functions of global names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import streams_of, views_of
+from mome_dist.data.order import share_of_rank
+from mome_dist.llm.shape import LLMShape
+from mome_dist.moe.experts import initial_value
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import MicroBatch
+from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
+from mome_dist.speech.views import View
+from mome_dist.training.batches import Step
+
+WIDTHS = {"audio": 12, "video": 10}  # of the random features
+TAGS = {"bos": 1, "eos": 2, "prompt": 3, "audio": (4, 5), "video": (6, 7)}
+FIRST_WORD = 8  # ids below it are tags
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A configuration to verify; ``config.llm.path`` names the LLM, features and texts are random.
+
+    Attributes:
+        config: the run's configuration.
+        steps: optimiser steps.
+    """
+
+    config: RunConfig
+    steps: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Feature width of each stream in use."""
+        return {stream: WIDTHS[stream] for stream in streams_of(self.config)}
+
+    @property
+    def views(self) -> list[View]:
+        return views_of(self.config)
+
+    def step(self, number: int, dp_rank: int, layout: Layout) -> Step:
+        """One data-parallel rank's part of a step; the batch is cut and padded as in training."""
+        size, accumulation = self.config.data.batch_size, self.config.data.accumulation
+        batch = list(range(number * size, (number + 1) * size))
+        chunks = share_of_rank(batch, accumulation, dp_rank, layout.dp)
+        parts = [(chunk, view) for view in self.views for chunk in chunks]
+        lengths = [longest_input([self.example(i, view) for i in chunk]) for chunk, view in parts]
+        if layout.virtual > 1:
+            lengths = [max(lengths)] * len(lengths)
+        if layout.sequence_parallel:
+            lengths = [length + -length % layout.tp for length in lengths]
+        microbatches = [self.microbatch(*part, length) for part, length in zip(parts, lengths, strict=True)]
+        return Step(microbatches, self.views, sum(len(_text(i, self._vocabulary)) + 1 for i in batch))
+
+    def microbatch(self, numbers: Sequence[int], view: View, length: int) -> MicroBatch:
+        """Some utterances in one view, padded to ``length`` tokens."""
+        return MicroBatch(
+            view,
+            collate([self.example(number, view) for number in numbers], length),
+            [_features(number, "audio") for number in numbers] if view.audio_rate is not None else [],
+            [_features(number, "video") for number in numbers] if view.video_rate is not None else [],
+        )
+
+    def example(self, number: int, view: View) -> Example:
+        """The token sequence of utterance ``number``."""
+        tags: Any = TAGS
+        ids = [tags["bos"]]
+        for stream, placeholder, rate in (("audio", AUDIO, view.audio_rate), ("video", VIDEO, view.video_rate)):
+            if rate is not None:
+                tokens = compressed_length(_frames(number, stream), rate)
+                ids += [tags[stream][0], *[placeholder] * tokens, tags[stream][1]]
+        return Example([*ids, tags["prompt"], *_text(number, self._vocabulary), tags["eos"]], len(ids) + 1)
+
+    @property
+    def _vocabulary(self) -> int:
+        return LLMShape.from_directory(self.config.llm.path).vocabulary
+
+
+def shrunk(config: RunConfig, directory: Path) -> RunConfig:
+    """The configuration with a small random Llama (written to ``directory``) and small modules.
+
+    Counts that a layout divides stay large enough for eight ranks on every axis that the LLM allows: four layers, two
+    key-value groups of two heads.
+    """
+    config = dataclasses.replace(config)
+    config.llm = dataclasses.replace(config.llm, path=str(write_random_llama(directory)), pad_heads=False)
+    config.projector = dataclasses.replace(config.projector, hidden_size=16)
+    mome = config.mome
+    config.mome = dataclasses.replace(
+        mome, routed_experts=8, top_k=min(mome.top_k, 3), bottleneck=min(mome.bottleneck, 4)
+    )
+    config.data = dataclasses.replace(config.data, batch_size=8, accumulation=2)
+    return config
+
+
+def write_random_llama(directory: Path, layers: int = 4) -> Path:
+    """Save a Llama of a few thousand parameters, large enough in scale that a mistake shows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    generator = torch.Generator().manual_seed(1)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale, offset = (0.1, 1.0) if "norm" in name else (0.15, 0.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
+    model.save_pretrained(directory)
+    return directory
+
+
+def wake(named: Iterable[tuple[str, int | None, Tensor]], seed: int) -> None:
+    """Give the zero-initialised expert weights values, by global name, so that every path carries a signal."""
+    with torch.no_grad():
+        for name, index, parameter in named:
+            if ".up_" in name or name.endswith("down_bias"):
+                slices = [(index, parameter)] if index is not None else list(enumerate(parameter))
+                for number, value in slices:
+                    key = f"wake.{name}.{number}.down_weight"
+                    value.copy_(initial_value(key, (*value.shape, 16), seed)[..., 0])
+
+
+def _frames(number: int, stream: str) -> int:
+    video = int(np.random.default_rng([number, 0]).integers(8, 20))
+    return 2 * video if stream == "audio" else video
+
+
+def _features(number: int, stream: str) -> Tensor:
+    rng = np.random.default_rng([number, 1 if stream == "audio" else 2])
+    return torch.tensor(rng.normal(size=(_frames(number, stream), WIDTHS[stream])), dtype=torch.float32)
+
+
+def _text(number: int, vocabulary: int) -> Sequence[int]:
+    rng = np.random.default_rng([number, 3])
+    return rng.integers(FIRST_WORD, vocabulary, size=int(rng.integers(3, 7))).tolist()

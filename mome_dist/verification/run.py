@@ -1,0 +1,200 @@
+"""One run of a probe, in one layout or in the reference form, and everything of it that can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from mome_dist.build import build_reference
+from mome_dist.config.schema import OptimizerConfig
+from mome_dist.parallel.build import build_distributed
+from mome_dist.parallel.initialize import current_device, parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.training.engine import Engine
+from mome_dist.training.step import forward_backward
+from mome_dist.verification.probe import Probe, wake
+
+TIMEOUT_SECONDS = 60
+# AdamW divides a gradient by its own size. With the usual epsilon of 1e-8, a gradient that is a small difference of
+# large terms turns the rounding of those terms into a visible part of the learning rate. Clipped gradients have
+# elements of at most about 0.05, known to about 1e-6 of that; divided by an epsilon of 1e-2, an update is known to 5e-6
+# of the rate. The moments still show: their square root is a tenth of that epsilon.
+EPSILON = 1e-2
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout to verify.
+
+    Attributes:
+        name: for the table.
+        layout: of the processes.
+        zero: DeepSpeed ZeRO stage.
+        dispatch: of tokens and experts.
+        placement: of the MoME modules; None keeps the configuration's.
+        precision: of the frozen LLM.
+    """
+
+    name: str
+    layout: Layout
+    zero: int = 1
+    dispatch: str = "alltoall"
+    placement: str | None = None
+    precision: str = "fp32"
+
+
+@dataclass
+class Outcome:
+    """What one run did.
+
+    Attributes:
+        losses, norms: of each step; the norm is that of the gradient before clipping.
+        gradients: of the first step, by layout-free name.
+        weights: after the last step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: Arrays = field(default_factory=dict)
+    weights: Arrays = field(default_factory=dict)
+
+
+def configured(probe: Probe, case: Case) -> Probe:
+    """The probe with what the case changes."""
+    config = dataclasses.replace(probe.config)
+    config.llm = dataclasses.replace(config.llm, precision=case.precision)
+    placement = case.placement or config.mome.placement
+    # Nothing may be dropped: which tokens exceed a rank's capacity depends on the layout by definition.
+    config.mome = dataclasses.replace(config.mome, placement=placement, capacity_factor=None)
+    return Probe(config, probe.steps)
+
+
+def optimizer_of(probe: Probe, name: str) -> OptimizerConfig:
+    """Steps large enough to show an error; clipping on, so that the norm matters."""
+    return dataclasses.replace(
+        probe.config.optimizer,
+        name=name,
+        learning_rate=0.5 if name == "sgd" else 1e-2,
+        gradient_clipping=0.5,
+        epsilon=EPSILON,
+    )
+
+
+def run_case(probe: Probe, case: Case, optimizer: str, scratch: Path, plant: Callable[[], None] | None) -> Outcome:
+    """Train on this rank of the case's world; the outcome holds this rank's part.
+
+    Args:
+        scratch: directory for the DeepSpeed file.
+        plant: called once the world is open, to plant a fault.
+    """
+    probe = configured(probe, case)
+    settings, outcome = optimizer_of(probe, optimizer), Outcome()
+    with parallel_world(case.layout, probe.config.seed, TIMEOUT_SECONDS) as at:
+        deepspeed_file = scratch / f"zero{case.zero}-{dist.get_rank()}.json"
+        deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": case.zero}}))
+        if plant is not None:
+            plant()
+        model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, current_device()).train()
+        wake(((g.name, g.index, p) for g, p in model.named_trainables() if _is_expert(g.name)), probe.config.seed)
+        engine = Engine(model.trainable_modules(), settings, deepspeed_file, case.layout.sequence_parallel)
+        for number in range(probe.steps):
+            step = probe.step(number, at.dp, case.layout)
+            with engine.accumulate():
+                outcome.losses.append(forward_backward(model, step).loss)
+            if number == 0:
+                outcome.gradients = _named(model, lambda p: engine.gradient(p))
+            engine.step(settings.learning_rate)
+            outcome.norms.append(engine.gradient_norm)
+        outcome.weights = _named(model, lambda p: p.detach())
+    return outcome
+
+
+def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
+    """The same training in one process with Hugging Face's model, autograd and torch's optimiser: no Megatron-Core, no
+    DeepSpeed, no process group."""
+    probe = configured(probe, case)
+    settings, outcome = optimizer_of(probe, optimizer), Outcome()
+    model = build_reference(probe.config, probe.widths).train()
+    named = dict(model.named_parameters())
+    wake(((name, None, p) for name, p in named.items() if _is_expert(name)), probe.config.seed)
+    if optimizer == "sgd":
+        stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)
+    else:
+        betas = (settings.betas[0], settings.betas[1])
+        stepper = torch.optim.AdamW(
+            named.values(), settings.learning_rate, betas, settings.epsilon, settings.weight_decay
+        )
+    mome = probe.config.mome
+    for number in range(probe.steps):
+        step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
+        for batch in step.microbatches:
+            loss = model.loss(batch.view, batch.tokens, batch.audio, batch.video)
+            loss = loss / (step.label_tokens * len(step.views))
+            total += loss.item()
+            auxiliary = model.auxiliary_loss(~batch.tokens.padding_BS, mome.balance_loss, mome.z_loss)
+            (loss + auxiliary / len(step.microbatches)).backward()
+        if number == 0:
+            outcome.gradients = {name: _array(p.grad) for name, p in named.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.gradient_clipping)
+        outcome.norms.append(norm.item())
+        stepper.step()
+        stepper.zero_grad()
+        outcome.losses.append(total)
+    outcome.weights = {name: _array(p) for name, p in named.items()}
+    return outcome
+
+
+def merged(parts: list[Outcome]) -> Outcome:
+    """The whole model's outcome from all ranks' parts.
+
+    Raises:
+        ValueError: naming a value of which ranks hold different copies.
+    """
+    whole = Outcome(parts[0].losses, parts[0].norms)
+    for part in parts:
+        for what, mine, first in (("loss", part.losses, whole.losses), ("gradient norm", part.norms, whole.norms)):
+            if not np.allclose(mine, first, rtol=1e-6, atol=0):
+                raise ValueError(f"ranks disagree on the {what}: {mine} and {first}")
+    whole.gradients = _merge([part.gradients for part in parts])
+    whole.weights = _merge([part.weights for part in parts])
+    return whole
+
+
+def _merge(parts: list[Arrays]) -> Arrays:
+    copies: Arrays = {}
+    for part in parts:
+        for name, value in part.items():
+            first = copies.setdefault(name, value)
+            # Copies are results of the same all-reduce, up to its order.
+            if not np.allclose(first, value, rtol=1e-5, atol=1e-6 * float(np.abs(first).max())):
+                raise ValueError(f"ranks hold different copies of {name}")
+    # Slices of one tensor are named "tensor[3]".
+    slices: dict[str, dict[int, NDArray[np.float32]]] = {}
+    for name in [name for name in copies if name.endswith("]")]:
+        tensor, _, index = name[:-1].rpartition("[")
+        slices.setdefault(tensor, {})[int(index)] = copies.pop(name)
+    return copies | {tensor: np.stack([by[i] for i in sorted(by)]) for tensor, by in slices.items()}
+
+
+def _named(model: DistributedMoME, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Arrays:
+    return {
+        g.name if g.index is None else f"{g.name}[{g.index}]": _array(value(p)) for g, p in model.named_trainables()
+    }
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    return tensor.detach().float().cpu().numpy().copy()
+
+
+def _is_expert(name: str) -> bool:
+    return ".routed." in name or ".shared." in name

@@ -1,0 +1,162 @@
+"""Planted faults: each mistake that distributed training is known for is caught, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
+from mome_dist.moe.dispatch.exchange import Exchange
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.router import route
+from mome_dist.parallel.model import Chunk
+from mome_dist.training import engine as engine_module
+from mome_dist.training.engine import Engine
+from mome_dist.verification.cases import standard_cases
+from mome_dist.verification.compare import explain
+from mome_dist.verification.probe import Probe
+from mome_dist.verification.verify import Verifier
+
+CASES = {case.name: case for case in standard_cases()}
+
+
+def _twice_the_gradient_of_what_was_dispatched() -> None:
+    launch = Exchange.__init__
+
+    def doubled(self: Exchange, forward: Any, backward: Any) -> None:
+        launch(self, forward, lambda gradient: backward(gradient * 2))
+
+    Exchange.__init__ = doubled  # type: ignore[method-assign]
+
+
+def _one_expert_without_gradient() -> None:
+    accumulate = Engine.accumulate
+
+    @contextmanager
+    def dropping(self: Engine) -> Iterator[None]:
+        with accumulate(self):
+            yield
+            layer: Any = self._modules["layer_1"]
+            expert = layer.deepspeed_moe.experts.deepspeed_experts[0]
+            for parameter in expert.parameters():
+                parameter.grad.zero_()
+
+    Engine.accumulate = dropping  # type: ignore[method-assign]
+
+
+def _router_cut_off() -> None:
+    def detached(self: MatryoshkaGate, hidden: torch.Tensor, valid: torch.Tensor | None) -> Any:
+        logits = F.linear(hidden.float(), self.wg.weight.detach()) + 0.0 * self.wg.weight.sum()
+        return route(logits, self.k, self.renormalize, valid)
+
+    MatryoshkaGate.forward = detached  # type: ignore[method-assign,assignment]
+
+
+def _auxiliary_loss_of_the_shard() -> None:
+    counts = Dispatch.counts
+
+    def own(self: Dispatch) -> torch.Tensor:
+        everyone = counts(self)
+        return everyone[dist.get_rank(self.token_group)][None]
+
+    ExpertParallelMoME.auxiliary_loss = _with_counts(ExpertParallelMoME.auxiliary_loss, own)  # type: ignore[method-assign]
+
+
+def _with_counts(function: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` while `Dispatch.counts` is another."""
+
+    def patched(*args: Any) -> Any:
+        whole, Dispatch.counts = Dispatch.counts, own  # type: ignore[method-assign]
+        try:
+            return function(*args)
+        finally:
+            Dispatch.counts = whole  # type: ignore[method-assign]
+
+    return patched
+
+
+def _clipping_by_the_norm_of_own_experts() -> None:
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    engine_module._expert_group = lambda _modules: alone[dist.get_rank()]  # type: ignore[assignment]
+
+
+def _experts_of_the_other_rank() -> None:
+    right = ExpertParallelMoME.ep_rank.fget  # type: ignore[attr-defined]
+    initialize = ExpertParallelMoME.initialize
+
+    def swapped(self: ExpertParallelMoME, prefix: str, seed: int) -> None:
+        ExpertParallelMoME.ep_rank = property(lambda it: it.ep_size - 1 - right(it))  # type: ignore[assignment,method-assign]
+        initialize(self, prefix, seed)
+        ExpertParallelMoME.ep_rank = property(right)  # type: ignore[assignment,method-assign]
+
+    ExpertParallelMoME.initialize = swapped  # type: ignore[method-assign]
+
+
+def _one_rate_skipped() -> None:
+    step = Probe.step
+
+    def shortened(self: Probe, *args: Any) -> Any:
+        whole = step(self, *args)
+        del whole.microbatches[-2:]
+        return whole
+
+    Probe.step = shortened  # type: ignore[method-assign,assignment]
+
+
+def _loss_divided_by_the_microbatches_twice() -> None:
+    forward = Chunk.forward
+
+    def divided(self: Chunk, batch: Any) -> torch.Tensor:
+        output = forward(self, batch)
+        return output / 6 if self.llm.post_process else output
+
+    Chunk.forward = divided  # type: ignore[method-assign]
+
+
+def _sequence_parts_not_added_up() -> None:
+    Engine._sum_over_sequence = lambda self: None  # type: ignore[method-assign]
+
+
+def _padding_routed() -> None:
+    forward = MatryoshkaGate.forward
+    MatryoshkaGate.forward = lambda self, hidden, valid: forward(self, hidden, None)  # type: ignore[method-assign,assignment]
+
+
+FAULTS: list[tuple[Callable[[], None], str, str, str]] = [
+    # the fault, the case that meets it, what the report names, and the ratio that it gives ("" for any)
+    (_twice_the_gradient_of_what_was_dispatched, "ep2 gather", ".routed.", "2.00 = ep = dp"),
+    (_one_expert_without_gradient, "ep2", "mome.1.routed.", ""),
+    (_router_cut_off, "dp2 zero1", "router_weight", ""),
+    (_auxiliary_loss_of_the_shard, "ep2", "router_weight", ""),
+    (_clipping_by_the_norm_of_own_experts, "ep2 zero0", "ranks disagree on the gradient norm", ""),
+    (_experts_of_the_other_rank, "ep2", "", ""),
+    (_one_rate_skipped, "one process, all-to-all", "step", ""),
+    (_loss_divided_by_the_microbatches_twice, "one process, local", "step", "0.17 = 1/microbatches"),
+    (_sequence_parts_not_added_up, "tp2 sp", "ranks hold different copies of mome.", ""),
+    (_padding_routed, "dp2 zero1", "", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "name", "ratio"), FAULTS, ids=[fault[0].__name__.strip("_") for fault in FAULTS]
+)
+def test_the_verification_catches(
+    verifier: Verifier, fault: Callable[[], None], case: str, name: str, ratio: str
+) -> None:
+    assert verifier.check(CASES[case], "sgd").passed  # without the fault
+    verdict = verifier.check(CASES[case], "sgd", plant=fault)
+    assert not verdict.passed
+    if verdict.comparison is None:  # ranks do not even agree with each other
+        assert verdict.failure is not None and verdict.failure.startswith(name)
+        return
+    found = [mismatch for mismatch in verdict.comparison.mismatches if name in mismatch.name]
+    assert found, verdict.comparison.mismatches
+    if ratio:
+        spelled = {explain(mismatch.ratio, CASES[case].layout, microbatches=6) for mismatch in found}
+        assert ratio in spelled, spelled
