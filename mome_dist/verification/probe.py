@@ -108,7 +108,7 @@ def shrunk(config: RunConfig, directory: Path) -> RunConfig:
     return config
 
 
-def write_random_llama(directory: Path, layers: int = 4) -> Path:
+def write_random_llama(directory: Path, layers: int = 4, heads: int = 4, kv_heads: int = 2, tied: bool = False) -> Path:
     """Save a Llama of a few thousand parameters, large enough in scale that a mistake shows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,11 +117,11 @@ def write_random_llama(directory: Path, layers: int = 4) -> Path:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=8,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     generator = torch.Generator().manual_seed(1)
     model = LlamaForCausalLM(config)

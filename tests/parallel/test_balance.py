@@ -23,6 +23,7 @@ from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import Engine
 from mome_dist.training.metrics import gather_routing
 from mome_dist.training.step import forward_backward
+from mome_dist.verification.probe import write_random_llama
 from tests.parallel import toy
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world
@@ -44,7 +45,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.write_llama(tmp_path_factory.mktemp("llama"))
+    return write_random_llama(tmp_path_factory.mktemp("llama"))
 
 
 def _train(directory: Path, layout: Layout, scratch: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mome_dist.assets import asset_dir
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.verification.probe import write_random_llama
 from tests import tiny_llms
 from tests.parallel import toy
 from tests.parallel.logits import hugging_face_logits, megatron_logits
@@ -53,12 +54,12 @@ def test_smollm2_logits_equal_hugging_face(tp: int, pp: int) -> None:
 @pytest.mark.parametrize(("tp", "pp", "kernel"), [(2, 2, "eager"), (2, 1, "sdpa"), (4, 1, "eager"), (1, 4, "sdpa")])
 def test_random_llama_logits_equal_hugging_face(tmp_path: Path, tp: int, pp: int, kernel: str) -> None:
     # Eight heads in two groups: four tensor-parallel ranks pad two groups.
-    directory = toy.write_llama(tmp_path, heads=8, kv_heads=2)
+    directory = write_random_llama(tmp_path, heads=8, kv_heads=2)
     _compare(directory, _random_ids(directory, 20), tp, pp, kernel, 1e-5)
 
 
 def test_untied_and_tied_output_layers(tmp_path: Path) -> None:
-    directory = toy.write_llama(tmp_path / "tied", tied=True)
+    directory = write_random_llama(tmp_path / "tied", tied=True)
     _compare(directory, _random_ids(directory, 20), 2, 1, "eager", 1e-5)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.megatron import build_frozen_llm
@@ -20,6 +19,7 @@ from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
 from mome_dist.speech.views import View
 from mome_dist.training.batches import Step
+from mome_dist.verification.probe import wake
 
 WIDTHS = {"audio": 12, "video": 10}
 RATES = {"audio": [4, 16], "video": [2, 5]}
@@ -29,46 +29,10 @@ SEED, EMBEDDING_SCALE = 3, 0.5
 CPU = torch.device("cpu")
 
 
-def write_llama(directory: Path, layers: int = 4, heads: int = 4, kv_heads: int = 2, tied: bool = False) -> Path:
-    """Save a random Llama whose weights are large enough that a mistake shows."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-    )
-    generator = torch.Generator().manual_seed(1)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale, offset = (0.1, 1.0) if "norm" in name else (0.15, 0.0)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
-    model.save_pretrained(directory)
-    return directory
-
-
 def projectors(hidden_size: int = 32) -> Projectors:
     module = Projectors(WIDTHS, RATES, hidden_size, projector_size=16, per_rate=False, compression="pool")
     module.initialize(SEED, EMBEDDING_SCALE)
     return module
-
-
-def wake(named: Any) -> None:
-    """Give the zero-initialised expert weights values, by name, so that every path carries a signal."""
-    from mome_dist.moe.experts import initial_value
-
-    with torch.no_grad():
-        for name, index, parameter in named:
-            if ".up_" in name or name.endswith("down_bias"):
-                slices = [(index, parameter)] if index is not None else list(enumerate(parameter))
-                for number, value in slices:
-                    key = f"wake.{name}.{number}.down_weight"
-                    value.copy_(initial_value(key, (*value.shape, 16), SEED)[..., 0])
 
 
 def reference(directory: Path, placement: str, **mome: Any) -> MoMESpeechLM:
@@ -77,7 +41,7 @@ def reference(directory: Path, placement: str, **mome: Any) -> MoMESpeechLM:
     model = MoMESpeechLM(llm, projectors(), placement, **{**MOME, **mome})
     model.initialize(SEED, EMBEDDING_SCALE)
     stacked = [(n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n]
-    wake(stacked)
+    wake(stacked, SEED)
     return model.train()
 
 
@@ -89,7 +53,10 @@ def distributed(directory: Path, placement: str, layout: Layout, **mome: Any) ->
         momes = attach_mome(llm, placement, SEED, ep_size=layout.ep, **{**MOME, **mome})
         chunks.append(Chunk(llm, projectors() if llm.pre_process else None, momes))
     model = DistributedMoME(chunks, layout.ep)
-    wake([(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name])
+    wake(
+        [(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name],
+        SEED,
+    )
     return model.train()
 
 

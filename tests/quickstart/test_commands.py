@@ -32,6 +32,8 @@ SHRINK = {
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/tiny": ["limit=6"],
     "python -m mome_dist.report run=runs/quickstart": [],
     "python -m mome_dist.transcribe runs/quickstart": [],
+    "python tools/verify_layouts.py --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
+    "python tools/verify_layouts.py --shrink --nproc 4": ["--optimizer", "sgd"],
 }
 
 
