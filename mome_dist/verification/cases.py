@@ -64,4 +64,7 @@ def standard_cases() -> list[Case]:
         _case("placement mhsa, tp2 ep2", 4, tp=2, ep=2, placement="mhsa"),
         _case("placement ffn, tp2 ep2 sp", 4, tp=2, ep=2, sequence_parallel=True, placement="ffn"),
         _case("placement layer, tp2 pp2", 4, tp=2, pp=2, placement="layer"),
+        _case("bf16, one process", 1, dispatch="local", precision="bf16"),
+        _case("bf16, tp2 pp2", 4, tp=2, pp=2, precision="bf16"),
+        _case("bf16, tp2 ep2 sp gather", 4, dispatch="gather", tp=2, ep=2, sequence_parallel=True, precision="bf16"),
     ]

@@ -16,7 +16,7 @@ from mome_dist.config.validate import check_values, layout_of, views_of
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.verification.cases import standard_cases
-from mome_dist.verification.compare import TOLERANCE, explain
+from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, explain
 from mome_dist.verification.probe import Probe, shrunk
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import OPTIMIZERS, Verdict, Verifier
@@ -63,8 +63,8 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     for verdict in failed:
         _explain(verdict, config, console)
     console.print(
-        f"{len(verdicts) - len(failed)} of {len(verdicts)} runs equal one process within {TOLERANCE:g} "
-        f"({len(cases)} layouts, {time.monotonic() - began:.0f} s)"
+        f"{len(verdicts) - len(failed)} of {len(verdicts)} runs equal one process within {TOLERANCE:g} (bf16: "
+        f"{BF16_TOLERANCE:g}); {len(cases)} layouts, {time.monotonic() - began:.0f} s"
     )
     return 1 if failed else 0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mome_dist.parallel.forked import run_forked
-from mome_dist.verification.compare import TOLERANCE, Comparison, Mismatch, compare
+from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, Comparison, Mismatch, compare
 from mome_dist.verification.probe import Probe
 from mome_dist.verification.run import Case, Outcome, merged, run_case, run_reference
 
@@ -34,16 +34,20 @@ class Verdict:
         return self.comparison.mismatches[0] if self.comparison and self.comparison.mismatches else None
 
 
+def tolerance_of(case: Case) -> float:
+    """The bound on relative errors for the precision of a case."""
+    return TOLERANCE if case.precision == "fp32" else BF16_TOLERANCE
+
+
 class Verifier:
     """Runs cases in forked processes; the reference of each kind of run is computed once.
 
     Args:
         probe: what is trained.
-        tolerance: see `compare`.
     """
 
-    def __init__(self, probe: Probe, tolerance: float = TOLERANCE) -> None:
-        self.probe, self.tolerance = probe, tolerance
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
         self._references: dict[tuple[str | None, str, str], Outcome] = {}
 
     def check(self, case: Case, optimizer: str, plant: Callable[[], None] | None = None) -> Verdict:
@@ -61,4 +65,4 @@ class Verifier:
                 whole = merged(run_forked(run_case, case.layout.world_size, *arguments))
             except (RuntimeError, ValueError) as error:
                 return Verdict(case, optimizer, None, str(error))
-        return Verdict(case, optimizer, compare(whole, self._references[key], self.tolerance))
+        return Verdict(case, optimizer, compare(whole, self._references[key], tolerance_of(case)))

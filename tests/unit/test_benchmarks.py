@@ -53,7 +53,7 @@ def test_the_layer_benchmark_measures_and_predicts_every_candidate(layer_case: d
 def test_bytes_are_those_of_the_tensors_that_travel(layer_case: dict[str, Any]) -> None:
     sent = {name: candidate["bytes_sent"] for name, candidate in layer_case["candidates"].items()}
     parameters = EXPERTS // RANKS * (2 * HIDDEN * BOTTLENECK + HIDDEN + BOTTLENECK)
-    counts = 8 * (EXPERTS + 1)
+    counts = 8 * (EXPERTS + 2)
     # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
     assert sent["gather"] == parameters * (2 + 4) + counts
     # Half of a buffer of as many rows for every expert, four times; DeepSpeed agrees on the number by an all-reduce.
