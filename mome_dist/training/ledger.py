@@ -38,7 +38,7 @@ class Ledger:
         self._model, self._engine, self._watched_steps = model, engine, watched_steps
         self._trainable = {_spell(name): parameter for name, parameter in model.named_trainables()}
         self._steps = 0
-        self._visited: dict[int, Tensor] = {}
+        self._visits: dict[int, Tensor] = {}
         self._check_groups()
         self._frozen_at_start = self._frozen_checksums()
         self._trainable_at_start = {name: checksum(p) for name, p in self._trainable.items()}
@@ -50,7 +50,7 @@ class Ledger:
             return
         for number, mome in self._model.momes.items():
             used_E = mome.deepspeed_moe.counts()[:, :-1].sum(dim=0) > 0
-            self._visited[number] = used_E | self._visited.get(number, torch.zeros_like(used_E))
+            self._visits[number] = used_E + self._visits.get(number, torch.zeros_like(used_E, dtype=torch.int64))
         if self._steps == self._watched_steps:
             self._check_training()
 
@@ -98,12 +98,13 @@ class Ledger:
         _stop_if(problems)
 
     def _expected(self, name: str) -> bool:
-        """Whether a parameter must have trained: an expert that no token chose has not."""
+        """Whether a parameter must have trained: an expert that no token chose has not, and the gradient of what lies
+        before its zero-initialised weights appears at the second visit."""
         layer, routed, rest = name.partition(".routed.")
         if not routed:
             return True
         expert = int(rest.partition("[")[2].rstrip("]"))
-        return bool(self._visited[int(layer.removeprefix("mome."))][expert])
+        return bool(self._visits[int(layer.removeprefix("mome."))][expert] >= 2)
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         for number, chunk in enumerate(self._model.parts()):
