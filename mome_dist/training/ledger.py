@@ -98,13 +98,17 @@ class Ledger:
         _stop_if(problems)
 
     def _expected(self, name: str) -> bool:
-        """Whether a parameter must have trained: an expert that no token chose has not, and the gradient of what lies
-        before its zero-initialised weights appears at the second visit."""
-        layer, routed, rest = name.partition(".routed.")
+        """Whether a parameter must have trained.
+
+        An expert that no token chose has not; the gradient of what lies before its zero-initialised weights appears at
+        the second visit; and in the last layer only tokens that predict a label carry a gradient, so that an expert
+        chosen by speech tokens alone rightly has none.
+        """
+        prefix, routed, rest = name.partition(".routed.")
         if not routed:
             return True
-        expert = int(rest.partition("[")[2].rstrip("]"))
-        return bool(self._visits[int(layer.removeprefix("mome."))][expert] >= 2)
+        layer, expert = int(prefix.removeprefix("mome.")), int(rest.partition("[")[2].rstrip("]"))
+        return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][expert] >= 2)
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         for number, chunk in enumerate(self._model.parts()):
