@@ -16,19 +16,29 @@ from mome_dist.quiet import quiet_libraries
 
 
 @main_guard
-def main(overrides: Sequence[str] | None = None) -> None:
-    """Check the configuration, then train; nothing heavy is imported before the check has passed."""
+def main(overrides: Sequence[str] | None = None) -> int:
+    """Check the configuration, then train; nothing heavy is imported before the check has passed.
+
+    Returns:
+        0, or 75 if a signal asked the run to stop and it should be started again.
+    """
     arguments = list(sys.argv[1:] if overrides is None else overrides)
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
-        return
+        return 0
     config = load_config(arguments)
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     quiet_libraries()
+    from mome_dist.training.faults import PREEMPTED, PreemptedError
     from mome_dist.training.loop import train
 
-    train(config, layout)
+    try:
+        train(config, layout)
+    except PreemptedError as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return PREEMPTED
+    return 0
 
 
 if __name__ == "__main__":

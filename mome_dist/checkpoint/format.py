@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +60,33 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     if not (path / INDEX).is_file():
         raise UserError(f"{pointer} names {path.name}, which is not a complete checkpoint; name another or remove it.")
     return path
+
+
+def newest_whole_checkpoint(run: str | Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run whose every file has the hash that its index names; None if there is none at all.
+
+    Args:
+        report: told of each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: if there are checkpoints and all are damaged.
+    """
+    damaged = []
+    for path in sorted((Path(run) / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            with CheckpointReader(path) as reader:
+                reader.verify()
+        except UserError as error:
+            damaged.append(path.name)
+            report(f"{path.name} is damaged and passed over: {error}")
+        else:
+            return path
+    if damaged:
+        raise UserError(
+            f"{run}/checkpoints: {', '.join(damaged)} are all damaged. Restore one from a copy, or start anew with "
+            "training.resume=false."
+        )
+    return None
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
 
-from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.checkpoint.format import CheckpointReader, newest_whole_checkpoint
 from mome_dist.errors import UserError
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.training.engine import Engine
@@ -23,6 +25,26 @@ def check_frozen(directory: Path, frozen: Mapping[str, str]) -> None:
         for name, fingerprint in reader.index["frozen"].items():
             if frozen.get(name, fingerprint) != fingerprint:
                 raise UserError(f"{directory} was trained with another {name}: set {name}.path to the one it was.")
+
+
+def checkpoint_to_resume(run: Path, console: Console) -> Path | None:
+    """The checkpoint that a run continues from, the same on all ranks; rank 0 looks, and hashes what it finds.
+
+    Raises:
+        UserError: on all ranks, if every checkpoint is damaged.
+    """
+    found: list[str | None] = [None, None]  # the path, or what is wrong
+    if dist.get_rank() == 0:
+        try:
+            newest = newest_whole_checkpoint(run, lambda line: console.print(f"[bold red]{line}[/]", highlight=False))
+            found[0] = None if newest is None else str(newest)
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    path, problem = found
+    if problem is not None:
+        raise UserError(problem)
+    return None if path is None else Path(path)
 
 
 @torch.no_grad()

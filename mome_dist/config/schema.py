@@ -137,6 +137,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     validate_every: int = 0
     resume: bool = True
+    max_skipped_steps: int = 3
     wandb_project: str | None = None
 
 

@@ -140,6 +140,7 @@ def _check_numbers(config: RunConfig) -> None:
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "training.steps": (config.training.steps, 1),
         "training.save_every": (config.training.save_every, 0),
+        "training.max_skipped_steps": (config.training.max_skipped_steps, 0),
         "training.validate_every": (config.training.validate_every, 0),
         "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
         "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),

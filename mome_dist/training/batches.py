@@ -79,6 +79,10 @@ class BatchBuilder:
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
 
+    def ids(self, batch: Sequence[int]) -> list[str]:
+        """Names of the utterances of a batch."""
+        return [self._utterances[i].id for i in batch]
+
     def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
         """Positions of a microbatch of the first data-parallel rank, padding included: the mean over views of a global
         batch, the same on all ranks."""

@@ -119,6 +119,20 @@ class Engine:
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
+    def gradients_finite(self) -> bool:
+        """Whether this rank's own gradients are finite; inside `accumulate`, before they are reduced."""
+        sums = [parameter.grad.sum() for parameter in self._modules.parameters() if parameter.grad is not None]
+        return bool(torch.stack(sums).isfinite().all()) if sums else True
+
+    def discard(self) -> None:
+        """Forget the gradients instead of stepping."""
+        optimizer = self.deepspeed.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if self.zero_stage:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+
     def step(self, rate: float) -> None:
         """Clip by the global norm, step at this learning rate, and clear the gradients."""
         for group in self.deepspeed.optimizer.param_groups:
@@ -147,6 +161,36 @@ class Engine:
             self._link_fragments()
             return safe_get_full_optimizer_state(parameter, name)
         return self.deepspeed.optimizer.state[parameter][name].detach()
+
+    def reached_by_gradient(self) -> set[int]:
+        """Ids of this rank's parameters whose running average of gradients is not all zero (collective).
+
+        An optimiser without averages keeps no trace of gradients: then all parameters are returned.
+        """
+        parameters = list(self.parameters())
+        if not self.moment_names:
+            return {id(parameter) for parameter in parameters}
+        if self.zero_stage:
+            self._link_fragments()
+        reached = torch.stack([self._local_average(parameter).any() for parameter in parameters]).int()
+        experts = torch.tensor([is_moe_param(parameter) for parameter in parameters], device=reached.device)
+        # Under ZeRO each rank holds a part of every average.
+        shared_group, expert_group = (
+            parallel_state.get_data_parallel_group(),
+            _expert_data_parallel_group(self._modules),
+        )
+        for chosen, group in ((~experts, shared_group), (experts, expert_group)):
+            part = reached[chosen]
+            dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
+            reached[chosen] = part
+        return {id(parameter) for parameter, flag in zip(parameters, reached.tolist(), strict=True) if flag}
+
+    def _local_average(self, parameter: nn.Parameter) -> Tensor:
+        """The part of a parameter's first running average that is on this rank; maybe empty."""
+        if not self.zero_stage:
+            return self.deepspeed.optimizer.state[parameter][self.moment_names[0]]
+        fragment = getattr(parameter, "_hp_mapping", None)
+        return parameter.new_empty(0) if fragment is None else fragment.get_optim_state_fragment(self.moment_names[0])
 
     def set_moments(
         self, parameters: Sequence[nn.Parameter], moments: Mapping[str, Sequence[Tensor]], step: int
@@ -196,5 +240,13 @@ class Engine:
 
 
 def _expert_group(modules: nn.Module) -> dist.ProcessGroup:
+    return deepspeed_groups._get_expert_parallel_group(_expert_group_name(modules))
+
+
+def _expert_data_parallel_group(modules: nn.Module) -> dist.ProcessGroup:
+    return deepspeed_groups._get_expert_data_parallel_group(_expert_group_name(modules))
+
+
+def _expert_group_name(modules: nn.Module) -> str:
     expert = next(parameter for parameter in modules.parameters() if is_moe_param(parameter))
-    return deepspeed_groups._get_expert_parallel_group(getattr(expert, "group_name"))  # noqa: B009  DeepSpeed adds it
+    return str(getattr(expert, "group_name"))  # noqa: B009  DeepSpeed adds it

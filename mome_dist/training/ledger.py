@@ -85,13 +85,11 @@ class Ledger:
         _stop_if(problems)
 
     def _check_training(self) -> None:
-        problems = []
+        problems, reached = [], self._engine.reached_by_gradient()
         for name, parameter in self._trainable.items():
-            # Moments first: reading them is collective, whatever this rank finds.
-            moments = [self._engine.moment(parameter, moment) for moment in self._engine.moment_names[:1]]
             if not self._expected(name):
                 continue
-            if any(not bool(moment.any()) for moment in moments):
+            if id(parameter) not in reached:
                 problems.append(f"no gradient of {name} reached the optimiser in {self._steps} steps")
             elif checksum(parameter) == self._trainable_at_start[name]:
                 problems.append(f"{name} did not move in {self._steps} steps")

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from mome_dist.checkpoint.save import save_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
 from mome_dist.errors import UserError
-from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import learning_rate
+from mome_dist.training.faults import PreemptedError, StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.setup import Trainer, prepare, rank_console
@@ -38,7 +40,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         The loss of each step done in this call, the same on all ranks.
 
     Raises:
-        UserError: for missing or mismatched files, or a loss that is not finite.
+        UserError: for missing or mismatched files, or a loss that stays not finite.
+        PreemptedError: if a signal asked the run to stop; its state is saved.
     """
     with parallel_world(layout, config.seed, config.parallel.timeout_seconds) as at:
         console = rank_console()
@@ -51,7 +54,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         metrics = Metrics(config, trainer.start)
         ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config))
         try:
-            losses = _run(config, layout, trainer, metrics, ledger, console)
+            with StepWatch(current_device()) as watch:
+                losses = _run(config, layout, trainer, metrics, ledger, watch, console)
         finally:
             metrics.close()
         checkpoint = newest_checkpoint(config.output_dir)
@@ -77,9 +81,15 @@ def _watched_steps(config: RunConfig) -> int:
 
 
 def _run(
-    config: RunConfig, layout: Layout, trainer: Trainer, metrics: Metrics, ledger: Ledger, console: Console
+    config: RunConfig,
+    layout: Layout,
+    trainer: Trainer,
+    metrics: Metrics,
+    ledger: Ledger,
+    watch: StepWatch,
+    console: Console,
 ) -> list[float]:
-    settings, views, losses = config.training, views_of(config), []
+    settings, views, losses, skipped = config.training, views_of(config), [], 0
     pace: deque[float] = deque(maxlen=20)
     trainer.model.train()
     with _progress(console) as progress:
@@ -91,8 +101,17 @@ def _run(
             step = trainer.batches["train"].build(batch, step_views)
             with trainer.engine.accumulate():
                 result = forward_backward(trainer.model, step)
-            _check_finite(result, number)
+                finite = math.isfinite(result.loss) and trainer.engine.gradients_finite()
+            found = watch.agree(finite)
             rate = learning_rate(config.optimizer, number, settings.steps)
+            if not found.finite:
+                trainer.engine.discard()
+                skipped += 1
+                ids = trainer.batches["train"].ids(batch)
+                metrics.skipped(number + 1, ids)
+                _report_skip(result, number, ids, skipped, settings.max_skipped_steps, console)
+                continue
+            skipped = 0
             trainer.engine.step(rate)
             update_router_biases(trainer.model)
             ledger.after_step()
@@ -114,7 +133,7 @@ def _run(
             )
             progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
             last = done == settings.steps
-            saving = last or (settings.save_every > 0 and done % settings.save_every == 0)
+            saving = last or found.stop or (settings.save_every > 0 and done % settings.save_every == 0)
             if done % ROUTING_EVERY == 0 or saving:
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
@@ -122,6 +141,10 @@ def _run(
             if saving:
                 save_checkpoint(
                     Path(config.output_dir), done, trainer.model, trainer.engine, config, layout, trainer.frozen
+                )
+            if found.stop and not last:
+                raise PreemptedError(
+                    f"asked to stop: saved after step {done} of {settings.steps}; start again to continue"
                 )
     return losses
 
@@ -146,13 +169,18 @@ def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, 
     return {view: total / tokens for view, total in totals.items()}
 
 
-def _check_finite(result: StepLosses, step: int) -> None:
-    if not math.isfinite(result.loss):
-        by_view = ", ".join(f"{view} {loss}" for view, loss in result.by_view.items())
+def _report_skip(
+    result: StepLosses, number: int, ids: Sequence[str], skipped: int, limit: int, console: Console
+) -> None:
+    """Say which step was skipped and what was in it; stop the run when that keeps happening."""
+    by_view = ", ".join(f"{view} {loss}" for view, loss in result.by_view.items())
+    what = f"step {number + 1} was skipped: loss or gradient not finite ({by_view}); utterances {', '.join(ids)}"
+    if skipped > limit:
         raise UserError(
-            f"the loss of step {step + 1} is not finite ({by_view}): lower optimizer.learning_rate, or look at the "
-            "data of this step; the newest checkpoint is whole."
+            f"{what}. That was {skipped} in a row (training.max_skipped_steps={limit}): lower optimizer.learning_rate, "
+            "or look at these utterances; the newest checkpoint is whole."
         )
+    console.print(f"[bold yellow]{what}[/]", highlight=False)
 
 
 def _progress(console: Console) -> Progress:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Metrics:
             for name, number in (value.items() if isinstance(value, dict) else [("", value)])
         }
         self._scalars(record["step"], flat)
+
+    def skipped(self, step: int, ids: Sequence[str]) -> None:
+        """Log a step that was not taken, and its utterances."""
+        if self._board is not None:
+            self._append("metrics.jsonl", {"step": step, "skipped": list(ids)})
 
     def routing(self, step: int, counts: RoutingCounts, by_view: bool) -> None:
         """Log what the routers did since the last call; ``by_view`` for every step that saves a checkpoint."""

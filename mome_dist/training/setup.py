@@ -11,8 +11,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from mome_dist.build import build_sequences
-from mome_dist.checkpoint.format import fingerprint, newest_checkpoint
-from mome_dist.checkpoint.restore import check_frozen, restore_optimizer, restore_weights
+from mome_dist.checkpoint.format import fingerprint
+from mome_dist.checkpoint.restore import check_frozen, checkpoint_to_resume, restore_optimizer, restore_weights
 from mome_dist.config import RunConfig, resolve_deepspeed_file
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
@@ -82,7 +82,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     frozen = _fingerprints(config)
     model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
-    checkpoint = newest_checkpoint(config.output_dir) if config.training.resume else None
+    checkpoint = checkpoint_to_resume(Path(config.output_dir), console) if config.training.resume else None
     start = 0
     if checkpoint is not None:
         check_frozen(checkpoint, frozen)

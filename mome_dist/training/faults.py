@@ -1,0 +1,64 @@
+"""What can go wrong between two steps, and what all ranks then do together.
+
+A request to stop (SIGTERM from a scheduler, SIGUSR1 ahead of a time limit) ends the run after the current step with a
+checkpoint and the exit code `PREEMPTED`, which a launcher may take for "start me again". A loss or gradient that is not
+finite costs its step, not the run, unless it happens several times in a row.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks found together: whether every value is finite, and whether any was asked to stop."""
+
+    finite: bool
+    stop: bool
+
+
+class StepWatch:
+    """Notes stop signals while it is open, and lets the ranks agree once a step.
+
+    Args:
+        device: of this rank's collectives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._asked = device, False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StepWatch:
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def agree(self, finite: bool) -> Agreement:
+        """Combine what this rank found with all others; every rank calls it at the same point of a step."""
+        found = torch.tensor([not finite, self._asked], dtype=torch.int32, device=self._device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        bad, stop = found.tolist()
+        return Agreement(finite=not bad, stop=bool(stop))
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        # Only noted here: a handler runs anywhere, even inside a collective.
+        self._asked = True
