@@ -51,8 +51,12 @@ class TextCodec:
             self.tags[name] = vocabulary[text]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self._tokenizer(" " + text, add_special_tokens=False).input_ids
+        """Ids of a transcript, which follows the prompt after a space; without special tokens."""
+        return self.encode_verbatim(" " + text)
+
+    def encode_verbatim(self, text: str) -> list[int]:
+        """Ids of exactly this text, without special tokens."""
+        return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids up to the first end token; special tokens are left out."""
@@ -75,7 +79,7 @@ class SequenceBuilder:
 
     def __init__(self, codec: TextCodec, prompts: Mapping[str, str]) -> None:
         self.codec = codec
-        self._prompts = {task: codec.encode(prompt) for task, prompt in prompts.items()}
+        self._prompts = {task: codec.encode_verbatim(prompt) for task, prompt in prompts.items()}
 
     def prefix(self, view: View, audio_tokens: int, video_tokens: int) -> list[int]:
         """Everything before the text; a stream that the view does not use is ignored."""
