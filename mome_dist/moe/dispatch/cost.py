@@ -2,8 +2,8 @@
 
 The model covers one MoE layer, forward and backward, on one rank. Weights that are gathered travel beside the frozen
 layer's own compute, so only what that cannot hide is counted; tokens travel while everything waits. The constants below
-are how often each dispatch passes over its data and how many operations it calls; they were fitted to the times of
-``benchmarks/moe_layer.py`` on CPU, whose result tables show prediction beside measurement.
+are how often each dispatch passes over its data and how many operations it calls: estimates, counted from the code.
+``benchmarks/moe_layer.py`` shows what they predict beside what it measures.
 """
 
 from __future__ import annotations
