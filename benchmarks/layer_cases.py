@@ -87,7 +87,7 @@ def _pass(layer: StockLayer | MoMELayer, hidden_TH: Tensor, gradient_TH: Tensor)
         layer.zero_grad(set_to_none=True)
         hidden_TH.grad = None
         output_TH, auxiliary = layer(hidden_TH)
-        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, None])
+        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, torch.ones_like(auxiliary)])
 
     return run
 

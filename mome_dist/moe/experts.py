@@ -129,7 +129,8 @@ class _DenseExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, ...]:
+        (grad_TH,) = output_gradients
         hidden_TH, narrow_TN, active_TN, gates_TN, inputs_TM, down_NH, up_HM = ctx.saved_tensors
         routed, experts, units = ctx.experts[0], sum(ctx.experts), down_NH.shape[0]
         grad_inputs_TM = grad_TH @ up_HM

@@ -129,9 +129,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
         results_RH, routes_KT, gates_KT, dropped_KT = ctx.saved_tensors
-        grad_TH, grad_results_RH, grad_gates_KT = grad_TH.float(), torch.zeros_like(results_RH), []
+        grad_TH, grad_results_RH, grad_gates_KT = gradients[0].float(), torch.zeros_like(results_RH), []
         for routes_T, gates_T in zip(routes_KT, gates_KT, strict=True):
             grad_gates_KT.append((results_RH.index_select(0, routes_T).float() * grad_TH).sum(dim=1))
             grad_results_RH.index_add_(0, routes_T, (grad_TH * gates_T[:, None]).to(results_RH.dtype))
