@@ -84,7 +84,7 @@ def _missing_from_the_checkpoint() -> None:
     def partial(*args: Any) -> Any:
         return {name: value for name, value in collect(*args).items() if name != "model/mome.3.shared.up_bias"}
 
-    save._collect = partial
+    save._collect = partial  # type: ignore[assignment]
 
 
 def _train(overrides: list[str], cache: Path, plant: Callable[[], None]) -> None:

@@ -66,12 +66,17 @@ def test_in_bf16_the_parameters_and_gates_keep_fp32_gradients_that_are_close() -
     assert all(gradient.dtype is torch.float32 for gradient in gradients[torch.bfloat16][1:])
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
 def test_stacked_weights_are_the_modules_own() -> None:
     torch.manual_seed(0)
     modules = [Bottleneck(HIDDEN, BOTTLENECK) for _ in range(EXPERTS)]
     hidden, gates = _random(TOKENS, HIDDEN, seed=1), _random(TOKENS, EXPERTS, seed=2)
     dense_experts(hidden, stack_weights(modules), gates).sum().backward()
-    grads = [[parameter.grad.clone() for parameter in module.parameters()] for module in modules]
+    grads = [[_gradient(parameter) for parameter in module.parameters()] for module in modules]
     for module in modules:
         module.zero_grad()
     sum(gates[:, e, None] * module(hidden) for e, module in enumerate(modules)).sum().backward()

@@ -184,8 +184,8 @@ def measure(load: LayerLoad, group: dist.ProcessGroup, dtype: torch.dtype, devic
         device=device,
     )
     dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-    *rates, latency, call = slowest.tolist()
-    return Rates(*rates, -latency, -call)
+    dense, batched, router, copy, link, latency, call = slowest.tolist()
+    return Rates(dense, batched, router, copy, link, -latency, -call)
 
 
 @torch.no_grad()
