@@ -64,18 +64,18 @@ WRONG = [
         r"parallel.pp=4 does not divide the LLM.s 30 layers: choose from .* or say with parallel.stage_layers",
     ),
     (
-        ["parallel.pp=2", "parallel.stage_layers=[10,10]"],
+        ["parallel.pp=2", "parallel.ep=1", "parallel.stage_layers=[10,10]"],
         2,
         r"parallel.stage_layers=\[10, 10\] adds up to 20, but the LLM has",
     ),
     (
-        ["parallel.pp=2", "parallel.stage_layers=[30]"],
+        ["parallel.pp=2", "parallel.ep=1", "parallel.stage_layers=[30]"],
         2,
         r"parallel.stage_layers=\[30\] names 1 stages, but there are 2",
     ),
     (["parallel.virtual=2"], 2, r"parallel.virtual=2 interleaves pipeline stages, but parallel.pp=1"),
     (
-        ["parallel.pp=3", "parallel.virtual=2"],
+        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2"],
         3,
         r"needs a multiple of parallel.pp=3 microbatches a step, but there are 2",
     ),
