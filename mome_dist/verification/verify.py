@@ -34,11 +34,6 @@ class Verdict:
         return self.comparison.mismatches[0] if self.comparison and self.comparison.mismatches else None
 
 
-def tolerance_of(case: Case) -> float:
-    """The bound on relative errors for the precision of a case."""
-    return TOLERANCE if case.precision == "fp32" else BF16_TOLERANCE
-
-
 class Verifier:
     """Runs cases in forked processes; the reference of each kind of run is computed once.
 
@@ -65,4 +60,9 @@ class Verifier:
                 whole = merged(run_forked(run_case, case.layout.world_size, *arguments))
             except (RuntimeError, ValueError) as error:
                 return Verdict(case, optimizer, None, str(error))
-        return Verdict(case, optimizer, compare(whole, self._references[key], tolerance_of(case)))
+        return Verdict(case, optimizer, self._compare(whole, self._references[key], case))
+
+    def _compare(self, whole: Outcome, reference: Outcome, case: Case) -> Comparison:
+        if case.precision == "fp32":
+            return compare(whole, reference, TOLERANCE)
+        return compare(whole, reference, BF16_TOLERANCE, together=True)
