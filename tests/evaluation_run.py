@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist.build import build_reference
-from mome_dist.checkpoint.format import CONFIG, FORMAT, INDEX, LATEST, Part, describe_part, fingerprint, merge_parts
+from mome_dist.checkpoint.format import CONFIG, Part, describe_part, fingerprint, index_of, merge_parts
+from mome_dist.checkpoint.save import file_facts, publish_checkpoint
 from mome_dist.config import save_config
 from mome_dist.config.schema import (
     AudioEncoderConfig,
@@ -24,7 +24,6 @@ from mome_dist.config.schema import (
     VideoEncoderConfig,
 )
 from mome_dist.data.corpus import Corpus
-from mome_dist.files import sha256_of
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape
@@ -46,23 +45,18 @@ def make_run(root: Path, corpus: Path) -> Path:
             scale = 0.3 if ".up_" in name or "router" in name else 0.1
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     run = root / "runs" / config.name
-    checkpoint = run / "checkpoints" / f"step-{STEP:06d}"
-    checkpoint.mkdir(parents=True)
+    aside = run / "checkpoints/aside"
+    aside.mkdir(parents=True)
     save_config(config, run / "config.yaml")
-    save_config(config, checkpoint / CONFIG)
+    save_config(config, aside / CONFIG)
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
-    part = checkpoint / "part-00000.safetensors"
+    part = aside / "part-00000.safetensors"
     save_file(tensors, part)
     described = {name: describe_part(value, Part(part.name, None, None)) for name, value in tensors.items()}
-    index = {
-        "format": FORMAT,
-        "step": STEP,
-        "frozen": {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")},
-        "files": {part.name: {"bytes": part.stat().st_size, "sha256": sha256_of(part)}},
-        "tensors": merge_parts([described]),
-    }
-    (checkpoint / INDEX).write_text(json.dumps(index))
-    (checkpoint.parent / LATEST).write_text(checkpoint.name)
+    frozen = {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")}
+    files = {path.name: file_facts(path) for path in (part, aside / CONFIG)}
+    index = index_of({"step": STEP, "frozen": frozen}, files, merge_parts([described]))
+    publish_checkpoint(aside, aside.with_name(f"step-{STEP:06d}"), index)
     return run
 
 

@@ -1,21 +1,22 @@
 """The checkpoint format: what is in the directory, and reading it.
 
     step-000100/
-      index.json              step, layout that wrote it, identity of the frozen parts, and where every tensor is
+      index.json              step, data position, identity of the frozen parts, where every tensor is, all hashes
+      index.sha256            the hash of index.json itself, as sha256sum prints it
       part-00000.safetensors  tensors of one writing rank
       config.yaml             the resolved configuration of the run
 
 Tensors have the names of the one-process model (``model/mome.3.routed.down_weight``); optimiser moments the same names
-under ``optimizer/``. A tensor may be spread over parts along its first dimension (experts of different ranks), so a
-reader takes the slice it needs, whatever layout wrote it. Nothing in a checkpoint is pickled, and the frozen LLM is
-named by hash, never stored.
+under ``optimizer/exp_avg/`` and so on; ``rng/RANK/`` holds the random-number generators of the writing ranks. A tensor
+may be spread over parts along its first dimension (experts of different ranks), so a reader takes the slice it needs,
+whatever layout wrote it. Nothing in a checkpoint is pickled, and the frozen LLM is named by hash, never stored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +26,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mome_dist.checkpoint.hashes import content_hash, digest, joined, row_digests
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
 
-FORMAT = "mome_dist.checkpoint/1"
+FORMAT = "mome_dist.checkpoint/2"
 INDEX = "index.json"
+SEAL = "index.sha256"
 CONFIG = "config.yaml"
 LATEST = "latest"
 
@@ -62,31 +65,9 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     return path
 
 
-def newest_whole_checkpoint(run: str | Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run whose every file has the hash that its index names; None if there is none at all.
-
-    Args:
-        report: told of each damaged checkpoint that is passed over.
-
-    Raises:
-        UserError: if there are checkpoints and all are damaged.
-    """
-    damaged = []
-    for path in sorted((Path(run) / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            with CheckpointReader(path) as reader:
-                reader.verify()
-        except UserError as error:
-            damaged.append(path.name)
-            report(f"{path.name} is damaged and passed over: {error}")
-        else:
-            return path
-    if damaged:
-        raise UserError(
-            f"{run}/checkpoints: {', '.join(damaged)} are all damaged. Restore one from a copy, or start anew with "
-            "training.resume=false."
-        )
-    return None
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """Every published checkpoint of a run, newest first, whole or not."""
+    return sorted((Path(run) / "checkpoints").glob("step-*"), reverse=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -118,9 +99,13 @@ class CheckpointReader:
         self._stack, self._open = ExitStack(), {}  # type: ExitStack, dict[str, Any]
         path = self.directory / INDEX
         try:
-            self.index: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            content = path.read_bytes()
+            sealed = (self.directory / SEAL).read_bytes()
+        except OSError as error:
             raise UserError(f"{path} cannot be read ({error}); the checkpoint is damaged, use an older one.") from error
+        if sealed != seal_of(content):
+            raise UserError(f"{path} does not have the hash in {SEAL}; the checkpoint is damaged, use an older one.")
+        self.index: dict[str, Any] = json.loads(content)
         if self.index.get("format") != FORMAT:
             raise UserError(f"{path} has format {self.index.get('format')!r}; this version reads {FORMAT!r}.")
 
@@ -132,14 +117,27 @@ class CheckpointReader:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Steps of the schedule done, skipped ones included: where to go on."""
         return int(self.index["step"])
 
-    def verify(self) -> None:
-        """Hash every file and compare with the index."""
-        for name, facts in self.index["files"].items():
+    @property
+    def content(self) -> str:
+        """The hash of the model and the optimiser, whatever layout wrote them."""
+        return str(self.index["content"])
+
+    def verify(self, files: Collection[str] | None = None) -> None:
+        """Hash the files, or some of them, and compare with the index.
+
+        Raises:
+            UserError: naming the first one that is missing, damaged, or not of the checkpoint.
+        """
+        expected = self.index["files"]
+        strays = {path.name for path in self.directory.iterdir()} - {*expected, INDEX, SEAL}
+        if strays:
+            raise UserError(f"{self.directory} holds {min(strays)}, which is not of the checkpoint; remove it.")
+        for name in expected if files is None else files:
             path = self.directory / name
-            if not path.is_file() or sha256_of(path) != facts["sha256"]:
+            if not path.is_file() or sha256_of(path) != expected[name]["sha256"]:
                 raise UserError(f"{path} is missing or damaged; use an older checkpoint.")
 
     def names(self, prefix: str = "") -> list[str]:
@@ -176,19 +174,56 @@ class CheckpointReader:
         return self._open[part.file]
 
 
-def merge_parts(described: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Join what the writing ranks say they wrote into the ``tensors`` of an index."""
-    tensors: dict[str, Any] = {}
+def describe_part(tensor: Tensor, part: Part) -> dict[str, Any]:
+    """What a writing rank says about one piece of a tensor."""
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "digests": [digest(tensor)] if part.start is None else row_digests(tensor),
+        "part": asdict(part),
+    }
+
+
+def merge_parts(described: Iterable[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Join what the writing ranks say they wrote, by tensor name, into the ``tensors`` of an index."""
+    pieces: dict[str, list[dict[str, Any]]] = {}
     for description in described:
-        for name, (shape, dtype, part) in description.items():
-            entry = tensors.setdefault(name, {"shape": [0, *shape[1:]] if part["start"] is not None else shape})
-            entry["dtype"] = dtype
-            entry.setdefault("parts", []).append(part)
-            if part["start"] is not None:
-                entry["shape"][0] += part["rows"]
-    return dict(sorted(tensors.items()))
+        for name, piece in description.items():
+            pieces.setdefault(name, []).append(piece)
+    return {name: _merged(name, pieces[name]) for name in sorted(pieces)}
 
 
-def describe_part(tensor: Tensor, part: Part) -> tuple[list[int], str, dict[str, Any]]:
-    """What a writing rank says about one piece."""
-    return list(tensor.shape), str(tensor.dtype).removeprefix("torch."), asdict(part)
+def _merged(name: str, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = pieces[0]
+    parts = [piece["part"] for piece in pieces]
+    if first["part"]["start"] is None:
+        assert len(pieces) == 1, f"{name} was written by {len(pieces)} ranks"
+        return {"shape": first["shape"], "dtype": first["dtype"], "sha256": first["digests"][0], "parts": parts}
+    pieces = sorted(pieces, key=lambda piece: piece["part"]["start"])
+    rows = 0
+    for piece in pieces:
+        assert piece["part"]["start"] == rows, f"rows of {name} are missing or written twice"
+        rows += piece["part"]["rows"]
+    return {
+        "shape": [rows, *first["shape"][1:]],
+        "dtype": first["dtype"],
+        "sha256": joined(row for piece in pieces for row in piece["digests"]),
+        "parts": [piece["part"] for piece in pieces],
+    }
+
+
+def index_of(facts: dict[str, Any], files: dict[str, Any], tensors: dict[str, Any]) -> bytes:
+    """The content of ``index.json``.
+
+    Args:
+        facts: all else that it holds (step, data position, versions, ...).
+        files: size and SHA-256 of each file by name.
+        tensors: from `merge_parts`.
+    """
+    index = {"format": FORMAT, **facts, "content": content_hash(tensors), "files": files, "tensors": tensors}
+    return (json.dumps(index, indent=1) + "\n").encode()
+
+
+def seal_of(index: bytes) -> bytes:
+    """The content of ``index.sha256`` for an index."""
+    return f"{hashlib.sha256(index).hexdigest()}  {INDEX}\n".encode()

@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
-from mome_dist.checkpoint.format import CheckpointReader, newest_whole_checkpoint
+from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
+from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.errors import UserError
+from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.training.engine import Engine
 
+ANEW = "or start anew with training.resume=false"
 
-def check_frozen(directory: Path, frozen: Mapping[str, str]) -> None:
-    """Refuse a checkpoint that was trained on other frozen models.
+
+def checkpoint_to_resume(run: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run whose every file has the hash that its index names, the same on all ranks.
+
+    The ranks share the hashing.
+
+    Args:
+        report: told, on all ranks, of each damaged checkpoint that is passed over.
 
     Raises:
-        UserError: naming the model that differs.
+        UserError: on all ranks, if there are checkpoints and all are damaged.
+    """
+    named: list[list[str]] = [[path.name for path in checkpoints_of(run)]]
+    dist.broadcast_object_list(named, src=0)
+    for name in named[0]:
+        path = run / "checkpoints" / name
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, _damage(path))
+        found = next((problem for problem in problems if problem is not None), None)
+        if found is None:
+            return path
+        report(f"{name} is damaged and passed over: {found}")
+    if named[0]:
+        raise UserError(f"{run}/checkpoints: {', '.join(named[0])} are all damaged. Restore one from a copy, {ANEW}.")
+    return None
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        with CheckpointReader(directory) as reader:
+            reader.verify(sorted(reader.index["files"])[dist.get_rank() :: dist.get_world_size()])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[str, Any], optimizer: str) -> None:
+    """Refuse a checkpoint that this run would not continue, but turn into something else.
+
+    Args:
+        frozen: fingerprints of the frozen models, by name.
+        order: what the order of utterances is a function of, by configuration key.
+        optimizer: its name.
+
+    Raises:
+        UserError: naming what differs.
     """
     with CheckpointReader(directory) as reader:
         for name, fingerprint in reader.index["frozen"].items():
             if frozen.get(name, fingerprint) != fingerprint:
                 raise UserError(f"{directory} was trained with another {name}: set {name}.path to the one it was.")
-
-
-def checkpoint_to_resume(run: Path, console: Console) -> Path | None:
-    """The checkpoint that a run continues from, the same on all ranks; rank 0 looks, and hashes what it finds.
-
-    Raises:
-        UserError: on all ranks, if every checkpoint is damaged.
-    """
-    found: list[str | None] = [None, None]  # the path, or what is wrong
-    if dist.get_rank() == 0:
-        try:
-            newest = newest_whole_checkpoint(run, lambda line: console.print(f"[bold red]{line}[/]", highlight=False))
-            found[0] = None if newest is None else str(newest)
-        except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    path, problem = found
-    if problem is not None:
-        raise UserError(problem)
-    return None if path is None else Path(path)
+        for key, value in reader.index["data"]["order"].items():
+            if order.get(key) != value:
+                raise UserError(
+                    f"{directory} was trained with {key}={value}, now it is {order.get(key)}: utterances would be lost "
+                    f"or repeated. Set it back, {ANEW}."
+                )
+        if reader.index["optimizer"] != optimizer:
+            raise UserError(
+                f"{directory} was trained with optimizer.name={reader.index['optimizer']}, now it is {optimizer}: set "
+                f"it back, {ANEW}."
+            )
 
 
 @torch.no_grad()
@@ -57,7 +94,7 @@ def restore_weights(directory: Path, model: DistributedMoME) -> int:
             if value.shape != parameter.shape:
                 raise UserError(
                     f"{directory}: {name.name} has shape {list(value.shape)}, configured is {list(parameter.shape)}: "
-                    "resume with the configuration that wrote it, or set training.resume=false."
+                    f"resume with the configuration that wrote it, {ANEW}."
                 )
             parameter.copy_(value)
         return reader.step
@@ -69,19 +106,28 @@ def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
     if model.momes and saved != bool(biases):
         raise UserError(
             f"{reader.directory} was trained {'with' if saved else 'without'} a router bias: set mome.bias_rate "
-            f"{'above 0' if saved else 'to 0'}, or training.resume=false to start anew."
+            f"{'above 0' if saved else 'to 0'}, {ANEW}."
         )
     for name, bias in biases.items():
         bias.copy_(reader.read(f"model/{name}"))
 
 
 def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:
-    """Fill the optimiser's moments; call it after the engine is made."""
+    """Fill the optimiser's moments, one tensor after the other; call it after the engine is made."""
     with CheckpointReader(directory) as reader:
-        if not reader.names("optimizer/") and engine.moment_names:
-            raise UserError(f"{directory} was written by another optimiser: set training.resume=false to start anew.")
-        moments = {
-            key: [reader.read(f"optimizer/{key}/{name.name}", name.index) for name, _ in model.named_trainables()]
-            for key in engine.moment_names
-        }
-        engine.set_moments([parameter for _, parameter in model.named_trainables()], moments, reader.step)
+        engine.resume(reader.index["optimizer_steps"])
+        for moment in engine.moment_names:
+            for name, parameter in model.named_trainables():
+                engine.moments.fill(parameter, moment, reader.read(f"optimizer/{moment}/{name.name}", name.index))
+
+
+def restore_random_state(directory: Path, layout: Layout) -> None:
+    """Put back this rank's random-number generators, if the same layout wrote the checkpoint.
+
+    Another layout goes on with its own: what training draws is a function of the seed and the step.
+    """
+    with CheckpointReader(directory) as reader:
+        written_by = Layout(**reader.index["written_by"]["layout"])
+        if asdict(written_by) == asdict(layout):
+            prefix = f"rng/{dist.get_rank()}/"
+            set_random_state({name.removeprefix(prefix): reader.read(name) for name in reader.names(prefix)})

@@ -1,132 +1,230 @@
-"""Writing a checkpoint: each rank its own part, then one rename makes it visible.
+"""Writing checkpoints: a snapshot on every rank, each rank its own part, then one rename makes it visible.
 
 Parts are written into a hidden directory beside the final one; after all ranks are done, rank 0 writes the index,
-flushes everything to disk, renames the directory and moves ``latest``. A crash at any moment leaves the previous
-checkpoint.
+flushes everything to disk, renames the directory and moves ``latest``. A crash or a full disk at any moment leaves the
+previous checkpoint. With ``training.async_save`` only the snapshot happens between two steps; a thread does the rest
+while training goes on, and the ranks' threads agree over a process group of their own.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mome_dist.checkpoint.format import CONFIG, FORMAT, INDEX, LATEST, Part, describe_part, merge_parts
+from mome_dist.checkpoint.format import CONFIG, INDEX, LATEST, SEAL, Part, describe_part, index_of, merge_parts, seal_of
+from mome_dist.checkpoint.random_state import random_state
 from mome_dist.config import RunConfig, save_config
+from mome_dist.errors import UserError
 from mome_dist.files import fsync, sha256_of, write_text
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, rank_writes
 from mome_dist.training.engine import Engine
 
+PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
+T = TypeVar("T")
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: DistributedMoME,
-    engine: Engine,
-    config: RunConfig,
-    layout: Layout,
-    frozen: dict[str, str],
-) -> Path:
-    """Write ``run/checkpoints/step-NNNNNN``; every rank calls it.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's share of the state after a step, in memory of its own on the CPU.
+
+    Attributes:
+        tensors: by global name; experts are stacked, with the number of the first one (None for a whole tensor).
+        facts: of the index that the state decides.
+    """
+
+    tensors: dict[str, tuple[Tensor, int | None]]
+    facts: dict[str, Any]
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run. All methods are collective.
 
     Args:
-        step: optimiser steps done.
+        config: of the run; says where checkpoints go, how many are kept, and whether they are written beside training.
+        layout: of the run.
         frozen: fingerprints of the frozen parts, by name.
+        order: what the order of utterances is a function of, by configuration key.
 
-    Returns:
-        The published directory.
+    Raises:
+        UserError: from each method, on all ranks, if a rank could not write (such as a full disk). What was published
+            before stays as it is.
     """
-    folder = run / "checkpoints"
-    final, aside = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    _write_part(aside, rank, _collect(model, engine))
-    dist.barrier()
-    if rank == 0:
-        descriptions = [json.loads(path.read_text()) for path in sorted(aside.glob("part-*.json"))]
-        for path in aside.glob("part-*.json"):
-            path.unlink()
-        save_config(config, aside / CONFIG)
-        index = {
-            "format": FORMAT,
+
+    def __init__(self, config: RunConfig, layout: Layout, frozen: dict[str, str], order: dict[str, Any]) -> None:
+        self._config, self._layout, self._frozen, self._order = config, layout, frozen, order
+        self._folder = Path(config.output_dir) / "checkpoints"
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_seconds))
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def save(self, step: int, model: DistributedMoME, engine: Engine) -> None:
+        """Take a snapshot after ``step`` steps and write it, or start to."""
+        self.finish()
+        snapshot = self._snapshot(step, model, engine)
+        # A daemon: a run that stops for another reason must not wait for a disk.
+        self._thread = threading.Thread(target=self._write_noting_problems, args=(step, snapshot), daemon=True)
+        self._thread.start()
+        if not self._config.training.async_save:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was saved last is published."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def _snapshot(self, step: int, model: DistributedMoME, engine: Engine) -> Snapshot:
+        facts = {
             "step": step,
-            "utterances_seen": step * config.data.batch_size,
-            "written_by": {"layout": asdict(layout), "zero": engine.zero_stage},
-            "versions": {name: version(name) for name in ("mome_dist", "torch", "megatron-core", "deepspeed")},
-            "frozen": frozen,
-            "files": {name: facts for part in descriptions for name, facts in part["files"].items()},
-            "tensors": merge_parts(part["tensors"] for part in descriptions),
+            "optimizer": self._config.optimizer.name,
+            "optimizer_steps": engine.steps,
+            "data": {"order": self._order, "utterances_seen": step * self._config.data.batch_size},
+            "written_by": {"layout": asdict(self._layout), "zero": engine.zero_stage},
+            "versions": {name: version(name) for name in PACKAGES},
+            "frozen": self._frozen,
         }
-        (aside / INDEX).write_text(json.dumps(index, indent=1))
-        _publish(aside, final)
-        _prune(folder, config.training.keep_checkpoints)
-    dist.barrier()
-    return final
+        return Snapshot(collect(model, engine), facts)
+
+    def _write_noting_problems(self, step: int, snapshot: Snapshot) -> None:
+        try:
+            self._write(step, snapshot)
+        except BaseException as error:
+            self._problem = error  # raised by `finish`
+
+    def _write(self, step: int, snapshot: Snapshot) -> None:
+        final = self._folder / f"step-{step:06d}"
+        aside = self._folder / f".{final.name}.tmp"
+        rank = dist.get_rank()
+
+        def prepare() -> None:
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+
+        def publish() -> None:
+            if rank == 0:
+                files = {name: facts for part in written for name, facts in part["files"].items()}
+                save_config(self._config, aside / CONFIG)
+                files[CONFIG] = file_facts(aside / CONFIG)
+                tensors = merge_parts(part["tensors"] for part in written)
+                publish_checkpoint(aside, final, index_of(snapshot.facts, files, tensors))
+                _prune(self._folder, self._config.training.keep_checkpoints)
+
+        try:
+            self._together(prepare)
+            written = self._together(lambda: _write_part(aside, rank, snapshot.tensors))
+            self._together(publish)
+        except _CannotWriteError as error:
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"the checkpoint of step {step} could not be written: {error}. Those before it are whole: make room "
+                f"in {self._folder}, then start again to continue."
+            ) from error
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank and return all results; if it fails on one, all ranks raise."""
+        outcome: tuple[T | None, str | None]
+        try:
+            outcome = work(), None
+        except (OSError, SafetensorError) as error:
+            outcome = None, f"rank {dist.get_rank()}: {error}"
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome, group=self._group)
+        problems = [problem for _, problem in outcomes if problem is not None]
+        if problems:
+            raise _CannotWriteError("; ".join(problems))
+        return [result for result, _ in outcomes]
 
 
-def _collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, int | None]]:
-    """This rank's share: tensors by global name, experts stacked, with the number of the first one.
+class _CannotWriteError(Exception):
+    """A rank could not write; the message says which and why."""
 
-    Reading the optimiser's moments is collective, so every rank reads all of its own in the same order and then keeps
-    what it is the one to write.
-    """
+
+def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, int | None]]:
+    """Copies of this rank's share of the state, as in `Snapshot.tensors` (collective)."""
     single: dict[str, Tensor] = {}
     stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for key, bias in model.router_biases().items():
         if rank_writes(bias):
-            single[f"model/{key}"] = bias
-    for name, parameter in model.named_trainables():
-        values = {f"model/{name.name}": parameter.detach()}
-        values |= {f"optimizer/{key}/{name.name}": engine.moment(parameter, key) for key in engine.moment_names}
-        if not rank_writes(parameter):
-            continue
-        for key, value in values.items():
-            if name.index is None:
-                single[key] = value
-            else:
-                stacked[key][name.index] = value
+            single[f"model/{key}"] = _copied(bias)
+    names = {parameter: name for name, parameter in model.named_trainables() if rank_writes(parameter)}
+
+    def put(prefix: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        name = names.get(parameter)
+        if name is None:
+            return
+        if name.index is None:
+            single[f"{prefix}/{name.name}"] = _copied(value)
+        else:
+            stacked[f"{prefix}/{name.name}"][name.index] = _copied(value)
+
+    for parameter in engine.parameters():
+        put("model", parameter, parameter)
+    for moment in engine.moment_names:
+        for parameter, value in engine.moments.whole(moment):
+            put(f"optimizer/{moment}", parameter, value)
+    for name, state in random_state().items():
+        single[f"rng/{dist.get_rank()}/{name}"] = state
     collected: dict[str, tuple[Tensor, int | None]] = {key: (value, None) for key, value in single.items()}
     for key, rows in stacked.items():
         first = min(rows)
         collected[key] = (torch.stack([rows[number] for number in range(first, first + len(rows))]), first)
-    return {key: (value.contiguous().cpu(), first) for key, (value, first) in collected.items()}
+    return collected
 
 
-def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | None]]) -> None:
-    if not tensors:
-        return
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | None]]) -> dict[str, Any]:
+    """Write a rank's part; return its file's size and hash, and the description of its tensors."""
     path = folder / f"part-{rank:05d}.safetensors"
     save_file({name: tensor for name, (tensor, _) in tensors.items()}, path)
     fsync(path)
-    description: dict[str, Any] = {
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
+    return {
+        "files": {path.name: file_facts(path)},
         "tensors": {
             name: describe_part(tensor, Part(path.name, first, None if first is None else len(tensor)))
             for name, (tensor, first) in tensors.items()
         },
     }
-    path.with_suffix(".json").write_text(json.dumps(description))
 
 
-def _publish(aside: Path, final: Path) -> None:
-    for path in (aside / INDEX, aside / CONFIG, aside):
+def file_facts(path: Path) -> dict[str, Any]:
+    """What an index says about a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def publish_checkpoint(aside: Path, final: Path, index: bytes) -> None:
+    """Complete a directory of parts with its index and make it visible under its final name, all of it on disk."""
+    (aside / INDEX).write_bytes(index)
+    (aside / SEAL).write_bytes(seal_of(index))
+    for path in (aside / INDEX, aside / SEAL, aside / CONFIG, aside):
         fsync(path)
+    replaced = final.with_name(f".{final.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # a step that is trained again after a resume from an older checkpoint
-        shutil.rmtree(final)
+        final.replace(replaced)
     aside.replace(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     write_text(final.parent / LATEST, final.name)
     fsync(final.parent)
 

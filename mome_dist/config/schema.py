@@ -134,6 +134,7 @@ class OptimizerConfig:
 class TrainingConfig:
     steps: int = 100
     save_every: int = 0
+    async_save: bool = False
     keep_checkpoints: int = 2
     validate_every: int = 0
     resume: bool = True

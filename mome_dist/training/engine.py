@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.mpu import MegatronMPU
+from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -53,6 +54,11 @@ class Engine:
         config: optimiser settings.
         deepspeed_file: a plain DeepSpeed JSON config; batch sizes and clipping are filled in here.
         sequence_parallel: whether MoME modules see another part of each sequence on every tensor-parallel rank.
+
+    Attributes:
+        moments: the optimiser's running averages, whatever ZeRO makes of them.
+        steps: that the optimiser has done; steps of the schedule that were skipped do not count.
+        gradient_norm: of the latest step, before clipping.
     """
 
     def __init__(
@@ -84,7 +90,10 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=modules, optimizer=optimizer, config=settings, mpu=MegatronMPU()
         )
+        optimizer = self.deepspeed.optimizer
+        self.moments: Moments = PartitionedMoments(optimizer) if self.zero_stage else ReplicatedMoments(optimizer)
         self.gradient_norm = 0.0
+        self.steps = 0
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters of each optimiser group, as the model knows them."""
@@ -140,6 +149,7 @@ class Engine:
         if not self.zero_stage:
             self.gradient_norm = self._clip()
         self.deepspeed.step()
+        self.steps += 1
         if self.zero_stage:
             self.gradient_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
 
@@ -155,13 +165,6 @@ class Engine:
         """Names of the optimiser's running averages; SGD without momentum has none."""
         return ("exp_avg", "exp_avg_sq") if self._config.name == "adamw" else ()
 
-    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """A parameter's running average, whole, on every rank that holds the parameter (a collective under ZeRO)."""
-        if self.zero_stage:
-            self._link_fragments()
-            return safe_get_full_optimizer_state(parameter, name)
-        return self.deepspeed.optimizer.state[parameter][name].detach()
-
     def reached_by_gradient(self) -> set[int]:
         """Ids of this rank's parameters whose running average of gradients is not all zero (collective).
 
@@ -170,9 +173,8 @@ class Engine:
         parameters = list(self.parameters())
         if not self.moment_names:
             return {id(parameter) for parameter in parameters}
-        if self.zero_stage:
-            self._link_fragments()
-        reached = torch.stack([self._local_average(parameter).any() for parameter in parameters]).int()
+        average = self.moment_names[0]
+        reached = torch.stack([self.moments.part(parameter, average).any() for parameter in parameters]).int()
         experts = torch.tensor([is_moe_param(parameter) for parameter in parameters], device=reached.device)
         # Under ZeRO each rank holds a part of every average.
         shared_group, expert_group = (
@@ -185,39 +187,10 @@ class Engine:
             reached[chosen] = part
         return {id(parameter) for parameter, flag in zip(parameters, reached.tolist(), strict=True) if flag}
 
-    def _local_average(self, parameter: nn.Parameter) -> Tensor:
-        """The part of a parameter's first running average that is on this rank; maybe empty."""
-        if not self.zero_stage:
-            return self.deepspeed.optimizer.state[parameter][self.moment_names[0]]
-        fragment = getattr(parameter, "_hp_mapping", None)
-        return parameter.new_empty(0) if fragment is None else fragment.get_optim_state_fragment(self.moment_names[0])
-
-    def set_moments(
-        self, parameters: Sequence[nn.Parameter], moments: Mapping[str, Sequence[Tensor]], step: int
-    ) -> None:
-        """Continue from running averages after ``step`` steps: each name has one whole tensor a parameter."""
-        zero = self.deepspeed.optimizer
-        optimizer = zero.optimizer if self.zero_stage else zero
-        # Optimiser state appears at the first step; make it now, as AdamW would, to have something to fill.
-        for held in zero.single_partition_of_fp32_groups if self.zero_stage else parameters:
-            if self.moment_names:
-                optimizer.state[held] = {name: torch.zeros_like(held) for name in self.moment_names}
-                optimizer.state[held]["step"] = torch.tensor(float(step), device=held.device)
-        if self.zero_stage:
-            self._link_fragments()
-        for name, values in moments.items():
-            for parameter, value in zip(parameters, values, strict=True):
-                if self.zero_stage:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
-                else:
-                    optimizer.state[parameter][name].copy_(value)
-
-    def _link_fragments(self) -> None:
-        # DeepSpeed links parameters to their slices of optimiser state during the first group's first step, when the
-        # other groups have no state yet; linked again here, when all have.
-        zero = self.deepspeed.optimizer
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+    def resume(self, steps: int) -> None:
+        """Continue as after ``steps`` steps, with moments of zero, to be filled (`moments`)."""
+        self.steps = steps
+        self.moments.begin(self.moment_names, steps)
 
     def _clip(self) -> float:
         """Scale local gradients so that the norm over all distinct parameters of the model is at most the limit."""

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
-from mome_dist.checkpoint.save import save_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
 from mome_dist.errors import UserError
@@ -139,13 +138,13 @@ def _run(
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 metrics.step({"step": done, "validation": _validate(config, layout, trainer)})
             if saving:
-                save_checkpoint(
-                    Path(config.output_dir), done, trainer.model, trainer.engine, config, layout, trainer.frozen
-                )
+                trainer.saver.save(done, trainer.model, trainer.engine)
             if found.stop and not last:
+                trainer.saver.finish()
                 raise PreemptedError(
                     f"asked to stop: saved after step {done} of {settings.steps}; start again to continue"
                 )
+    trainer.saver.finish()
     return losses
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,14 @@ from rich.console import Console
 
 from mome_dist.build import build_sequences
 from mome_dist.checkpoint.format import fingerprint
-from mome_dist.checkpoint.restore import check_frozen, checkpoint_to_resume, restore_optimizer, restore_weights
+from mome_dist.checkpoint.restore import (
+    check_continues,
+    checkpoint_to_resume,
+    restore_optimizer,
+    restore_random_state,
+    restore_weights,
+)
+from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig, resolve_deepspeed_file
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
@@ -25,6 +33,7 @@ from mome_dist.parallel.initialize import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.paths import cache_root
+from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
@@ -39,7 +48,7 @@ class Trainer:
         batches: builders for "train" and "validation".
         order: of the training split.
         validation: utterances of the validation split.
-        frozen: identity of each frozen model.
+        saver: of checkpoints.
         start: steps already done.
     """
 
@@ -48,7 +57,7 @@ class Trainer:
     batches: dict[str, BatchBuilder]
     order: BatchOrder
     validation: int
-    frozen: dict[str, str]
+    saver: CheckpointSaver
     start: int
 
 
@@ -82,17 +91,40 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     frozen = _fingerprints(config)
     model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
-    checkpoint = checkpoint_to_resume(Path(config.output_dir), console) if config.training.resume else None
+    order_facts = _order_facts(config, corpus, order)
+    checkpoint = _checkpoint_to_resume(config, console)
     start = 0
     if checkpoint is not None:
-        check_frozen(checkpoint, frozen)
+        check_continues(checkpoint, frozen, order_facts, config.optimizer.name)
         start = restore_weights(checkpoint, model)
     engine = Engine(
         model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel
     )
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
-    return Trainer(model, engine, batches, order, len(corpus.split(splits["validation"])), frozen, start)
+        restore_random_state(checkpoint, layout)
+    saver = CheckpointSaver(config, layout, frozen, order_facts)
+    return Trainer(model, engine, batches, order, len(corpus.split(splits["validation"])), saver, start)
+
+
+def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
+    if not config.training.resume:
+        return None
+    return checkpoint_to_resume(
+        Path(config.output_dir), lambda line: console.print(f"[bold red]{line}[/]", highlight=False)
+    )
+
+
+def _order_facts(config: RunConfig, corpus: Corpus, order: BatchOrder) -> dict[str, Any]:
+    """What the order of utterances is a function of, by configuration key."""
+    return {
+        "data.corpus": manifest_sha256(corpus.directory),
+        "data.train_split": config.data.train_split,
+        "utterances": len(order.lengths),
+        "data.batch_size": order.batch_size,
+        "data.bucket_batches": order.pool,
+        "seed": order.seed,
+    }
 
 
 def _features(

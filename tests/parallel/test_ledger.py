@@ -79,12 +79,12 @@ def _frozen_weight_moves() -> None:
 
 
 def _missing_from_the_checkpoint() -> None:
-    collect = save._collect
+    collect = save.collect
 
     def partial(*args: Any) -> Any:
         return {name: value for name, value in collect(*args).items() if name != "model/mome.3.shared.up_bias"}
 
-    save._collect = partial  # type: ignore[assignment]
+    save.collect = partial  # type: ignore[assignment]
 
 
 def _train(overrides: list[str], cache: Path, plant: Callable[[], None]) -> None:

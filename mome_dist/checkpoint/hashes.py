@@ -1,0 +1,52 @@
+"""Hashes of tensors that do not depend on how a checkpoint is cut into files.
+
+A tensor that may be spread over parts along its first dimension (experts) is hashed row by row, so that any rank can
+hash what it has and the whole follows from the digests of the rows. The content hash of a checkpoint covers what the
+model and the optimiser are: two checkpoints with the same one continue alike, whatever layout wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONTENT = ("model/", "optimizer/")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor on the CPU as bytes, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's elements, in hexadecimal."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def row_digests(tensor: Tensor) -> list[str]:
+    """The `digest` of each row along the first dimension."""
+    return [digest(row) for row in tensor]
+
+
+def joined(digests: Iterable[str]) -> str:
+    """The hash of a tensor from the digests of all its rows, in order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def tensor_hash(tensor: Tensor, by_row: bool) -> str:
+    """The hash of a whole tensor as an index has it."""
+    return joined(row_digests(tensor)) if by_row else digest(tensor)
+
+
+def content_hash(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hash over the model's and the optimiser's tensors in the ``tensors`` of an index."""
+    lines = [
+        f"{name} {facts['dtype']} {facts['shape']} {facts['sha256']}\n"
+        for name, facts in sorted(tensors.items())
+        if name.startswith(CONTENT)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
