@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
+from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, seal_of
 from mome_dist.checkpoint.hashes import content_hash, tensor_hash
 from mome_dist.config import load_config, validate
 from mome_dist.errors import UserError
 from mome_dist.training import loop, setup
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world
+from tools import inspect_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,23 @@ def test_missing_and_foreign_files_are_named(run: Path, tmp_path: Path) -> None:
         CheckpointReader(copy)
 
 
+def test_inspection_shows_and_checks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(run), copy)
+    assert inspect_checkpoint.main([str(copy), "--tensors", "model/mome.1.router*"]) == 0
+    shown = capsys.readouterr().out
+    with CheckpointReader(copy) as reader:
+        assert f"{len(reader.names())} tensors have their hashes" in shown and "model/mome.1.router_weight" in shown
+        assert reader.content in shown.replace("\n", "").replace(" ", "").replace("│", "")
+        index = {**reader.index, "content": "0" * 64}
+    # A index that was edited by hand, seal and all: the tensors give it away.
+    edited = json.dumps(index).encode()
+    (copy / "index.json").write_bytes(edited)
+    (copy / "index.sha256").write_bytes(seal_of(edited))
+    assert inspect_checkpoint.main([str(copy)]) == 2
+    assert "the content hash is not that of the tensors" in capsys.readouterr().err
+
+
 def test_writing_beside_training_saves_the_same(lab: Lab, run: Path, tmp_path: Path) -> None:
     overrides = ["training.steps=4", "training.save_every=2", "training.async_save=true"]
     lab.train(2, tmp_path, *overrides, ep=2)
@@ -160,7 +178,8 @@ def _draw_after_resuming(overrides: list[str], cache: Path) -> list[float]:
             drawn.extend([random.random(), float(np.random.rand()), float(torch.rand(()))])
         return trainer
 
-    loop.prepare = drawing
+    module: Any = loop
+    module.prepare = drawing
     saver: Any = setup.CheckpointSaver
     save = saver.save
 
