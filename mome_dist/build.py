@@ -43,7 +43,7 @@ def build_projectors(config: RunConfig, widths: Mapping[str, int]) -> Projectors
         config.projector.compression,
     )
     projectors.initialize(config.seed, embedding_scale(config.llm.path))
-    return projectors
+    return projectors.requires_grad_(config.projector.trainable)
 
 
 def mome_arguments(config: RunConfig) -> dict[str, Any]:

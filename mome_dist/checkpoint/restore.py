@@ -56,6 +56,18 @@ def _damage(directory: Path) -> str | None:
     return None
 
 
+def check_frozen(directory: Path, frozen: Mapping[str, str]) -> None:
+    """Refuse a checkpoint that was trained on other frozen models than those of the given fingerprints, by name.
+
+    Raises:
+        UserError: naming the model that differs.
+    """
+    with CheckpointReader(directory) as reader:
+        for name, fingerprint in reader.index["frozen"].items():
+            if frozen.get(name, fingerprint) != fingerprint:
+                raise UserError(f"{directory} was trained with another {name}: set {name}.path to the one it was.")
+
+
 def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[str, Any], optimizer: str) -> None:
     """Refuse a checkpoint that this run would not continue, but turn into something else.
 
@@ -67,10 +79,8 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
     Raises:
         UserError: naming what differs.
     """
+    check_frozen(directory, frozen)
     with CheckpointReader(directory) as reader:
-        for name, fingerprint in reader.index["frozen"].items():
-            if frozen.get(name, fingerprint) != fingerprint:
-                raise UserError(f"{directory} was trained with another {name}: set {name}.path to the one it was.")
         for key, value in reader.index["data"]["order"].items():
             if order.get(key) != value:
                 raise UserError(
@@ -86,10 +96,10 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
 
 @torch.no_grad()
 def restore_weights(directory: Path, model: DistributedMoME) -> int:
-    """Fill the trainable parameters and router biases; call it before the engine is made. Returns the steps done."""
+    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done."""
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
-        for name, parameter in model.named_trainables():
+        for name, parameter in model.named_own():
             value = reader.read(f"model/{name.name}", name.index)
             if value.shape != parameter.shape:
                 raise UserError(

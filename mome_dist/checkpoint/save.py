@@ -165,7 +165,7 @@ def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, i
     for key, bias in model.router_biases().items():
         if rank_writes(bias):
             single[f"model/{key}"] = _copied(bias)
-    names = {parameter: name for name, parameter in model.named_trainables() if rank_writes(parameter)}
+    names = {parameter: name for name, parameter in model.named_own() if rank_writes(parameter)}
 
     def put(prefix: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
         name = names.get(parameter)
@@ -176,7 +176,7 @@ def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, i
         else:
             stacked[f"{prefix}/{name.name}"][name.index] = _copied(value)
 
-    for parameter in engine.parameters():
+    for parameter in names:
         put("model", parameter, parameter)
     for moment in engine.moment_names:
         for parameter, value in engine.moments.whole(moment):

@@ -50,6 +50,7 @@ class VideoEncoderConfig:
 class ProjectorConfig:
     hidden_size: int = 2048
     per_rate: bool = False
+    trainable: bool = True
     compression: str = one_of("pool", "stack")
 
 
@@ -138,6 +139,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     validate_every: int = 0
     resume: bool = True
+    init_from: str | None = None
     max_skipped_steps: int = 3
     wandb_project: str | None = None
 

@@ -58,6 +58,11 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
             "parallel.ep=1, or mome.dispatch=gather."
         )
+    if not config.projector.trainable and config.training.init_from is None:
+        raise UserError(
+            "projector.trainable=false would keep random projectors: name the run that trained them with "
+            "training.init_from, or set projector.trainable=true."
+        )
     layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
     _check_batches(config, layout)
     _check_deepspeed(config)

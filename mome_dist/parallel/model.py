@@ -85,6 +85,10 @@ class Chunk(nn.Module):
             if rate is not None:
                 speech_NH = self.projectors(stream, features, rate).to(flat_NH.dtype)
                 flat_NH = flat_NH.index_copy(0, index, speech_NH)
+        if self.config.recompute_granularity == "full" and not flat_NH.requires_grad:
+            # Nothing below the first layer trains. A recomputed block whose inputs need no gradient would take its
+            # parameters for frozen too.
+            flat_NH.requires_grad_()
         return flat_NH.view(shape)
 
     def forward(self, batch: MicroBatch) -> Tensor:
@@ -129,12 +133,16 @@ class DistributedMoME(nn.Module):
         modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.momes.items()}
         if self.idle is not None:
             modules["idle"] = self.idle
-        if self.projectors is not None:
+        if self.projectors is not None and any(p.requires_grad for p in self.projectors.parameters()):
             modules["projectors"] = self.projectors
         return nn.ModuleDict(modules)
 
     def named_trainables(self) -> Iterator[tuple[GlobalName, nn.Parameter]]:
         """Every local trainable parameter with its layout-free name."""
+        return ((name, parameter) for name, parameter in self.named_own() if parameter.requires_grad)
+
+    def named_own(self) -> Iterator[tuple[GlobalName, nn.Parameter]]:
+        """Every local parameter that is not the LLM's, trained or not, with its layout-free name: what is saved."""
         if self.projectors is not None:
             for name, parameter in self.projectors.named_parameters():
                 yield GlobalName(f"projectors.{name}"), parameter

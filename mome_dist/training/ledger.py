@@ -113,6 +113,9 @@ class Ledger:
             for name, parameter in chunk.llm.named_parameters():
                 if not parameter.requires_grad:
                     yield f"chunk {number}: {name}", parameter
+        for own, parameter in self._model.named_own():
+            if not parameter.requires_grad:
+                yield _spell(own), parameter
 
     def _frozen_checksums(self) -> dict[str, int]:
         return {name: checksum(parameter) for name, parameter in self._frozen()}

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from rich.console import Console
 
 from mome_dist.build import build_sequences
-from mome_dist.checkpoint.format import fingerprint
+from mome_dist.checkpoint.format import find_checkpoint, fingerprint
 from mome_dist.checkpoint.restore import (
     check_continues,
+    check_frozen,
     checkpoint_to_resume,
     restore_optimizer,
     restore_random_state,
@@ -97,6 +98,11 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     if checkpoint is not None:
         check_continues(checkpoint, frozen, order_facts, config.optimizer.name)
         start = restore_weights(checkpoint, model)
+    elif config.training.init_from is not None:
+        source = find_checkpoint(config.training.init_from)
+        check_frozen(source, {"llm": frozen["llm"]})
+        restore_weights(source, model)
+        console.print(f"starts from the weights of {source}", highlight=False)
     engine = Engine(
         model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel
     )

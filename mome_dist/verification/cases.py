@@ -9,7 +9,7 @@ from mome_dist.verification.run import Case
 
 
 def _case(name: str, world: int, zero: int = 1, dispatch: str = "alltoall", **settings: Any) -> Case:
-    other = {key: settings.pop(key) for key in ("placement", "precision") if key in settings}
+    other = {key: settings.pop(key) for key in ("placement", "precision", "train_projectors") if key in settings}
     return Case(name, Layout.for_world(world, **settings), zero, dispatch, **other)
 
 
@@ -64,6 +64,18 @@ def standard_cases() -> list[Case]:
         _case("placement mhsa, tp2 ep2", 4, tp=2, ep=2, placement="mhsa"),
         _case("placement ffn, tp2 ep2 sp", 4, tp=2, ep=2, sequence_parallel=True, placement="ffn"),
         _case("placement layer, tp2 pp2", 4, tp=2, pp=2, placement="layer"),
+        _case("projectors frozen, recompute full", 1, recompute="full", train_projectors=False),
+        _case(
+            "projectors frozen, tp2 ep2 sp gather",
+            4,
+            1,
+            "gather",
+            tp=2,
+            ep=2,
+            sequence_parallel=True,
+            train_projectors=False,
+        ),
+        _case("projectors frozen, first stage without layers", 2, pp=2, stage_layers=(0, 4), train_projectors=False),
         _case("bf16, one process", 1, dispatch="local", precision="bf16"),
         _case("bf16, tp2 pp2", 4, tp=2, pp=2, precision="bf16"),
         _case("bf16, tp2 ep2 sp gather", 4, dispatch="gather", tp=2, ep=2, sequence_parallel=True, precision="bf16"),

@@ -43,6 +43,7 @@ class Case:
         dispatch: of tokens and experts.
         placement: of the MoME modules; None keeps the configuration's.
         precision: of the frozen LLM.
+        train_projectors: False keeps the projectors as they are; None keeps the configuration's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     dispatch: str = "alltoall"
     placement: str | None = None
     precision: str = "fp32"
+    train_projectors: bool | None = None
 
 
 @dataclass
@@ -73,6 +75,8 @@ def configured(probe: Probe, case: Case) -> Probe:
     """The probe with what the case changes."""
     config = dataclasses.replace(probe.config)
     config.llm = dataclasses.replace(config.llm, precision=case.precision)
+    if case.train_projectors is not None:
+        config.projector = dataclasses.replace(config.projector, trainable=case.train_projectors)
     placement = case.placement or config.mome.placement
     # Nothing may be dropped: which tokens exceed a rank's capacity depends on the layout by definition.
     config.mome = dataclasses.replace(config.mome, placement=placement, capacity_factor=None)
@@ -125,7 +129,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     probe = configured(probe, case)
     settings, outcome = optimizer_of(probe, optimizer), Outcome()
     model = build_reference(probe.config, probe.widths).train()
-    named = dict(model.named_parameters())
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wake(((name, None, p) for name, p in named.items() if _is_expert(name)), probe.config.seed)
     if optimizer == "sgd":
         stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)

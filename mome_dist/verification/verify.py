@@ -43,7 +43,7 @@ class Verifier:
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self._references: dict[tuple[str | None, str, str], Outcome] = {}
+        self._references: dict[tuple[str | None, str, bool | None, str], Outcome] = {}
 
     def check(self, case: Case, optimizer: str, plant: Callable[[], None] | None = None) -> Verdict:
         """Run one case and compare it with the reference.
@@ -51,7 +51,7 @@ class Verifier:
         Args:
             plant: called in every worker, to plant a fault: for tests of the verification itself.
         """
-        key = (case.placement, case.precision, optimizer)
+        key = (case.placement, case.precision, case.train_projectors, optimizer)
         if key not in self._references:
             self._references[key] = run_forked(run_reference, 1, self.probe, case, optimizer)[0]
         with tempfile.TemporaryDirectory() as scratch:

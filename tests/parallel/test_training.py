@@ -74,6 +74,26 @@ def test_resuming_continues_at_any_layout(
             torch.testing.assert_close(one.read(name), other.read(name), rtol=0, atol=0 if exact else 2e-5)
 
 
+def test_frozen_projectors_stay_those_of_the_run_that_trained_them(lab: Lab, tmp_path: Path) -> None:
+    lab.train(2, tmp_path / "first", ep=2)
+    frozen = ["projector.trainable=false", f"training.init_from={tmp_path / 'first'}"]
+    with pytest.raises(RuntimeError, match=r"name the run that trained them with training\.init_from"):
+        lab.train(1, tmp_path / "random", frozen[0])
+    losses = lab.train(2, tmp_path / "second", *frozen, ep=2)
+    np.testing.assert_allclose(lab.train(4, tmp_path / "other", *frozen, tp=2, pp=2), losses, rtol=1e-5)
+    resumed = lab.train(2, tmp_path / "second", *frozen, "training.steps=6", ep=2)
+    assert len(resumed) == 1
+    with (
+        CheckpointReader(find_checkpoint(tmp_path / "first")) as before,
+        CheckpointReader(find_checkpoint(tmp_path / "second")) as after,
+    ):
+        assert set(before.names("model/")) == set(after.names("model/"))
+        assert not after.names("optimizer/exp_avg/projectors") and after.names("optimizer/exp_avg/mome")
+        for name in before.names("model/"):
+            same = torch.equal(before.read(name), after.read(name))
+            assert same == name.startswith("model/projectors"), name
+
+
 def _reference_validation(run: Path, cache: Path) -> dict[str, float]:
     """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
