@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def describe_part(tensor: Tensor, part: Part) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "digests": [digest(tensor)] if part.start is None else row_digests(tensor),
-        "part": asdict(part),
+        "part": {"file": part.file, "start": part.start, "rows": part.rows},
     }
 
 

@@ -29,7 +29,9 @@ def digest(tensor: Tensor) -> str:
 
 def row_digests(tensor: Tensor) -> list[str]:
     """The `digest` of each row along the first dimension."""
-    return [digest(row) for row in tensor]
+    content = raw_bytes(tensor)
+    size = len(content) // len(tensor)
+    return [hashlib.sha256(content[start : start + size]).hexdigest() for start in range(0, len(content), size)]
 
 
 def joined(digests: Iterable[str]) -> str:
