@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,8 @@ def _megatron(directory: Path, ids: np.ndarray, tp: int, pp: int, kernel: str) -
             output = model.logits(embedded, padding_BS)
             return output, lambda logits: (torch.zeros(()), logits.transpose(0, 1).numpy())
 
-        with torch.no_grad():
-            results = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter([None]),
-                model=[llm],
-                num_microbatches=1,
-                seq_length=ids_BS.shape[1],
-                micro_batch_size=ids_BS.shape[0],
-                forward_only=True,
-            )
-            return results[0] if parallel_state.is_pipeline_last_stage() else None
+        results = _through_the_schedule(forward_step, [llm], [None], ids_BS)
+        return results[0] if parallel_state.is_pipeline_last_stage() else None
 
 
 def trained_logits(overrides: list[str], world: int, cache: Path) -> list[tuple[int, np.ndarray]]:
@@ -106,16 +98,24 @@ def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] |
                 logits.flatten(0, 1)[batch.tokens.label_index].numpy(),
             )
 
-        with torch.no_grad():
-            results = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(step.microbatches),
-                model=model.parts(),
-                num_microbatches=len(step.microbatches),
-                seq_length=step.microbatches[0].tokens.ids_BS.shape[1],
-                micro_batch_size=step.microbatches[0].tokens.ids_BS.shape[0],
-                forward_only=True,
-            )
+        first = step.microbatches[0].tokens.ids_BS
+        results = _through_the_schedule(forward_step, model.parts(), step.microbatches, first)
         if not parallel_state.is_pipeline_last_stage():
             return None
         return at.dp, parallel_state.get_tensor_model_parallel_rank(), np.concatenate(results)
+
+
+@torch.no_grad()
+def _through_the_schedule(
+    forward_step: Callable[..., Any], parts: Sequence[torch.nn.Module], batches: Sequence[Any], ids_BS: torch.Tensor
+) -> list[np.ndarray]:
+    """What the last stage collects of every batch; ``ids_BS`` is one of the batches, for its size."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=list(parts),
+        num_microbatches=len(batches),
+        seq_length=ids_BS.shape[1],
+        micro_batch_size=ids_BS.shape[0],
+        forward_only=True,
+    )

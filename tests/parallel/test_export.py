@@ -12,12 +12,8 @@ import torch
 
 from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.load import LoadedRun, load_run
-from mome_dist.data.corpus import Corpus
-from mome_dist.data.encoding import load_encoder, split_features
-from mome_dist.parallel.layout import Layout
-from mome_dist.training.batches import BatchBuilder, FeatureReader
 from tests.parallel.logits import trained_logits
-from tests.parallel.runs import Lab
+from tests.parallel.runs import Lab, validation_step
 from tests.parallel.worlds import run_world
 
 STEPS = 4
@@ -30,20 +26,11 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def _label_logits(run: LoadedRun, dp_rank: int, dp_size: int) -> np.ndarray:
     """As `trained_logits` of that data-parallel rank, from transformers' model in this process."""
-    corpus = Corpus.open(run.config.data.corpus)
-    features: dict[str, FeatureReader] = {}
-    for stream in ("audio", "video"):
-        encoder = load_encoder(run.config, stream, run.device)
-        features[stream] = split_features(run.config, corpus, "validation", stream, encoder, 0, 1, lambda: None).get
-    utterances = corpus.split("validation")
-    builder = BatchBuilder(
-        utterances, run.sequences, features, 1, dp_rank, dp_size, torch.device("cpu"), Layout.for_world(1)
-    )
     with torch.no_grad():
         return np.concatenate(
             [
                 run.model.label_logits(batch.view, batch.tokens, batch.audio, batch.video).numpy()
-                for batch in builder.build(range(len(utterances)), run.views).microbatches
+                for batch in validation_step(run, dp_rank, dp_size).microbatches
             ]
         )
 
