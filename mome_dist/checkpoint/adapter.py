@@ -54,6 +54,7 @@ def write_adapter(directory: Path, weights: Mapping[str, Tensor], document: Mapp
     text = json.dumps({"format": FORMAT, **document, "weights": facts}, indent=2, ensure_ascii=False, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
     (directory / CARD).write_text(card, encoding="utf-8")
+    path.chmod((directory / CONFIG).stat().st_mode)  # safetensors lets only its owner read a file
     sums = "".join(f"{sha256_of(directory / name)}  {name}\n" for name in (CARD, WEIGHTS, CONFIG))
     (directory / SUMS).write_text(sums, encoding="utf-8")
 
@@ -82,7 +83,7 @@ def read_adapter(directory: str | Path) -> Saved:
             frozen={section: str(facts["fingerprint"]) for section, facts in document["frozen"].items()},
             tokens=dict(document["tokens"]),
             weights=weights,
-            content=document["source"]["content"],
+            content=str(document["source"]["content"]),
         )
     except SafetensorError as error:
         raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); {_AGAIN}.") from error

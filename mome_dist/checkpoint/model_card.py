@@ -49,7 +49,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         views.setdefault(view.task, []).append(view.rates)
     lines = [
         "Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from frozen "
-        f"encoders: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads what {encoders} hears or sees. "
+        f"encoders: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
         "The frozen models are not in this directory; they are known by their hash.",
         "",
         f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
@@ -69,7 +69,7 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
         "training": f"{run.step:,} steps of {run.config.data.batch_size} utterances, seed {run.config.seed}",
         "corpus": f"`{Path(run.config.data.corpus).name}`",
-        "checkpoint": f"`{source['checkpoint']}`" + (f", content `{source['content']}`" if source["content"] else ""),
+        "checkpoint": f"`{source['checkpoint']}`, content `{source['content']}`",
         "made with": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -113,10 +113,11 @@ arguments of the same names of `load_adapter`."""
 
 
 def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:
-    lines = ["The adapter is useless without these models, whose licences hold for their use:", ""]
+    lines = ["The adapter works with these models only, and their licences hold wherever it is used:", ""]
     for section, facts in document["frozen"].items():
         note = _licence_note(Path(getattr(run.config, section).path))
         lines.append(f"- {section.replace('_', ' ')} `{facts['name']}`: {note} (fingerprint `{facts['fingerprint']}`)")
+    lines += ["", "The adapter has the licence that its publisher gives it; none is implied here."]
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ class Saved:
         frozen: fingerprint of each frozen model, by section of the configuration.
         tokens: identity of the tokenizer (`mome_dist.checkpoint.load.token_identity`); None where it was not recorded.
         weights: trainable parameters and router biases, fp32, by the names of `MoMESpeechLM`.
-        content: hash of the content of the checkpoint; None where it was not recorded.
+        content: hash of the checkpoint's model and optimiser, the same whatever layout wrote it.
     """
 
     directory: Path
@@ -34,7 +34,7 @@ class Saved:
     frozen: Mapping[str, str]
     tokens: Mapping[str, Any] | None
     weights: Mapping[str, Tensor]
-    content: str | None
+    content: str
 
 
 def read_checkpoint(directory: Path) -> Saved:
@@ -43,9 +43,8 @@ def read_checkpoint(directory: Path) -> Saved:
     Raises:
         UserError: naming a file that is missing, damaged or of another format.
     """
-    config = load_saved_config(directory / CONFIG)
     with CheckpointReader(directory) as reader:
         reader.verify()
+        config = load_saved_config(directory / CONFIG)
         weights = {name.removeprefix("model/"): reader.read(name) for name in reader.names("model/")}
-        index = reader.index
-        return Saved(directory, config, reader.step, index["frozen"], None, weights, index.get("content"))
+        return Saved(directory, config, reader.step, reader.index["frozen"], None, weights, reader.content)

@@ -56,6 +56,7 @@ def copied(exported: Path, tmp_path: Path) -> Path:
 
 def test_weights_are_those_of_the_checkpoint_and_nothing_else(run: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == FILES
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "who may read one may read all"
     tensors = load_file(exported / WEIGHTS)
     with CheckpointReader(find_checkpoint(run)) as reader:
         assert {f"model/{name}" for name in tensors} == set(reader.names("model/"))
