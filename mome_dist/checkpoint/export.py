@@ -88,6 +88,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
         "mome": sum(parameter.numel() for parameter in model.mome.parameters()),
         "projectors": sum(parameter.numel() for parameter in model.projectors.parameters()),
     }
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden_size, layers = model.llm.config.hidden_size, len(model.momes)
     active = active_and_total_parameters(
         hidden_size, layers, mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck
@@ -105,7 +106,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
             "vocabulary": model.llm.config.vocab_size,
             "parameters": model.llm.num_parameters(),
         },
-        "parameters": {"trained": sum(counts.values()), **counts, "mome_active_per_token": active},
+        "parameters": {"trained": trained, **counts, "mome_active_per_token": active},
         "frozen": {
             section: {"name": Path(getattr(run.config, section).path).name, "fingerprint": fingerprint}
             for section, fingerprint in saved.frozen.items()

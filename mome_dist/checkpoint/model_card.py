@@ -63,8 +63,11 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
 
 def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     counts, llm, source = document["parameters"], document["llm"], document["source"]
+    parts = f"{counts['mome']:,} MoME, {counts['projectors']:,} projectors"
+    if not run.config.projector.trainable:
+        parts = f"MoME; the {counts['projectors']:,} of the projectors were taken from another run and kept"
     rows = {
-        "parameters trained": f"{counts['trained']:,} ({counts['mome']:,} MoME, {counts['projectors']:,} projectors)",
+        "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
         "training": f"{run.step:,} steps of {run.config.data.batch_size} utterances, seed {run.config.seed}",

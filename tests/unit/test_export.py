@@ -18,6 +18,7 @@ from mome_dist.checkpoint.adapter import CARD, CONFIG, SUMS, WEIGHTS
 from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, fingerprint
 from mome_dist.checkpoint.load import load_run
+from mome_dist.checkpoint.model_card import model_card
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
@@ -153,6 +154,13 @@ def test_the_card_says_what_it_is_and_its_python_runs(
     names: dict[str, object] = {}
     exec(snippet, names)
     assert isinstance(names["text"], str) and names["text"]
+
+
+def test_the_card_does_not_call_kept_projectors_trained(exported: Path) -> None:
+    run, document = load_adapter(exported), json.loads((exported / CONFIG).read_text())
+    assert model_card(run, document, None) == (exported / CARD).read_text()
+    run.config.projector.trainable = False
+    assert "projectors were taken from another run" in model_card(run, document, None)
 
 
 def test_results_are_in_the_card_when_they_are_of_that_step(tmp_path: Path, tiny_corpus_dir: Path) -> None:
