@@ -1,11 +1,13 @@
-"""What every command line shares: mistakes of the user end in one line on stderr, not in a traceback."""
+"""What command lines share: mistakes of the user end in one line on stderr, not in a traceback; and common options."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from mome_dist.errors import UserError
@@ -38,3 +40,18 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
             return INTERRUPTED
 
     return guarded
+
+
+_FROZEN = ("llm", "audio_encoder", "video_encoder")
+
+
+def add_frozen_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--llm``, ``--audio-encoder`` and ``--video-encoder`` to a command that loads a trained model."""
+    for section in _FROZEN:
+        option, what = f"--{section.replace('_', '-')}", section.replace("_", " ").replace("llm", "LLM")
+        parser.add_argument(option, type=Path, metavar="DIR", help=f"the frozen {what}, if it is elsewhere now")
+
+
+def frozen_of(options: argparse.Namespace) -> dict[str, Path]:
+    """The directories that those options name, by section of the configuration."""
+    return {section: place for section in _FROZEN if (place := getattr(options, section)) is not None}

@@ -4,7 +4,8 @@
     python -m mome_dist.evaluate checkpoint=DIR 'rates=[asr(4),avsr(16,5)]' split=test baselines=[chance,untrained]
     python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
 
-Further keys: corpus, limit, num_beams, max_new_tokens, batch_size, output, seed. Results go to ``evaluation/`` in the
+Further keys: corpus, limit, num_beams, max_new_tokens, batch_size, output, seed, and llm, audio_encoder, video_encoder
+for frozen models that moved. An export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the
 run directory: ``results.json``, ``results.md``, ``hypotheses.jsonl`` and ``activations.safetensors``.
 """
 

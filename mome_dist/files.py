@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,33 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield temporary
         fsync(temporary)
         temporary.replace(path)
+
+
+@contextmanager
+def published_directory(directory: Path, replace: bool) -> Iterator[Path]:
+    """Yield an empty directory to fill; on a clean exit it is on disk, complete, as ``directory``.
+
+    On an error nothing is left behind, and what was there stays as it was.
+
+    Args:
+        replace: whether it may take the place of an older directory; otherwise an older one that is not empty is an
+            OSError.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    aside.chmod(0o755)
+    try:
+        built = aside / "new"
+        built.mkdir()
+        yield built
+        for path in [*built.rglob("*"), built]:
+            fsync(path)
+        if replace and directory.exists():
+            directory.rename(aside / "old")
+        built.rename(directory)
+        fsync(directory.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

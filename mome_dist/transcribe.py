@@ -4,6 +4,7 @@
     python -m mome_dist.transcribe RUN FILE --video-rate 2                     lips alone
     python -m mome_dist.transcribe RUN FILE --audio-rate 4 --video-rate 2      both
 
+RUN is a run, one checkpoint of it, or an export (tools/export_adapter.py), which needs nothing else of the run.
 The text goes to stdout and nothing else does. Video must be 96x96 mouth crops, as in a corpus.
 """
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import add_frozen_options, frozen_of, main_guard
 from mome_dist.errors import UserError
 from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.views import View
@@ -40,11 +41,12 @@ def view_of(audio_rate: int | None, video_rate: int | None) -> View:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the text."""
     parser = argparse.ArgumentParser(prog="python -m mome_dist.transcribe", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="run directory, or one checkpoint of it")
+    parser.add_argument("run", type=Path, help="run directory, one checkpoint of it, or an export")
     parser.add_argument("file", type=Path, help="audio or video file")
     parser.add_argument("--audio-rate", type=int, metavar="A", help="audio frames (50 a second) per token")
     parser.add_argument("--video-rate", type=int, metavar="V", help="video frames (25 a second) per token")
     parser.add_argument("--num-beams", type=int, metavar="N", help="1 is greedy search (default: as the run has it)")
+    add_frozen_options(parser)
     options = parser.parse_args(arguments)
     view = view_of(options.audio_rate, options.video_rate)
     if options.num_beams is not None and options.num_beams < 1:
@@ -61,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     clips = clips_of(read_media_file(options.file), view, options.file)  # before the model is loaded: it is quick
     console = Console(stderr=True, highlight=False)
-    run = load_run(options.run, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_run(options.run, device, frozen=frozen_of(options))
     check_view(run.model.projectors, view)
     trained = "" if view in run.views else f" (not trained; trained: {', '.join(map(str, run.views))})"
     started = time.perf_counter()

@@ -82,7 +82,8 @@ def find_checkpoint(path: str | Path) -> Path:
     found = newest_checkpoint(path)
     if found is None:
         raise UserError(
-            f"checkpoint={str(path)!r}: no {INDEX} and no checkpoints/{LATEST} there; name a run or checkpoint."
+            f"checkpoint={str(path)!r}: no {INDEX} and no checkpoints/{LATEST} there; name a run, a checkpoint or an "
+            "export."
         )
     return found
 

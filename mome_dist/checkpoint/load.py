@@ -1,22 +1,25 @@
-"""Loading a run into one process: for decoding, evaluation, transcription and export."""
+"""Loading what was trained into one process, from a run or from an export: for decoding, evaluation and export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mome_dist.assets import ASSETS, assets_root
 from mome_dist.build import build_reference, build_sequences
-from mome_dist.checkpoint.format import CONFIG, CheckpointReader, find_checkpoint, fingerprint
+from mome_dist.checkpoint.adapter import is_adapter, read_adapter
+from mome_dist.checkpoint.format import find_checkpoint, fingerprint
+from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.config import RunConfig
-from mome_dist.config.load import load_saved_config
-from mome_dist.config.validate import streams_of, views_of
+from mome_dist.config.validate import check_values, streams_of, views_of
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
-from mome_dist.llm.directory import check_directory
+from mome_dist.files import sha256_of
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -31,10 +34,10 @@ class LoadedRun:
     Attributes:
         model: in eval mode.
         sequences: lays out prompts for it.
-        config: of the run.
+        config: of the run, with the paths where the frozen models were found.
         step: optimiser steps that its weights have seen; 0 for the untrained model.
         views: that it was trained on.
-        directory: of the checkpoint.
+        directory: of the checkpoint or export.
         device: of the model.
     """
 
@@ -51,39 +54,94 @@ class LoadedRun:
         return {stream: load_encoder(self.config, stream, self.device) for stream in streams_of(self.config)}
 
 
-def load_run(path: str | Path, device: torch.device | None = None, weights: bool = True) -> LoadedRun:
-    """Load a run's newest checkpoint, or a given one.
+def load_run(
+    path: str | Path,
+    device: torch.device | None = None,
+    weights: bool = True,
+    frozen: Mapping[str, str | Path] | None = None,
+) -> LoadedRun:
+    """Load a run's newest checkpoint, a given checkpoint, or an export.
 
     Args:
-        path: directory of a run or of one checkpoint.
+        path: directory of a run, of one checkpoint, or of an export (`mome_dist.checkpoint.export`).
         device: CPU if not given.
         weights: False gives the untrained model that the run started from.
+        frozen: directories of frozen models ("llm", "audio_encoder", "video_encoder") that are not where the run had
+            them; without one, the place that the run recorded, then the cache of assets.
 
     Raises:
-        UserError: for a missing, damaged or mismatched checkpoint, or a frozen model that is missing or another one.
+        UserError: for anything missing, damaged or mismatched, or a frozen model that is missing or another one.
     """
-    directory = find_checkpoint(path)
-    config = load_saved_config(directory / CONFIG)
-    check_directory(config.llm.path)  # a clear error if the frozen LLM is not here
-    device = device or torch.device("cpu")
-    with CheckpointReader(directory) as reader:
-        reader.verify()
-        for name, expected in reader.index["frozen"].items():
-            if fingerprint(getattr(config, name).path) != expected:
-                raise UserError(
-                    f"{name}.path={getattr(config, name).path} is not the model that {directory} was trained with."
-                )
-        widths = {stream: load_encoder(config, stream, device).width for stream in streams_of(config)}
-        model = build_reference(config, widths)
-        if weights:
-            names = {name.removeprefix("model/") for name in reader.names("model/")}
-            if names != set(model.state_dict()):
-                raise UserError(
-                    f"{directory} holds other tensors than its config.yaml asks; the checkpoint is damaged."
-                )
-            model.load_state_dict({name: reader.read(f"model/{name}") for name in names})
-        step = reader.step if weights else 0
+    saved = read_adapter(path) if is_adapter(path) else read_checkpoint(find_checkpoint(path))
+    return assemble(saved, device, weights, frozen)
+
+
+def assemble(
+    saved: Saved,
+    device: torch.device | None = None,
+    weights: bool = True,
+    frozen: Mapping[str, str | Path] | None = None,
+) -> LoadedRun:
+    """Put what was trained onto its frozen models; see `load_run`."""
+    config, device, given = saved.config, device or torch.device("cpu"), frozen or {}
+    check_values(config)
+    for section in given.keys() - saved.frozen.keys():
+        raise UserError(f"{saved.directory} was trained without {section}: leave out its directory {given[section]}.")
+    for section in saved.frozen:
+        getattr(config, section).path = str(_find_frozen(saved, section, given.get(section)))
+    sequences = build_sequences(config)
+    _check_tokens(saved, token_identity(config, sequences))
+    widths = {stream: load_encoder(config, stream, device).width for stream in streams_of(config)}
+    model = build_reference(config, widths)
+    if weights:
+        _fill(model, saved)
     model.llm.to(device)
-    return LoadedRun(
-        model.to(device).eval(), build_sequences(config), config, step, views_of(config), directory, device
-    )
+    step = saved.step if weights else 0
+    return LoadedRun(model.to(device).eval(), sequences, config, step, views_of(config), saved.directory, device)
+
+
+def token_identity(config: RunConfig, sequences: SequenceBuilder) -> dict[str, Any]:
+    """What must be the same in the tokenizer of an LLM for trained weights to make sense, as JSON values.
+
+    The fingerprint of an LLM says nothing about its tokenizer.
+    """
+    return {"tokenizer_sha256": sha256_of(Path(config.llm.path) / "tokenizer.json"), **sequences.fixed_ids()}
+
+
+def _find_frozen(saved: Saved, section: str, given: str | Path | None) -> Path:
+    """The directory of a frozen model that has the right fingerprint."""
+    recorded = Path(getattr(saved.config, section).path)
+    places = [recorded, assets_root() / recorded.name] if given is None else [Path(given)]
+    others = []
+    for place in dict.fromkeys(places):
+        if place.is_dir():
+            if fingerprint(place) == saved.frozen[section]:
+                return place
+            others.append(place)
+    fix = f"name its directory with --{section.replace('_', '-')} DIR (mome_dist.evaluate: {section}=DIR)"
+    if others:
+        raise UserError(f"{section}: {others[0]} is not the model that {saved.directory} was trained with; {fix}.")
+    fetch = ", or fetch it with `python tools/fetch_assets.py`" if recorded.name in ASSETS else ""
+    raise UserError(f"{section}: {places[0]} does not exist; {fix}{fetch}.")
+
+
+def _check_tokens(saved: Saved, found: Mapping[str, Any]) -> None:
+    for key, expected in (saved.tokens or {}).items():
+        if found.get(key) != expected:
+            raise UserError(
+                f"llm: the tokenizer in {saved.config.llm.path} is not the one that {saved.directory} was trained with "
+                f"({key} differs); name the whole directory of that LLM with --llm DIR (mome_dist.evaluate: llm=DIR)."
+            )
+
+
+def _fill(model: MoMESpeechLM, saved: Saved) -> None:
+    """Load the trained weights, all of them and no others."""
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in saved.weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{saved.directory}: {name!r} has shape {found.get(name)}, its configuration asks "
+                f"{expected.get(name)} (None: no such tensor); it is damaged, use another copy."
+            )
+    model.load_state_dict(dict(saved.weights))

@@ -52,11 +52,23 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
 def load_saved_config(path: Path) -> RunConfig:
     """Read the resolved configuration that a run saved (`save_config`)."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give the directory of a run or of one of its checkpoints.")
+        raise UserError(
+            f"{path} does not exist; give the directory of a run, of one of its checkpoints, or of an export."
+        )
+    return config_of(OmegaConf.load(path), path)
+
+
+def config_of(values: Any, origin: Path) -> RunConfig:
+    """The configuration that a mapping of values describes; what it leaves out has its default.
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type, naming ``origin``, the file that it comes from.
+    """
+    _register_resolvers()
     try:
-        return _to_schema(OmegaConf.load(path))
+        return _to_schema(OmegaConf.create(values))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error, [])}") from error
+        raise UserError(f"{origin}: {_one_line(error, [])}") from error
 
 
 def save_config(config: RunConfig, path: Path) -> None:

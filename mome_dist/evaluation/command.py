@@ -56,14 +56,16 @@ def utterances_of(corpus: Corpus, split: str, limit: int | None) -> list[Utteran
 def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict[str, Any] | None:
     """Evaluate, write the results and print the table on rank 0; returns the header and views of ``results.json``."""
     if not request.checkpoint:
-        raise UserError("checkpoint is missing: give checkpoint=DIR, a run directory or one checkpoint of it.")
+        raise UserError("checkpoint is missing: give checkpoint=DIR: a run, one checkpoint of it, or an export.")
     check_baselines(request.baselines)
     asked_views = None if request.rates is None else parse_views(request.rates)
+    sections = ("llm", "audio_encoder", "video_encoder")
+    frozen = {section: place for section in sections if (place := getattr(request, section)) is not None}
     untrained = None
     if "untrained" in request.baselines:
         # Only its trainable parameters are kept: two frozen LLMs would not fit where one does.
-        untrained = load_run(request.checkpoint, device=world.device, weights=False).model.state_dict()
-    run: LoadedRun = load_run(request.checkpoint, device=world.device)
+        untrained = load_run(request.checkpoint, world.device, weights=False, frozen=frozen).model.state_dict()
+    run: LoadedRun = load_run(request.checkpoint, world.device, frozen=frozen)
     out = output_directory(run, request.output)
     decoding = decoding_of(run.config.decoding, request)
     views = asked_views or list(run.views)

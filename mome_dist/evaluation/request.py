@@ -24,7 +24,8 @@ class EvaluationRequest:
     """Arguments of ``mome_dist.evaluate``; None means: as the run's own configuration has it.
 
     Attributes:
-        checkpoint: run directory (its latest checkpoint) or one checkpoint directory.
+        checkpoint: run directory (its latest checkpoint), one checkpoint directory, or an export.
+        llm, audio_encoder, video_encoder: directories of frozen models that are not where the run had them.
         rates: views such as ``asr(4)`` and ``avsr(16,5)``; None for those that were trained.
         split: of the corpus.
         corpus: another corpus than the one of the training.
@@ -37,6 +38,9 @@ class EvaluationRequest:
     """
 
     checkpoint: str = ""
+    llm: str | None = None
+    audio_encoder: str | None = None
+    video_encoder: str | None = None
     rates: Any = None
     split: str | None = None
     corpus: str | None = None

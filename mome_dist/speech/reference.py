@@ -83,8 +83,8 @@ class MoMESpeechLM(nn.Module):
                 embedded_NH = embedded_NH.index_copy(0, at[stream], speech)
         return embedded_NH
 
-    def loss(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
-        """Summed cross-entropy over the labels of a batch, fp32 scalar."""
+    def label_logits(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
+        """What the labels of a batch are predicted from, fp32 [L, V]."""
         ids_SB = tokens.ids_BS.t()
         embedded_SBH = self.llm.get_input_embeddings()(ids_SB)
         at = {"audio": tokens.audio_index, "video": tokens.video_index}
@@ -93,8 +93,11 @@ class MoMESpeechLM(nn.Module):
         logits_BSV = self.llm(
             inputs_embeds=embedded_BSH, attention_mask=(~tokens.padding_BS).long(), use_cache=False
         ).logits
-        logits_NV = logits_BSV.transpose(0, 1).flatten(0, 1)[tokens.label_index].float()
-        return F.cross_entropy(logits_NV, tokens.labels, reduction="sum")
+        return logits_BSV.transpose(0, 1).flatten(0, 1)[tokens.label_index].float()
+
+    def loss(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
+        """Summed cross-entropy over the labels of a batch, fp32 scalar."""
+        return F.cross_entropy(self.label_logits(view, tokens, audio, video), tokens.labels, reduction="sum")
 
     def auxiliary_loss(self, valid_BS: Tensor, balance_loss: float, z_loss: float) -> Tensor:
         """Sum over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""

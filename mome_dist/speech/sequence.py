@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,15 @@ class SequenceBuilder:
     def __init__(self, codec: TextCodec, prompts: Mapping[str, str]) -> None:
         self.codec = codec
         self._prompts = {task: codec.encode_verbatim(prompt) for task, prompt in prompts.items()}
+
+    def fixed_ids(self) -> dict[str, Any]:
+        """The ids that do not depend on an utterance, as JSON values: special tokens, tags and prompts."""
+        return {
+            "bos": self.codec.bos,
+            "eos": self.codec.eos,
+            "tags": dict(self.codec.tags),
+            "prompts": {task: list(ids) for task, ids in self._prompts.items()},
+        }
 
     def prefix(self, view: View, audio_tokens: int, video_tokens: int) -> list[int]:
         """Everything before the text; a stream that the view does not use is ignored."""

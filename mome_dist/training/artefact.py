@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
-from mome_dist.files import fsync
+from mome_dist.files import published_directory
 
 RECORD_FILE = "pretraining.json"
 
@@ -56,20 +54,7 @@ def publish(directory: str | Path, settings: Mapping[str, Any], results: Mapping
     """
     directory = Path(directory)
     check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    aside.chmod(0o755)
-    try:
-        built = aside / "new"
-        built.mkdir()
+    with published_directory(directory, replace=True) as built:
         yield built
         record = {"settings": dict(settings), "results": dict(results)}
         (built / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in [*built.rglob("*"), built]:
-            fsync(path)
-        if directory.exists():
-            directory.rename(aside / "old")
-        built.rename(directory)
-        fsync(directory.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -1,7 +1,9 @@
-"""Logits of a directory's model from Hugging Face in one process and from Megatron-Core in a world."""
+"""Logits from Hugging Face in one process and from Megatron-Core in a world: of an LLM alone, and of a trained run."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
+from mome_dist.config import load_config, validate
+from mome_dist.config.validate import views_of
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import Chunk, MicroBatch
+from mome_dist.training.setup import prepare, rank_console
 from tests.parallel.worlds import run_world
 
 
@@ -51,14 +57,65 @@ def _megatron(directory: Path, ids: np.ndarray, tp: int, pp: int, kernel: str) -
             output = model.logits(embedded, padding_BS)
             return output, lambda logits: (torch.zeros(()), logits.transpose(0, 1).numpy())
 
-        with torch.no_grad():
-            results = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter([None]),
-                model=[llm],
-                num_microbatches=1,
-                seq_length=ids_BS.shape[1],
-                micro_batch_size=ids_BS.shape[0],
-                forward_only=True,
+        results = _through_the_schedule(forward_step, [llm], [None], ids_BS)
+        return results[0] if parallel_state.is_pipeline_last_stage() else None
+
+
+def trained_logits(overrides: list[str], world: int, cache: Path) -> list[tuple[int, np.ndarray]]:
+    """Logits at the label positions of the validation split, from the newest checkpoint of a run, at the run's layout.
+
+    Args:
+        overrides: of the run (`Lab.overrides`), its layout included.
+        cache: of features.
+
+    Returns:
+        (data-parallel rank, fp32 [L, V]) of each data-parallel rank: its share of every view, one after the other.
+    """
+    parts = [part for part in run_world(_trained, world, overrides, cache) if part is not None]
+    shares: dict[int, list[np.ndarray]] = {}
+    for data_rank, _, logits in sorted(parts, key=lambda part: part[:2]):
+        shares.setdefault(data_rank, []).append(logits)
+    return [(data_rank, np.concatenate(columns, axis=-1)) for data_rank, columns in shares.items()]
+
+
+def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] | None:
+    """(data-parallel rank, tensor-parallel rank, logits [L, V / tp]) on the last stage."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    config = load_config(overrides)
+    layout = validate(config, int(os.environ["WORLD_SIZE"]))
+    with parallel_world(layout, config.seed, timeout_seconds=120) as at:
+        trainer = prepare(config, layout, at, rank_console())
+        assert trainer.start == config.training.steps, "the trained weights, not the initial ones"
+        model = trainer.model.eval()
+        step = trainer.batches["validation"].build(range(trainer.validation), views_of(config))
+
+        def forward_step(batches: Any, stage: Chunk) -> tuple[torch.Tensor, Any]:
+            batch: MicroBatch = next(batches)
+            embedded = stage.embed(batch) if stage.llm.pre_process else None
+            output = stage.llm.logits(embedded, batch.tokens.padding_BS)
+            return output, lambda logits: (
+                torch.zeros(()),
+                logits.flatten(0, 1)[batch.tokens.label_index].numpy(),
             )
-            return results[0] if parallel_state.is_pipeline_last_stage() else None
+
+        first = step.microbatches[0].tokens.ids_BS
+        results = _through_the_schedule(forward_step, model.parts(), step.microbatches, first)
+        if not parallel_state.is_pipeline_last_stage():
+            return None
+        return at.dp, parallel_state.get_tensor_model_parallel_rank(), np.concatenate(results)
+
+
+@torch.no_grad()
+def _through_the_schedule(
+    forward_step: Callable[..., Any], parts: Sequence[torch.nn.Module], batches: Sequence[Any], ids_BS: torch.Tensor
+) -> list[np.ndarray]:
+    """What the last stage collects of every batch; ``ids_BS`` is one of the batches, for its size."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=list(parts),
+        num_microbatches=len(batches),
+        seq_length=ids_BS.shape[1],
+        micro_batch_size=ids_BS.shape[0],
+        forward_only=True,
+    )

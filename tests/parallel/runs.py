@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mome_dist.assets import asset_dir
+from mome_dist.checkpoint.load import LoadedRun
 from mome_dist.config import load_config, validate
+from mome_dist.config.validate import streams_of
 from mome_dist.data.corpus import Corpus
+from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.parallel.layout import Layout
 from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.training.batches import BatchBuilder, FeatureReader, Step
 from mome_dist.training.loop import train
 from tests.parallel.worlds import run_world
 
@@ -69,6 +74,18 @@ def _train(overrides: list[str], cache: Path) -> list[float]:
     os.environ["MOME_DIST_CACHE"] = str(cache)
     config = load_config(overrides)
     return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+
+
+def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
+    """The validation split in every view, for a run loaded in one process; or a data-parallel rank's share of it."""
+    corpus = Corpus.open(run.config.data.corpus)
+    features: dict[str, FeatureReader] = {}
+    for stream in streams_of(run.config):
+        encoder = load_encoder(run.config, stream, run.device)
+        features[stream] = split_features(run.config, corpus, "validation", stream, encoder, 0, 1, lambda: None).get
+    utterances, layout = corpus.split("validation"), Layout.for_world(1)
+    builder = BatchBuilder(utterances, run.sequences, features, 1, dp_rank, dp_size, run.device, layout)
+    return builder.build(range(len(utterances)), run.views)
 
 
 def lines(path: Path) -> list[dict]:

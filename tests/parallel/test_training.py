@@ -12,13 +12,8 @@ import torch
 
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
 from mome_dist.checkpoint.load import load_run
-from mome_dist.config.validate import streams_of, views_of
-from mome_dist.data.corpus import Corpus
-from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.errors import UserError
-from mome_dist.parallel.layout import Layout
-from mome_dist.training.batches import BatchBuilder, FeatureReader
-from tests.parallel.runs import Lab, lines
+from tests.parallel.runs import Lab, lines, validation_step
 from tests.parallel.worlds import run_world
 
 
@@ -98,15 +93,7 @@ def _reference_validation(run: Path, cache: Path) -> dict[str, float]:
     """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
     loaded = load_run(run)
-    corpus = Corpus.open(loaded.config.data.corpus)
-    features: dict[str, FeatureReader] = {}
-    for stream in streams_of(loaded.config):
-        encoder = load_encoder(loaded.config, stream, loaded.device)
-        store = split_features(loaded.config, corpus, "validation", stream, encoder, 0, 1, lambda: None)
-        features[stream] = store.get
-    utterances = corpus.split("validation")
-    builder = BatchBuilder(utterances, loaded.sequences, features, 1, 0, 1, torch.device("cpu"), Layout.for_world(1))
-    step = builder.build(range(len(utterances)), views_of(loaded.config))
+    step = validation_step(loaded)
     with torch.no_grad():
         return {
             str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()

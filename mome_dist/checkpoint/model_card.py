@@ -1,0 +1,134 @@
+"""The model card of an export: what it is, how it was made, how good it is, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mome_dist.assets import ASSETS
+from mome_dist.checkpoint.load import LoadedRun
+from mome_dist.evaluation.results import markdown_table
+from mome_dist.speech.views import View
+from mome_dist.training.artefact import RECORD_FILE
+
+_TASKS = {"asr": "speech to text", "vsr": "lips to text", "avsr": "speech and lips to text"}
+
+
+def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """The card in Markdown, with the front matter that model hubs read. A function of its arguments and of the licence
+    notes in the directories of the frozen models.
+
+    Args:
+        run: what is exported.
+        document: the content of the export's ``config.json``.
+        results: an evaluation of the same weights (``results.json``), or None.
+    """
+    sections = {
+        f"{document['name']}: a MoME speech adapter": _summary(run, document),
+        "Numbers": _numbers(run, document),
+        "Word error rates": _error_rates(results),
+        "Use": _use(run.views[0]),
+        "Licences": _licences(run, document),
+        "Citation": "MoME: Mixture of Matryoshka Experts for Audio-Visual Speech Recognition, "
+        "[arXiv 2510.04136](https://arxiv.org/abs/2510.04136).",
+    }
+    level = "#"
+    text = "---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [mome, adapter]\n---\n"
+    for title, body in sections.items():
+        text += f"\n{level} {title}\n\n{body}\n"
+        level = "##"
+    return text
+
+
+def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
+    mome, frozen = run.config.mome, document["frozen"]
+    encoders = " and ".join(f"`{facts['name']}`" for section, facts in frozen.items() if section != "llm")
+    views: dict[str, list[str]] = {}
+    for view in run.views:
+        views.setdefault(view.task, []).append(view.rates)
+    lines = [
+        "Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from frozen "
+        f"encoders: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
+        "The frozen models are not in this directory; they are known by their hash.",
+        "",
+        f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
+        f"bottleneck {mome.bottleneck}, beside each layer's `{mome.placement}`.",
+        *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
+        "",
+        "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",
+    ]
+    return "\n".join(lines)
+
+
+def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
+    counts, llm, source = document["parameters"], document["llm"], document["source"]
+    parts = f"{counts['mome']:,} MoME, {counts['projectors']:,} projectors"
+    if not run.config.projector.trainable:
+        parts = f"MoME; the {counts['projectors']:,} of the projectors were taken from another run and kept"
+    rows = {
+        "parameters trained": f"{counts['trained']:,} ({parts})",
+        "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
+        "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
+        "training": f"{run.step:,} steps of {run.config.data.batch_size} utterances, seed {run.config.seed}",
+        "corpus": f"`{Path(run.config.data.corpus).name}`",
+        "checkpoint": f"`{source['checkpoint']}`, content `{source['content']}`",
+        "made with": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _error_rates(results: Mapping[str, Any] | None) -> str:
+    if results is None:
+        return "These weights were not evaluated before they were exported."
+    intro = f"Corpus `{results['corpus']}`, {results['split']} split, {results['utterances']} utterances.\n\n"
+    return intro + markdown_table(results["views"]).rstrip("\n")
+
+
+def _use(view: View) -> str:
+    file = "clip.flac" if view.video_rate is None else "clip.mp4"
+    rates = {"--audio-rate": view.audio_rate, "--video-rate": view.video_rate}
+    options = " ".join(f"{option} {rate}" for option, rate in rates.items() if rate is not None)
+    return f"""Text of one file, in this directory:
+
+```bash
+python -m mome_dist.transcribe . {file} {options}
+```
+
+The same in Python:
+
+```python
+from pathlib import Path
+
+from mome_dist.checkpoint.export import load_adapter
+from mome_dist.data.media import read_media_file
+from mome_dist.evaluation.transcription import clips_of, transcribe
+from mome_dist.speech.views import View
+
+run = load_adapter(".")  # run.model is a torch module around transformers' model, run.model.llm
+view, file = View("{view.task}", {view.audio_rate}, {view.video_rate}), Path("{file}")
+text = transcribe(run, view, clips_of(read_media_file(file), view, file))
+```
+
+Audio is resampled to 16 kHz; video must be 96x96 mouth crops. The frozen models are looked for where they were at the
+export and in the cache of assets; name other places with `--llm`, `--audio-encoder` and `--video-encoder`, or with the
+arguments of the same names of `load_adapter`."""
+
+
+def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:
+    lines = ["The adapter works with these models only, and their licences hold wherever it is used:", ""]
+    for section, facts in document["frozen"].items():
+        note = _licence_note(Path(getattr(run.config, section).path))
+        lines.append(f"- {section.replace('_', ' ')} `{facts['name']}`: {note} (fingerprint `{facts['fingerprint']}`)")
+    lines += ["", "The adapter has the licence that its publisher gives it; none is implied here."]
+    return "\n".join(lines)
+
+
+def _licence_note(directory: Path) -> str:
+    asset = ASSETS.get(directory.name)
+    if asset is not None:
+        return f"{asset.source.licence}, from the package {asset.source.package} {asset.source.version}"
+    if (directory / RECORD_FILE).is_file():
+        return "made with mome_dist; what its corpus allows"
+    texts = sorted(path.name for path in directory.iterdir() if path.name.upper().startswith("LICENSE"))
+    return f"see {texts[0]} in its directory" if texts else "not recorded; see where it was published"

@@ -1,0 +1,47 @@
+"""Export a trained run as an adapter: a directory that needs nothing else of the run.
+
+    python tools/export_adapter.py runs/quickstart exports/quickstart
+    python tools/export_adapter.py runs/quickstart/checkpoints/step-000160 exports/quickstart-160
+
+It holds the trained weights (safetensors), config.json, a model card and SHA256SUMS, and is loaded by
+`python -m mome_dist.transcribe DIR FILE`, `python -m mome_dist.evaluate checkpoint=DIR output=OUT` and, in Python,
+`mome_dist.checkpoint.export.load_adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mome_dist.cli import add_frozen_options, frozen_of, main_guard
+from mome_dist.quiet import quiet_libraries
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Export and say what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory, or one checkpoint of it")
+    parser.add_argument("target", type=Path, help="directory to make; it must not exist")
+    add_frozen_options(parser)
+    options = parser.parse_args(arguments)
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from mome_dist.checkpoint.export import export_adapter
+
+    console = Console(highlight=False)
+    with console.status(f"checking and exporting {options.run}"):
+        document = export_adapter(options.run, options.target, frozen_of(options))
+    console.print(
+        f"{options.target}: {document['name']}, step {document['step']}, "
+        f"{document['parameters']['trained']:,} trained parameters, {', '.join(document['views'])}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
