@@ -7,6 +7,7 @@ This module needs neither torch nor any process group, so that a launcher can ch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,15 @@ class Layout:
                 f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with "
                 f"{padded.heads} heads, the added ones zero."
             )
-        self._check_stages(shape.layers)
+        self.check_division(shape.layers, routed_experts)
+
+    def check_division(self, layers: int, routed_experts: int) -> None:
+        """Check that the layout can divide layers and experts: all that a checkpoint without the LLM can tell.
+
+        Raises:
+            UserError: naming the parallel key, the model's number, and sizes that would work.
+        """
+        self._check_stages(layers)
         if routed_experts % self.ep:
             raise UserError(
                 f"parallel.ep={self.ep} does not divide mome.routed_experts={routed_experts}: choose ep from "
@@ -132,6 +141,12 @@ class Layout:
     def stages(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage, in layer order; stage ``chunk * pp + pp_rank`` is that chunk of that pipeline rank."""
         return self.stage_layers or (layers // (self.pp * self.virtual),) * (self.pp * self.virtual)
+
+    def layers_of(self, pp_rank: int, layers: int) -> list[int]:
+        """The numbers of a pipeline rank's layers, from zero; the stages of its chunks one after the other."""
+        ends = list(itertools.accumulate(self.stages(layers)))
+        begins = [0, *ends[:-1]]
+        return [n for stage in range(pp_rank, len(ends), self.pp) for n in range(begins[stage], ends[stage])]
 
     def _check_stages(self, layers: int) -> None:
         stages = self.pp * self.virtual

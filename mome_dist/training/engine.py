@@ -8,7 +8,6 @@ experts, clips by the global norm, and steps the (ZeRO-partitioned) optimiser. T
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +25,7 @@ from torch import Tensor, nn
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of a step (counted from zero): linear warm-up, then a cosine down to ``final_fraction`` of the peak."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    progress = min(1.0, max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * warm * cosine
+from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 
 
 def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
@@ -66,29 +58,10 @@ class Engine:
     ) -> None:
         self._modules, self._config, self._sequence_parallel = modules, config, sequence_parallel
         groups = _parameter_groups(modules)
-        if config.name == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                groups,
-                lr=config.learning_rate,
-                betas=(config.betas[0], config.betas[1]),
-                eps=config.epsilon,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        else:
-            optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
-        settings = json.loads(deepspeed_file.read_text())
-        self.zero_stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        settings |= {
-            # Microbatches, and with them accumulation, belong to the pipeline schedule.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "zero_allow_untested_optimizer": True,
-            # Without ZeRO, DeepSpeed's norm leaves out other pipeline stages and expert ranks: see `_clip`.
-            "gradient_clipping": config.gradient_clipping if self.zero_stage else 0.0,
-        }
+        settings = deepspeed_settings(json.loads(deepspeed_file.read_text()), config)
+        self.zero_stage = zero_stage(settings)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=modules, optimizer=optimizer, config=settings, mpu=MegatronMPU()
+            model=modules, optimizer=make_optimizer(groups, config), config=settings, mpu=MegatronMPU()
         )
         optimizer = self.deepspeed.optimizer
         self.moments: Moments = PartitionedMoments(optimizer) if self.zero_stage else ReplicatedMoments(optimizer)
@@ -163,7 +136,7 @@ class Engine:
     @property
     def moment_names(self) -> tuple[str, ...]:
         """Names of the optimiser's running averages; SGD without momentum has none."""
-        return ("exp_avg", "exp_avg_sq") if self._config.name == "adamw" else ()
+        return moment_names(self._config)
 
     def reached_by_gradient(self) -> set[int]:
         """Ids of this rank's parameters whose running average of gradients is not all zero (collective).

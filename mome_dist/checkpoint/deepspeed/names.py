@@ -1,0 +1,140 @@
+"""Which parameters the engine of a rank has, in which order, and what they are in the layout-free model.
+
+The engine is given a ``ModuleDict`` (`DistributedMoME.trainable_modules`): ``layer_N`` in layer order, ``idle`` on a
+rank without layers, ``projectors`` on the first stage. DeepSpeed numbers parameters in the order of that dictionary,
+shared ones first, then those of experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mome_dist.errors import UserError
+
+# A parameter of an expert in the engine, and in the layout-free model.
+EXPERT_PARTS = {
+    "down.weight": "down_weight",
+    "down.bias": "down_bias",
+    "up.weight": "up_weight",
+    "up.bias": "up_bias",
+}
+EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
+GATE = "deepspeed_moe.gate"
+# `split_params_into_different_moe_groups_for_optimizer` starts a new group of experts beyond this many elements.
+LARGEST_EXPERT_GROUP = 178_956_971
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter (or buffer) of a rank's engine.
+
+    Attributes:
+        local: its name in the engine.
+        shape: of it.
+        name: of the tensor in the layout-free model; None for the idle module, which stands for no part of it.
+        index: which slice along that tensor's first dimension it is; None for the whole tensor.
+    """
+
+    local: str
+    shape: tuple[int, ...]
+    name: str | None
+    index: int | None = None
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_expert(self) -> bool:
+        return f".{EXPERTS}." in self.local
+
+
+class ModelTensors:
+    """The shapes of a layout-free model.
+
+    Args:
+        shapes: of all weights and router biases by name, without ``model/``.
+
+    Raises:
+        UserError: if they are not those of a MoME model.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+        numbers = {int(match[1]) for name in shapes if (match := re.match(r"mome\.(\d+)\.", name))}
+        self.layers = len(numbers)
+        if not numbers or numbers != set(range(self.layers)):
+            raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
+        self.routed_experts = self.shapes["mome.0.router_weight"][0]
+
+    def layer(self, number: int, experts: range) -> list[Parameter]:
+        """The parameters of a layer's MoME module on a rank that holds some of its routed experts."""
+        prefix, local = f"mome.{number}", f"layer_{number}"
+        router = f"{prefix}.router_weight"
+        found = [Parameter(f"{local}.{GATE}.wg.weight", self.shapes[router], router)]
+        for position, expert in enumerate(experts):
+            for part, kind in EXPERT_PARTS.items():
+                name = f"{prefix}.routed.{kind}"
+                shape = self.shapes[name][1:]
+                found.append(Parameter(f"{local}.{EXPERTS}.{position}.{part}", shape, name, expert))
+        for kind in EXPERT_PARTS.values():
+            name = f"{prefix}.shared.{kind}"
+            if name in self.shapes:
+                found.append(Parameter(f"{local}.shared.{kind}", self.shapes[name], name))
+        return found
+
+    def router_bias(self, number: int) -> Parameter | None:
+        """The buffer of a layer's router."""
+        name = f"mome.{number}.router_bias"
+        return Parameter(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
+
+    def projectors(self) -> list[Parameter]:
+        """The parameters of the projectors."""
+        names = sorted((name for name in self.shapes if name.startswith("projectors.")), key=_module_order)
+        return [Parameter(name, self.shapes[name], name) for name in names]
+
+
+def _module_order(name: str) -> list[tuple[int, int | str]]:
+    """Sorts names as torch walks modules: numbers by value (also in ``rate16``), and a layer's weight before its bias."""
+    pieces = [piece for piece in re.split(r"\.|(\d+)", name) if piece]
+    return [(0, int(piece)) if piece.isdigit() else (1, "" if piece == "weight" else piece) for piece in pieces]
+
+
+def idle_module(ep: int) -> list[Parameter]:
+    """The parameters of the module of one unit on a rank without layers."""
+    shapes: dict[str, tuple[int, ...]] = {"down.weight": (1, 1), "down.bias": (1,), "up.weight": (1, 1), "up.bias": (1,)}
+    experts = [Parameter(f"idle.{EXPERTS}.0.{part}", shape, None) for part, shape in shapes.items()]
+    return [Parameter(f"idle.{GATE}.wg.weight", (ep, 1), None), *experts]
+
+
+def engine_parameters(
+    model: ModelTensors, layers: Sequence[int], ep: int, ep_rank: int, with_projectors: bool
+) -> list[Parameter]:
+    """The parameters of a rank's engine, in its order.
+
+    Args:
+        layers: numbers of the rank's layers, in its order.
+        ep, ep_rank: expert-parallel ranks, and which of them it is.
+        with_projectors: whether the rank is of the first stage.
+    """
+    held = model.routed_experts // ep
+    experts = range(ep_rank * held, (ep_rank + 1) * held)
+    found = [parameter for number in layers for parameter in model.layer(number, experts)]
+    return found + ([] if layers else idle_module(ep)) + (model.projectors() if with_projectors else [])
+
+
+def optimizer_groups(parameters: Sequence[Parameter], largest: int = LARGEST_EXPERT_GROUP) -> list[list[Parameter]]:
+    """The parameters of each optimiser group: the shared ones, then experts in one group or, if they are many, more."""
+    groups: list[list[Parameter]] = [[parameter for parameter in parameters if not parameter.is_expert], []]
+    size = 0
+    for parameter in parameters:
+        if parameter.is_expert:
+            size += parameter.count
+            if groups[-1] and size > largest:
+                groups.append([])
+                size = parameter.count
+            groups[-1].append(parameter)
+    return groups

@@ -1,0 +1,197 @@
+"""Which file of a DeepSpeed checkpoint holds which numbers, for any layout and ZeRO stage.
+
+    TAG/mp_rank_MM_model_states.pt                     shared weights and buffers of a model-parallel rank
+    TAG/layer_L_expert_E_mp_rank_MM_model_states.pt    an expert; L counts the MoE modules of the rank
+    TAG/zero_pp_rank_D_mp_rank_MM_optim_states.pt      ZeRO 1 and 2: a data-parallel rank's partition of every group
+    TAG/expp_rank_X_mp_rank_MM_optim_states.pt         ZeRO 0: the optimiser of an expert-parallel rank
+    latest                                             the tag
+
+A model-parallel rank is ``pp_rank * tp + tp_rank``. Tensor-parallel ranks hold equal copies of all that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mome_dist.checkpoint.deepspeed.names import (
+    EXPERTS,
+    ModelTensors,
+    Parameter,
+    engine_parameters,
+    idle_module,
+    optimizer_groups,
+)
+from mome_dist.checkpoint.deepspeed.zero import fragments, partition
+from mome_dist.checkpoint.pieces import Constant, Piece, Range
+from mome_dist.moe.experts import initial_value
+from mome_dist.parallel.layout import Layout
+
+# Where a tensor lies in the nested dictionaries of a file.
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file (fp32): its shape and, one after the other, where its numbers come from."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of a checkpoint.
+
+    Attributes:
+        name: in the tag's directory.
+        kind: "model", "expert", "zero" or "optimizer".
+        pp, tp: the model-parallel rank that it belongs to.
+        part: the data-parallel rank (of a "zero" file) or the expert-parallel one (of an "optimizer" file).
+        parameters: of the engine that writes it; empty for an "expert" file.
+        tensors: by their place in the file.
+    """
+
+    name: str
+    kind: str
+    pp: int
+    tp: int
+    part: int
+    parameters: list[Parameter]
+    tensors: dict[Path, Stored]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files of a layout.
+
+    Attributes:
+        model: shapes of the layout-free model.
+        layout: sizes of the axes.
+        stages: numbers of each pipeline rank's layers, in its order (`Layout.layers_of`).
+        zero: ZeRO stage, 0 to 2.
+        moments: names of the optimiser's running averages.
+        steps: that the optimiser counted.
+    """
+
+    model: ModelTensors
+    layout: Layout
+    stages: list[list[int]]
+    zero: int
+    moments: tuple[str, ...]
+    steps: int
+
+    def files(self) -> Iterator[PlannedFile]:
+        """All files, model-parallel rank by rank."""
+        for pp in range(self.layout.pp):
+            by_expert_rank = [
+                engine_parameters(self.model, self.stages[pp], self.layout.ep, rank, with_projectors=pp == 0)
+                for rank in range(self.layout.ep)
+            ]
+            for tp in range(self.layout.tp):
+                rank = f"mp_rank_{pp * self.layout.tp + tp:02d}"
+                name = f"{rank}_model_states.pt"
+                yield PlannedFile(name, "model", pp, tp, 0, by_expert_rank[0], self._shared(pp, by_expert_rank[0]))
+                yield from self._experts(pp, tp, rank)
+                for part in range(self.layout.dp if self.zero else self.layout.ep):
+                    parameters = by_expert_rank[part % self.layout.ep]
+                    if self.zero:
+                        name, kind = f"zero_pp_rank_{part}_{rank}_optim_states.pt", "zero"
+                        tensors = self._partitions(optimizer_groups(parameters), part)
+                    else:
+                        name, kind = f"expp_rank_{part}_{rank}_optim_states.pt", "optimizer"
+                        tensors = self._whole_moments(optimizer_groups(parameters))
+                    yield PlannedFile(name, kind, pp, tp, part, parameters, tensors)
+
+    def modules(self, pp: int) -> list[int | None]:
+        """The MoE modules of a pipeline rank by their layers' numbers; None is the idle one."""
+        return list(self.stages[pp]) or [None]
+
+    def buffers(self, pp: int) -> list[Parameter]:
+        """The router biases of a pipeline rank."""
+        biases = (self.model.router_bias(number) for number in self.stages[pp])
+        return [bias for bias in biases if bias is not None]
+
+    def group_ranks(self, group: int) -> int:
+        """Over how many ranks an optimiser group is partitioned."""
+        return self.layout.dp if group == 0 else self.layout.dp // self.layout.ep
+
+    def group_rank(self, group: int, dp_rank: int) -> int:
+        """Which of those a data-parallel rank is."""
+        return dp_rank if group == 0 else dp_rank // self.layout.ep
+
+    def _shared(self, pp: int, parameters: Sequence[Parameter]) -> dict[Path, Stored]:
+        shared = [parameter for parameter in parameters if not parameter.is_expert]
+        return {("module", parameter.local): _whole(parameter, "model") for parameter in [*self.buffers(pp), *shared]}
+
+    def _experts(self, pp: int, tp: int, rank: str) -> Iterator[PlannedFile]:
+        for module, number in enumerate(self.modules(pp)):
+            count = self.layout.ep if number is None else self.model.routed_experts
+            for expert in range(count):
+                parameters = idle_module(count) if number is None else self.model.layer(number, range(expert, expert + 1))
+                # In its file an expert has its own number, whatever its place on its rank.
+                tensors: dict[Path, Stored] = {
+                    (parameter.local.replace(f".{EXPERTS}.0.", f".{EXPERTS}.{expert}."),): _whole(
+                        parameter, "model", idle_expert=expert
+                    )
+                    for parameter in parameters
+                    if parameter.is_expert
+                }
+                yield PlannedFile(f"layer_{module}_expert_{expert}_{rank}_model_states.pt", "expert", pp, tp, 0, [], tensors)
+
+    def _whole_moments(self, groups: Sequence[Sequence[Parameter]]) -> dict[Path, Stored]:
+        tensors: dict[Path, Stored] = {}
+        for number, parameter in enumerate(parameter for group in groups for parameter in group):
+            place: Path = ("optimizer", "state", number)
+            if self.moments:
+                tensors[*place, "step"] = self._counter()
+            for moment in self.moments:
+                tensors[*place, moment] = _whole(parameter, f"optimizer/{moment}")
+        return tensors
+
+    def _partitions(self, groups: Sequence[Sequence[Parameter]], dp_rank: int) -> dict[Path, Stored]:
+        tensors: dict[Path, Stored] = {}
+        idle_expert = dp_rank % self.layout.ep
+        for number, group in enumerate(groups):
+            counts = [parameter.count for parameter in group]
+            part = partition(sum(counts), self.group_ranks(number), self.group_rank(number, dp_rank))
+            pieces = list(fragments(counts, part))
+            padding = (Constant((0.0,), part.padding),) if part.padding else ()
+
+            def along(kind: str, group: Sequence[Parameter] = group, pieces: Sequence = pieces) -> tuple[Piece, ...]:
+                found = (_piece(group[p.number], kind, p.start, p.stop, idle_expert) for p in pieces)
+                return tuple(found)
+
+            place: Path = ("optimizer_state_dict", "base_optimizer_state", "state", number)
+            if self.moments:
+                tensors[*place, "step"] = self._counter()
+            for moment in self.moments:
+                tensors[*place, moment] = Stored((part.size,), (*along(f"optimizer/{moment}"), *padding))
+            # DeepSpeed cuts the padding off the weights, and leaves it on the moments.
+            tensors["optimizer_state_dict", "single_partition_of_fp32_groups", number] = Stored(
+                (part.size - part.padding,), along("model")
+            )
+        return tensors
+
+    def _counter(self) -> Stored:
+        return Stored((), (Constant((float(self.steps),)),))
+
+
+def _whole(parameter: Parameter, kind: str, idle_expert: int = 0) -> Stored:
+    return Stored(parameter.shape, (_piece(parameter, kind, 0, parameter.count, idle_expert),))
+
+
+def _piece(parameter: Parameter, kind: str, start: int, stop: int, idle_expert: int) -> Piece:
+    if parameter.name is None:
+        return Constant(_idle_values(parameter, kind, idle_expert)[start:stop])
+    first = 0 if parameter.index is None else parameter.index * parameter.count
+    return Range(f"{kind}/{parameter.name}", first + start, first + stop)
+
+
+def _idle_values(parameter: Parameter, kind: str, expert: int) -> tuple[float, ...]:
+    """The idle module's numbers; it trains on nothing, so they are the initial ones (`DistributedMoME`)."""
+    if kind != "model":
+        return (0.0,) * parameter.count
+    _, _, part = parameter.local.partition(f".{EXPERTS}.0.")
+    name = f"idle.routed.{expert}.{part.replace('.', '_')}" if part else "idle.router_weight"
+    return tuple(initial_value(name, parameter.shape, 0).flatten().tolist())
