@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mome_dist.checkpoint.hashes import content_hash, digest, joined, row_digests
 from mome_dist.errors import UserError
-from mome_dist.files import sha256_of
+from mome_dist.files import fsync, sha256_of
 
 FORMAT = "mome_dist.checkpoint/2"
 INDEX = "index.json"
@@ -228,3 +228,16 @@ def index_of(facts: dict[str, Any], files: dict[str, Any], tensors: dict[str, An
 def seal_of(index: bytes) -> bytes:
     """The content of ``index.sha256`` for an index."""
     return f"{hashlib.sha256(index).hexdigest()}  {INDEX}\n".encode()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What an index says about a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def complete(directory: Path, index: bytes) -> None:
+    """Add the index to a directory of parts with its ``config.yaml``, and see that all of it is on disk."""
+    (directory / INDEX).write_bytes(index)
+    (directory / SEAL).write_bytes(seal_of(index))
+    for path in (directory / INDEX, directory / SEAL, directory / CONFIG, directory):
+        fsync(path)

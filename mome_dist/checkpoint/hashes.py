@@ -44,6 +44,32 @@ def tensor_hash(tensor: Tensor, by_row: bool) -> str:
     return joined(row_digests(tensor)) if by_row else digest(tensor)
 
 
+class StreamedHash:
+    """`tensor_hash` of a tensor whose bytes come in pieces, in order.
+
+    Args:
+        row: bytes of a row along the first dimension; None hashes the tensor as one.
+    """
+
+    def __init__(self, row: int | None) -> None:
+        self._row, self._left, self._hash = row, row, hashlib.sha256()
+        self.digests: list[str] = []
+
+    def update(self, data: memoryview) -> None:
+        """Add bytes."""
+        while self._row is not None and self._left is not None and len(data) >= self._left:
+            self._hash.update(data[: self._left])
+            self.digests.append(self._hash.hexdigest())
+            data, self._left, self._hash = data[self._left :], self._row, hashlib.sha256()
+        self._hash.update(data)
+        if self._left is not None:
+            self._left -= len(data)
+
+    def finish(self) -> list[str]:
+        """The digest of every row, or of the whole tensor."""
+        return self.digests if self._row is not None else [self._hash.hexdigest()]
+
+
 def content_hash(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     """The hash over the model's and the optimiser's tensors in the ``tensors`` of an index."""
     lines = [

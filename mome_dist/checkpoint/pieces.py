@@ -4,9 +4,7 @@ every layout holds ranges of such rows."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,3 @@ class TensorFacts:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
-
-
-class Source(Protocol):
-    """Where layout-free tensors come from."""
-
-    facts: dict[str, TensorFacts]
-
-    def chunks(self, piece: Range) -> Iterator[memoryview]:
-        """The bytes of a range, in order; each view holds until the next is asked for."""
-        ...

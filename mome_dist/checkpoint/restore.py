@@ -138,6 +138,7 @@ def restore_random_state(directory: Path, layout: Layout) -> None:
     """
     with CheckpointReader(directory) as reader:
         written_by = Layout(**reader.index["written_by"]["layout"])
-        if asdict(written_by) == asdict(layout):
-            prefix = f"rng/{dist.get_rank()}/"
-            set_random_state({name.removeprefix(prefix): reader.read(name) for name in reader.names(prefix)})
+        prefix = f"rng/{dist.get_rank()}/"
+        names = reader.names(prefix)  # none, if it was made from files that do not hold generators
+        if names and asdict(written_by) == asdict(layout):
+            set_random_state({name.removeprefix(prefix): reader.read(name) for name in names})

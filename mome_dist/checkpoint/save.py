@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mome_dist.checkpoint.format import CONFIG, INDEX, LATEST, SEAL, Part, describe_part, index_of, merge_parts, seal_of
+from mome_dist.checkpoint.format import CONFIG, LATEST, Part, complete, describe_part, file_facts, index_of, merge_parts
 from mome_dist.checkpoint.random_state import random_state
 from mome_dist.config import RunConfig, save_config
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, sha256_of, write_text
+from mome_dist.files import fsync, write_text
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, rank_writes
 from mome_dist.training.engine import Engine
@@ -208,17 +208,9 @@ def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | 
     }
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    """What an index says about a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def publish_checkpoint(aside: Path, final: Path, index: bytes) -> None:
     """Complete a directory of parts with its index and make it visible under its final name, all of it on disk."""
-    (aside / INDEX).write_bytes(index)
-    (aside / SEAL).write_bytes(seal_of(index))
-    for path in (aside / INDEX, aside / SEAL, aside / CONFIG, aside):
-        fsync(path)
+    complete(aside, index)
     replaced = final.with_name(f".{final.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # a step that is trained again after a resume from an older checkpoint

@@ -22,10 +22,10 @@ from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import update_router_biases
-from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.faults import PreemptedError, StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
+from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from mome_dist.checkpoint.format import CheckpointReader
-from mome_dist.checkpoint.save import save_checkpoint
-from mome_dist.config import RunConfig
+from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.training.balance import update_router_biases
-from mome_dist.training.engine import Engine, learning_rate
+from mome_dist.training.engine import Engine
+from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake
 
@@ -29,8 +29,8 @@ def _build(probe: Probe, layout: Layout, zero: int, scratch: Path) -> tuple[Dist
     deepspeed_file = scratch / f"zero{zero}-{dist.get_rank()}.json"
     deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
     model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device()).train()
-    experts = ((g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name)
-    wake(experts, probe.config.seed)
+    named = [(g.name, g.index, p) for g, p in model.named_trainables()]
+    wake([each for each in named if ".routed." in each[0] or ".shared." in each[0]], probe.config.seed)
     return model, Engine(model.trainable_modules(), probe.config.optimizer, deepspeed_file, layout.sequence_parallel)
 
 
@@ -43,16 +43,71 @@ def _step(probe: Probe, layout: Layout, at: Coordinates, model: DistributedMoME,
     return loss
 
 
-def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path, native: bool) -> list[float]:
-    """Train `STEPS` steps, save ``folder/checkpoints`` (and the engine's own ``folder/native``), train one more.
+def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path) -> list[float]:
+    """Train `STEPS` steps, save ``folder/checkpoints`` and, by the engine itself, ``folder/native``; train two more.
 
     Returns:
-        The losses of all steps.
+        The losses of the steps after the save.
     """
+    probe = Probe(dataclasses.replace(probe.config, output_dir=str(folder)), probe.steps)
     with parallel_world(layout, probe.config.seed, 60) as at:
         model, engine = _build(probe, layout, zero, folder)
-        losses = [_step(probe, layout, at, model, engine, number) for number in range(STEPS)]
-        save_checkpoint(folder, STEPS, model, engine, probe.config, layout, {"llm": "0" * 64})
-        if native:
-            engine.deepspeed.save_checkpoint(str(folder / "native"), tag=TAG)
-        return [*losses, _step(probe, layout, at, model, engine, STEPS)]
+        for number in range(STEPS):
+            _step(probe, layout, at, model, engine, number)
+        CheckpointSaver(probe.config, layout, {"llm": "0" * 64}, {"seed": probe.config.seed}).save(STEPS, model, engine)
+        engine.deepspeed.save_checkpoint(str(folder / "native"), tag=TAG)
+        return [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)]
+
+
+def load_and_train(
+    probe: Probe, layout: Layout, zero: int, native: Path, canonical: Path, scratch: Path
+) -> tuple[list[str], list[float], dict]:
+    """Load a DeepSpeed checkpoint with the engine's own `load_checkpoint` and train two steps.
+
+    Returns:
+        What differs from the layout-free checkpoint, the losses of the two steps, and the client state.
+    """
+    with parallel_world(layout, probe.config.seed, 60) as at:
+        model, engine = _build(probe, layout, zero, scratch)
+        path, client = engine.deepspeed.load_checkpoint(str(native))
+        assert path is not None
+        different = _differences(model, engine, canonical)
+        return (
+            different,
+            [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)],
+            client["mome_dist"],
+        )
+
+
+def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> list[str]:
+    found = []
+    with CheckpointReader(canonical) as reader:
+        names = dict((parameter, name) for name, parameter in model.named_trainables())
+
+        def compare(prefix: str, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+            if parameter in names:  # the idle module stands for no part of the model
+                name = names[parameter]
+                expected = reader.read(f"{prefix}/{name.name}", name.index)
+                if not torch.equal(value.detach(), expected):
+                    found.append(f"{prefix}/{name.name} {name.index}")
+
+        for parameter in engine.parameters():
+            compare("model", parameter, parameter)
+        for moment in engine.moment_names:
+            for parameter, value in engine.moments.whole(moment):
+                compare(f"optimizer/{moment}", parameter, value)
+        for name, bias in model.router_biases().items():
+            if not torch.equal(bias, reader.read(f"model/{name}")):
+                found.append(name)
+        zero = engine.deepspeed.optimizer
+        torch_optimizer = zero.optimizer if engine.zero_stage else zero
+        if engine.zero_stage:  # what the optimiser steps on
+            for part, flat in zip(
+                zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
+            ):
+                if not any(torch.equal(part, other) for other in flat):
+                    found.append("a partition of the fp32 weights")
+        steps = {float(state["step"]) for state in torch_optimizer.state.values()}
+        if steps - {float(reader.index["optimizer_steps"])}:
+            found.append(f"step {steps}")
+    return found

@@ -98,14 +98,19 @@ class ModelTensors:
 
 
 def _module_order(name: str) -> list[tuple[int, int | str]]:
-    """Sorts names as torch walks modules: numbers by value (also in ``rate16``), and a layer's weight before its bias."""
+    """Sorts names as torch walks modules: numbers by value (also in ``rate16``), a layer's weight before its bias."""
     pieces = [piece for piece in re.split(r"\.|(\d+)", name) if piece]
     return [(0, int(piece)) if piece.isdigit() else (1, "" if piece == "weight" else piece) for piece in pieces]
 
 
 def idle_module(ep: int) -> list[Parameter]:
     """The parameters of the module of one unit on a rank without layers."""
-    shapes: dict[str, tuple[int, ...]] = {"down.weight": (1, 1), "down.bias": (1,), "up.weight": (1, 1), "up.bias": (1,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "down.weight": (1, 1),
+        "down.bias": (1,),
+        "up.weight": (1, 1),
+        "up.bias": (1,),
+    }
     experts = [Parameter(f"idle.{EXPERTS}.0.{part}", shape, None) for part, shape in shapes.items()]
     return [Parameter(f"idle.{GATE}.wg.weight", (ep, 1), None), *experts]
 

@@ -128,25 +128,26 @@ class Plan:
         for module, number in enumerate(self.modules(pp)):
             count = self.layout.ep if number is None else self.model.routed_experts
             for expert in range(count):
-                parameters = idle_module(count) if number is None else self.model.layer(number, range(expert, expert + 1))
+                only = idle_module(count) if number is None else self.model.layer(number, range(expert, expert + 1))
                 # In its file an expert has its own number, whatever its place on its rank.
                 tensors: dict[Path, Stored] = {
                     (parameter.local.replace(f".{EXPERTS}.0.", f".{EXPERTS}.{expert}."),): _whole(
                         parameter, "model", idle_expert=expert
                     )
-                    for parameter in parameters
+                    for parameter in only
                     if parameter.is_expert
                 }
-                yield PlannedFile(f"layer_{module}_expert_{expert}_{rank}_model_states.pt", "expert", pp, tp, 0, [], tensors)
+                name = f"layer_{module}_expert_{expert}_{rank}_model_states.pt"
+                yield PlannedFile(name, "expert", pp, tp, 0, [], tensors)
 
     def _whole_moments(self, groups: Sequence[Sequence[Parameter]]) -> dict[Path, Stored]:
         tensors: dict[Path, Stored] = {}
         for number, parameter in enumerate(parameter for group in groups for parameter in group):
             place: Path = ("optimizer", "state", number)
             if self.moments:
-                tensors[*place, "step"] = self._counter()
+                tensors[(*place, "step")] = self._counter()
             for moment in self.moments:
-                tensors[*place, moment] = _whole(parameter, f"optimizer/{moment}")
+                tensors[(*place, moment)] = _whole(parameter, f"optimizer/{moment}")
         return tensors
 
     def _partitions(self, groups: Sequence[Sequence[Parameter]], dp_rank: int) -> dict[Path, Stored]:
@@ -164,9 +165,9 @@ class Plan:
 
             place: Path = ("optimizer_state_dict", "base_optimizer_state", "state", number)
             if self.moments:
-                tensors[*place, "step"] = self._counter()
+                tensors[(*place, "step")] = self._counter()
             for moment in self.moments:
-                tensors[*place, moment] = Stored((part.size,), (*along(f"optimizer/{moment}"), *padding))
+                tensors[(*place, moment)] = Stored((part.size,), (*along(f"optimizer/{moment}"), *padding))
             # DeepSpeed cuts the padding off the weights, and leaves it on the moments.
             tensors["optimizer_state_dict", "single_partition_of_fp32_groups", number] = Stored(
                 (part.size - part.padding,), along("model")

@@ -2,45 +2,41 @@
 
 The files say themselves which layout they are of. From that follows which file must hold which numbers (`plan`); every
 file is compared with it, then a tensor's ranges are looked up. Files are pickles: they are loaded with
-``weights_only=True`` and nothing but DeepSpeed's own plain classes allowed.
+``weights_only=True``, nothing but DeepSpeed's own plain classes allowed, and without the numbers of their tensors:
+torch's fake tensors say at which byte of the file these begin.
 """
 
 from __future__ import annotations
 
-import bisect
+import base64
 import pickle
 import re
+import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
-from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.plan import Path as Place
+from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
-from mome_dist.checkpoint.source import CHUNK
+from mome_dist.checkpoint.source import Source, Stretch
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_OPEN_FILES = 64  # kept mapped
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """Elements ``start`` to ``stop`` of a tensor: in a file, at a place, from element ``offset``."""
-
-    start: int
-    stop: int
-    file: str
-    place: Place
-    offset: int
+_FIRST_PARTITION, _FIRST_OPTIMIZER = (
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "expp_rank_0_mp_rank_00_optim_states.pt",
+)
+_ITEM_SIZE = 4  # bytes of an fp32 number
+_OPEN_FILES = 64  # whose contents are kept
 
 
 def is_deepspeed(directory: Path) -> bool:
@@ -53,58 +49,75 @@ def _tag_directory(directory: Path) -> Path:
     return directory / latest.read_text().strip() if latest.is_file() else directory
 
 
-class DeepSpeedSource:
-    """The tensors of a DeepSpeed checkpoint.
+def open_deepspeed(directory: Path) -> tuple[Source, Plan]:
+    """A DeepSpeed checkpoint, and what its files were found to be.
 
     Args:
         directory: with ``latest``, or of one tag.
 
-    Attributes:
-        facts: of every tensor, by layout-free name.
-        plan: what the files were found to be.
-        client: what this project stored beside the tensors; None in a checkpoint that an engine saved.
-        step, skipped: training steps done, and those of them without an update.
+    Returns:
+        The source; one that an engine saved has a record without all that DeepSpeed does not know (`write_deepspeed`
+        puts it into the client state), and no ``config``.
 
     Raises:
         UserError: for a missing, surplus, damaged or forbidden file, by name.
     """
+    found = _Directory(_tag_directory(directory))
+    facts, stretches = found.tensors()
+    client = found.client
+    if client is None:
+        return Source(
+            facts, stretches, {"step": found.plan.steps, "optimizer_steps": found.plan.steps}, None, None
+        ), found.plan
+    inline = {name: base64.b64decode(value["base64"]) for name, value in client["rng"].items()}
+    facts |= {name: TensorFacts(tuple(value["shape"]), value["dtype"], False) for name, value in client["rng"].items()}
+    source = Source(facts, stretches, client["record"], client["config"], client["content"], inline)
+    return source, found.plan
+
+
+class _Directory:
+    """A tag's directory, recognised."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = _tag_directory(directory)
+        self.directory = directory
         self._opened: OrderedDict[str, dict[Any, Any]] = OrderedDict()
-        names = {path.name for path in self.directory.glob("*")}
-        ranks = sorted(int(match[1]) for name in names if (match := _MODEL_FILE.fullmatch(name)))
-        if not ranks:
-            raise UserError(f"{self.directory} holds no mp_rank_00_model_states.pt; it is no DeepSpeed checkpoint.")
+        self._names = {path.name for path in directory.glob("*")}
+        if not any(_MODEL_FILE.fullmatch(name) for name in self._names):
+            raise UserError(f"{directory} holds no mp_rank_00_model_states.pt; it is no DeepSpeed checkpoint.")
         first = self._load("mp_rank_00_model_states.pt")
         self.client: dict[str, Any] | None = first.get(CLIENT_KEY)
-        self.step, self.skipped = int(first["global_steps"]), int(first["skipped_steps"])
         self.plan = self._recognise(first)
-        self.facts: dict[str, TensorFacts] = {}
-        self._stretches: dict[str, list[_Stretch]] = {}
-        self._check_files(names)
-        self._finish()
 
-    def __enter__(self) -> DeepSpeedSource:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened.clear()
-
-    def chunks(self, piece: Range) -> Iterator[memoryview]:
-        """The bytes of a range, in order; each view holds until the next is asked for."""
-        stretches = self._stretches[piece.tensor]
-        number = bisect.bisect_right(stretches, piece.start, key=lambda stretch: stretch.start) - 1
-        position = piece.start
-        while position < piece.stop:
-            stretch = stretches[number]
-            flat = _at(self._load(stretch.file), stretch.place).reshape(-1)
-            stop = min(piece.stop, stretch.stop)
-            for begin in range(position, stop, CHUNK // 4):
-                end = min(begin + CHUNK // 4, stop)
-                part = flat[begin - stretch.start + stretch.offset : end - stretch.start + stretch.offset]
-                yield memoryview(part.numpy()).cast("B")
-            position, number = stop, number + 1
+    def tensors(self) -> tuple[dict[str, TensorFacts], dict[str, list[Stretch]]]:
+        """Compare every file with the plan; return all tensors and where they are."""
+        stretches: dict[str, list[Stretch]] = {}
+        planned_names = set()
+        for planned in self.plan.files():
+            planned_names.add(planned.name)
+            for place, stored in planned.tensors.items():
+                offset = self._check(planned, place, stored)
+                # Tensor-parallel ranks hold copies, and ZeRO's partitions copies of the weights.
+                if planned.tp or (planned.kind == "zero" and "single_partition_of_fp32_groups" in place):
+                    continue
+                for piece in stored.pieces:
+                    if isinstance(piece, Range):
+                        known = stretches.setdefault(piece.tensor, [])
+                        # Without ZeRO, every expert-parallel rank has the moments of shared parameters.
+                        if not any(stretch.start == piece.start for stretch in known):
+                            known.append(Stretch(piece.start, piece.stop, self.directory / planned.name, offset))
+                    offset += piece.count * _ITEM_SIZE
+        surplus = sorted(self._names - planned_names)
+        if surplus:
+            raise UserError(
+                f"{self.directory / surplus[0]} is none of the files of {self.plan.layout.describe()}, ZeRO "
+                f"{self.plan.zero}; {len(surplus)} such file(s). Remove them if they are of another save."
+            )
+        facts = {}
+        for name in sorted(stretches):
+            stretches[name].sort(key=lambda stretch: stretch.start)
+            shape = self.plan.model.shapes[re.sub(r"^(model|optimizer/\w+)/", "", name)]
+            facts[name] = TensorFacts(shape, "float32", ".routed." in name)
+        return facts, stretches
 
     # -- what the files say of themselves
 
@@ -121,18 +134,26 @@ class DeepSpeedSource:
             stages = [self._layers(f"mp_rank_{rank * tp:02d}_model_states.pt") for rank in range(pp)]
             state = optimizer["state"].get(0, {})
             moments = tuple(sorted(name for name in state if name != "step"))
+            steps = self._counter(zero, state["step"]) if moments else int(first["global_steps"])
             model = ModelTensors(self._shapes(tp, stages))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{self.directory} is not what an engine of this project saves ({type(error).__name__}: {error})."
             ) from error
-        steps = int(state["step"]) if moments else self.step
         return Plan(model, Layout(tp, pp, ep, dp), stages, zero, moments, steps)
 
     def _optimizer(self, zero: int) -> dict[str, Any]:
         if zero:
-            return self._load("zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"]["base_optimizer_state"]
+            return self._load("zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"][
+                "base_optimizer_state"
+            ]
         return self._load("expp_rank_0_mp_rank_00_optim_states.pt")["optimizer"]
+
+    def _counter(self, zero: int, step: Tensor) -> int:
+        """Steps that the optimiser counted; the engine's own count begins anew with every process."""
+        with (self.directory / (_FIRST_PARTITION if zero else _FIRST_OPTIMIZER)).open("rb") as file:
+            file.seek(_offset(step))
+            return int(struct.unpack("<f", file.read(_ITEM_SIZE))[0])
 
     def _layers(self, name: str) -> list[int]:
         modules = dict.fromkeys(key.partition(".")[0] for key in self._load(name)["module"])
@@ -157,61 +178,26 @@ class DeepSpeedSource:
                     shapes[f"mome.{number}.routed.{kind}"] = (experts, *shape)
         return shapes
 
-    # -- comparing every file with the plan
-
-    def _check_files(self, names: set[str]) -> None:
-        planned_names = set()
-        for planned in self.plan.files():
-            planned_names.add(planned.name)
-            if planned.name not in names:
-                raise UserError(f"{self.directory / planned.name} is missing: the checkpoint is not complete.")
-            self._check_file(planned)
-        surplus = sorted(names - planned_names)
-        if surplus:
+    def _check(self, planned: PlannedFile, place: Place, stored: Stored) -> int:
+        """Compare a tensor of a file with the plan; return the byte at which it begins."""
+        path = self.directory / planned.name
+        content: Any = self._load(planned.name)
+        try:
+            for key in place:
+                content = content[key]
+        except (KeyError, IndexError, TypeError):
+            content = None
+        if not isinstance(content, Tensor):
+            raise UserError(f"{path} holds no {_words(place)}; damaged.")
+        if tuple(content.shape) != stored.shape or content.dtype != torch.float32 or not content.is_contiguous():
             raise UserError(
-                f"{self.directory / surplus[0]} is none of the files of {self.plan.layout.describe()}, ZeRO "
-                f"{self.plan.zero}; {len(surplus)} such file(s). Remove them if they are of another save."
+                f"{path}: {_words(place)} is {content.dtype} {list(content.shape)}, expected torch.float32 "
+                f"{list(stored.shape)}."
             )
-
-    def _check_file(self, planned: PlannedFile) -> None:
-        content = self._load(planned.name)
-        if planned.kind == "model":
-            surplus = set(content.get("module", ())) - {str(place[1]) for place in planned.tensors}
-            if surplus:
-                raise UserError(f"{self.directory / planned.name} holds {sorted(surplus)[0]}, which is not of its stage.")
-        for place, stored in planned.tensors.items():
-            try:
-                tensor = _at(content, place)
-            except (KeyError, IndexError, TypeError):
-                raise UserError(f"{self.directory / planned.name} holds no {_words(place)}; damaged.") from None
-            if tuple(tensor.shape) != stored.shape or tensor.dtype != torch.float32:
-                raise UserError(
-                    f"{self.directory / planned.name}: {_words(place)} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"expected torch.float32 {list(stored.shape)}."
-                )
-            # Tensor-parallel ranks hold copies, and ZeRO's partitions copies of the weights.
-            if planned.tp == 0 and not (planned.kind == "zero" and "single_partition_of_fp32_groups" in place):
-                self._register(planned.name, place, stored)
-
-    def _register(self, file: str, place: Place, stored: Stored) -> None:
-        offset = 0
-        for piece in stored.pieces:
-            if isinstance(piece, Range):
-                known = self._stretches.setdefault(piece.tensor, [])
-                # Without ZeRO, every expert-parallel rank has the moments of shared parameters.
-                if not any(stretch.start == piece.start for stretch in known):
-                    known.append(_Stretch(piece.start, piece.stop, file, place, offset))
-            offset += piece.count
-
-    def _finish(self) -> None:
-        for name, stretches in self._stretches.items():
-            stretches.sort(key=lambda stretch: stretch.start)
-            shape = self.plan.model.shapes[re.sub(r"^(model|optimizer/\w+)/", "", name)]
-            self.facts[name] = TensorFacts(shape, "float32", ".routed." in name)
-        self.facts = dict(sorted(self.facts.items()))
+        return _offset(content)
 
     def _load(self, name: str) -> dict[Any, Any]:
-        """A file's contents, tensors mapped from disk."""
+        """A file's contents, with fake tensors."""
         if name in self._opened:
             self._opened.move_to_end(name)
             return self._opened[name]
@@ -219,8 +205,8 @@ class DeepSpeedSource:
         if not path.is_file():
             raise UserError(f"{path} is missing: the checkpoint is not complete.")
         try:
-            with torch.serialization.safe_globals(_allowed()):
-                content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            with torch.serialization.safe_globals(_allowed()), FakeTensorMode():
+                content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0].split(". This")[0]
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
@@ -241,12 +227,10 @@ def _allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
-def _at(content: Any, place: Place) -> Tensor:
-    for key in place:
-        content = content[key]
-    if not isinstance(content, Tensor):
-        raise TypeError(place)
-    return content.detach()
+def _offset(tensor: Tensor) -> int:
+    """The byte of its file at which a fake tensor's numbers begin."""
+    begin: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    return begin + int(tensor.storage_offset()) * _ITEM_SIZE
 
 
 def _words(place: Place) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from mome_dist.checkpoint.deepspeed.names import optimizer_groups
 from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.torch_file import write_torch_file
 from mome_dist.checkpoint.deepspeed.zero import fragments, partition
-from mome_dist.checkpoint.pieces import Constant, Piece, Source
+from mome_dist.checkpoint.pieces import Constant, Piece, Range
+from mome_dist.checkpoint.source import Source
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.errors import UserError
 from mome_dist.files import fsync
@@ -29,22 +31,18 @@ _CONSTANT_CHUNK = 1 << 18  # elements
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What a DeepSpeed checkpoint says of a run beside its tensors.
+class Schedule:
+    """What the learning rate in a checkpoint follows from.
 
     Attributes:
         step: training steps done, skipped ones included.
-        skipped: steps without an update.
-        steps: that the run will have; the learning rate depends on it.
+        steps: that the run will have.
         optimizer: of the run.
-        client: plain JSON-able values that `load_checkpoint` gives back as client state.
     """
 
     step: int
-    skipped: int
     steps: int
     optimizer: OptimizerConfig
-    client: dict[str, Any]
 
 
 def check_target(layout: Layout) -> None:
@@ -61,7 +59,7 @@ def check_target(layout: Layout) -> None:
 
 
 def write_deepspeed(
-    folder: Path, tag: str, plan: Plan, source: Source, facts: RunFacts, advance: Callable[[int], None]
+    folder: Path, tag: str, plan: Plan, source: Source, schedule: Schedule, advance: Callable[[int], None]
 ) -> None:
     """Fill ``folder`` with ``TAG/...`` and ``latest``, all flushed to disk.
 
@@ -76,12 +74,33 @@ def write_deepspeed(
     (folder / tag).mkdir(parents=True)
     for planned in plan.files():
         path = folder / tag / planned.name
-        written = write_torch_file(path, _content(planned, plan, facts), read)
+        content = _content(planned, plan, schedule)
+        if planned.kind == "model":
+            content[CLIENT_KEY] = _client_state(source, with_generators=planned.pp == planned.tp == 0)
+        written = write_torch_file(path, content, read)
         fsync(path)
         advance(written)
     (folder / "latest").write_text(tag)
     for path in (folder / "latest", folder / tag, folder):
         fsync(path)
+
+
+def _client_state(source: Source, with_generators: bool) -> dict[str, Any]:
+    """What `load_checkpoint` gives back to each rank: plain values, the states of all ranks' generators in one file."""
+    generators = {name: facts for name, facts in source.facts.items() if name.startswith("rng/") and with_generators}
+    return {
+        "record": source.record,
+        "config": source.config,
+        "content": source.content,
+        "rng": {
+            name: {
+                "shape": list(facts.shape),
+                "dtype": facts.dtype,
+                "base64": base64.b64encode(b"".join(source.chunks(Range(name, 0, facts.count)))).decode(),
+            }
+            for name, facts in generators.items()
+        },
+    }
 
 
 def _constant(piece: Constant) -> Iterator[memoryview]:
@@ -93,14 +112,14 @@ def _constant(piece: Constant) -> Iterator[memoryview]:
         left -= min(left, repeats)
 
 
-def _content(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[Any, Any]:
+def _content(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[Any, Any]:
     """What the file holds, in the order and nesting that DeepSpeed writes."""
     if planned.kind == "model":
-        content = _model_state(planned, plan, facts)
+        content = _model_state(planned, plan, schedule)
     elif planned.kind == "zero":
-        content = _zero_state(planned, plan, facts)
+        content = _zero_state(planned, plan, schedule)
     elif planned.kind == "optimizer":
-        content = {"optimizer": _torch_state(planned, plan, facts, flat=False)}
+        content = {"optimizer": _torch_state(planned, plan, schedule, flat=False)}
     else:
         content = {}
     for place, stored in planned.tensors.items():
@@ -112,11 +131,11 @@ def _content(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[Any, Any
     return content
 
 
-def _settings(plan: Plan, facts: RunFacts) -> dict[str, Any]:
-    return deepspeed_settings({"zero_optimization": {"stage": plan.zero}}, facts.optimizer)
+def _settings(plan: Plan, schedule: Schedule) -> dict[str, Any]:
+    return deepspeed_settings({"zero_optimization": {"stage": plan.zero}}, schedule.optimizer)
 
 
-def _model_state(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[str, Any]:
+def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[str, Any]:
     layout, zero = plan.layout, plan.zero
     groups = optimizer_groups(planned.parameters)
     shapes = [OrderedDict((parameter.local, parameter.shape) for parameter in group) for group in groups]
@@ -132,21 +151,20 @@ def _model_state(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[str,
         "lr_scheduler": None,
         "data_sampler": None,
         "random_ltd": None,
-        "skipped_steps": facts.skipped,
-        "global_steps": facts.step,
-        "global_samples": facts.step * layout.dp,  # of one sample a rank and step, as the engine is told
+        "skipped_steps": 0,  # such steps do not reach the engine
+        "global_steps": plan.steps,
+        "global_samples": plan.steps * layout.dp,  # of one sample a rank and step, as the engine is told
         "dp_world_size": layout.dp,
         "mp_world_size": layout.tp * layout.pp,
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
-        "ds_config": _settings(plan, facts),
+        "ds_config": _settings(plan, schedule),
         "ds_version": version("deepspeed"),
         "num_experts": experts,
         "ds_autoep_layers": None,
-        CLIENT_KEY: facts.client,
     }
 
 
-def _torch_state(planned: PlannedFile, plan: Plan, facts: RunFacts, flat: bool) -> dict[str, Any]:
+def _torch_state(planned: PlannedFile, plan: Plan, schedule: Schedule, flat: bool) -> dict[str, Any]:
     """The state of torch's optimiser: over one flat parameter a group, or over all parameters."""
     described = [
         {"name": "shared"} if number == 0 else {"name": f"ep_size_{plan.layout.ep}", "moe": True}
@@ -156,13 +174,13 @@ def _torch_state(planned: PlannedFile, plan: Plan, facts: RunFacts, flat: bool) 
         {"params": [torch.empty(0) for _ in group[: 1 if flat else None]]} | description
         for group, description in zip(optimizer_groups(planned.parameters), described, strict=True)
     ]
-    state = make_optimizer(groups, facts.optimizer).state_dict()
+    state = make_optimizer(groups, schedule.optimizer).state_dict()
     for group in state["param_groups"]:
-        group["lr"] = learning_rate(facts.optimizer, max(0, facts.step - 1), facts.steps)
+        group["lr"] = learning_rate(schedule.optimizer, max(0, schedule.step - 1), schedule.steps)
     return state
 
 
-def _zero_state(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[str, Any]:
+def _zero_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[str, Any]:
     # Classes of DeepSpeed that its own files refer to; importing them takes seconds.
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -186,8 +204,8 @@ def _zero_state(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[str, 
             "loss_scaler": LossScaler(scale=1.0),
             "dynamic_loss_scale": False,
             "overflow": False,
-            "clip_grad": facts.optimizer.gradient_clipping,
-            "base_optimizer_state": _torch_state(planned, plan, facts, flat=True),
+            "clip_grad": schedule.optimizer.gradient_clipping,
+            "base_optimizer_state": _torch_state(planned, plan, schedule, flat=True),
             "single_partition_of_fp32_groups": weights,
             "zero_stage": ZeroStageEnum(plan.zero),
             "group_paddings": [part.padding for part in parts],
@@ -196,6 +214,6 @@ def _zero_state(planned: PlannedFile, plan: Plan, facts: RunFacts) -> dict[str, 
             "ds_version": version("deepspeed"),
             "param_slice_mappings": mappings,
         },
-        "ds_config": _settings(plan, facts),
+        "ds_config": _settings(plan, schedule),
         "ds_version": version("deepspeed"),
     }

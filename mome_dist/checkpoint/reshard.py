@@ -1,0 +1,230 @@
+"""Rewriting a checkpoint for another layout or format, in one process and with the memory of a few buffers.
+
+Tensors are streamed from the source's files to the target's, in the target's order. The content hash (`hashes`) is
+computed from what was written and must be the source's; only then does the target appear under its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mome_dist.checkpoint.deepspeed.names import ModelTensors
+from mome_dist.checkpoint.deepspeed.plan import Plan
+from mome_dist.checkpoint.deepspeed.read import is_deepspeed, open_deepspeed
+from mome_dist.checkpoint.deepspeed.write import Schedule, check_target, write_deepspeed
+from mome_dist.checkpoint.format import CONFIG, complete, file_facts, find_checkpoint, index_of, merge_parts
+from mome_dist.checkpoint.hashes import CONTENT, content_hash, joined
+from mome_dist.checkpoint.parts import parts_of, write_part
+from mome_dist.checkpoint.source import Source, item_size, open_canonical
+from mome_dist.config import RunConfig
+from mome_dist.config.load import parse_saved_config
+from mome_dist.errors import UserError
+from mome_dist.files import fsync
+from mome_dist.llm.shape import LLMShape
+from mome_dist.parallel.layout import Layout
+from mome_dist.training.optimizer import moment_names
+
+FORMATS = ("canonical", "deepspeed")
+_HASHING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done.
+
+    Attributes:
+        source_content, target_content: content hashes; equal, or nothing would have been written.
+        read, written: bytes of the source's tensors and of the target's files.
+        seconds: of wall clock.
+        notes: what the source does not hold, or could not be checked.
+    """
+
+    source_content: str
+    target_content: str
+    read: int
+    written: int
+    seconds: float
+    notes: list[str]
+
+
+def reshard(
+    source: Path,
+    target: Path,
+    format: str,
+    layout: Layout,
+    zero: int,
+    config: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Write ``target``, which must not exist, from ``source``.
+
+    Args:
+        source: a layout-free checkpoint, a run, or a DeepSpeed checkpoint (a directory with ``latest``, or of one tag).
+        format: "canonical" or "deepspeed".
+        layout: of the ranks that the target is for.
+        zero: ZeRO stage that the target is for, 0 to 2.
+        config: of the run, for a source that an engine saved itself.
+        advance: told the bytes written so far, and how many there will be, roughly.
+
+    Raises:
+        UserError: naming the missing or damaged file, or what does not fit. The target does not exist then.
+    """
+    began = time.monotonic()
+    if target.exists():
+        raise UserError(f"{target} exists; name a directory that does not, or remove it.")
+    with open_checkpoint(source, config) as (opened, notes):
+        model, run = _model(opened), parse_saved_config(str(opened.config), f"{source}: its {CONFIG}")
+        notes += _check_layout(layout, model, run)
+        expected = opened.content or content_hash(hashed(opened))
+        total, done = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values()), 0
+
+        def count(written: int) -> None:
+            nonlocal done
+            done += written
+            advance(done, max(total, done))
+
+        with _published(target) as aside:
+            if format == "canonical":
+                tensors = _write_canonical(aside, opened, layout, zero, model, count)
+            else:
+                plan = _plan(opened, layout, zero, model, run)
+                total = sum(4 * p.count for file in plan.files() for t in file.tensors.values() for p in t.pieces)
+                schedule = Schedule(opened.record["step"], run.training.steps, run.optimizer)
+                write_deepspeed(aside, f"global_step{plan.steps}", plan, opened, schedule, count)
+                with open_deepspeed(aside)[0] as written:
+                    tensors = hashed(written)
+            content = content_hash(tensors)
+            if content != expected:
+                raise UserError(f"{source}: {_first_difference(opened, tensors)}; damaged, use an older checkpoint.")
+        read = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values())
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Outcome(expected, content, read, size, time.monotonic() - began, notes)
+
+
+@contextmanager
+def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, list[str]]]:
+    """A checkpoint of either format, and what is to be said about it.
+
+    Raises:
+        UserError: if it is none, is damaged, or lacks the configuration and none is given.
+    """
+    if not is_deepspeed(path):
+        with open_canonical(find_checkpoint(path)) as source:
+            yield source, []
+        return
+    source, plan = open_deepspeed(path)
+    with source:
+        if source.config is not None:
+            yield source, []
+            return
+        if config is None:
+            raise UserError(
+                f"{path} was saved by an engine itself and does not hold the run's configuration: name the run's "
+                f"{CONFIG} with --config."
+            )
+        source.config = config.read_text(encoding="utf-8")
+        run = parse_saved_config(source.config, str(config))
+        if plan.moments != moment_names(run.optimizer):
+            raise UserError(
+                f"{path} holds the optimiser's {list(plan.moments)}, but {config} has optimizer.name={run.optimizer.name}."
+            )
+        source.record |= {
+            "optimizer": run.optimizer.name,
+            "data": {"order": {}, "utterances_seen": plan.steps * run.data.batch_size},
+            "written_by": {"layout": asdict(plan.layout), "zero": plan.zero},
+            "versions": {},
+            "frozen": {},
+        }
+        yield (
+            source,
+            [
+                "the source does not say which frozen models and which order of utterances it was trained with: a run "
+                "that continues cannot check them",
+                f"the source counts optimiser steps only: training continues after step {plan.steps}",
+                "the source holds no random-number generators",
+            ],
+        )
+
+
+def hashed(source: Source) -> dict[str, dict[str, Any]]:
+    """Shape, type and hash of every tensor of the model and the optimiser, as an index has them."""
+    names = [name for name in source.facts if name.startswith(CONTENT)]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        found = dict(zip(names, pool.map(source.digests, names), strict=True))
+    return {
+        name: {
+            "shape": list(source.facts[name].shape),
+            "dtype": source.facts[name].dtype,
+            "sha256": joined(digests) if source.facts[name].stacked else digests[0],
+        }
+        for name, digests in found.items()
+    }
+
+
+def _model(source: Source) -> ModelTensors:
+    shapes = {name.removeprefix("model/"): f.shape for name, f in source.facts.items() if name.startswith("model/")}
+    return ModelTensors(shapes)
+
+
+def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[str]:
+    layout.check_division(model.layers, model.routed_experts)
+    if not Path(run.llm.path).is_dir():
+        return [f"llm.path={run.llm.path} is not here: tp={layout.tp} was not checked against it"]
+    layout.check_model(LLMShape.from_directory(run.llm.path), model.routed_experts, run.llm.pad_heads)
+    return []
+
+
+def _plan(source: Source, layout: Layout, zero: int, model: ModelTensors, run: RunConfig) -> Plan:
+    check_target(layout)
+    other = sorted({f.dtype for name, f in source.facts.items() if name.startswith(CONTENT)} - {"float32"})
+    if other:
+        raise UserError(f"the checkpoint holds {', '.join(other)} tensors; the engine's are float32.")
+    stages = [layout.layers_of(pp, model.layers) for pp in range(layout.pp)]
+    return Plan(model, layout, stages, zero, moment_names(run.optimizer), source.record["optimizer_steps"])
+
+
+def _write_canonical(
+    folder: Path, source: Source, layout: Layout, zero: int, model: ModelTensors, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    described = []
+    for rank, rows in parts_of(source.facts, layout, model.layers):
+        path = folder / f"part-{rank:05d}.safetensors"
+        files[path.name], tensors = write_part(path, rows, source, advance)
+        described.append(tensors)
+    (folder / CONFIG).write_text(str(source.config), encoding="utf-8")
+    files[CONFIG] = file_facts(folder / CONFIG)
+    # Generators belong to the ranks that trained, so `written_by` stays.
+    record = source.record | {"resharded": {"layout": asdict(layout), "zero": zero}}
+    merged = merge_parts(described)
+    complete(folder, index_of(record, files, merged))
+    return merged
+
+
+def _first_difference(source: Source, tensors: dict[str, Any]) -> str:
+    for name, claimed in source.hashes.items():
+        if name in tensors and tensors[name]["sha256"] != claimed:
+            return f"{name} does not have the hash that the index names"
+    return "its tensors do not have the content hash that it names"
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` to fill; on a clean exit it gets the name, else it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    fsync(target.parent)

@@ -1,0 +1,87 @@
+"""Rewrite a checkpoint for another layout or format, in one process, without the LLM.
+
+    python tools/reshard_checkpoint.py runs/tiny runs/tiny_native --format deepspeed --pp 2 --ep 2 --dp 2 --zero 1
+    python tools/reshard_checkpoint.py runs/tiny_native runs/again/checkpoints/step-000100 --tp 2 --ep 4 --dp 4
+
+SRC is a checkpoint, a run (its newest checkpoint is taken) or a DeepSpeed checkpoint. DST must not
+exist; it appears when all of it is written and its content hash is that of SRC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mome_dist.cli import main_guard
+from mome_dist.quiet import quiet_libraries
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC")
+    parser.add_argument("target", type=Path, metavar="DST")
+    parser.add_argument("--format", choices=("canonical", "deepspeed"), default="canonical", help="of DST")
+    for axis in ("tp", "pp", "ep", "dp", "virtual"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help=f"parallel.{axis} of the ranks that DST is for")
+    parser.add_argument("--stage-layers", type=int, nargs="+", help="parallel.stage_layers of these ranks")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage that DST is for")
+    parser.add_argument("--config", type=Path, help="config.yaml of the run, if an engine itself saved SRC")
+    return parser.parse_args(arguments)
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reshard and say what was done."""
+    options = parse_arguments(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_libraries()
+    logging.disable(logging.WARNING)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from mome_dist.checkpoint.reshard import reshard
+    from mome_dist.parallel.layout import Layout
+
+    layout = Layout.for_world(
+        options.tp * options.pp * options.dp,
+        options.tp,
+        options.pp,
+        options.ep,
+        options.virtual,
+        stage_layers=options.stage_layers,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"writing {options.target.name}", total=None)
+        outcome = reshard(
+            options.source,
+            options.target,
+            options.format,
+            layout,
+            options.zero,
+            options.config,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for note in outcome.notes:
+        print(f"note: {note}")
+    print(f"source content {outcome.source_content}")
+    print(f"target content {outcome.target_content}")
+    print(
+        f"{outcome.written / 1e9:.3f} GB in {outcome.seconds:.1f} s, {outcome.written / outcome.seconds / 1e9:.2f} GB/s: "
+        f"{options.target} ({options.format}, {layout.describe()}, ZeRO {options.zero})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
