@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"note: {note}")
     print(f"source content {outcome.source_content}")
     print(f"target content {outcome.target_content}")
+    speed = outcome.written / outcome.seconds / 1e9
     print(
-        f"{outcome.written / 1e9:.3f} GB in {outcome.seconds:.1f} s, {outcome.written / outcome.seconds / 1e9:.2f} GB/s: "
+        f"{outcome.written / 1e9:.3f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s: "
         f"{options.target} ({options.format}, {layout.describe()}, ZeRO {options.zero})"
     )
 

@@ -101,8 +101,11 @@ def reshard(
                 with open_deepspeed(aside)[0] as written:
                     tensors = hashed(written)
             content = content_hash(tensors)
+            for name, claimed in opened.hashes.items():
+                if tensors[name]["sha256"] != claimed:
+                    raise UserError(f"{source}: {name} does not have the hash in the index; use an older checkpoint.")
             if content != expected:
-                raise UserError(f"{source}: {_first_difference(opened, tensors)}; damaged, use an older checkpoint.")
+                raise UserError(f"{source}: its tensors do not have the content hash that it names; use an older one.")
         read = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values())
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return Outcome(expected, content, read, size, time.monotonic() - began, notes)
@@ -133,7 +136,7 @@ def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, l
         run = parse_saved_config(source.config, str(config))
         if plan.moments != moment_names(run.optimizer):
             raise UserError(
-                f"{path} holds the optimiser's {list(plan.moments)}, but {config} has optimizer.name={run.optimizer.name}."
+                f"{path} holds {list(plan.moments)} of the optimiser, {config} has optimizer.name={run.optimizer.name}."
             )
         source.record |= {
             "optimizer": run.optimizer.name,
@@ -154,8 +157,8 @@ def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, l
 
 
 def hashed(source: Source) -> dict[str, dict[str, Any]]:
-    """Shape, type and hash of every tensor of the model and the optimiser, as an index has them."""
-    names = [name for name in source.facts if name.startswith(CONTENT)]
+    """Shape, type and hash of every tensor, as an index has them."""
+    names = list(source.facts)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         found = dict(zip(names, pool.map(source.digests, names), strict=True))
     return {
@@ -206,13 +209,6 @@ def _write_canonical(
     merged = merge_parts(described)
     complete(folder, index_of(record, files, merged))
     return merged
-
-
-def _first_difference(source: Source, tensors: dict[str, Any]) -> str:
-    for name, claimed in source.hashes.items():
-        if name in tensors and tensors[name]["sha256"] != claimed:
-            return f"{name} does not have the hash that the index names"
-    return "its tensors do not have the content hash that it names"
 
 
 @contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.format import CheckpointReader
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
@@ -59,30 +62,38 @@ def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path) -> lis
         return [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)]
 
 
-def load_and_train(
-    probe: Probe, layout: Layout, zero: int, native: Path, canonical: Path, scratch: Path
-) -> tuple[list[str], list[float], dict]:
-    """Load a DeepSpeed checkpoint with the engine's own `load_checkpoint` and train two steps.
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank found in a DeepSpeed checkpoint.
 
-    Returns:
-        What differs from the layout-free checkpoint, the losses of the two steps, and the client state.
+    Attributes:
+        different: what is not as in the layout-free checkpoint.
+        losses: of the two steps that it trained from there.
+        client: the client state.
     """
+
+    different: list[str]
+    losses: list[float]
+    client: dict[str, Any]
+
+
+def load_and_train(probe: Probe, layout: Layout, zero: int, native: Path, canonical: Path, scratch: Path) -> Loaded:
+    """Load a DeepSpeed checkpoint with the engine's own `load_checkpoint`, save it again to ``scratch/native`` with the
+    engine's own `save_checkpoint`, and train two steps."""
     with parallel_world(layout, probe.config.seed, 60) as at:
         model, engine = _build(probe, layout, zero, scratch)
         path, client = engine.deepspeed.load_checkpoint(str(native))
         assert path is not None
         different = _differences(model, engine, canonical)
-        return (
-            different,
-            [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)],
-            client["mome_dist"],
-        )
+        engine.deepspeed.save_checkpoint(str(scratch / "native"), tag=TAG)
+        losses = [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)]
+        return Loaded(different, losses, client["mome_dist"])
 
 
 def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> list[str]:
     found = []
     with CheckpointReader(canonical) as reader:
-        names = dict((parameter, name) for name, parameter in model.named_trainables())
+        names = {parameter: name for name, parameter in model.named_trainables()}
 
         def compare(prefix: str, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
             if parameter in names:  # the idle module stands for no part of the model
@@ -111,3 +122,22 @@ def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> lis
         if steps - {float(reader.index["optimizer_steps"])}:
             found.append(f"step {steps}")
     return found
+
+
+def tree_differences(mine: Any, theirs: Any, place: str = "") -> list[str]:
+    """Where the contents of two ``.pt`` files differ, tensors and all else, but for this project's client state."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = (mine.keys() | theirs.keys()) - {CLIENT_KEY}
+        missing = [f"{place}/{key} is in one only" for key in keys if key not in mine or key not in theirs]
+        both = [key for key in keys if key in mine and key in theirs]
+        return missing + [d for key in both for d in tree_differences(mine[key], theirs[key], f"{place}/{key}")]
+    if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
+        pairs = enumerate(zip(mine, theirs, strict=True))
+        return [d for number, pair in pairs for d in tree_differences(*pair, f"{place}/{number}")]
+    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        same = mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
+    elif type(mine).__module__.startswith("deepspeed"):
+        same = type(mine) is type(theirs) and vars(mine) == vars(theirs)
+    else:
+        same = mine == theirs
+    return [] if same else [place]

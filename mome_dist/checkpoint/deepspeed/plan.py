@@ -91,7 +91,9 @@ class Plan:
             for tp in range(self.layout.tp):
                 rank = f"mp_rank_{pp * self.layout.tp + tp:02d}"
                 name = f"{rank}_model_states.pt"
-                yield PlannedFile(name, "model", pp, tp, 0, by_expert_rank[0], self._shared(pp, by_expert_rank[0]))
+                yield PlannedFile(
+                    name, "model", pp, tp, 0, by_expert_rank[0], self._model_tensors(pp, by_expert_rank[0])
+                )
                 yield from self._experts(pp, tp, rank)
                 for part in range(self.layout.dp if self.zero else self.layout.ep):
                     parameters = by_expert_rank[part % self.layout.ep]
@@ -120,9 +122,11 @@ class Plan:
         """Which of those a data-parallel rank is."""
         return dp_rank if group == 0 else dp_rank // self.layout.ep
 
-    def _shared(self, pp: int, parameters: Sequence[Parameter]) -> dict[Path, Stored]:
-        shared = [parameter for parameter in parameters if not parameter.is_expert]
-        return {("module", parameter.local): _whole(parameter, "model") for parameter in [*self.buffers(pp), *shared]}
+    def _model_tensors(self, pp: int, parameters: Sequence[Parameter]) -> dict[Path, Stored]:
+        shared = [*self.buffers(pp), *(parameter for parameter in parameters if not parameter.is_expert)]
+        module: dict[Path, Stored] = {("module", parameter.local): _whole(parameter, "model") for parameter in shared}
+        # Without ZeRO, DeepSpeed saves the first rank's optimiser here too; it reads it from the other file.
+        return module if self.zero else module | self._whole_moments(optimizer_groups(parameters))
 
     def _experts(self, pp: int, tp: int, rank: str) -> Iterator[PlannedFile]:
         for module, number in enumerate(self.modules(pp)):

@@ -208,7 +208,8 @@ class _Directory:
             with torch.serialization.safe_globals(_allowed()), FakeTensorMode():
                 content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0].split(". This")[0]
+            found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+            reason = f"it refers to {found[1]}" if found else str(error).strip().partition("\n")[0]
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")
@@ -219,7 +220,7 @@ class _Directory:
 
 
 def _allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """The classes of DeepSpeed that its own checkpoints refer to: plain records, without code of their own at loading."""
+    """The classes of DeepSpeed that its checkpoints refer to: plain records that run no code when they are loaded."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -229,7 +230,8 @@ def _allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 def _offset(tensor: Tensor) -> int:
     """The byte of its file at which a fake tensor's numbers begin."""
-    begin: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    begin = tensor.untyped_storage()._checkpoint_offset
+    assert begin is not None, "loaded inside FakeTensorMode"
     return begin + int(tensor.storage_offset()) * _ITEM_SIZE
 
 

@@ -126,7 +126,7 @@ def _content(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[Any, 
         *folders, last = place
         holder: Any = content
         for key in folders:
-            holder = holder[key] if isinstance(holder, list) else holder.setdefault(key, {})
+            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else holder[key]
         holder[last] = stored
     return content
 
@@ -143,7 +143,7 @@ def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[s
     return {
         "module": OrderedDict(),
         "buffer_names": [buffer.local for buffer in plan.buffers(planned.pp)],
-        "optimizer": None,
+        "optimizer": None if zero else _torch_state(planned, plan, schedule, flat=False),
         "param_shapes": shapes if zero else None,
         "frozen_param_shapes": OrderedDict() if zero == 2 else None,
         "shared_params": {} if zero else None,
