@@ -191,15 +191,10 @@ def test_what_an_engine_saved_is_read(bench: Bench, tmp_path: Path, source: str)
 def test_parts_are_cut_as_the_target_ranks_would_write_them(bench: Bench, tmp_path: Path) -> None:
     one, other = bench.saved["ep2 zero1"], bench.saved["tp2 pp2 zero2"]
     reshard(one.canonical, tmp_path / "there", "canonical", other.topology.layout, other.topology.zero)
-    for name in (
-        "model/mome.0.routed.up_weight",
-        "model/mome.3.router_weight",
-        "model/projectors.streams.audio.all.0.bias",
-    ):
-        with CheckpointReader(tmp_path / "there") as mine, CheckpointReader(other.canonical) as theirs:
-            assert mine.index["tensors"][f"model/{name}"] == theirs.index["tensors"][f"model/{name}"] | {
-                "sha256": mine.index["tensors"][f"model/{name}"]["sha256"]
-            }
+    with CheckpointReader(tmp_path / "there") as mine, CheckpointReader(other.canonical) as theirs:
+        assert mine.index["tensors"].keys() >= set(theirs.names("model/")) | set(theirs.names("optimizer/"))
+        for name in (*theirs.names("model/"), *theirs.names("optimizer/")):
+            assert mine.index["tensors"][name]["parts"] == theirs.index["tensors"][name]["parts"]
     reshard(tmp_path / "there", tmp_path / "back", "canonical", one.topology.layout, one.topology.zero)
     assert_same_checkpoint(one.canonical, tmp_path / "back")
 

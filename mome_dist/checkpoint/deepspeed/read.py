@@ -208,7 +208,7 @@ class _Directory:
             with torch.serialization.safe_globals(_allowed()), FakeTensorMode():
                 content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+            found = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it refers to {found[1]}" if found else str(error).strip().partition("\n")[0]
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
         if not isinstance(content, dict):
