@@ -2,9 +2,11 @@
 
     python tools/reshard_checkpoint.py runs/tiny runs/tiny_native --format deepspeed --pp 2 --ep 2 --dp 2 --zero 1
     python tools/reshard_checkpoint.py runs/tiny_native runs/again/checkpoints/step-000100 --tp 2 --ep 4 --dp 4
+    python tools/reshard_checkpoint.py runs/tiny_native exports/tiny --format hf
 
 SRC is a checkpoint, a run (its newest checkpoint is taken) or a DeepSpeed checkpoint. DST must not
-exist; it appears when all of it is written and its content hash is that of SRC.
+exist; it appears when all of it is written and its content hash is that of SRC. ``--format hf`` is the adapter of
+tools/export_adapter.py: weights without the optimiser, of no layout; nothing can be made of it but inference.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST")
-    parser.add_argument("--format", choices=("canonical", "deepspeed"), default="canonical", help="of DST")
+    parser.add_argument("--format", choices=("canonical", "deepspeed", "hf"), default="canonical", help="of DST")
     for axis in ("tp", "pp", "ep", "dp", "virtual"):
         parser.add_argument(f"--{axis}", type=int, default=1, help=f"parallel.{axis} of the ranks that DST is for")
     parser.add_argument("--stage-layers", type=int, nargs="+", help="parallel.stage_layers of these ranks")
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from mome_dist.checkpoint.reshard import reshard
+    from mome_dist.checkpoint.reshard import export, reshard
     from mome_dist.parallel.layout import Layout
 
     layout = Layout.for_world(
@@ -55,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.virtual,
         stage_layers=options.stage_layers,
     )
+    if options.format == "hf":
+        with Console(stderr=True).status(f"exporting {options.source}"):
+            export(options.source, options.target, options.config)
+        print(f"{options.target}: weights without the optimiser")
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -18,7 +18,6 @@ from mome_dist.checkpoint.format import Part
 from mome_dist.checkpoint.hashes import StreamedHash
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, item_size
-from mome_dist.files import fsync
 from mome_dist.parallel.layout import Layout
 
 # Names of types in a safetensors header.
@@ -64,7 +63,7 @@ def parts_of(facts: Mapping[str, TensorFacts], layout: Layout, layers: int) -> I
 def write_part(
     path: Path, rows: list[Rows], source: Source, advance: Callable[[int], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Write a part and flush it to disk.
+    """Write a part.
 
     Args:
         advance: told the bytes written now and then.
@@ -95,7 +94,6 @@ def write_part(
                 "digests": tensor_hash.finish(),
                 "part": asdict(part),
             }
-    fsync(path)
     return {"bytes": path.stat().st_size, "sha256": file_hash.hexdigest()}, described
 
 

@@ -6,7 +6,7 @@ computed from what was written and must be the source's; only then does the targ
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mome_dist.checkpoint.adapter import is_adapter
 from mome_dist.checkpoint.deepspeed.names import ModelTensors
 from mome_dist.checkpoint.deepspeed.plan import Plan
 from mome_dist.checkpoint.deepspeed.read import is_deepspeed, open_deepspeed
@@ -24,14 +25,13 @@ from mome_dist.checkpoint.hashes import CONTENT, content_hash, joined
 from mome_dist.checkpoint.parts import parts_of, write_part
 from mome_dist.checkpoint.source import Source, item_size, open_canonical
 from mome_dist.config import RunConfig
-from mome_dist.config.load import parse_saved_config
+from mome_dist.config.load import config_of
 from mome_dist.errors import UserError
-from mome_dist.files import fsync
+from mome_dist.files import published_directory
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.optimizer import moment_names
 
-FORMATS = ("canonical", "deepspeed")
 _HASHING_THREADS = 2
 
 
@@ -77,10 +77,12 @@ def reshard(
         UserError: naming the missing or damaged file, or what does not fit. The target does not exist then.
     """
     began = time.monotonic()
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; name a directory that does not, or remove it.")
+    if is_adapter(source):
+        raise UserError(f"{source} is an export: it holds weights and no optimiser. Name the run that it was made of.")
     with open_checkpoint(source, config) as (opened, notes):
-        model, run = _model(opened), parse_saved_config(str(opened.config), f"{source}: its {CONFIG}")
+        model, run = _model(opened), config_of(opened.config, source / CONFIG)
         notes += _check_layout(layout, model, run)
         expected = opened.content or content_hash(hashed(opened))
         total, done = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values()), 0
@@ -90,7 +92,7 @@ def reshard(
             done += written
             advance(done, max(total, done))
 
-        with _published(target) as aside:
+        with published_directory(target, replace=False) as aside:
             if format == "canonical":
                 tensors = _write_canonical(aside, opened, layout, zero, model, count)
             else:
@@ -109,6 +111,19 @@ def reshard(
         read = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values())
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return Outcome(expected, content, read, size, time.monotonic() - began, notes)
+
+
+def export(source: Path, target: Path, config: Path | None = None) -> None:
+    """Write the adapter of a checkpoint of either format (`export_adapter`); arguments and errors as in `reshard`."""
+    from mome_dist.checkpoint.export import export_adapter  # loads what the model needs to decode
+
+    if not is_deepspeed(source):
+        export_adapter(source, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        reshard(source, Path(scratch) / "canonical", "canonical", Layout(1, 1, 1, 1), 1, config)
+        export_adapter(Path(scratch) / "canonical", target)
 
 
 @contextmanager
@@ -133,7 +148,7 @@ def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, l
                 f"{CONFIG} with --config."
             )
         source.config = config.read_text(encoding="utf-8")
-        run = parse_saved_config(source.config, str(config))
+        run = config_of(source.config, config)
         if plan.moments != moment_names(run.optimizer):
             raise UserError(
                 f"{path} holds {list(plan.moments)} of the optimiser, {config} has optimizer.name={run.optimizer.name}."
@@ -209,18 +224,3 @@ def _write_canonical(
     merged = merge_parts(described)
     complete(folder, index_of(record, files, merged))
     return merged
-
-
-@contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` to fill; on a clean exit it gets the name, else it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    fsync(target.parent)

@@ -204,16 +204,7 @@ def test_an_optimiser_without_moments(bench: Bench, tmp_path: Path) -> None:
     for there in (Topology(2, 2, {"pp": 2}, "sgd"), Topology(1, 0, {}, "sgd")):
         native, scratch = tmp_path / f"zero{there.zero}", tmp_path / f"scratch{there.zero}"
         reshard(saved.canonical, native, "deepspeed", there.layout, there.zero)
-        ranks = run_world(
-            load_and_train,
-            there.world,
-            bench.probe_for(there),
-            there.layout,
-            there.zero,
-            native,
-            saved.canonical,
-            scratch,
-        )
+        ranks = bench.load(saved, there, native, scratch)
         assert all(rank.different == [] and rank.losses == pytest.approx(saved.losses, rel=1e-6) for rank in ranks)
         assert_same_files(native / f"global_step{STEPS}", scratch / "native" / TAG)
 

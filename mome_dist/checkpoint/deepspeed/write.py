@@ -21,7 +21,6 @@ from mome_dist.checkpoint.pieces import Constant, Piece, Range
 from mome_dist.checkpoint.source import Source
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.errors import UserError
-from mome_dist.files import fsync
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.optimizer import deepspeed_settings, learning_rate, make_optimizer
 
@@ -61,7 +60,7 @@ def check_target(layout: Layout) -> None:
 def write_deepspeed(
     folder: Path, tag: str, plan: Plan, source: Source, schedule: Schedule, advance: Callable[[int], None]
 ) -> None:
-    """Fill ``folder`` with ``TAG/...`` and ``latest``, all flushed to disk.
+    """Fill ``folder`` with ``TAG/...`` and ``latest``.
 
     Args:
         advance: told the bytes of each file written.
@@ -78,11 +77,8 @@ def write_deepspeed(
         if planned.kind == "model":
             content[CLIENT_KEY] = _client_state(source, with_generators=planned.pp == planned.tp == 0)
         written = write_torch_file(path, content, read)
-        fsync(path)
         advance(written)
     (folder / "latest").write_text(tag)
-    for path in (folder / "latest", folder / tag, folder):
-        fsync(path)
 
 
 def _client_state(source: Source, with_generators: bool) -> dict[str, Any]:
