@@ -7,9 +7,11 @@ large as the disk allows, and is read, hashed and written in one pass.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,9 @@ def write_part(
     """
     rows = sorted(rows, key=lambda piece: (-item_size(source.facts[piece.name].dtype), piece.name))
     header, described, file_hash = _header(rows, source.facts), {}, hashlib.sha256()
-    with path.open("wb") as file:
-        file.write(header)
+    # While a thread of each hashes a piece, it is written.
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as hashing:
+        _write_all(file, memoryview(header))
         file_hash.update(header)
         for piece in rows:
             tensor = source.facts[piece.name]
@@ -83,9 +86,10 @@ def write_part(
             first, last = (0, 1) if piece.start is None or piece.stop is None else (piece.start, piece.stop)
             tensor_hash = StreamedHash(None if piece.start is None else count * size)
             for chunk in source.chunks(Range(piece.name, first * count, last * count)):
-                file.write(chunk)
-                file_hash.update(chunk)
-                tensor_hash.update(chunk)
+                hashes = [hashing.submit(update, chunk) for update in (file_hash.update, tensor_hash.update)]
+                _write_all(file, chunk)
+                for update in hashes:
+                    update.result()
                 advance(len(chunk))
             part = Part(path.name, piece.start, None if piece.start is None else last - first)
             described[piece.name] = {
@@ -95,6 +99,11 @@ def write_part(
                 "part": asdict(part),
             }
     return {"bytes": path.stat().st_size, "sha256": file_hash.hexdigest()}, described
+
+
+def _write_all(file: io.FileIO, data: memoryview) -> None:
+    while data:  # a system call may write less than it is given
+        data = data[file.write(data) :]
 
 
 def _shape(piece: Rows, tensor: TensorFacts) -> list[int]:

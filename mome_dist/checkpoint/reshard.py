@@ -27,7 +27,7 @@ from mome_dist.checkpoint.source import Source, item_size, open_canonical
 from mome_dist.config import RunConfig
 from mome_dist.config.load import config_of
 from mome_dist.errors import UserError
-from mome_dist.files import published_directory
+from mome_dist.files import fsync, published_directory
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.optimizer import moment_names
@@ -92,14 +92,20 @@ def reshard(
             done += written
             advance(done, max(total, done))
 
-        with published_directory(target, replace=False) as aside:
+        # A thread flushes each file while the next one is written; `published_directory` sees that all are on disk.
+        with published_directory(target, replace=False) as aside, ThreadPoolExecutor(1) as flushing:
+
+            def finished(path: Path, written: int) -> None:
+                flushing.submit(fsync, path)
+                count(written)
+
             if format == "canonical":
-                tensors = _write_canonical(aside, opened, layout, zero, model, count)
+                tensors = _write_canonical(aside, opened, layout, zero, model, count, finished)
             else:
                 plan = _plan(opened, layout, zero, model, run)
                 total = sum(4 * p.count for file in plan.files() for t in file.tensors.values() for p in t.pieces)
                 schedule = Schedule(opened.record["step"], run.training.steps, run.optimizer)
-                write_deepspeed(aside, f"global_step{plan.steps}", plan, opened, schedule, count)
+                write_deepspeed(aside, f"global_step{plan.steps}", plan, opened, schedule, finished)
                 with open_deepspeed(aside)[0] as written:
                     tensors = hashed(written)
             content = content_hash(tensors)
@@ -209,7 +215,13 @@ def _plan(source: Source, layout: Layout, zero: int, model: ModelTensors, run: R
 
 
 def _write_canonical(
-    folder: Path, source: Source, layout: Layout, zero: int, model: ModelTensors, advance: Callable[[int], None]
+    folder: Path,
+    source: Source,
+    layout: Layout,
+    zero: int,
+    model: ModelTensors,
+    advance: Callable[[int], None],
+    finished: Callable[[Path, int], None],
 ) -> dict[str, Any]:
     files: dict[str, Any] = {}
     described = []
@@ -217,6 +229,7 @@ def _write_canonical(
         path = folder / f"part-{rank:05d}.safetensors"
         files[path.name], tensors = write_part(path, rows, source, advance)
         described.append(tensors)
+        finished(path, 0)
     (folder / CONFIG).write_text(str(source.config), encoding="utf-8")
     files[CONFIG] = file_facts(folder / CONFIG)
     # Generators belong to the ranks that trained, so `written_by` stays.

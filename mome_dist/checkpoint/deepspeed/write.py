@@ -58,12 +58,12 @@ def check_target(layout: Layout) -> None:
 
 
 def write_deepspeed(
-    folder: Path, tag: str, plan: Plan, source: Source, schedule: Schedule, advance: Callable[[int], None]
+    folder: Path, tag: str, plan: Plan, source: Source, schedule: Schedule, finished: Callable[[Path, int], None]
 ) -> None:
     """Fill ``folder`` with ``TAG/...`` and ``latest``.
 
     Args:
-        advance: told the bytes of each file written.
+        finished: told of each file written, and its bytes.
     """
     check_target(plan.layout)
 
@@ -77,7 +77,7 @@ def write_deepspeed(
         if planned.kind == "model":
             content[CLIENT_KEY] = _client_state(source, with_generators=planned.pp == planned.tp == 0)
         written = write_torch_file(path, content, read)
-        advance(written)
+        finished(path, written)
     (folder / "latest").write_text(tag)
 
 
