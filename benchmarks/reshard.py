@@ -120,10 +120,8 @@ def render(figures: dict[str, list[dict[str, float]]]) -> tuple[list[str], dict[
     return [text, table(columns, rows)], medians
 
 
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reshard",
         description=(__doc__ or "").partition("\n")[0],
@@ -132,7 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(arguments)
     described = machine()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -34,6 +34,8 @@ SHRINK = {
     "python -m mome_dist.transcribe runs/quickstart": [],
     "python tools/export_adapter.py runs/quickstart": [],
     "python -m mome_dist.transcribe exports/quickstart": [],
+    "python tools/reshard_checkpoint.py runs/tiny": [],
+    "python tools/reshard_checkpoint.py native/tiny": [],
     "python tools/verify_layouts.py --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
     "python tools/verify_layouts.py --shrink --nproc 4": ["--optimizer", "sgd"],
 }
@@ -79,5 +81,5 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
-    needs_a_run = "tools/export_adapter.py" in command
+    needs_a_run = "tools/export_adapter.py" in command or "tools/reshard_checkpoint.py" in command
     return 0 if "pretrain" in command or ("tools/" in command and not needs_a_run) else 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import moe_layer, train_step
+from benchmarks import moe_layer, reshard, train_step
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,11 +77,22 @@ def test_the_step_benchmark_splits_a_step(tmp_path: Path) -> None:
     assert added <= 2 * layer and added > 2 * layer - 20  # without MoME, the engine gets an idle expert of one unit
 
 
+def test_the_resharding_benchmark_writes_what_it_says(tmp_path: Path) -> None:
+    medians = _run("benchmarks.reshard", tmp_path, "--gigabytes", "0.01", "--rounds", "1")["figures"]["medians"]
+    assert medians["copy"]["of_copy"] == 1
+    assert medians["canonical"]["bytes"] == pytest.approx(medians["copy"]["bytes"], rel=0.02)
+    # Weights twice and two moments, instead of weights and two moments.
+    assert medians["deepspeed"]["bytes"] == pytest.approx(4 / 3 * medians["copy"]["bytes"], rel=0.1)
+    assert all(each["peak"] < 1e9 for each in medians.values())
+
+
 def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
-    assert {name for name, _ in commands} == {"moe_layer", "train_step"}
+    assert {name for name, _ in commands} == {"moe_layer", "reshard", "train_step"}
     for name, arguments in commands:
-        {"moe_layer": moe_layer, "train_step": train_step}[name].parse_arguments(shlex.split(arguments))
+        {"moe_layer": moe_layer, "reshard": reshard, "train_step": train_step}[name].parse_arguments(
+            shlex.split(arguments)
+        )
 
 
 def test_committed_tables_say_what_made_them() -> None:
