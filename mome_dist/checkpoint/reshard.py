@@ -93,7 +93,7 @@ def reshard(
             advance(done, max(total, done))
 
         # A thread flushes each file while the next one is written; `published_directory` sees that all are on disk.
-        with published_directory(target, replace=False) as aside, ThreadPoolExecutor(1) as flushing:
+        with _writing(target), published_directory(target, replace=False) as aside, ThreadPoolExecutor(1) as flushing:
 
             def finished(path: Path, written: int) -> None:
                 flushing.submit(fsync, path)
@@ -237,3 +237,11 @@ def _write_canonical(
     merged = merge_parts(described)
     complete(folder, index_of(record, files, merged))
     return merged
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target} could not be written ({error}); nothing of it is left.") from error

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.verification.probe import Probe, shrunk
 from tests.parallel.resharding import STEPS, TAG, Loaded, load_and_train, train_and_save, tree_differences
 from tests.parallel.worlds import run_world
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,24 @@ def test_an_optimiser_without_moments(bench: Bench, tmp_path: Path) -> None:
         ranks = bench.load(saved, there, native, scratch)
         assert all(rank.different == [] and rank.losses == pytest.approx(saved.losses, rel=1e-6) for rank in ranks)
         assert_same_files(native / f"global_step{STEPS}", scratch / "native" / TAG)
+
+
+def test_the_command_line(bench: Bench, tmp_path: Path) -> None:
+    saved = bench.saved["ep2 zero1"]
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/reshard_checkpoint.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = run(saved.native, tmp_path / "there", "--pp", 2, "--ep", 4, "--dp", 4, "--config", saved.canonical / CONFIG)
+    assert done.returncode == 0, done.stderr
+    hashes = [line.rpartition(" ")[2] for line in done.stdout.splitlines() if " content " in line]
+    with CheckpointReader(tmp_path / "there") as reader:
+        assert hashes == [reader.content, reader.content]
+        assert len(reader.index["tensors"]["model/mome.0.routed.up_bias"]["parts"]) == 4
+    assert "note: the source holds no random-number generators" in done.stdout
+    again = run(saved.canonical, tmp_path / "there")
+    assert again.returncode == 2 and again.stderr.splitlines()[-1].startswith("error: ") and "exists" in again.stderr
 
 
 # -- what is refused
