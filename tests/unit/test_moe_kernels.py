@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.dispatch.alltoall import _Combine
+
 from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts, stack_weights
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
