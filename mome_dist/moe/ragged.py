@@ -104,11 +104,13 @@ class Groups:
         placement: from rows in order of (source rank, expert), one copy of each.
         sizes: rows of every expert's group, padding included.
         block: rows of a product; None for one product a group.
+        ends_E: int32 [E], the end of each group.
     """
 
     placement: Placement
     sizes: list[int]
     block: int | None
+    ends_E: Tensor
 
     @classmethod
     def of(cls, counts: list[list[int]], training: bool, device: torch.device) -> Groups:
@@ -125,7 +127,12 @@ class Groups:
         places_N = torch.arange(rows) + (goes_SE - came_SE).flatten().repeat_interleave(counts_SE.flatten())
         take_P = torch.zeros(sum(sizes), dtype=torch.int64)
         take_P[places_N] = torch.arange(rows)
-        return cls(Placement(take_P.to(device), places_N.to(device)), sizes, block)
+        return cls(
+            Placement(take_P.to(device), places_N.to(device)),
+            sizes,
+            block,
+            sizes_E.cumsum(0, dtype=torch.int32).to(device),
+        )
 
     def gates(self, gates_N: Tensor) -> Tensor:
         """fp32 [N] -> [P], zero for padding."""
@@ -205,6 +212,8 @@ def _expert_of(groups: Groups, device: torch.device) -> Tensor:
 
 def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:
     """Each row times the matrix of its expert: [P, A] -> [P, B]."""
+    if groups.block is None and _aligned(rows_PA, weight_EAB):
+        return F.grouped_mm(rows_PA, weight_EAB, offs=groups.ends_E)
     result_PB = rows_PA.new_empty(rows_PA.shape[0], weight_EAB.shape[2])
     for rows, weight, result in _each(groups, rows_PA, weight_EAB, result_PB):
         blocks = (rows,) if groups.block is None else rows.split(groups.block)
@@ -215,10 +224,17 @@ def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:
 
 def _row_products(left_PA: Tensor, right_PB: Tensor, groups: Groups) -> Tensor:
     """Sums of outer products over the rows of each expert: [E, A, B]."""
+    if _aligned(left_PA, right_PB):
+        return F.grouped_mm(left_PA.t(), right_PB, offs=groups.ends_E)
     result_EAB = left_PA.new_zeros(len(groups.sizes), left_PA.shape[1], right_PB.shape[1])
     for left, result, right in _each(groups, left_PA, result_EAB, right_PB):
         torch.mm(left.t(), right, out=result)
     return result_EAB
+
+
+def _aligned(*factors: Tensor) -> bool:
+    """Whether grouped products can take the factors: it wants rows of whole 16 bytes, and some rows."""
+    return all(factor.shape[-1] % UNIT_ALIGNMENT == 0 and factor.shape[0] for factor in factors)
 
 
 def _each(groups: Groups, first_P: Tensor, each_E: Tensor, second_P: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

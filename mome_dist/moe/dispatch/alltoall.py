@@ -51,7 +51,7 @@ class AllToAllDispatch(Dispatch):
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
-        weights = stack_weights(self.experts.deepspeed_experts)  # beside the counts that travel
+        weights = stack_weights(self.experts.deepspeed_experts, hidden_TH.dtype)  # beside the counts that travel
         counts_RX = self.counts()
         self.capacity = self._capacity(counts_RX)
         self.kept_TK = self._keep(routing, self.capacity)
