@@ -15,13 +15,11 @@ from torch import Tensor
 from benchmarks.layer_candidates import LayerShape, MoMELayer, StockLayer, build_layers, local_experts
 from benchmarks.layer_ranks import STOCK
 from benchmarks.measuring import WireBytes, interleaved, median_milliseconds
-from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
+from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Largest difference from DeepSpeed's layer, of the largest value: a few roundings of the sums over experts.
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
-# What all tokens have in common, as multiple of what they differ in: it loads the experts as unevenly as training does.
-COMMON = 0.4
 
 
 def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from launchers.environment import usable_cores
 
@@ -46,8 +45,9 @@ def median_milliseconds(seconds: list[float]) -> float:
 class WireBytes:
     """Bytes that one rank sends to others, from the tensors of the collectives that run inside `counted`.
 
-    Of R ranks, an all-to-all and a reduce-scatter send (R - 1) / R of their input, an all-gather sends its input to
-    R - 1 others, and an all-reduce is a reduce-scatter and an all-gather.
+    Of R ranks, an all-to-all of equal parts and a reduce-scatter send (R - 1) / R of their input, one of unequal parts
+    all but this rank's own, an all-gather sends its input to R - 1 others, and an all-reduce is a reduce-scatter and an
+    all-gather.
     """
 
     def __init__(self) -> None:
@@ -75,10 +75,14 @@ class WireBytes:
     def _counting(
         self, collective: Callable[..., Any], position: int, share: Callable[[int], float]
     ) -> Callable[..., Any]:
-        def counting(*tensors: Tensor, **arguments: Any) -> Any:
+        def counting(*tensors: Any, **arguments: Any) -> Any:
             named = [arguments[name] for name in ("input", "input_tensor", "tensor") if name in arguments]
             source = named[0] if named else tensors[position]
-            sent = share(dist.get_world_size(arguments.get("group")))
+            group = arguments.get("group")
+            sent = share(dist.get_world_size(group))
+            parts = tensors[3] if len(tensors) > 3 else None  # rows for each rank, of an all-to-all
+            if parts and sum(parts):
+                sent = 1 - parts[dist.get_rank(group)] / sum(parts)
             self.sent += sent * source.numel() * source.element_size()
             return collective(*tensors, **arguments)
 

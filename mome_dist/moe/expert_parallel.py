@@ -1,12 +1,13 @@
 """MoME with its routed experts spread over ranks.
 
 It is a `deepspeed.moe.layer.MoE`, because the engine finds expert parameters and their process groups by that type. It
-keeps DeepSpeed's experts, groups and all-to-all, and differs in what MoME needs:
+keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 - the router (`mome_dist.moe.router`) is fp32, knows padding, and scores and normalises as configured;
 - the balance loss, and the load that moves the router's bias, are over the global batch, not per shard
   (`mome_dist.moe.balance`);
-- capacity is agreed on by all ranks, since ranks hold different numbers of tokens;
+- capacity is agreed on by all ranks, since ranks hold different numbers of tokens, and no expert's rows are padded to
+  those of the busiest one (`mome_dist.moe.ragged`);
 - tokens may stay where they are and weights travel instead (`mome_dist.moe.dispatch`);
 - hidden states are replicated over tensor-parallel ranks and the expert-parallel group lies inside the data-parallel
   one, so each tensor-parallel rank does the same dispatch and no gather over tensor parallelism is needed.
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
-from mome_dist.moe.dispatch.alltoall import AllToAllDispatch, BatchedExperts
+from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import Bottleneck, ExpertStack, initial_value
@@ -71,7 +73,7 @@ class ExpertParallelMoME(MoE):
             enable_expert_tensor_parallelism=True,
         )
         gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize, score, with_bias=bias_rate > 0)
-        experts = BatchedExperts(expert, self.num_local_experts, self.expert_group_name)
+        experts = Experts(expert, self.num_local_experts, self.expert_group_name)
         if dispatch == "alltoall":
             self.deepspeed_moe = AllToAllDispatch(
                 self, gate, experts, capacity_factor, eval_capacity_factor, min_capacity, drop_policy

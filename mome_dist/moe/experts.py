@@ -8,6 +8,7 @@ Source: MoME (arXiv 2510.04136); both linear maps have a bias.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterable
@@ -48,10 +49,29 @@ class Bottleneck(nn.Module):
         return F.linear(narrow, self.up.weight.to(dtype), self.up.bias.to(dtype))
 
 
-def stack_weights(experts: Iterable[nn.Module]) -> ExpertWeights:
-    """The parameters of `Bottleneck` modules, stacked in their order."""
-    kinds = zip(*(cast(Bottleneck, expert).weights() for expert in experts), strict=True)
-    return ExpertWeights(*(torch.stack(kind) for kind in kinds))
+def stack_weights(experts: Iterable[nn.Module], dtype: torch.dtype = torch.float32) -> ExpertWeights:
+    """The parameters of `Bottleneck` modules, stacked in their order and in ``dtype``; gradients come back in fp32."""
+    each = [cast(Bottleneck, expert).weights() for expert in experts]
+    return ExpertWeights(*_Stack.apply(dtype, *itertools.chain(*zip(*each, strict=True))))
+
+
+class _Stack(torch.autograd.Function):
+    """Parameters of each kind, expert by expert -> one tensor a kind. One pass over memory, where stacking and then
+    casting, and the gradients of both, are several."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.experts = len(parameters) // len(ExpertWeights._fields)
+        firsts = parameters[:: ctx.experts]
+        stacks = tuple(first.new_empty(ctx.experts, *first.shape, dtype=dtype) for first in firsts)
+        torch._foreach_copy_([part for stack in stacks for part in stack.unbind()], parameters)
+        return stacks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = (gradient.to(torch.float32, memory_format=torch.contiguous_format) for gradient in gradients)
+        return None, *(part for gradient in wide for part in gradient.unbind())
 
 
 class ExpertStack(nn.Module):

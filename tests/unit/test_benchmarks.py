@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -56,10 +57,13 @@ def test_bytes_are_those_of_the_tensors_that_travel(layer_case: dict[str, Any]) 
     counts = 8 * (EXPERTS + 2)
     # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
     assert sent["gather"] == parameters * (2 + 4) + counts
-    # Half of a buffer of as many rows for every expert, four times; DeepSpeed agrees on the number by an all-reduce.
-    rows = (sent["alltoall"] - counts) / (4 * EXPERTS / RANKS * HIDDEN * 2)
-    assert rows == int(rows) > 0
-    assert sent["deepspeed"] - 8 == sent["alltoall"] - counts
+    # DeepSpeed sends half of a buffer of as many rows for every expert, four times, and agrees on the number by an
+    # all-reduce. What travels here are rows that were asked for: this rank's own that go to the other one, with their
+    # gates, and the gradients of their results; the results of the other's that came, and their gradients and gates'.
+    assert sent["deepspeed"] - 8 > sent["alltoall"] - counts
+    row = 2 * HIDDEN
+    routes = (sent["alltoall"] - counts) / (2 * row + 4)
+    assert routes == int(routes) and 0 < routes <= 2 * 24 * 4
 
 
 def test_the_step_benchmark_splits_a_step(tmp_path: Path) -> None:
@@ -100,3 +104,22 @@ def test_committed_tables_say_what_made_them() -> None:
         stored = json.loads(path.read_text())
         assert stored["command"].startswith("python -m benchmarks.") and stored["machine"]["processor"]
         assert stored["command"] in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_committed_layer_tables_hold_what_is_aimed_at(precision: str) -> None:
+    cases = json.loads((ROOT / f"benchmarks/results/moe_layer_{precision}.json").read_text())["figures"]
+    sizes = {(case["processes"], case["hidden_size"], case["bottleneck"]) for case in cases}
+    assert sizes == set(itertools.product((1, 2, 4), (576, 2048), (12, 128))) and len(cases) == 2 * len(sizes)
+    for case in cases:
+        assert moe_layer.excess(case) <= 0.10, "auto takes little longer than the best"
+        if case["bottleneck"] == 12:
+            assert moe_layer.speed_up(case, case["auto"]) >= 2, "MoME's own experts, at least twice as fast"
+
+
+def test_committed_step_table_holds_what_is_aimed_at() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())["figures"]
+    assert {case["processes"] for case in cases} == {1, 2}
+    for case in cases:
+        plain, mome = (case["milliseconds"][form]["step"] for form in ("projectors", "mome"))
+        assert mome <= 1.15 * plain

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.dispatch.alltoall import _Combine
 from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts, stack_weights
+from mome_dist.moe.ragged import Groups, Placement, by_expert, ragged_experts
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -85,20 +85,91 @@ def test_stacked_weights_are_the_modules_own() -> None:
             torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_combine_and_its_gradients_leave_dropped_routes_out() -> None:
-    slots, top_k = 20, 2
-    results, gates = _random(slots, HIDDEN).requires_grad_(), _random(top_k, TOKENS, seed=1).requires_grad_()
-    routes = torch.randperm(slots, generator=torch.Generator().manual_seed(2))[: top_k * TOKENS].view(top_k, TOKENS)
-    routes[0, 3] = routes[1, 5] = slots
-    padded = torch.cat([results, torch.zeros(1, HIDDEN)])
-    expected = (padded[routes] * gates[..., None]).sum(dim=0)
-    actual = _Combine.apply(results, routes, gates)
+def _routes(tokens: int, seed: int = 4) -> tuple[Tensor, Tensor]:
+    """Two experts of each token, never the last expert; and which routes count: expert 1 takes none."""
+    experts_TK = _random(tokens, EXPERTS - 1, seed=seed).topk(2, dim=1).indices
+    return experts_TK, experts_TK != 1
+
+
+def _ragged(
+    hidden_TH: Tensor, gates_TK: Tensor, weights: ExpertWeights, experts_TK: Tensor, kept_TK: Tensor, training: bool
+) -> Tensor:
+    """The routed experts of one rank, as the dispatch puts them together."""
+    counts = torch.bincount(experts_TK[kept_TK], minlength=EXPERTS).tolist()
+    order_R, tokens = by_expert(experts_TK.flatten(), kept_TK.flatten(), 2, sum(counts))
+    groups = Groups.of([counts], training, hidden_TH.device)
+    rows = groups.placement.after(tokens)
+    gates_P = groups.gates(gates_TK.flatten()[order_R])
+    return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, weights, groups))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("hidden_size", [HIDDEN, 10])  # a multiple of what grouped products want, and none
+@pytest.mark.parametrize("tokens", [0, 1, 9, 70])
+def test_ragged_experts_and_their_gradients_leave_dropped_routes_out(
+    tokens: int, hidden_size: int, training: bool
+) -> None:
+    stack = ExpertStack(EXPERTS, hidden_size, BOTTLENECK)
+    with torch.no_grad():
+        for number, parameter in enumerate(stack.parameters()):
+            parameter.copy_(_random(*parameter.shape, seed=10 + number))
+    hidden = _random(tokens, hidden_size, seed=1).requires_grad_()
+    gates = _random(tokens, 2, seed=2).requires_grad_()
+    experts, kept = _routes(tokens)
+    gates_TE = torch.zeros(tokens, EXPERTS).scatter(1, experts, gates * kept)
+    expected = _one_by_one(hidden, stack.weights(), gates_TE)
+    actual = _ragged(hidden, gates, stack.weights(), experts, kept, training)
     torch.testing.assert_close(actual, expected)
-    weight = _random(TOKENS, HIDDEN, seed=3)
+    inputs, weight = [hidden, gates, *stack.parameters()], _random(tokens, hidden_size, seed=3)
     for ours, autograds in zip(
-        torch.autograd.grad(actual, [results, gates], weight),
-        torch.autograd.grad(expected, [results, gates], weight),
-        strict=True,
+        torch.autograd.grad(actual, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
     ):
-        torch.testing.assert_close(ours, autograds)
-    assert torch.autograd.grad(_Combine.apply(results, routes, gates), [gates], weight)[0][0, 3] == 0
+        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)
+    assert (
+        torch.autograd.grad(_ragged(hidden, gates, stack.weights(), experts, kept, training), [gates], weight)[0][~kept]
+        .eq(0)
+        .all()
+    )
+
+
+def test_ragged_experts_in_bf16_are_close_and_sum_in_fp32() -> None:
+    stack, (experts, kept) = _stack(EXPERTS, seed=10), _routes(70)
+    hidden, gates = _random(70, HIDDEN, seed=1), _random(70, 2, seed=2)
+    exact = _ragged(hidden, gates, stack.weights(), experts, kept, True)
+    rounded = _ragged(hidden.bfloat16(), gates, stack.weights(), experts, kept, True)
+    assert rounded.dtype is torch.bfloat16
+    assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
+    ones = torch.tensor([[1.0], [2.0**-8], [2.0**-8]]).bfloat16()  # in bf16, each of the small ones would be lost
+    one_bag = Placement(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([0]))
+    assert one_bag.collect(ones).item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("hidden_size", [24, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_evaluation_no_bit_depends_on_the_number_or_place_of_rows(dtype: torch.dtype, hidden_size: int) -> None:
+    stack = ExpertStack(EXPERTS, hidden_size, BOTTLENECK)
+    with torch.no_grad():
+        for number, parameter in enumerate(stack.parameters()):
+            parameter.copy_(_random(*parameter.shape, seed=10 + number))
+    hidden, gates = _random(300, hidden_size, seed=1).to(dtype), _random(300, 2, seed=2)
+    experts, _ = _routes(300)
+    everything = torch.ones_like(experts, dtype=torch.bool)
+    together = _ragged(hidden, gates, stack.weights(), experts, everything, False)
+    for first, last in ((0, 1), (17, 60), (123, 300)):
+        some = slice(first, last)
+        alone = _ragged(hidden[some], gates[some], stack.weights(), experts[some], everything[some], False)
+        assert alone.equal(together[some])
+
+
+def test_rows_of_several_ranks_meet_by_expert_and_go_back() -> None:
+    counts = [[2, 0, 3], [1, 0, 40]]
+    groups = Groups.of(counts, True, torch.device("cpu"))
+    owner = torch.tensor([0] * 2 + [2] * 3 + [0] + [2] * 40)
+    rows = torch.stack([owner, torch.arange(46)], dim=1).float()
+    placed = groups.placement.spread(rows)
+    assert groups.sizes == [16, 0, 48]
+    for expert, group in enumerate(placed.split(groups.sizes)):
+        real = sum(count[expert] for count in counts)
+        assert group[:real, 0].eq(expert).all() and group[:real, 1].diff().gt(0).all()
+    assert groups.placement.collect(placed).equal(rows)
+    assert groups.gates(torch.ones(46)).sum() == 46

@@ -1,24 +1,25 @@
 """Tokens travel: each goes to the ranks that hold its experts, and the results come back.
 
-Source: GShard (arXiv 2006.16668) algorithm 2 for dispatch with capacity; DeepSpeed-MoE (arXiv 2201.05596).
+What travels are the rows of the routes that are kept, sorted by expert, and nothing else: ranks send each other unequal
+numbers of rows. How many follows from the counts that are gathered for the balance loss anyway. The gates travel along
+(`mome_dist.moe.ragged` says why).
+Source: GShard (arXiv 2006.16668) algorithm 2 for capacity; MegaBlocks (arXiv 2211.15841) for experts of unequal loads.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.sharded_moe import _AllToAll, _route_slots, _sparse_encode
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import all_to_all
-from mome_dist.moe.experts import ExpertStack, ExpertWeights, stack_weights
+from mome_dist.moe.experts import ExpertStack, stack_weights
+from mome_dist.moe.ragged import Groups, by_expert, ragged_experts
 from mome_dist.moe.router import Routing
 
 
@@ -26,10 +27,10 @@ class AllToAllDispatch(Dispatch):
     """Dispatch by all-to-all; the shared experts are computed while the tokens travel.
 
     Args:
-        capacity_factor: slots an expert has in training, as a multiple of its even share of the tokens; None drops
+        capacity_factor: tokens of a rank that an expert takes in training, as a multiple of its even share; None drops
             nothing.
         eval_capacity_factor: the same in evaluation.
-        min_capacity: the least number of slots.
+        min_capacity: the least number of tokens.
         drop_policy: "probs" keeps the most probable tokens of a full expert, "position" the first ones.
     """
 
@@ -46,93 +47,73 @@ class AllToAllDispatch(Dispatch):
         super().__init__(moe, gate, experts)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.drop_policy = min_capacity, drop_policy
-        self.kept_TK: Tensor | None = None  # bool, which routes of the latest forward pass got a slot
+        self.kept_TK: Tensor | None = None  # bool, which routes of the latest forward pass an expert took
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
-        capacity = self._capacity(self.counts())
-        self.capacity = capacity if self._factor() is not None else None
-        slots_TK, self.kept_TK = self._place(routing, capacity)
-        experts_KT = torch.where(self.kept_TK, routing.experts_TK, -1).t()
-        routes_KT = _route_slots(experts_KT, slots_TK.t(), self.num_experts, capacity)
-        buffer = _sparse_encode(hidden_TH, routes_KT, self.num_experts, capacity)
-        if self.ep_size > 1:
-            exchange = all_to_all(self.ep_group)
-            exchange.start(buffer)
+        weights = stack_weights(self.experts.deepspeed_experts, hidden_TH.dtype)  # beside the counts that travel
+        counts_RX = self.counts()
+        self.capacity = self._capacity(counts_RX)
+        self.kept_TK = self._keep(routing, self.capacity)
+        sent_SE = self._rows_of_ranks(counts_RX)
+        mine = dist.get_rank(self.ep_group) if self.ep_size > 1 else 0
+        order_R, tokens = by_expert(
+            routing.experts_TK.flatten(), self.kept_TK.flatten(), self.gate.k, sum(sent_SE[mine])
+        )
+        gates_R = routing.gates_TK.flatten().index_select(0, order_R)
+        local = slice(mine * self.num_local_experts, (mine + 1) * self.num_local_experts)
+        received_SL = [row[local] for row in sent_SE]
+        groups = Groups.of(received_SL, self.training, hidden_TH.device)
+        if self.ep_size == 1:
+            rows = groups.placement.after(tokens)
+            results_PH = ragged_experts(rows.spread(hidden_TH), groups.gates(gates_R), weights, groups)
+            output_TH = rows.collect(results_PH)
+            return output_TH if shared is None else output_TH + shared(hidden_TH)
+        parts = torch.tensor(sent_SE[mine]).view(self.ep_size, -1).sum(dim=1).tolist()
+        rows_there = [sum(row) for row in received_SL]
+        there = [all_to_all(self.ep_group, parts, rows_there) for _ in range(2)]
+        there[0].start(gates_R)
+        there[1].start(tokens.spread(hidden_TH))
         shared_TH = None if shared is None else shared(hidden_TH)
-        if self.ep_size > 1:
-            buffer = exchange.finish()
-        buffer = self.experts(buffer.reshape(self.ep_size, self.num_local_experts, capacity, -1))
-        buffer = buffer.reshape(self.num_experts, capacity, -1)
-        if self.ep_size > 1:
-            buffer = _AllToAll.apply(self.ep_group, buffer)
-        output_TH = _Combine.apply(buffer.flatten(0, 1), routes_KT, routing.gates_TK.t())
+        gates_P = groups.gates(there[0].finish())
+        rows_PH = groups.placement.spread(there[1].finish())
+        results_PH = ragged_experts(rows_PH, gates_P, weights, groups)
+        back = all_to_all(self.ep_group, rows_there, parts)
+        back.start(groups.placement.collect(results_PH))
+        output_TH = tokens.collect(back.finish())
         return output_TH if shared_TH is None else output_TH + shared_TH
 
     def _factor(self) -> float | None:
         return self.capacity_factor if self.training else self.eval_capacity_factor
 
-    def _capacity(self, counts_RX: Tensor) -> int:
-        """Slots per expert and source rank: one number for all ranks, or the exchange would not fit."""
+    def _capacity(self, counts_RX: Tensor) -> int | None:
+        """Tokens that an expert takes of every source rank, one number for all; None drops nothing."""
         factor = self._factor()
         if factor is None:
-            return max(int(counts_RX[:, :-1].max()), 1)
+            return None
         tokens = int(counts_RX[:, -1].max())
         share = tokens * self.gate.k / self.num_experts
         return max(math.ceil(share * factor), self.min_capacity)
 
-    def _place(self, routing: Routing, capacity: int) -> tuple[Tensor, Tensor]:
-        """Slot of each (token, choice) inside its expert's buffer and whether it got one: int64 and bool [T, K]."""
+    def _rows_of_ranks(self, counts_RX: Tensor) -> list[list[int]]:
+        """Routes that are kept, of every expert-parallel rank (first axis) to every expert (second axis): whatever the
+        policy, an expert takes as many of each rank's tokens as ask for it, up to its capacity."""
+        if self.ep_size > 1:
+            assert self.count_group is not None
+            ranks = dist.get_process_group_ranks(self.ep_group)
+            counts_RX = counts_RX[[dist.get_group_rank(self.count_group, rank) for rank in ranks]]
+        return counts_RX[:, :-1].clamp(max=self.capacity).tolist() if self.capacity else counts_RX[:, :-1].tolist()
+
+    def _keep(self, routing: Routing, capacity: int | None) -> Tensor:
+        """Bool [T, K]: the routes of tokens, not of padding, that their experts take."""
+        if capacity is None:
+            kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+            return kept_TK if routing.valid_T is None else kept_TK & routing.valid_T[:, None]
         selected_TE = routing.selected_TE()
-        if self.drop_policy == "probs" and capacity < selected_TE.shape[0]:
+        if self.drop_policy == "position":
+            kept_TE = selected_TE & (selected_TE.cumsum(dim=0) <= capacity)
+        else:
             strength_TE = torch.where(selected_TE, routing.probs_TE, -1.0)
-            strongest_CE = strength_TE.topk(capacity, dim=0).indices
-            selected_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
-        slots_TE = selected_TE.long().cumsum(dim=0) - 1
-        kept_TE = selected_TE & (slots_TE < capacity)
-        return slots_TE.gather(1, routing.experts_TK), kept_TE.gather(1, routing.experts_TK)
-
-
-class BatchedExperts(Experts):
-    """DeepSpeed's list of local experts, computed as one batched product: a dozen tiny experts one after the other cost
-    more in calls than in arithmetic."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[ranks, local experts, capacity, H] -> the same shape and dtype."""
-        ranks, experts, capacity, hidden_size = inputs.shape
-        # fp32 parameters, arithmetic in the precision of the frozen LLM.
-        weights = ExpertWeights(*(part.to(inputs.dtype) for part in stack_weights(self.deepspeed_experts)))
-        tokens_ECH = inputs.transpose(0, 1).reshape(experts, ranks * capacity, hidden_size)
-        hidden_ECb = F.gelu(torch.baddbmm(weights.down_bias[:, None], tokens_ECH, weights.down_weight.mT))
-        output_ECH = torch.baddbmm(weights.up_bias[:, None], hidden_ECb, weights.up_weight.mT)
-        return output_ECH.view(experts, ranks, capacity, hidden_size).transpose(0, 1)
-
-
-class _Combine(torch.autograd.Function):
-    """Gate-weighted sum in fp32 of each token's results; dropped routes add nothing.
-
-    results_RH [R, H] (a row a slot), routes_KT int64 [K, T] (R where dropped), gates_KT fp32 [K, T] -> [T, H]. One of
-    the K routes at a time: DeepSpeed's way needs fp32 copies of all of them, and products of bf16 with fp32, for which
-    the CPU has no vectorised kernel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, results_RH: Tensor, routes_KT: Tensor, gates_KT: Tensor) -> Tensor:
-        dropped_KT = routes_KT == results_RH.shape[0]
-        # Any row will do where the gate is zero.
-        routes_KT, gates_KT = routes_KT.masked_fill(dropped_KT, 0), gates_KT.masked_fill(dropped_KT, 0)
-        ctx.save_for_backward(results_RH, routes_KT, gates_KT, dropped_KT)
-        output_TH = results_RH.new_zeros(routes_KT.shape[1], results_RH.shape[1], dtype=torch.float32)
-        for routes_T, gates_T in zip(routes_KT, gates_KT, strict=True):
-            output_TH.addcmul_(results_RH.index_select(0, routes_T).float(), gates_T[:, None])
-        return output_TH.to(results_RH.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
-        results_RH, routes_KT, gates_KT, dropped_KT = ctx.saved_tensors
-        grad_TH, grad_results_RH, grad_gates_KT = gradients[0].float(), torch.zeros_like(results_RH), []
-        for routes_T, gates_T in zip(routes_KT, gates_KT, strict=True):
-            grad_gates_KT.append((results_RH.index_select(0, routes_T).float() * grad_TH).sum(dim=1))
-            grad_results_RH.index_add_(0, routes_T, (grad_TH * gates_T[:, None]).to(results_RH.dtype))
-        return grad_results_RH, None, torch.stack(grad_gates_KT).masked_fill(dropped_KT, 0)
+            strongest_CE = strength_TE.topk(min(capacity, strength_TE.shape[0]), dim=0).indices
+            kept_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
+        return kept_TE.gather(1, routing.experts_TK)

@@ -100,10 +100,16 @@ class Dispatch(MOELayer):
         if valid_T is not None:
             sizes_2[0] = valid_T.sum()
         counts_X = torch.cat([asked_E, sizes_2])
-        if self.token_group is None or dist.get_world_size(self.token_group) == 1:
+        group = self.count_group
+        if group is None or dist.get_world_size(group) == 1:
             self._counts_RX = counts_X[None]
         else:
-            flat = counts_X.new_empty(dist.get_world_size(self.token_group) * counts_X.numel())
-            self._counting = dist.all_gather_into_tensor(flat, counts_X, group=self.token_group, async_op=True)
+            flat = counts_X.new_empty(dist.get_world_size(group) * counts_X.numel())
+            self._counting = dist.all_gather_into_tensor(flat, counts_X, group=group, async_op=True)
             self._counts_RX = flat.view(-1, counts_X.numel())
         return routing
+
+    @property
+    def count_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose counts are gathered: of the token group, and until it is told, the expert-parallel ones."""
+        return self.token_group or (self.ep_group if self.ep_size > 1 else None)

@@ -1,31 +1,33 @@
-"""Which dispatch is cheapest: a cost model over bytes, FLOPs and calls, at rates measured where the run will be.
+"""Which dispatch is cheapest: each is tried at the layer's own shapes, and what the frozen layer hides is taken off.
 
-The model covers one MoE layer, forward and backward, on one rank. Weights that are gathered travel beside the frozen
-layer's own compute, so only what that cannot hide is counted; tokens travel while everything waits. The constants below
-are how often each dispatch passes over its data and how many operations it calls: estimates, counted from the code.
-``benchmarks/moe_layer.py`` shows what they predict beside what it measures.
+A layer of the run's shape passes forward and backward on every rank at once, with each dispatch in turn, where the run
+will be: its products, copies and exchanges, and ranks that share cores, cost there what they will cost. Only one thing
+is not seen by trying: weights that are gathered travel beside the frozen layer's own compute, and wait only for what
+that does not hide. Both are computed, from bytes and FLOPs at measured rates. Tokens travel while everything waits.
+``benchmarks/moe_layer.py`` shows what this predicts beside what it measures.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Passes over memory beside the products, forward and backward: over the units of all experts and over their weights
-# (dense form), over the dispatched rows and the weights (all-to-all), over the hidden states (router, both).
-UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 12.0, 6.0
-# Operations called whatever the sizes, and for each expert of the rank (its parameters are separate tensors).
-DENSE_CALLS, ALLTOALL_CALLS, EXPERT_CALLS = 120, 200, 12
-# An expert gets more than its share of tokens; without a capacity factor every buffer is as long as the longest.
-TYPICAL_IMBALANCE = 2.0
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+
 PRODUCTS = 3  # forward, and the gradients of input and weight
-# How the rates are measured: seconds of a timing at least, exchanges, operations in a chain.
-SHORTEST_TIMING, EXCHANGES, SMALL_OPERATIONS = 0.02, 20, 50
+# Seconds in which the candidates are tried, passes of each after some that do not count, timings of anything smaller.
+TRIAL_SECONDS, LEAST_TRIALS, MOST_TRIALS, WARM_UP, TIMINGS = 0.8, 3, 11, 2, 4
+MOST_BYTES = 8e6  # sent to measure the link
+# A candidate whose products alone take this many times as long as all of the other is not tried.
+HOPELESS = 2.0
+# What all tokens have in common, as multiple of what they differ in: it loads the experts as unevenly as training does.
+COMMON = 0.4
 
 
 @dataclass(frozen=True)
@@ -52,42 +54,47 @@ class LayerLoad:
 
     @property
     def rows(self) -> float:
-        """Rows of this rank's dispatch buffer."""
-        return self.tokens * self.top_k * (self.capacity_factor or TYPICAL_IMBALANCE)
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of the hidden states."""
-        return self.tokens * self.hidden_size * self.element_bytes
-
-    def parameters(self, experts: int) -> int:
-        """Parameters of that many experts."""
-        return experts * (2 * self.bottleneck * self.hidden_size + self.bottleneck + self.hidden_size)
+        """Rows that this rank's tokens become, one for each route that is kept; at most, with a capacity factor."""
+        return self.tokens * self.top_k * min(self.capacity_factor or 1.0, 1.0)
 
     def expert_flops(self, rows: float) -> float:
         """Forward and backward of one expert (two products) for each of ``rows`` rows."""
         return PRODUCTS * 4 * rows * self.bottleneck * self.hidden_size
 
+    @property
+    def dense_flops(self) -> float:
+        """Forward and backward of all experts for every token of this rank."""
+        return self.expert_flops(self.tokens * (self.experts + self.shared))
+
+    @property
+    def chosen_flops(self) -> float:
+        """Forward and backward of the experts that this rank's tokens choose."""
+        return self.expert_flops(self.rows + self.tokens * self.shared)
+
+    def weight_bytes(self, ep: int) -> float:
+        """Bytes of weights that a rank sends: gathered in the precision of the hidden states, reduced in fp32."""
+        parameters = self.experts * (2 * self.bottleneck * self.hidden_size + self.bottleneck + self.hidden_size)
+        return parameters * (self.element_bytes + 4) * (ep - 1) / ep
+
+    def token_bytes(self, ep: int) -> float:
+        """Bytes of tokens that a rank sends: rows there and back, forward and backward; their gates, fp32, there and
+        their gradients back."""
+        return self.rows * (4 * self.hidden_size * self.element_bytes + 2 * 4) * (ep - 1) / ep
+
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds of one rank.
+    """What one rank measured, or the slowest of several.
 
     Attributes:
-        dense_flops, batched_flops, router_flops: products over all experts at once, expert by expert, and of the fp32
-            router, FLOP/s.
-        copy_bytes: copies of rows, bytes read and written a second.
-        link_bytes, latency: of an exchange between expert-parallel ranks, bytes/s and s.
-        call: of one small operation, s.
+        seconds: of a layer by itself, forward and backward, by dispatch; those that were tried.
+        dense_flops: of the products of the dense form, FLOP/s.
+        link_bytes: of a gather of weights and the reduction of their gradients, bytes/s.
     """
 
+    seconds: Mapping[str, float]
     dense_flops: float
-    batched_flops: float
-    router_flops: float
-    copy_bytes: float
     link_bytes: float
-    latency: float
-    call: float
 
 
 @dataclass(frozen=True)
@@ -102,147 +109,128 @@ class Choice:
 def choose(load: LayerLoad, rates: Rates, ep: int) -> Choice:
     """The cheapest dispatch for a layer over ``ep`` expert-parallel ranks."""
     weights = "gather" if ep > 1 else "local"
-    common = _common_seconds(load, rates, ep)
-    dense, dense_reason = _dense_seconds(load, rates, ep)
-    alltoall, alltoall_reason = _alltoall_seconds(load, rates, ep)
-    seconds = {weights: common + dense, "alltoall": common + alltoall}
-    reasons = tuple(
-        f"{name}: {reason}: {seconds[name] * 1e3:.1f} ms a layer"
-        for name, reason in ((weights, dense_reason), ("alltoall", alltoall_reason))
+    travel = load.weight_bytes(ep) / rates.link_bytes
+    # A candidate that was not tried takes no less than its products and its travel.
+    dense = rates.seconds.get(weights, load.dense_flops / rates.dense_flops + travel)
+    hidden = min(travel, load.frozen_flops / rates.dense_flops)
+    seconds = {
+        weights: max(dense - hidden, load.dense_flops / rates.dense_flops),
+        "alltoall": rates.seconds["alltoall"],
+    }
+    reasons = {
+        weights: f"{load.dense_flops / 1e9:.2f} GFLOP over all experts",
+        "alltoall": f"{load.chosen_flops / 1e9:.2f} GFLOP over the chosen experts",
+    }
+    if ep > 1:
+        reasons[weights] += (
+            f", {load.weight_bytes(ep) / 1e6:.2f} MB of weights on the wire "
+            f"({hidden * 1e3:.2f} of {travel * 1e3:.2f} ms hidden by the frozen layer)"
+        )
+        reasons["alltoall"] += f", {load.token_bytes(ep) / 1e6:.2f} MB of tokens on the wire"
+    how = {name: "tried" if name in rates.seconds else "not tried, at least" for name in seconds}
+    return Choice(
+        min(seconds, key=lambda name: seconds[name]),
+        seconds,
+        tuple(f"{name}: {reasons[name]}: {how[name]} {seconds[name] * 1e3:.1f} ms a layer" for name in seconds),
     )
-    return Choice(min(seconds, key=lambda name: seconds[name]), seconds, reasons)
-
-
-def _common_seconds(load: LayerLoad, rates: Rates, ep: int) -> float:
-    """The router, and the parameters of this rank's experts, which are separate tensors."""
-    router_flops = PRODUCTS * 2 * load.tokens * load.experts * load.hidden_size
-    passed = HIDDEN_PASSES * load.hidden_bytes / rates.copy_bytes
-    return router_flops / rates.router_flops + passed + EXPERT_CALLS * load.experts / ep * rates.call
-
-
-def _dense_seconds(load: LayerLoad, rates: Rates, ep: int) -> tuple[float, str]:
-    """All experts for every token of this rank, with weights that are gathered or here."""
-    experts = load.experts + load.shared
-    flops = load.expert_flops(load.tokens * experts)
-    unit_bytes = load.tokens * experts * load.bottleneck * load.element_bytes
-    passed = UNIT_PASSES * unit_bytes + WEIGHT_PASSES * 4 * load.parameters(experts)
-    work = flops / rates.dense_flops + passed / rates.copy_bytes + DENSE_CALLS * rates.call
-    if ep == 1:
-        return work, f"{flops / 1e9:.2f} GFLOP over all experts"
-    # Gathered in the precision of the hidden states, reduced in fp32.
-    wire_bytes = load.parameters(load.experts) * (load.element_bytes + 4) * (ep - 1) / ep
-    beside = load.frozen_flops / rates.dense_flops
-    wait = max(0.0, wire_bytes / rates.link_bytes - beside) + 2 * rates.latency
-    reason = f"{flops / 1e9:.2f} GFLOP over all experts, {wire_bytes / 1e6:.2f} MB of weights on the wire"
-    return work + wait, f"{reason} ({wait * 1e3:.2f} ms not hidden)"
-
-
-def _alltoall_seconds(load: LayerLoad, rates: Rates, ep: int) -> tuple[float, str]:
-    """The chosen experts only, for tokens that are sorted by expert and travel."""
-    row_flops, shared_flops = load.expert_flops(load.rows), load.expert_flops(load.tokens * load.shared)
-    row_bytes = load.rows * load.hidden_size * load.element_bytes
-    passed = ROW_PASSES * row_bytes + WEIGHT_PASSES * 4 * load.parameters(load.experts) / ep
-    work = row_flops / rates.batched_flops + shared_flops / rates.dense_flops + passed / rates.copy_bytes
-    work += ALLTOALL_CALLS * rates.call
-    reason = f"{(row_flops + shared_flops) / 1e9:.2f} GFLOP over the chosen experts"
-    if ep == 1:
-        return work, reason
-    wire_bytes = 4 * row_bytes * (ep - 1) / ep  # there and back, forward and backward
-    wait = wire_bytes / rates.link_bytes + 4 * rates.latency
-    return work + wait, f"{reason}, {wire_bytes / 1e6:.2f} MB of tokens on the wire ({wait * 1e3:.2f} ms)"
 
 
 def measure(load: LayerLoad, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Measure the rates for a layer's shapes; every rank of the world calls it and gets the slowest rank's rates."""
-    units = (load.experts + load.shared) * load.bottleneck
-    hidden_TH, units_NH = (torch.randn(rows, load.hidden_size, device=device) for rows in (load.tokens, units))
-    per_expert = max(1, int(load.rows / load.experts))
-    rows_ECH, weight_EbH = (
-        torch.randn(load.experts, rows, load.hidden_size, device=device).to(dtype)
-        for rows in (per_expert, load.bottleneck)
+    """Try each dispatch; every rank of the world calls it and gets the slowest rank's figures.
+
+    Args:
+        group: the expert-parallel ranks.
+
+    The state of the random generators is left as it was.
+    """
+    ep = dist.get_world_size(group)
+    weights = "gather" if ep > 1 else "local"
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        common_H = torch.randn(load.hidden_size, device=device) * COMMON
+        torch.manual_seed(dist.get_rank())
+        hidden_TH, gradient_TH = torch.randn(2, load.tokens, load.hidden_size, device=device)
+        hidden_TH, gradient_TH = (hidden_TH + common_H).to(dtype).requires_grad_(), gradient_TH.to(dtype)
+        dense_flops = _dense_flops(load, hidden_TH.detach())
+        link_bytes = _link_bytes(load, group, dtype, device)
+        passes = {"alltoall": _pass(_layer(load, group, "alltoall", device), hidden_TH, gradient_TH)}
+        once = min(_slowest(passes["alltoall"], device) for _ in range(2))  # the first one also prepares kernels
+        if load.dense_flops / dense_flops < HOPELESS * once:
+            passes[weights] = _pass(_layer(load, group, weights, device), hidden_TH, gradient_TH)
+    rounds = min(max(round(TRIAL_SECONDS / (2 * once)), LEAST_TRIALS), MOST_TRIALS)
+    turns = [{name: _slowest(run, device) for name, run in passes.items()} for _ in range(WARM_UP + rounds)]
+    seconds = {name: statistics.median(turn[name] for turn in turns[WARM_UP:]) for name in passes}
+    return Rates(seconds, dense_flops, link_bytes)
+
+
+def _layer(load: LayerLoad, group: dist.ProcessGroup, dispatch: str, device: torch.device) -> ExpertParallelMoME:
+    layer = ExpertParallelMoME(
+        load.hidden_size,
+        load.experts,
+        load.top_k,
+        load.shared,
+        load.bottleneck,
+        ep_size=dist.get_world_size(group),
+        dispatch=dispatch,
+        capacity_factor=load.capacity_factor,
     )
-    dense = _seconds(lambda: _expert_products(hidden_TH.to(dtype), units_NH.to(dtype)), device)
-    batched = _seconds(lambda: _expert_products(rows_ECH, weight_EbH), device)
-    router = _seconds(lambda: _router_products(hidden_TH, units_NH[: load.experts]), device)
-    index = torch.randint(load.tokens, (load.experts * per_expert,), device=device)
-    source_TH = hidden_TH.to(dtype)
-    copy = _seconds(lambda: source_TH.index_select(0, index), device)
-    link, latency = _link_bytes_and_latency(group, dtype, device)
-    call = _seconds(lambda: _small_operations(device), device) / (2 * SMALL_OPERATIONS)
-    # The slowest rank counts: the least of the rates, and the most of the times.
-    slowest = torch.tensor(
-        [
-            load.expert_flops(load.tokens * (load.experts + load.shared)) / dense,
-            load.expert_flops(load.experts * per_expert) / batched,
-            PRODUCTS * 2 * load.tokens * load.experts * load.hidden_size / router,
-            2 * index.numel() * load.hidden_size * load.element_bytes / copy,
-            link,
-            -latency,
-            -call,
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
-    dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-    dense, batched, router, copy, link, latency, call = slowest.tolist()
-    return Rates(dense, batched, router, copy, link, -latency, -call)
+    layer.set_deepspeed_parallelism()
+    layer.set_token_group(group)
+    layer.initialize("trial", 0)
+    return layer.to(device).train()
 
 
-@torch.no_grad()
-def _expert_products(x: Tensor, weight: Tensor) -> None:
-    """The six products of a pair of projections: x [..., rows, H], weight [..., units, H]."""
-    narrow = x @ weight.mT
-    wide = narrow @ weight
-    grad_narrow = wide @ weight.mT
-    for left, right in ((grad_narrow, weight), (grad_narrow.mT, x), (narrow.mT, wide)):
-        left @ right
+def _pass(layer: ExpertParallelMoME, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
+    """One forward and backward pass, with the balance loss."""
+
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
+        hidden_TH.grad = None
+        layer.prefetch(hidden_TH.dtype)
+        output_TH, auxiliary = layer(hidden_TH), layer.auxiliary_loss()
+        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, torch.ones_like(auxiliary)])
+
+    return run
 
 
-@torch.no_grad()
-def _router_products(hidden_TH: Tensor, weight_EH: Tensor) -> None:
-    logits_TE = hidden_TH @ weight_EH.t()
-    for left, right in ((logits_TE, weight_EH), (logits_TE.t(), hidden_TH)):
-        left @ right
+def _dense_flops(load: LayerLoad, hidden_TH: Tensor) -> float:
+    """FLOP/s of products as large as those of the dense form, or as the first thousand units of it."""
+    units = min((load.experts + load.shared) * load.bottleneck, 1024)
+    units_NH = torch.randn(units, load.hidden_size, device=hidden_TH.device).to(hidden_TH.dtype)
+
+    def products() -> None:
+        narrow_TN = hidden_TH @ units_NH.t()
+        narrow_TN @ units_NH
+        narrow_TN.t() @ hidden_TH
+
+    seconds = statistics.median(_slowest(products, hidden_TH.device) for _ in range(1 + TIMINGS))
+    return PRODUCTS * 2 * units * hidden_TH.numel() / seconds
 
 
-def _small_operations(device: torch.device) -> None:
-    """A chain of operations on almost nothing, forward and backward: what they cost is the call."""
-    value = torch.zeros(8, device=device, requires_grad=True)
-    for _ in range(SMALL_OPERATIONS):
-        value = value * 1.0
-    value.sum().backward()
-
-
-def _link_bytes_and_latency(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Bytes a second between expert-parallel ranks, and the seconds that an exchange of nothing takes."""
+def _link_bytes(load: LayerLoad, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes a second that a rank sends, of a gather of at most a layer's weights and the reduction of as many
+    gradients."""
     ep = dist.get_world_size(group)
     if ep == 1:
-        return 1e12, 0.0
-    small, large = (torch.zeros(size - size % ep, dtype=dtype, device=device) for size in (64 * ep, 1_000_000))
+        return 1e12  # nothing is sent
+    sent = min(load.weight_bytes(ep), MOST_BYTES)
+    numbers = max(int(sent / (load.element_bytes + 4) / (ep - 1)), 1)  # of one rank
+    mine, gradients = torch.zeros(numbers, dtype=dtype, device=device), torch.zeros(ep * numbers, device=device)
 
-    def exchange(source: Tensor) -> Callable[[], object]:
-        return lambda: dist.all_to_all_single(torch.empty_like(source), source, group=group)
+    def travel() -> None:
+        dist.all_gather_into_tensor(mine.new_empty(ep * numbers), mine, group=group)
+        dist.reduce_scatter_tensor(gradients.new_empty(numbers), gradients, group=group)
 
-    # A fixed number of times: every rank must make the same calls.
-    latency, whole = (_seconds(exchange(source), device, repeats=EXCHANGES) for source in (small, large))
-    return large.numel() * large.element_size() * (ep - 1) / ep / max(whole - latency, 1e-9), latency
+    return sent / statistics.median(_slowest(travel, device) for _ in range(1 + TIMINGS))
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int | None = None) -> float:
-    """Mean seconds of a run after a first one, over ``repeats`` runs or as many as take a while.
-
-    A mean, because where ranks share cores a median leaves out the time that a rank waits for its turn.
-    """
+def _slowest(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a run that all ranks start together, of the slowest one."""
+    dist.barrier()
+    began = time.perf_counter()
     run()
-    _synchronize(device)
-    began, runs = time.perf_counter(), 0
-    while runs < (repeats or 1) or (repeats is None and time.perf_counter() - began < SHORTEST_TIMING):
-        run()
-        runs += 1
-    _synchronize(device)
-    return (time.perf_counter() - began) / runs
-
-
-def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=device)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return float(elapsed)

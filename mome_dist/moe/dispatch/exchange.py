@@ -88,15 +88,24 @@ class _Finish(torch.autograd.Function):
         return torch.zeros((), device=gradients[0].device), None
 
 
-def all_to_all(group: dist.ProcessGroup) -> Exchange:
-    """Equal parts along the first dimension go to the ranks of ``group``; the gradient goes the same way back."""
+def all_to_all(group: dist.ProcessGroup, sent: list[int], received: list[int]) -> Exchange:
+    """Rows go to the ranks of ``group``, the gradients of what came go the same way back.
 
-    def launch(source: Tensor) -> Flight:
-        source = source.contiguous()
-        result = torch.empty_like(source)
-        return Flight(result, source, dist.all_to_all_single(result, source, group=group, async_op=True))
+    Args:
+        sent: rows for each rank, which lie in the order of the ranks.
+        received: rows from each rank.
+    """
 
-    return Exchange(launch, launch)
+    def launch(there: list[int], here: list[int]) -> Launch:
+        def start(source: Tensor) -> Flight:
+            source = source.contiguous()
+            result = source.new_empty(sum(here), *source.shape[1:])
+            work = dist.all_to_all_single(result, source, here, there, group=group, async_op=True)
+            return Flight(result, source, work)
+
+        return start
+
+    return Exchange(launch(sent, received), launch(received, sent))
 
 
 def all_gather(group: dist.ProcessGroup, dtype: torch.dtype) -> Exchange:

@@ -37,7 +37,7 @@ class GatherDispatch(Dispatch):
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
         if self.ep_size == 1:
-            weights = stack_weights(self.experts.deepspeed_experts)
+            weights = stack_weights(self.experts.deepspeed_experts, hidden_TH.dtype)
         else:
             if self._exchange is None:
                 self.prefetch(hidden_TH.dtype)
