@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from mome_dist.cli import USER_ERROR
+from mome_dist.exit_codes import PREEMPTED, RANK_LOST, TIMED_OUT, USER_ERROR
 
-TIMED_OUT = 124  # as timeout(1)
 TERMINATE_GRACE_SECONDS = 10.0
-USER_ERROR_GRACE_SECONDS = 3.0
+# How long the other ranks may take to say the same; finding out which rank is lost takes a few seconds.
+TOLD_GRACE_SECONDS = {USER_ERROR: 3.0, PREEMPTED: 10.0, RANK_LOST: 10.0}
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1
@@ -39,12 +39,14 @@ class Outcome:
     Attributes:
         code: exit code of the first rank to fail; 0 when none did, 124 when time ran out.
         failed_rank: that rank; None on success or when time ran out.
-        is_user_error: rank 0 ended with the code of a `UserError`, so it has told the user what is wrong.
+        told: rank 0 ended with a code whose reason it has printed (a `UserError`, a lost rank, a preemption).
+        asked_to_stop: the launcher was sent a signal.
     """
 
     code: int
     failed_rank: int | None = None
-    is_user_error: bool = False
+    told: bool = False
+    asked_to_stop: bool = False
 
 
 class RankGroup:
@@ -96,14 +98,15 @@ class RankGroup:
                 ended = self._next_exit(deadline)
                 if ended is None:
                     self._terminate()
-                    return Outcome(TIMED_OUT)
+                    return Outcome(TIMED_OUT, asked_to_stop=bool(self._received))
                 rank, code = ended
                 if code != 0:
-                    if code == USER_ERROR:
-                        # All ranks meet the same mistake of the user: let rank 0 come to print its line.
-                        self._drain(USER_ERROR_GRACE_SECONDS)
+                    if code in TOLD_GRACE_SECONDS:
+                        # All ranks meet the same: let rank 0 come to print its line.
+                        self._drain(TOLD_GRACE_SECONDS[code])
                     self._terminate()
-                    return Outcome(code, rank, is_user_error=code == self._codes.get(0) == USER_ERROR)
+                    told = code == self._codes.get(0) and code in TOLD_GRACE_SECONDS
+                    return Outcome(code, rank, told, bool(self._received))
         return Outcome(0)
 
     def _wait_for(self, rank: int) -> None:

@@ -33,6 +33,7 @@ from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.whereabouts import report
 from mome_dist.paths import cache_root
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
@@ -68,6 +69,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     Raises:
         UserError: for missing or mismatched files.
     """
+    report("reading the features", patient=True)
     device = current_device()
     corpus = Corpus.open(config.data.corpus)
     features, widths = _features(config, corpus, device, console)
@@ -90,6 +92,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     order = BatchOrder(lengths, config.data.batch_size, config.data.bucket_batches, config.seed)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
+    report("building the model", patient=True)
     frozen = _fingerprints(config)
     model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
     order_facts = _order_facts(config, corpus, order)
