@@ -47,7 +47,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
     parser.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with code 124")
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure"
+    )
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of rank-N.log (default: a temporary one)")
     own, after = list(arguments), []
     if "--" in own:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from mome_dist.exit_codes import PREEMPTED, RANK_LOST, TIMED_OUT, USER_ERROR
 
@@ -49,11 +50,20 @@ class Outcome:
     asked_to_stop: bool = False
 
 
+class Process(Protocol):
+    """What a group needs of a process: `subprocess.Popen`, or a fork."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Wait for its end; its exit code, or minus the number of the signal that killed it."""
+
+
 class RankGroup:
     """The processes of one local world; use it as a context manager, which leaves no process behind."""
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Process] = []
         self._exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._running: set[int] = set()
         self._codes: dict[int, int] = {}
@@ -84,8 +94,16 @@ class RankGroup:
                         # Sound here: the launcher has no other thread yet, and the function allocates nothing.
                         preexec_fn=lambda: _die_with(launcher),
                     )
-                self._processes.append(process)
-                self._running.add(rank)
+                self._processes.append(process)  # one by one: they are to be ended even if the next one fails to start
+        self._watch()
+
+    def follow(self, processes: Sequence[Process]) -> None:
+        """Take over ranks that were started in another way, each the leader of a process group of its own."""
+        self._processes = list(processes)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._running = set(range(len(self._processes)))
         # One waiting thread a rank keeps the order of exits, which polling would lose: who failed first matters.
         for rank in range(len(self._processes)):
             threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()

@@ -48,4 +48,5 @@ def run_with_restarts(
 def describe(outcome: Outcome) -> str:
     """Such as ``rank 1 failed first, with exit code 137 (signal 9)``."""
     signalled = f"signal {outcome.code - 128}" if outcome.code > 128 else "crashed"
-    return f"rank {outcome.failed_rank} failed first, with exit code {outcome.code} ({_NAMES.get(outcome.code, signalled)})"
+    reason = _NAMES.get(outcome.code, signalled)
+    return f"rank {outcome.failed_rank} failed first, with exit code {outcome.code} ({reason})"

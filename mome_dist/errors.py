@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class DamagedDataError(UserError):
+    """An utterance cannot be read as its corpus says; a run may be allowed to leave it out."""
+
+
 class RankLostError(RuntimeError):
     """A collective failed or timed out because of another rank, which the message names.
 

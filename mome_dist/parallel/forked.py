@@ -11,8 +11,10 @@ import os
 import queue
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,15 @@ class ForkedRank:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._code: int | None = None
+        self._waiting = threading.Lock()
 
     def wait(self) -> int:
         """Wait for its end: its exit code, or minus the signal that killed it, as `subprocess.Popen.wait`."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        with self._waiting:
+            if self._code is None:
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self._code
 
 
 def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | None = None) -> list[ForkedRank]:
@@ -58,7 +65,7 @@ def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | No
         if pid == 0:
             code = 1
             try:
-                os.setsid()
+                os.setpgid(0, 0)
                 if logs is not None:
                     log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                     os.dup2(log, 1)
@@ -73,6 +80,8 @@ def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | No
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+        with suppress(ProcessLookupError, PermissionError):  # the child has done it, or is gone
+            os.setpgid(pid, pid)
         ranks.append(ForkedRank(pid))
     return ranks
 

@@ -63,7 +63,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         checkpoint = newest_checkpoint(config.output_dir)
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
-        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints")
+        without = f"; without {trainer.left_out} damaged utterances" if trainer.left_out else ""
+        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints{without}")
         return losses
 
 
@@ -129,6 +130,7 @@ def _run(
             tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
             pace.append(tokens / seconds)
             done = number + 1
+            names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
             metrics.step(
                 {
                     "step": done,
@@ -138,6 +140,7 @@ def _run(
                     "tokens_per_second": tokens / seconds,
                     "seconds": seconds,
                     "views": {str(view): loss for view, loss in result.by_view.items()},
+                    **names,
                 }
             )
             progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))

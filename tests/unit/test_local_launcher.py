@@ -159,7 +159,15 @@ def test_usr1_reaches_every_rank_once_and_ranks_may_end_well(tmp_path: Path) -> 
 
 
 def test_a_crash_and_a_preemption_are_started_again_on_a_new_port(tmp_path: Path) -> None:
-    done = run(2, "--restarts", "3", f"1:exit-once={tmp_path}/crash:9", f"0:exit-once={tmp_path}/preempted:75", "*:sleep=1")
+    done = run(
+        2,
+        "--restarts",
+        "3",
+        f"1:exit-once={tmp_path}/crash:9",
+        "0:sleep=1",
+        f"0:exit-once={tmp_path}/preempted:75",
+        "*:sleep=1",
+    )
     assert done.returncode == 0, done.stderr
     assert "rank 1 failed first, with exit code 9 (crashed); starting again, restart 1 of 3" in done.stderr
     assert "rank 0 failed first, with exit code 75 (preempted); starting again, restart 2 of 3" in done.stderr
