@@ -1,4 +1,4 @@
-"""Starting a run again after it was preempted, crashed or lost a rank; it continues from its newest checkpoint by itself.
+"""Starting a run again after it was preempted, crashed or lost a rank; it continues from its newest checkpoint.
 
 The new processes find the time of the failure in ``MOME_DIST_FAILED_AT`` and say how long the way back took.
 """
