@@ -25,6 +25,7 @@ from typing import Protocol
 from mome_dist.exit_codes import PREEMPTED, RANK_LOST, TIMED_OUT, USER_ERROR
 
 TERMINATE_GRACE_SECONDS = 10.0
+LOST_GRACE_SECONDS = 2.0
 # How long the other ranks may take to say the same; finding out which rank is lost takes a few seconds.
 TOLD_GRACE_SECONDS = {USER_ERROR: 3.0, PREEMPTED: 10.0, RANK_LOST: 10.0}
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -115,14 +116,15 @@ class RankGroup:
             while self._running:
                 ended = self._next_exit(deadline)
                 if ended is None:
-                    self._terminate()
+                    self._terminate(TERMINATE_GRACE_SECONDS)
                     return Outcome(TIMED_OUT, asked_to_stop=bool(self._received))
                 rank, code = ended
                 if code != 0:
                     if code in TOLD_GRACE_SECONDS:
                         # All ranks meet the same: let rank 0 come to print its line.
-                        self._drain(TOLD_GRACE_SECONDS[code])
-                    self._terminate()
+                        self._drain(TOLD_GRACE_SECONDS[code], until=0)
+                    # A rank that the others have found to hang does not listen, and has nothing left to save.
+                    self._terminate(LOST_GRACE_SECONDS if code == RANK_LOST else TERMINATE_GRACE_SECONDS)
                     told = code == self._codes.get(0) and code in TOLD_GRACE_SECONDS
                     return Outcome(code, rank, told, bool(self._received))
         return Outcome(0)
@@ -142,15 +144,17 @@ class RankGroup:
         self._codes[rank] = code
         return rank, code
 
-    def _drain(self, seconds: float) -> None:
+    def _drain(self, seconds: float, until: int | None = None) -> None:
+        """Wait for the end of all ranks, or of rank ``until``."""
         deadline = time.monotonic() + seconds
-        while self._running and self._next_exit(deadline) is not None:
-            pass
+        while self._running if until is None else until in self._running:
+            if self._next_exit(deadline) is None:
+                break
 
-    def _terminate(self) -> None:
-        """SIGTERM to what still runs, ten seconds to end, then SIGKILL."""
+    def _terminate(self, seconds: float) -> None:
+        """SIGTERM to what still runs, some seconds to end, then SIGKILL."""
         self._signal_groups(signal.SIGTERM, self._running)
-        self._drain(TERMINATE_GRACE_SECONDS)
+        self._drain(seconds)
         self._signal_groups(signal.SIGKILL, self._running)
 
     def _signal_groups(self, number: int, ranks: Sequence[int] | set[int] | range) -> None:

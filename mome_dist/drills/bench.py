@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,14 +35,12 @@ class Ended:
         text: what the ranks printed.
         ready: when it began its first step (seconds since 1970), None if it never did.
         fault: when the first fault happened, likewise.
-        end: when it was over.
     """
 
     outcome: Outcome
     text: str
     ready: float | None
     fault: float | None
-    end: float
 
 
 @dataclass
@@ -106,8 +103,7 @@ class Bench:
             group.follow(ranks)
             outcome = group.wait(WORLD_SECONDS)
         text = "\n".join(path.read_text(errors="replace") for path in sorted(notes.glob("rank-*.log")))
-        times = [float(path.read_text()) if path.exists() else None for path in (notes / READY, notes / FAULT)]
-        return Ended(outcome, text, *times, time.time())
+        return Ended(outcome, text, _time(notes / READY), _time(notes / FAULT))
 
     def damaged_corpus(self, name: str) -> tuple[Path, Path]:
         """A copy of the corpus whose first training shard may be damaged; other files are links. Returns both."""
@@ -121,6 +117,10 @@ class Bench:
             else:
                 (copy / path.name).symlink_to(path.resolve())
         return copy, copy / shard
+
+
+def _time(path: Path) -> float | None:
+    return float(path.read_text()) if path.exists() else None
 
 
 def _rank(overrides: list[str], cache: Path, injections: Sequence[Injection], notes: Path) -> int:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from launchers.restarts import may_restart
@@ -116,8 +117,8 @@ def _judge(case: Case, ended: list[Ended], reference: Curve, found: Curve, probl
     if trained := names & set(case.left_out):
         problems.append(f"trained on damaged utterances: {', '.join(sorted(trained))}")
     recoveries = [
-        after.ready - (before.fault or before.end)
-        for before, after in zip(ended, ended[1:], strict=False)
+        after.ready - before.fault
+        for before, after in pairwise(ended)
         if after.ready is not None and before.fault is not None
     ]
     restarts = sum(may_restart(each.outcome) for each in ended[:-1])
