@@ -74,8 +74,9 @@ def _start_deepspeed(backend: str, timeout: timedelta) -> None:
     # DeepSpeed reads the rank from the environment even where torch.distributed is initialised already.
     os.environ.setdefault("LOCAL_RANK", "0")
     if backend == "gloo":
-        # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute, and every
+        # start asks the compiler for all others. No operation of DeepSpeed's own is used here.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
