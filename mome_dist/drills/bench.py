@@ -22,7 +22,7 @@ from mome_dist.parallel.forked import fork_ranks
 from mome_dist.speech.video_encoder import VideoEncoder
 
 STEPS, SAVE_EVERY = 6, 2
-WORLD_SECONDS = 120.0
+WORLD_SECONDS = 300.0  # only a world that hangs reaches it
 CORPUS = SyntheticSettings(train=24, validation=4, test=4, train_speakers=8, validation_speakers=4, test_speakers=4)
 
 
