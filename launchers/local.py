@@ -1,12 +1,15 @@
 """Run a module on N processes of this machine.
 
     python -m launchers.local --nproc 2 experiment=quickstart
+    python -m launchers.local --nproc 2 --restarts 3 experiment=quickstart
     python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
     python -m launchers.local --nproc 4 --timeout 600 --module my.module -- --timeout 3
 
 Options of the launcher come first; everything that it does not know goes to the module, and so does all that follows
 ``--``. Rank 0 writes to the terminal, the others to ``rank-N.log``. When a rank fails, the others are ended and the
-exit code is that of the first to fail (124 when ``--timeout`` ran out, 128 + N when a rank died of signal N).
+exit code is that of the first to fail (124 when ``--timeout`` ran out, 128 + N when a rank died of signal N;
+`mome_dist.exit_codes` has the others). With ``--restarts N`` a run that was preempted, crashed or lost a rank starts
+again, up to N times, and continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers.environment import free_port, rank_environment
-from launchers.ranks import TIMED_OUT, Outcome, RankGroup
+from launchers.ranks import Outcome, RankGroup
+from launchers.restarts import run_with_restarts
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
+from mome_dist.exit_codes import TIMED_OUT
 
 DEFAULT_MODULE = "mome_dist.train"
 _TAIL_LINES = 30
@@ -35,12 +41,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         prog="python -m launchers.local",
         description="Run a module on N processes of this machine.",
-        usage="%(prog)s --nproc N [--module M] [--timeout S] [--log-dir DIR] [key=value ...]",
+        usage="%(prog)s --nproc N [--module M] [--timeout S] [--restarts N] [--log-dir DIR] [key=value ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
     parser.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with code 124")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure"
+    )
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of rank-N.log (default: a temporary one)")
     own, after = list(arguments), []
     if "--" in own:
@@ -50,7 +59,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return options, unknown + after
 
 
-def check_request(module: str, nproc: int, arguments: Sequence[str]) -> None:
+def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: int = 0) -> None:
     """Find mistakes before any process starts.
 
     Raises:
@@ -58,6 +67,8 @@ def check_request(module: str, nproc: int, arguments: Sequence[str]) -> None:
     """
     if nproc < 1:
         raise UserError(f"--nproc is {nproc}: at least one process is needed")
+    if restarts < 0:
+        raise UserError(f"--restarts is {restarts}: must be at least 0")
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -72,27 +83,41 @@ def check_request(module: str, nproc: int, arguments: Sequence[str]) -> None:
 
 
 def launch(
-    module: str, nproc: int, arguments: Sequence[str], timeout: float | None = None, log_dir: Path | None = None
+    module: str,
+    nproc: int,
+    arguments: Sequence[str],
+    timeout: float | None = None,
+    restarts: int = 0,
+    log_dir: Path | None = None,
 ) -> int:
-    """Run ``python -m module arguments...`` on `nproc` local ranks and return the exit code (see the module's text)."""
+    """Run ``python -m module arguments...`` on `nproc` local ranks and return the exit code (see the module's text).
+
+    ``timeout`` is in seconds, over all starts together.
+    """
     logs_root = log_dir or Path(tempfile.mkdtemp(prefix="mome_dist-ranks-"))
     logs_root.mkdir(parents=True, exist_ok=True)
     logs = [logs_root / f"rank-{rank}.log" for rank in range(1, nproc)]
-    port = free_port()
-    environments = [rank_environment(rank, nproc, port, os.environ) for rank in range(nproc)]
-    with RankGroup() as group:
-        group.start([sys.executable, "-m", module, *arguments], environments, logs)
-        outcome = group.wait(timeout)
-    if outcome.code != 0:
-        _explain(outcome, timeout, logs_root)
-    elif log_dir is None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+
+    def start(environment: Mapping[str, str]) -> Outcome:
+        port = free_port()  # a new one each time: the old one may still be in use for a while
+        environments = [rank_environment(rank, nproc, port, environment) for rank in range(nproc)]
+        with RankGroup() as group:
+            group.start([sys.executable, "-m", module, *arguments], environments, logs)
+            outcome = group.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if outcome.code != 0:
+            _explain(outcome, timeout, logs_root)
+        return outcome
+
+    outcome = run_with_restarts(start, restarts, os.environ)
+    if outcome.code == 0 and log_dir is None:
         shutil.rmtree(logs_root, ignore_errors=True)
     return outcome.code
 
 
 def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> None:
     """Print on stderr which rank failed, the end of its log, and where the logs are."""
-    if outcome.is_user_error:
+    if outcome.told:
         return
     lines = []
     if outcome.failed_rank is None:
@@ -116,8 +141,8 @@ def _import_if_present(name: str) -> object | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    check_request(options.module, options.nproc, rest)
-    return launch(options.module, options.nproc, rest, options.timeout, options.log_dir)
+    check_request(options.module, options.nproc, rest, options.restarts)
+    return launch(options.module, options.nproc, rest, options.timeout, options.restarts, options.log_dir)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
-from mome_dist.cli import USER_ERROR
+from mome_dist.exit_codes import PREEMPTED, RANK_LOST, TIMED_OUT, USER_ERROR
 
-TIMED_OUT = 124  # as timeout(1)
 TERMINATE_GRACE_SECONDS = 10.0
-USER_ERROR_GRACE_SECONDS = 3.0
+LOST_GRACE_SECONDS = 2.0
+# How long the other ranks may take to say the same; finding out which rank is lost takes a few seconds.
+TOLD_GRACE_SECONDS = {USER_ERROR: 3.0, PREEMPTED: 10.0, RANK_LOST: 10.0}
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1
@@ -39,19 +41,30 @@ class Outcome:
     Attributes:
         code: exit code of the first rank to fail; 0 when none did, 124 when time ran out.
         failed_rank: that rank; None on success or when time ran out.
-        is_user_error: rank 0 ended with the code of a `UserError`, so it has told the user what is wrong.
+        told: rank 0 ended with a code whose reason it has printed (a `UserError`, a lost rank, a preemption).
+        asked_to_stop: the launcher was sent a signal.
     """
 
     code: int
     failed_rank: int | None = None
-    is_user_error: bool = False
+    told: bool = False
+    asked_to_stop: bool = False
+
+
+class Process(Protocol):
+    """What a group needs of a process: `subprocess.Popen`, or a fork."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Wait for its end; its exit code, or minus the number of the signal that killed it."""
 
 
 class RankGroup:
     """The processes of one local world; use it as a context manager, which leaves no process behind."""
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Process] = []
         self._exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._running: set[int] = set()
         self._codes: dict[int, int] = {}
@@ -82,8 +95,16 @@ class RankGroup:
                         # Sound here: the launcher has no other thread yet, and the function allocates nothing.
                         preexec_fn=lambda: _die_with(launcher),
                     )
-                self._processes.append(process)
-                self._running.add(rank)
+                self._processes.append(process)  # one by one: they are to be ended even if the next one fails to start
+        self._watch()
+
+    def follow(self, processes: Sequence[Process]) -> None:
+        """Take over ranks that were started in another way, each the leader of a process group of its own."""
+        self._processes = list(processes)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._running = set(range(len(self._processes)))
         # One waiting thread a rank keeps the order of exits, which polling would lose: who failed first matters.
         for rank in range(len(self._processes)):
             threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()
@@ -95,15 +116,17 @@ class RankGroup:
             while self._running:
                 ended = self._next_exit(deadline)
                 if ended is None:
-                    self._terminate()
-                    return Outcome(TIMED_OUT)
+                    self._terminate(TERMINATE_GRACE_SECONDS)
+                    return Outcome(TIMED_OUT, asked_to_stop=bool(self._received))
                 rank, code = ended
                 if code != 0:
-                    if code == USER_ERROR:
-                        # All ranks meet the same mistake of the user: let rank 0 come to print its line.
-                        self._drain(USER_ERROR_GRACE_SECONDS)
-                    self._terminate()
-                    return Outcome(code, rank, is_user_error=code == self._codes.get(0) == USER_ERROR)
+                    if code in TOLD_GRACE_SECONDS:
+                        # All ranks meet the same: let rank 0 come to print its line.
+                        self._drain(TOLD_GRACE_SECONDS[code], until=0)
+                    # A rank that the others have found to hang does not listen, and has nothing left to save.
+                    self._terminate(LOST_GRACE_SECONDS if code == RANK_LOST else TERMINATE_GRACE_SECONDS)
+                    told = code == self._codes.get(0) and code in TOLD_GRACE_SECONDS
+                    return Outcome(code, rank, told, bool(self._received))
         return Outcome(0)
 
     def _wait_for(self, rank: int) -> None:
@@ -121,15 +144,17 @@ class RankGroup:
         self._codes[rank] = code
         return rank, code
 
-    def _drain(self, seconds: float) -> None:
+    def _drain(self, seconds: float, until: int | None = None) -> None:
+        """Wait for the end of all ranks, or of rank ``until``."""
         deadline = time.monotonic() + seconds
-        while self._running and self._next_exit(deadline) is not None:
-            pass
+        while self._running if until is None else until in self._running:
+            if self._next_exit(deadline) is None:
+                break
 
-    def _terminate(self) -> None:
-        """SIGTERM to what still runs, ten seconds to end, then SIGKILL."""
+    def _terminate(self, seconds: float) -> None:
+        """SIGTERM to what still runs, some seconds to end, then SIGKILL."""
         self._signal_groups(signal.SIGTERM, self._running)
-        self._drain(TERMINATE_GRACE_SECONDS)
+        self._drain(seconds)
         self._signal_groups(signal.SIGKILL, self._running)
 
     def _signal_groups(self, number: int, ranks: Sequence[int] | set[int] | range) -> None:

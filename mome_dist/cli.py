@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
 
-from mome_dist.errors import UserError
-
-USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+from mome_dist.errors import RankLostError, UserError
+from mome_dist.exit_codes import INTERRUPTED, RANK_LOST, USER_ERROR
 
 P = ParamSpec("P")
 
@@ -22,20 +20,21 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's ``main`` so that it returns an exit code (None counts as 0).
 
     A `UserError` becomes ``error: <message>`` on stderr and code 2. Ranks above 0 of a distributed run put their number
-    before it: a mistake that only one rank can see must not be lost. Ctrl-C becomes code 130. Any other exception is a
-    bug and keeps its traceback. Use it as ``sys.exit(main_guard(main)())``, or as a decorator.
+    before it: a mistake that only one rank can see must not be lost. A `RankLostError` is told the same way and becomes
+    code 76, Ctrl-C becomes 130. Any other exception is a bug and keeps its traceback. Use it as
+    ``sys.exit(main_guard(main)())``, or as a decorator.
     """
 
     @functools.wraps(main)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
+        except (UserError, RankLostError) as error:
             rank = os.environ.get("RANK", "0")
             prefix = "" if rank == "0" else f"[rank {rank}] "
             sys.stdout.flush()
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR
+            return USER_ERROR if isinstance(error, UserError) else RANK_LOST
         except KeyboardInterrupt:
             return INTERRUPTED
 

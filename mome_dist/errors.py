@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that command lines tell in one line: a mistake that a user can mend, and a lost rank."""
 
 from __future__ import annotations
 
@@ -8,4 +8,15 @@ class UserError(ValueError):
 
     The message is one line that names the key or file, the value found, and the fix. Command lines print it without a
     traceback and exit with code 2 (`mome_dist.cli.main_guard`).
+    """
+
+
+class DamagedDataError(UserError):
+    """An utterance cannot be read as its corpus says; a run may be allowed to leave it out."""
+
+
+class RankLostError(RuntimeError):
+    """A collective failed or timed out because of another rank, which the message names.
+
+    Command lines print it without a traceback and exit with code 76; the run can be started again.
     """

@@ -100,6 +100,7 @@ class DataConfig:
     batch_size: int = 16
     bucket_batches: int = 16
     accumulation: int = 1
+    max_damaged_utterances: int = 0
 
 
 @dataclass
@@ -141,6 +142,7 @@ class TrainingConfig:
     resume: bool = True
     init_from: str | None = None
     max_skipped_steps: int = 3
+    log_utterances: bool = False
     wandb_project: str | None = None
 
 

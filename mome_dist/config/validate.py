@@ -143,6 +143,7 @@ def _check_numbers(config: RunConfig) -> None:
         "data.batch_size": (config.data.batch_size, 1),
         "data.accumulation": (config.data.accumulation, 1),
         "data.bucket_batches": (config.data.bucket_batches, 1),
+        "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
         "training.steps": (config.training.steps, 1),
         "training.save_every": (config.training.save_every, 0),
         "training.max_skipped_steps": (config.training.max_skipped_steps, 0),

@@ -5,13 +5,15 @@ shard and the place of each member inside it. Reading is one `os.pread`, which h
 shared by threads and survive a fork. They are still kept per process, so that a forked worker may close its own.
 
 Opening checks everything that is cheap (manifest, indexes, presence and size of shards) and says which file is wrong
-and what to do; `Corpus.verify` hashes the shards too.
+and what to do. Reading checks the CRC-32 of each member, or where an older index has none, once the hash of the whole
+shard; `Corpus.verify` hashes all shards.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video
 from mome_dist.data.shards import FORMAT, MANIFEST
-from mome_dist.errors import UserError
+from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import sha256_of
 
 _AGAIN = "make or fetch the corpus again"
@@ -30,7 +32,7 @@ class Utterance:
     """One line of a split's index.
 
     ``samples`` counts 16 kHz audio samples, ``frames`` 25 fps video frames (0 where a modality is absent);
-    ``members`` maps flac, mp4 and json to (byte offset, size) in ``shard``.
+    ``members`` maps flac, mp4 and json to (byte offset, size) in ``shard``, ``crc32`` to the checksum of these bytes.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Utterance:
     samples: int
     frames: int
     members: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
+    crc32: Mapping[str, int] = field(default_factory=dict, hash=False, repr=False)
 
 
 class Corpus:
@@ -50,6 +53,7 @@ class Corpus:
         self.manifest = manifest
         self._splits = splits
         self._descriptors: dict[tuple[int, str], int] = {}
+        self._sound: dict[str, bool] = {}  # shards without checksums of members, after they were hashed
 
     @classmethod
     def open(cls, directory: str | Path) -> Corpus:
@@ -77,11 +81,11 @@ class Corpus:
         return list(self._splits[name])
 
     def audio(self, utterance: Utterance) -> Audio:
-        """Speech as float32 [samples] in [-1, 1] at 16 kHz."""
+        """Speech as float32 [samples] in [-1, 1] at 16 kHz. Raises DamagedDataError where it cannot be read whole."""
         return decode_flac(self._member(utterance, "flac"), self._source(utterance, "flac"), utterance.samples)
 
     def video(self, utterance: Utterance) -> Video:
-        """Mouth crop as grey uint8 [frames, height, width] at 25 fps."""
+        """Mouth crop as grey uint8 [frames, height, width] at 25 fps. Raises DamagedDataError like `audio`."""
         return decode_video(self._member(utterance, "mp4"), self._source(utterance, "mp4"), utterance.frames)
 
     def metadata(self, utterance: Utterance) -> dict[str, Any]:
@@ -127,10 +131,27 @@ class Corpus:
                 raise UserError(
                     f"{self._source(utterance, kind)}: cannot open the shard ({error}); {_AGAIN}"
                 ) from error
-        data = os.pread(self._descriptors[key], size, offset)
+        try:
+            data = os.pread(self._descriptors[key], size, offset)
+        except OSError as error:
+            raise DamagedDataError(f"{self._source(utterance, kind)}: cannot be read ({error}); {_AGAIN}") from error
         if len(data) != size:
-            raise UserError(f"{self._source(utterance, kind)}: the shard ends before it; {_AGAIN}")
+            raise DamagedDataError(f"{self._source(utterance, kind)}: the shard ends before it; {_AGAIN}")
+        if kind in utterance.crc32:
+            if zlib.crc32(data) != utterance.crc32[kind]:
+                raise DamagedDataError(f"{self._source(utterance, kind)}: its bytes have changed (CRC-32); {_AGAIN}")
+        elif not self._is_sound(utterance.shard):
+            raise DamagedDataError(f"{self._source(utterance, kind)}: the shard has another SHA-256; {_AGAIN}")
         return data
+
+    def _is_sound(self, shard: str) -> bool:
+        """Whether a shard has the hash that the manifest names; computed once."""
+        if shard not in self._sound:
+            expected = [
+                s["sha256"] for split in self.manifest["splits"].values() for s in split["shards"] if s["file"] == shard
+            ]
+            self._sound[shard] = expected == [sha256_of(self.directory / shard)]
+        return self._sound[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptors": {}}
@@ -217,6 +238,7 @@ def _parse_line(where: str, line: str, directory: Path, sizes: dict[str, int]) -
             samples=int(fields["samples"]),
             frames=int(fields["frames"]),
             members={kind: (int(place[0]), int(place[1])) for kind, place in fields["members"].items()},
+            crc32={kind: int(value) for kind, value in fields.get("crc32", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{where}: bad or missing field ({type(error).__name__}: {error}); {_AGAIN}") from error

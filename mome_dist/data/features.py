@@ -7,7 +7,8 @@ the file into memory.
 
 Stores are never patched: a part is written aside and renamed into place, whole. A part that cannot be read is removed
 with a warning and its utterances are encoded again, and so are utterances that no part holds (an interrupted job
-resumes). Every tensor carries a checksum that is verified when it is first read.
+resumes). Every tensor carries a checksum that is verified when it is first read. Utterances that cannot be read are
+recorded beside the parts (see `damage`), and not tried again while the record is there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from mome_dist.data.corpus import Utterance
-from mome_dist.errors import UserError
+from mome_dist.data.damage import record_damage, recorded_damage
+from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import fsync
 
 FORMAT = "mome_dist.features/1"
@@ -63,6 +65,9 @@ def feature_directory(root: str | Path, corpus_sha256: str, encoder_name: str, s
 class FeatureStore:
     """Read access to the features of one split. Made by `build_features`, or `FeatureStore(directory)` later.
 
+    Attributes:
+        damaged: utterances that could not be encoded, with the reason.
+
     Raises:
         UserError: there is no readable part, or parts come from different encoders.
     """
@@ -74,6 +79,7 @@ class FeatureStore:
         self._open: dict[tuple[int, Path], Any] = {}
         self._verified: set[str] = set()
         self.encoder_name = ""
+        self.damaged = recorded_damage(self.directory)
         for path, error in _parts(self.directory):
             if error is not None:
                 raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.")
@@ -83,7 +89,7 @@ class FeatureStore:
             self.encoder_name = name
             self._checksums |= checksums
             self._parts |= dict.fromkeys(checksums, path)
-        if not self._parts:
+        if not self._parts and not self.damaged:
             raise UserError(f"{self.directory} holds no features. Run the command that encodes the corpus.")
 
     def __len__(self) -> int:
@@ -135,7 +141,8 @@ def build_features(
 
     Args:
         encoder_name: identity of the encoder; should contain its `encoder_fingerprint`.
-        encode: called with up to ``batch_size`` utterances of similar length.
+        encode: called with up to ``batch_size`` utterances of similar length. Where it raises `DamagedDataError`, it is
+            called again with one at a time.
         barrier: waits for all ranks.
         console: where rank 0 shows progress; none by default.
 
@@ -153,6 +160,7 @@ def build_features(
                     f"{path} holds features of {name!r}, not of {encoder_name!r}: choose another directory."
                 )
             present |= set(checksums)
+    present |= set(recorded_damage(directory))
     missing = sorted((u for u in utterances if u.id not in present), key=lambda u: (u.samples, u.frames, u.id))
     barrier()  # every rank has seen the same files
     if rank == 0:
@@ -165,21 +173,39 @@ def build_features(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     silent = console is None or rank > 0 or not batches
     progress = track(batches, f"encoding {directory.name}", console=console, disable=silent)
-    _write_parts(encoder_name, encode, progress, directory)
+    record_damage(directory, _write_parts(encoder_name, encode, progress, directory))
     barrier()
     return FeatureStore(directory)
 
 
-def _write_parts(encoder_name: str, encode: Encode, batches: Iterable[list[Utterance]], directory: Path) -> None:
+def _write_parts(
+    encoder_name: str, encode: Encode, batches: Iterable[list[Utterance]], directory: Path
+) -> dict[str, str]:
+    """Encode and write; return the reason by id for utterances that cannot be read."""
     pending: dict[str, NDArray[np.float16]] = {}
+    damaged: dict[str, str] = {}
     for batch in batches:
-        for utterance, features in zip(batch, encode(batch), strict=True):
+        for utterance, features in _encode_sound(encode, batch, damaged):
             pending[utterance.id] = _to_float16(features, utterance.id, encoder_name)
         if sum(array.nbytes for array in pending.values()) >= PART_BYTES:
             _write_part(encoder_name, pending, directory)
             pending = {}
     if pending:
         _write_part(encoder_name, pending, directory)
+    return damaged
+
+
+def _encode_sound(
+    encode: Encode, batch: list[Utterance], damaged: dict[str, str]
+) -> Iterable[tuple[Utterance, Tensor]]:
+    """Encode a batch without those of its utterances that cannot be read; add these to ``damaged``."""
+    try:
+        return zip(batch, encode(batch), strict=True)
+    except DamagedDataError as error:
+        if len(batch) == 1:
+            damaged[batch[0].id] = str(error)
+            return []
+        return [pair for utterance in batch for pair in _encode_sound(encode, [utterance], damaged)]
 
 
 def _to_float16(features: Tensor, utterance_id: str, encoder_name: str) -> NDArray[np.float16]:

@@ -22,7 +22,7 @@ from av.audio.resampler import AudioResampler
 from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
-from mome_dist.errors import UserError
+from mome_dist.errors import DamagedDataError, UserError
 
 SAMPLE_RATE = 16_000
 FPS = 25
@@ -64,17 +64,17 @@ def encode_flac(audio: Audio) -> bytes:
 def decode_flac(data: bytes, source: str, samples: int | None = None) -> Audio:
     """Decode 16 kHz mono FLAC into float32 [samples] in [-1, 1].
 
-    ``source`` names the data in errors. Raises UserError when the data is damaged, has another rate or channel count,
-    or does not hold exactly ``samples`` samples.
+    ``source`` names the data in errors. Raises DamagedDataError when the data is damaged or does not hold exactly
+    ``samples`` samples, UserError when it has another rate or channel count.
     """
     try:
         pcm, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot decode FLAC audio ({error}); make the shard again") from error
+        raise DamagedDataError(f"{source}: cannot decode FLAC audio ({error}); make the shard again") from error
     if rate != SAMPLE_RATE or pcm.shape[1] != 1:
         raise UserError(f"{source}: audio is {pcm.shape[1]} x {rate} Hz; store 16 kHz mono")
     if samples is not None and len(pcm) != samples:
-        raise UserError(f"{source}: holds {len(pcm)} samples, the index says {samples}; make the shard again")
+        raise DamagedDataError(f"{source}: holds {len(pcm)} samples, the index says {samples}; make the shard again")
     return pcm[:, 0].astype(np.float32) / np.float32(_FULL_SCALE)
 
 
@@ -136,7 +136,8 @@ def _grey(frame: av.VideoFrame) -> Video:
 def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:
     """Decode a silent grey clip into uint8 [T, H, W].
 
-    ``source`` names the data in errors. Raises UserError when the data is damaged or does not hold exactly ``frames``.
+    ``source`` names the data in errors. Raises DamagedDataError when the data is damaged or does not hold exactly
+    ``frames``.
     """
     try:
         with av.open(io.BytesIO(data), "r", format="mp4") as container:
@@ -144,9 +145,9 @@ def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:
             stream.codec_context.thread_count = 1  # a mouth crop is too small to split over threads
             images = [_grey(frame) for frame in container.decode(stream)]
     except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{source}: cannot decode H.264 video ({error}); make the shard again") from error
+        raise DamagedDataError(f"{source}: cannot decode H.264 video ({error}); make the shard again") from error
     if not images or (frames is not None and len(images) != frames):
-        raise UserError(f"{source}: holds {len(images)} frames, the index says {frames}; make the shard again")
+        raise DamagedDataError(f"{source}: holds {len(images)} frames, the index says {frames}; make the shard again")
     return np.stack(images)
 
 

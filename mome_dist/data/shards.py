@@ -1,7 +1,8 @@
 """Writing a corpus: WebDataset tar shards with byte offsets, JSON-lines indexes and a manifest.
 
-A shard is a plain USTAR archive that `webdataset` reads as it is. While writing, the byte offset of every member is
-noted in the index, so that `corpus.Corpus` can read any utterance with one seek; sequential readers need no index.
+A shard is a plain USTAR archive that `webdataset` reads as it is. While writing, the byte offset and CRC-32 of every
+member are noted in the index, so that `corpus.Corpus` can read any utterance with one seek; sequential readers need no
+index.
 Bytes depend on the content alone (no times, no owners), so the same utterances give the same SHA-256 anywhere.
 
 The corpus is built in a temporary directory beside its final place and renamed when every file is on disk, the
@@ -15,6 +16,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +126,7 @@ class ShardWriter:
         places = {
             kind: shard.add(f"{utterance.id}.{kind}", data) for kind, data in contents.items() if data is not None
         }
+        stored = [kind for kind in INDEXED_MEMBERS if kind in places]
         shard.utterances += 1
         self._samples += utterance.samples
         self._frames += utterance.frames
@@ -134,7 +137,8 @@ class ShardWriter:
             "speaker": utterance.speaker,
             "samples": utterance.samples,
             "frames": utterance.frames,
-            "members": {kind: places[kind] for kind in INDEXED_MEMBERS if kind in places},
+            "members": {kind: places[kind] for kind in stored},
+            "crc32": {kind: zlib.crc32(contents[kind] or b"") for kind in stored},
         }
         self._lines.append(json.dumps(line, ensure_ascii=False))
 

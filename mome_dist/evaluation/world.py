@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from mome_dist.parallel import rendezvous
+from mome_dist.parallel.whereabouts import watched
 
 T = TypeVar("T")
 
@@ -45,8 +47,6 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
-    try:
+    rendezvous.join("gloo", timeout_seconds)
+    with watched(timeout_seconds, dist.destroy_process_group):
         yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()

@@ -11,8 +11,11 @@ import os
 import queue
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -22,9 +25,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _worker(
-    function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple[Any, ...]
-) -> None:
+def _take_place(rank: int, world: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -33,6 +34,62 @@ def _worker(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+class ForkedRank:
+    """A forked process that ends with a code, as a command does; it leads a process group of its own."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+        self._waiting = threading.Lock()
+
+    def wait(self) -> int:
+        """Wait for its end: its exit code, or minus the signal that killed it, as `subprocess.Popen.wait`."""
+        with self._waiting:
+            if self._code is None:
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self._code
+
+
+def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | None = None) -> list[ForkedRank]:
+    """Start ``main(*args)`` on ``world`` forked ranks, to be waited for and killed like commands.
+
+    Args:
+        main: returns the exit code of its rank.
+        logs: folder for what each rank prints (``rank-N.log``); by default it goes where the parent prints.
+    """
+    port, ranks = _free_port(), []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                if logs is not None:
+                    log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                    os.dup2(log, 1)
+                    os.dup2(log, 2)
+                    # A parent that captures output has objects of its own in their place.
+                    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+                _take_place(rank, world, port)
+                code = main(*args)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        with suppress(ProcessLookupError, PermissionError):  # the child has done it, or is gone
+            os.setpgid(pid, pid)
+        ranks.append(ForkedRank(pid))
+    return ranks
+
+
+def _worker(
+    function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple[Any, ...]
+) -> None:
+    _take_place(rank, world, port)
     try:
         outcome = (rank, True, function(*args))
     except BaseException:

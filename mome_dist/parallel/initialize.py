@@ -1,7 +1,7 @@
 """Start the process groups of a layout: torch.distributed, Megatron-Core, DeepSpeed, in that order.
 
-NCCL is used where CUDA is present, gloo otherwise. Every collective has the configured timeout, so that a lost rank
-ends the run with an error on all others instead of a hang.
+NCCL is used where CUDA is present, gloo otherwise. Every collective has the configured timeout, and a lost rank ends
+the run on all others with an error that names it instead of a hang.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from mome_dist.parallel import cpu_shim
+from mome_dist.parallel import cpu_shim, rendezvous
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.mpu import MegatronMPU
+from mome_dist.parallel.whereabouts import watched
 
 
 def current_device() -> torch.device:
@@ -40,35 +41,32 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
 
     Yields:
         The coordinates of this rank.
+
+    Raises:
+        RankLostError: if another rank does not come, dies, hangs or is too slow.
     """
     cpu_shim.install()
     device = current_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    rendezvous.join(backend, timeout_seconds)
+    with rendezvous.timeout_of_every_group(timeout_seconds), watched(timeout_seconds, _close):
         assert dist.get_world_size() == layout.world_size, "the layout was made for another number of processes"
-        _start_deepspeed(backend, timeout)
+        _start_deepspeed(backend, timedelta(seconds=timeout_seconds))
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             expert_model_parallel_size=1,  # expert parallelism belongs to DeepSpeed
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
         model_parallel_cuda_manual_seed(seed)
         # The expert groups of this layout, made now and for all layers; MoE modules find them by name.
         deepspeed_groups.mpu = MegatronMPU()
         deepspeed_groups._create_expert_data_and_model_parallel(layout.ep, deepspeed_groups.mpu)
         yield layout.coordinates(dist.get_rank())
-    finally:
-        _close()
 
 
 def _start_deepspeed(backend: str, timeout: timedelta) -> None:
@@ -76,8 +74,9 @@ def _start_deepspeed(backend: str, timeout: timedelta) -> None:
     # DeepSpeed reads the rank from the environment even where torch.distributed is initialised already.
     os.environ.setdefault("LOCAL_RANK", "0")
     if backend == "gloo":
-        # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute, and every
+        # start asks the compiler for all others. No operation of DeepSpeed's own is used here.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 

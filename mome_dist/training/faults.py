@@ -1,8 +1,8 @@
 """What can go wrong between two steps, and what all ranks then do together.
 
 A request to stop (SIGTERM from a scheduler, SIGUSR1 ahead of a time limit) ends the run after the current step with a
-checkpoint and the exit code `PREEMPTED`, which a launcher may take for "start me again". A loss or gradient that is not
-finite costs its step, not the run, unless it happens several times in a row.
+checkpoint and the exit code `PREEMPTED`, which a launcher may take for "start me again" (see `mome_dist.exit_codes`). A
+loss or gradient that is not finite costs its step, not the run, unless it happens several times in a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

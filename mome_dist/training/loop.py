@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -18,8 +19,10 @@ from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import views_of
 from mome_dist.errors import UserError
+from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.whereabouts import report
 from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.faults import PreemptedError, StepWatch
@@ -60,7 +63,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         checkpoint = newest_checkpoint(config.output_dir)
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
-        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints")
+        without = f"; without {trainer.left_out} damaged utterances" if trainer.left_out else ""
+        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints{without}")
         return losses
 
 
@@ -70,6 +74,9 @@ def _describe(trainer: Trainer, console: Console) -> None:
     console.print(f"rank 0 trains {trainable:,} parameters beside {frozen:,} frozen ones", highlight=False)
     if trainer.start:
         console.print(f"resumed after step {trainer.start}", highlight=False)
+    if FAILED_AT in os.environ:
+        seconds = time.time() - float(os.environ[FAILED_AT])
+        console.print(f"ready to train again {seconds:.1f} s after the failure", highlight=False)
 
 
 def _watched_steps(config: RunConfig) -> int:
@@ -95,12 +102,15 @@ def _run(
         task = progress.add_task("training", total=settings.steps, completed=trainer.start, loss=math.nan, speed=0.0)
         for number in range(trainer.start, settings.steps):
             began = time.monotonic()
+            report("reading the batch", number)
             batch = trainer.order.batch(number)
             step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
             step = trainer.batches["train"].build(batch, step_views)
+            report("forward and backward", number)
             with trainer.engine.accumulate():
                 result = forward_backward(trainer.model, step)
                 finite = math.isfinite(result.loss) and trainer.engine.gradients_finite()
+                report("reducing gradients", number)
             found = watch.agree(finite)
             rate = learning_rate(config.optimizer, number, settings.steps)
             if not found.finite:
@@ -111,6 +121,7 @@ def _run(
                 _report_skip(result, number, ids, skipped, settings.max_skipped_steps, console)
                 continue
             skipped = 0
+            report("optimiser step", number)
             trainer.engine.step(rate)
             update_router_biases(trainer.model)
             ledger.after_step()
@@ -119,6 +130,7 @@ def _run(
             tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
             pace.append(tokens / seconds)
             done = number + 1
+            names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
             metrics.step(
                 {
                     "step": done,
@@ -128,6 +140,7 @@ def _run(
                     "tokens_per_second": tokens / seconds,
                     "seconds": seconds,
                     "views": {str(view): loss for view, loss in result.by_view.items()},
+                    **names,
                 }
             )
             progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
@@ -136,8 +149,10 @@ def _run(
             if done % ROUTING_EVERY == 0 or saving:
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
+                report("validating", number)
                 metrics.step({"step": done, "validation": _validate(config, layout, trainer)})
             if saving:
+                report("saving", number)
                 trainer.saver.save(done, trainer.model, trainer.engine)
             if found.stop and not last:
                 trainer.saver.finish()

@@ -53,7 +53,7 @@ class Metrics:
         flat = {
             f"{key}/{name}" if isinstance(value, dict) else f"train/{key}": number
             for key, value in record.items()
-            if key != "step"
+            if key not in ("step", "utterances")
             for name, number in (value.items() if isinstance(value, dict) else [("", value)])
         }
         self._scalars(record["step"], flat)
@@ -84,6 +84,7 @@ class Metrics:
             self._wandb.finish()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
+        # In one write: a run that is killed leaves at most one line unfinished.
         with (self._folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -136,10 +137,22 @@ def _routing_scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run trains again."""
+    """Drop the lines of steps that a resumed run trains again, and a last line that a killed run left unfinished.
+
+    Raises:
+        UserError: for any other line that is no record; nothing is dropped then.
+    """
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole, _, _torn = text.rpartition("\n")
+    kept = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number} is no record ({error}): remove the line, or the file.") from error
     write_text(path, "".join(f"{line}\n" for line in kept) if step else "")
 
 

@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mome_dist.parallel import rendezvous
+from mome_dist.parallel.whereabouts import watched
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class World:
 def open_world(timeout_seconds: int = 600) -> Iterator[World]:
     """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; without them, be alone.
 
-    NCCL where CUDA is present, gloo otherwise. A lost rank ends the others with an error after the timeout.
+    NCCL where CUDA is present, gloo otherwise. A lost rank ends the others with an error that names it.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -63,8 +65,6 @@ def open_world(timeout_seconds: int = 600) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
-    try:
+    rendezvous.join("nccl" if device.type == "cuda" else "gloo", timeout_seconds)
+    with watched(timeout_seconds, dist.destroy_process_group):
         yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig, resolve_deepspeed_file
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.corpus import Corpus
+from mome_dist.data.damage import check_damage, forget_damage
 from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.data.features import FeatureStore
 from mome_dist.data.order import BatchOrder
+from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.whereabouts import report
 from mome_dist.paths import cache_root
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
@@ -51,6 +56,7 @@ class Trainer:
         validation: utterances of the validation split.
         saver: of checkpoints.
         start: steps already done.
+        left_out: damaged utterances of both splits.
     """
 
     model: DistributedMoME
@@ -60,6 +66,7 @@ class Trainer:
     validation: int
     saver: CheckpointSaver
     start: int
+    left_out: int
 
 
 def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
@@ -68,14 +75,19 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     Raises:
         UserError: for missing or mismatched files.
     """
+    report("reading the features", patient=True)
     device = current_device()
     corpus = Corpus.open(config.data.corpus)
-    features, widths = _features(config, corpus, device, console)
-    sequences = build_sequences(config)
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
+    features, widths, damaged = _features(config, corpus, device, console)
+    utterances = {
+        purpose: [utterance for utterance in corpus.split(split) if utterance.id not in damaged[purpose]]
+        for purpose, split in splits.items()
+    }
+    sequences = build_sequences(config)
     batches = {
         purpose: BatchBuilder(
-            corpus.split(split),
+            utterances[purpose],
             sequences,
             features[purpose] if at.pp == 0 else None,
             config.data.accumulation,
@@ -84,15 +96,16 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
             device,
             layout,
         )
-        for purpose, split in splits.items()
+        for purpose in splits
     }
-    lengths = [utterance.samples for utterance in corpus.split(splits["train"])]
+    lengths = [utterance.samples for utterance in utterances["train"]]
     order = BatchOrder(lengths, config.data.batch_size, config.data.bucket_batches, config.seed)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
+    report("building the model", patient=True)
     frozen = _fingerprints(config)
     model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
-    order_facts = _order_facts(config, corpus, order)
+    order_facts = _order_facts(config, corpus, order, damaged["train"])
     checkpoint = _checkpoint_to_resume(config, console)
     start = 0
     if checkpoint is not None:
@@ -110,7 +123,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)
     saver = CheckpointSaver(config, layout, frozen, order_facts)
-    return Trainer(model, engine, batches, order, len(corpus.split(splits["validation"])), saver, start)
+    return Trainer(
+        model, engine, batches, order, len(utterances["validation"]), saver, start, sum(map(len, damaged.values()))
+    )
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
@@ -121,12 +136,13 @@ def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
     )
 
 
-def _order_facts(config: RunConfig, corpus: Corpus, order: BatchOrder) -> dict[str, Any]:
+def _order_facts(config: RunConfig, corpus: Corpus, order: BatchOrder, damaged: Iterable[str]) -> dict[str, Any]:
     """What the order of utterances is a function of, by configuration key."""
     return {
         "data.corpus": manifest_sha256(corpus.directory),
         "data.train_split": config.data.train_split,
         "utterances": len(order.lengths),
+        "utterances left out": sorted(damaged),
         "data.batch_size": order.batch_size,
         "data.bucket_batches": order.pool,
         "seed": order.seed,
@@ -135,18 +151,42 @@ def _order_facts(config: RunConfig, corpus: Corpus, order: BatchOrder) -> dict[s
 
 def _features(
     config: RunConfig, corpus: Corpus, device: torch.device, console: Console
-) -> tuple[dict[str, dict[str, FeatureReader]], dict[str, int]]:
-    """Features of both splits by purpose and stream, and the width of each stream."""
+) -> tuple[dict[str, dict[str, FeatureReader]], dict[str, int], dict[str, dict[str, str]]]:
+    """Features of both splits by purpose and stream, the width of each stream, and what is damaged, by purpose and id.
+
+    Raises:
+        UserError: if more utterances of a split are damaged than it may have.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    features: dict[str, dict[str, FeatureReader]] = {"train": {}, "validation": {}}
+    splits = {"train": config.data.train_split, "validation": config.data.validation_split}
+    features: dict[str, dict[str, FeatureReader]] = {purpose: {} for purpose in splits}
+    damaged: dict[str, dict[str, str]] = {purpose: {} for purpose in splits}
+    stores: list[FeatureStore] = []
     widths: dict[str, int] = {}
     for stream in streams_of(config):
         encoder = load_encoder(config, stream, device)
         widths[stream] = encoder.width
-        for purpose, split in (("train", config.data.train_split), ("validation", config.data.validation_split)):
+        for purpose, split in splits.items():
             store = split_features(config, corpus, split, stream, encoder, rank, world, dist.barrier, console)
             features[purpose][stream] = store.get
-    return features, widths
+            damaged[purpose] |= store.damaged
+            stores.append(store)
+    try:
+        for purpose, split in splits.items():
+            check_damage(split, damaged[purpose], config.data.max_damaged_utterances)
+            if damaged[purpose]:
+                console.print(
+                    f"[bold yellow]{len(damaged[purpose])} damaged utterances of split {split!r} are left out:[/] "
+                    f"{'; '.join(damaged[purpose].values())}",
+                    highlight=False,
+                )
+    except UserError:
+        dist.barrier()  # every rank has read the records
+        if rank == 0:
+            for store in stores:
+                forget_damage(store.directory)
+        raise
+    return features, widths, damaged
 
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:

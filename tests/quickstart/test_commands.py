@@ -26,6 +26,8 @@ SHRINK = {
     "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm": ["--steps", "2"],
     "python -m launchers.local --nproc 2 experiment=quickstart": SMALL_RUN,
     "python -m launchers.local --nproc 2 experiment=tiny": SMALL_RUN,
+    "python -m launchers.local --nproc 2 --restarts 3 experiment=tiny": [*SMALL_RUN, "output_dir=runs/restarts"],
+    "python tools/fault_drill.py --shrink experiment=tiny": ["--only", "kill"],
     "python -m launchers.local --nproc 4 experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],
     "python -m mome_dist.train experiment=tiny": ["output_dir=runs/one", "data.batch_size=4", "training.steps=2"],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart": ["limit=2"],
@@ -36,6 +38,7 @@ SHRINK = {
     "python -m mome_dist.transcribe exports/quickstart": [],
     "python tools/reshard_checkpoint.py runs/tiny": [],
     "python tools/reshard_checkpoint.py native/tiny": [],
+    "python tools/inspect_checkpoint.py runs/quickstart": [],
     "python tools/verify_layouts.py --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
     "python tools/verify_layouts.py --shrink --nproc 4": ["--optimizer", "sgd"],
 }

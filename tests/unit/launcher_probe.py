@@ -28,6 +28,11 @@ def act(verb: str, value: str) -> None:
     """Do one action."""
     if verb == "exit":
         sys.exit(int(value))
+    elif verb == "exit-once":
+        marker, _, code = value.rpartition(":")
+        if not Path(marker).exists():
+            Path(marker).write_text(f"{os.environ['MASTER_PORT']} ", encoding="utf-8")
+            sys.exit(int(code))
     elif verb == "kill-self":
         os.kill(os.getpid(), int(value))
     elif verb == "sleep":

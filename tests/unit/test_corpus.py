@@ -20,7 +20,7 @@ import webdataset
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.media import decode_flac, encode_flac
 from mome_dist.data.shards import CorpusWriter, EncodedUtterance
-from mome_dist.errors import UserError
+from mome_dist.errors import DamagedDataError, UserError
 
 
 def utterance(name: str, samples: int = 800) -> EncodedUtterance:
@@ -242,7 +242,7 @@ def test_flipped_bytes_are_found_by_verify_and_by_reading(tmp_path: Path) -> Non
     reopened = Corpus.open(directory)
     with pytest.raises(UserError, match=r"train-00000\.tar: SHA-256 is"):
         reopened.verify()
-    with pytest.raises(UserError, match=r"t0\.flac: cannot decode"):
+    with pytest.raises(UserError, match=r"t0\.flac: its bytes have changed"):
         reopened.audio(first)
     assert len(reopened.audio(reopened.split("train")[1])) == 801
 
@@ -279,3 +279,32 @@ def test_a_pickled_corpus_reads(tmp_path: Path) -> None:
     corpus.close()
     with pytest.raises(UserError, match="cannot open the shard"):
         corpus.audio(first)
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_of_a_clip_is_found_and_its_neighbours_are_read(tmp_path: Path) -> None:
+    directory = small_corpus(tmp_path / "c")
+    first, second, *_ = Corpus.open(directory).split("train")
+    offset, size = first.members["flac"]
+    _flip(directory / first.shard, offset + size - 9)
+    corpus = Corpus.open(directory)
+    with pytest.raises(DamagedDataError, match=r"train-00000\.tar: t0\.flac: its bytes have changed"):
+        corpus.audio(first)
+    assert len(corpus.audio(second)) == second.samples
+
+
+def test_an_index_without_checksums_falls_back_on_the_hash_of_the_shard(tmp_path: Path) -> None:
+    directory = small_corpus(tmp_path / "c")
+    index = directory / "train.jsonl"
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "crc32"}) + "\n" for line in lines))
+    first, second, *_ = Corpus.open(directory).split("train")
+    assert first.crc32 == {} and len(Corpus.open(directory).audio(second)) == second.samples
+    _flip(directory / first.shard, first.members["flac"][0])
+    with pytest.raises(DamagedDataError, match=r"t1\.flac: the shard has another SHA-256"):
+        Corpus.open(directory).audio(second)

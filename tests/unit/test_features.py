@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.data.corpus import Utterance
+from mome_dist.data.damage import check_damage, forget_damage
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
-from mome_dist.errors import UserError
+from mome_dist.errors import DamagedDataError, UserError
 
 UTTERANCES = [Utterance(f"u{i:03d}", "s.tar", "words", "speaker", 320 * (i % 7 + 1), 1, {}) for i in range(23)]
 
@@ -133,3 +134,47 @@ def test_fingerprint_follows_weights_and_settings() -> None:
     with torch.no_grad():
         encoder.weight[0, 0] += 1e-3
     assert before != encoder_fingerprint(encoder, {"padding": "clip"})
+
+
+class Damaged(Encoder):
+    """Cannot read some utterances."""
+
+    def __init__(self, *damaged: str) -> None:
+        super().__init__()
+        self.damaged = damaged
+
+    def __call__(self, batch: list[Utterance]) -> list[Tensor]:
+        for utterance in batch:
+            if utterance.id in self.damaged:
+                raise DamagedDataError(f"s.tar: {utterance.id}.flac: cannot decode")
+        return super().__call__(batch)
+
+
+def test_damaged_utterances_are_recorded_and_not_tried_again(tmp_path: Path) -> None:
+    store = build_features("toy", Damaged("u003", "u011"), UTTERANCES, tmp_path, batch_size=4)
+    assert store.damaged == {f"u{n}": f"s.tar: u{n}.flac: cannot decode" for n in ("003", "011")}
+    assert len(store) == len(UTTERANCES) - 2
+    sound = Encoder()
+    assert build_features("toy", sound, UTTERANCES, tmp_path).damaged.keys() == {"u003", "u011"}
+    assert sound.seen == []  # the record, not luck, decides what a resume leaves out
+    forget_damage(tmp_path)
+    check(build_features("toy", sound, UTTERANCES, tmp_path))
+    assert sorted(sound.seen) == ["u003", "u011"]
+
+
+def test_too_many_damaged_utterances_are_refused_with_the_first_names(tmp_path: Path) -> None:
+    damage = {f"u{number}": f"shard-{number}.tar: u{number}.flac: cannot decode" for number in range(7)}
+    check_damage("train", damage, 7)
+    with pytest.raises(
+        UserError, match=r"7 utterances of split 'train'.*shard-4\.tar: u4\.flac.*and 2 more"
+    ) as refused:
+        check_damage("train", damage, 6)
+    assert "u5" not in str(refused.value) and "data.max_damaged_utterances=7 (now 6)" in str(refused.value)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    build_features("toy", Damaged("u003"), UTTERANCES, tmp_path)
+    (record,) = tmp_path.glob("damaged-*.json")
+    record.write_text(record.read_text()[:-4])
+    with pytest.raises(UserError, match=record.name):
+        FeatureStore(tmp_path)

@@ -158,6 +158,42 @@ def test_usr1_reaches_every_rank_once_and_ranks_may_end_well(tmp_path: Path) -> 
     assert read_pids(tmp_path, "*.signal") == [signal.SIGUSR1, signal.SIGUSR1]
 
 
+def test_a_crash_and_a_preemption_are_started_again_on_a_new_port(tmp_path: Path) -> None:
+    done = run(
+        2,
+        "--restarts",
+        "3",
+        f"1:exit-once={tmp_path}/crash:9",
+        "0:sleep=1",
+        f"0:exit-once={tmp_path}/preempted:75",
+        "*:sleep=1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 failed first, with exit code 9 (crashed); starting again, restart 1 of 3" in done.stderr
+    assert "rank 0 failed first, with exit code 75 (preempted); starting again, restart 2 of 3" in done.stderr
+    assert "restart 3" not in done.stderr
+    ports = (tmp_path / "crash").read_text().split() + (tmp_path / "preempted").read_text().split()
+    assert len(set(ports)) == 2
+
+
+def test_restarts_are_counted_and_mistakes_are_final(tmp_path: Path) -> None:
+    crashing = run(2, "--restarts", "2", "1:exit=9", "*:sleep=60")
+    assert (crashing.returncode, crashing.stderr.count("starting again")) == (9, 2)
+    mistaken = run(2, "--restarts", "2", "*:user-error=x is 3")
+    assert (mistaken.returncode, mistaken.stderr) == (2, "error: x is 3\n")
+    none = run(2, "--restarts", "-1")
+    assert none.returncode == 2 and "--restarts is -1" in none.stderr
+
+
+def test_a_launcher_that_was_told_to_stop_does_not_start_again(tmp_path: Path) -> None:
+    launcher = start(2, "--restarts", "3", f"*:write-pid={tmp_path}", "*:sleep=120")
+    wait_until(lambda: len(read_pids(tmp_path, "*.pid")) == 2)
+    launcher.send_signal(signal.SIGTERM)
+    _, told = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "starting again" not in told
+
+
 def test_mistakes_are_found_before_anything_starts(tmp_path: Path) -> None:
     absent = run(2, module="mome_dist.no_such_module")
     assert (absent.returncode, absent.stderr.count("error: ")) == (2, 1)

@@ -1,0 +1,290 @@
+"""Who keeps the others waiting: every rank says where it is, and a failed collective is answered with a name.
+
+Each rank writes its step, its place in the step and a heartbeat into the rendezvous store: one write of about 10 us for
+a place, one a second for the heartbeat. When a collective fails or times out, the ranks that notice look the others up
+for a few seconds and stop with one line. In this order they blame: ranks that stopped with an error of their own, ranks
+whose heart no longer beats (killed, stopped, their host lost), and ranks that beat but have been to fewer places.
+
+gloo raises an error in the waiting rank. NCCL does not: its watchdog thread ends the process at the timeout
+(``TORCH_NCCL_ASYNC_ERROR_HANDLING``, which stays as it is: after an aborted collective the GPU's data are not to be
+trusted). So the heartbeat also watches its own rank: one that has been at a place for the timeout looks the others up
+and ends the process with the same line. A place is entered before its collectives start, so this comes before NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+
+import torch.distributed as dist
+
+from mome_dist.errors import RankLostError, UserError
+from mome_dist.exit_codes import RANK_LOST
+from mome_dist.exit_codes import USER_ERROR as USER_ERROR_CODE
+from mome_dist.parallel.rendezvous import open_store
+
+BEAT_SECONDS = 1.0
+OBSERVE_SECONDS = 3.5  # three heartbeats are missed before a rank counts as silent
+STORE_SECONDS = 5.0  # for an answer of the store
+LINGER_SECONDS = 8.0  # rank 0 keeps the store open for others that are still looking
+GLOO_SLACK_SECONDS = 15.0  # gloo's own error should come first
+NAMED_RANKS = 8  # in one message
+
+OWN_ERROR, USER_ERROR, VICTIM, ENDED = "error", "user error", "victim", "ended"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a rank last said of itself.
+
+    Attributes:
+        host: name of its machine.
+        step: optimiser steps done, None outside of training.
+        place: what it was doing.
+        since: when it came there, seconds of its own wall clock.
+        visits: places it had been to; the ranks of a world go through the same ones.
+        beats: heartbeats so far.
+        fate: how it ended (`OWN_ERROR`, ...), None while it runs.
+        reason: its last words.
+    """
+
+    host: str
+    step: int | None
+    place: str
+    since: float
+    visits: int = 0
+    beats: int = 0
+    fate: str | None = None
+    reason: str = ""
+
+    def where(self) -> str:
+        """Such as ``in step 12, 'forward and backward', since 14:05:31``."""
+        since = datetime.fromtimestamp(self.since).strftime("%H:%M:%S")
+        return f"in {'' if self.step is None else f'step {self.step + 1}, '}{self.place!r}, since {since}"
+
+
+class Whereabouts:
+    """One rank's reports, heartbeat and judgement. Made by `watched`; needs a default process group of several ranks.
+
+    Args:
+        timeout_seconds: of every collective.
+        limit_seconds: how long a rank may stay at one place before its own heartbeat ends it.
+    """
+
+    def __init__(self, timeout_seconds: float, limit_seconds: float) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._timeout, self._limit = timeout_seconds, limit_seconds
+        self._serving = dist.distributed_c10d._get_default_store()  # must outlive the process groups
+        self._store = open_store(STORE_SECONDS)
+        self._mine = Sighting(socket.gethostname(), None, "starting", time.time())
+        self._entered, self._patient = time.monotonic(), True
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._named: set[int] = set()
+        self._say()
+        self._heart = threading.Thread(target=self._beat, name="whereabouts", daemon=True)
+        self._heart.start()
+
+    def report(self, place: str, step: int | None, patient: bool) -> None:
+        """Say where this rank is now."""
+        with self._lock:
+            visits = self._mine.visits + 1
+            self._mine = replace(self._mine, step=step, place=place, since=time.time(), visits=visits)
+            self._entered, self._patient = time.monotonic(), patient
+            self._say()
+
+    def judge(self, error: Exception) -> Exception:
+        """Tell the others that this rank stops; return what to raise instead of ``error``, or ``error`` itself.
+
+        A failed collective becomes a `RankLostError` that names who is behind it, or the `UserError` that stopped it.
+        """
+        if isinstance(error, RankLostError) or not _is_of_collective(error):
+            kind = USER_ERROR if isinstance(error, UserError) else OWN_ERROR
+            self._end(kind, str(error) if kind == USER_ERROR else f"{type(error).__name__}: {error}")
+            return error
+        verdict = self._look_around(str(error))
+        self._end(VICTIM, "")
+        return verdict
+
+    def close(self, failed: bool) -> None:
+        """Stop the heartbeat. On rank 0 after a failure, first let the others look around in the store."""
+        if not failed:
+            self._end(ENDED, "")
+        elif self._rank == 0:
+            deadline = time.monotonic() + LINGER_SECONDS
+            while time.monotonic() < deadline:
+                seen = self._look_up()
+                # Who is named may not come to look.
+                if seen is None or all(s.fate or rank in self._named for rank, s in enumerate(seen)):
+                    break
+                time.sleep(0.1)
+        self._closed.set()
+        self._heart.join(BEAT_SECONDS)
+
+    def _say(self) -> None:
+        self._store.set(f"whereabouts/{self._rank}", json.dumps(asdict(self._mine)))
+
+    def _end(self, fate: str, reason: str) -> None:
+        with self._lock:
+            self._mine = replace(self._mine, fate=fate, reason=reason)
+            self._patient = True
+            self._say_if_possible()
+
+    def _say_if_possible(self) -> bool:
+        try:
+            self._say()
+        except dist.DistError:
+            # The store went with rank 0. Whoever waits for rank 0 in a collective finds out.
+            return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_SECONDS):
+            with self._lock:
+                self._mine = replace(self._mine, beats=self._mine.beats + 1)
+                reachable = self._say_if_possible()
+                stuck = not self._patient and time.monotonic() - self._entered > self._limit
+            if stuck:  # the main thread is inside a collective and cannot be interrupted
+                verdict = self._look_around("no progress")
+                self._end(VICTIM, "")
+                end_process(verdict, self._rank)
+            if not reachable:
+                return
+
+    def _look_around(self, symptom: str) -> Exception:
+        """Watch the other ranks for a few heartbeats and name whoever is behind."""
+        waited = time.monotonic() - self._entered
+        began, first, seen = time.monotonic(), self._look_up(), None
+        while first is not None:
+            seen = self._look_up()
+            if seen is None or any(sighting.fate in (OWN_ERROR, USER_ERROR) for sighting in seen):
+                break
+            if time.monotonic() - began > OBSERVE_SECONDS:
+                break
+            time.sleep(0.2)
+        me = f"Rank {self._rank} ({self._mine.host}) waited {waited:.1f} s {self._mine.where()}"
+        if first is None or seen is None:
+            return RankLostError(
+                f"rank 0's process, or its host {os.environ['MASTER_ADDR']}, is gone or hangs: the rendezvous store "
+                f"there does not answer. {me}. {_ADVICE}"
+            )
+        for rank, sighting in enumerate(seen):
+            if sighting.fate == USER_ERROR:
+                return UserError(f"rank {rank} ({sighting.host}): {sighting.reason}")
+        silent_ranks = [
+            rank
+            for rank, (sighting, before) in enumerate(zip(seen, first, strict=True))
+            if rank != self._rank and sighting.fate is None and sighting.beats == before.beats
+        ]
+        stopped = [(r, f"stopped: {s.reason};") for r, s in enumerate(seen) if s.fate == OWN_ERROR]
+        silent = [(r, "is silent:") for r in silent_ranks]
+        behind = [(r, "is behind:") for r, s in enumerate(seen) if s.fate is None and s.visits < self._mine.visits]
+        self._named = {rank for rank, _ in stopped or silent or behind}
+        causes = [
+            f"rank {rank} ({seen[rank].host}) {what} {seen[rank].where()}" for rank, what in stopped or silent or behind
+        ]
+        if not causes:
+            return RankLostError(
+                f"every rank is alive and as far as this one or further, but: {symptom}. This rank itself hangs, the "
+                f"network is slow or broken, or ranks wait in different collectives. {me}. {_ADVICE}"
+            )
+        named = "; ".join(causes[:NAMED_RANKS]) + (
+            f"; and {len(causes) - NAMED_RANKS} more" if len(causes) > NAMED_RANKS else ""
+        )
+        return RankLostError(f"{named}. {me}; parallel.timeout_seconds={self._timeout:g}. {_ADVICE}")
+
+    def _look_up(self) -> list[Sighting] | None:
+        """What every rank last said, in rank order; None if the store does not answer."""
+        found: list[Sighting] = []
+
+        def ask() -> None:
+            try:
+                texts = open_store(STORE_SECONDS).multi_get([f"whereabouts/{rank}" for rank in range(self._size)])
+            except dist.DistError:
+                return  # told by the empty answer
+            found.extend(Sighting(**json.loads(text)) for text in texts)
+
+        # In a thread of its own: a store whose process is stopped never answers.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)
+        return found or None
+
+
+_ADVICE = (
+    "Look at the log and host of the rank that is named; start the run again to continue from its newest checkpoint. "
+    "If it was only slow, raise parallel.timeout_seconds."
+)
+_current: Whereabouts | None = None
+
+
+@contextmanager
+def watched(timeout_seconds: float, close: Callable[[], None]) -> Iterator[None]:
+    """Watch over the ranks of the default process group inside the block; every rank enters it.
+
+    Args:
+        timeout_seconds: of every collective.
+        close: closes the process groups; called on the way out.
+
+    Raises:
+        RankLostError: instead of the error of a collective that failed because of another rank; it names the rank.
+        UserError: if the other rank stopped with one.
+    """
+    global _current
+    if dist.get_world_size() == 1:
+        try:
+            yield
+        finally:
+            close()
+        return
+    nccl = dist.get_backend() == dist.Backend.NCCL
+    here = _current = Whereabouts(timeout_seconds, timeout_seconds + (0 if nccl else GLOO_SLACK_SECONDS))
+    failed = True
+    try:
+        try:
+            yield
+            failed = False
+        except Exception as error:
+            verdict = here.judge(error)
+            if verdict is error:
+                raise
+            if nccl:  # a communicator with a failed collective cannot be closed
+                here.close(failed)
+                end_process(verdict, dist.get_rank())
+            raise verdict from error
+        finally:
+            close()
+    finally:
+        _current = None
+        here.close(failed)
+
+
+def report(place: str, step: int | None = None, patient: bool = False) -> None:
+    """Say what this rank does from now on, for the others to read when they wait for it.
+
+    Args:
+        place: such as "reading the batch"; all ranks of a world report the same places in the same order.
+        step: optimiser steps done.
+        patient: the place may take longer than the timeout of a collective.
+    """
+    if _current is not None:
+        _current.report(place, step, patient)
+
+
+def end_process(verdict: Exception, rank: int) -> None:
+    """Print what `mome_dist.cli.main_guard` would, and end at once."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    print(f"{prefix}error: {verdict}", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR_CODE if isinstance(verdict, UserError) else RANK_LOST)
+
+
+def _is_of_collective(error: Exception) -> bool:
+    """Whether an error comes from communication. gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

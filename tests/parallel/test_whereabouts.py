@@ -1,0 +1,200 @@
+"""Every collective has the configured timeout, and a rank that is late, stopped or dead is named by the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mome_dist.config import load_config, validate
+from mome_dist.errors import RankLostError, UserError
+from mome_dist.exit_codes import RANK_LOST
+from mome_dist.parallel import whereabouts
+from mome_dist.parallel.forked import fork_ranks
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.rendezvous import join
+from mome_dist.parallel.whereabouts import report
+from mome_dist.training import loop
+from tests.parallel.runs import Lab
+from tests.parallel.worlds import run_world
+
+TIMEOUT = 2
+
+
+def _timeouts_of_a_run(overrides: list[str], cache: Path) -> list[float]:
+    """Timeouts (s) of all process groups of this rank at its first step: torch's, Megatron's and DeepSpeed's."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    found: list[float] = []
+    forward_backward = loop.forward_backward
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        for group in dist.distributed_c10d._world.pg_map:
+            found.append(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+        return forward_backward(*args, **kwargs)
+
+    loop.forward_backward = looking
+    config = load_config(overrides)
+    loop.train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+    return found
+
+
+def test_every_group_of_a_run_has_the_configured_timeout(
+    tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    lab = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("timeouts"))
+    overrides = lab.overrides(
+        tmp_path, "training.steps=1", "parallel.ep=2", "parallel.tp=2", "parallel.timeout_seconds=77"
+    )
+    for found in run_world(_timeouts_of_a_run, 4, overrides, lab.cache):
+        assert len(found) > 10 and set(found) == {77.0}
+
+
+def test_torch_gives_groups_half_an_hour_unless_told(tmp_path: Path) -> None:
+    # What the test above guards against: torch does not hand the default group's timeout on.
+    assert run_world(_plain_group_timeout, 1) == [1800.0]
+
+
+def _plain_group_timeout() -> float:
+    join("gloo", 60)
+    return dist.new_group([0])._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def _train_and_suffer(fault: str, victim: int, size: int, folder: Path) -> int:
+    """A loop like training's in which something happens to one rank in step 4; writes what this rank raised."""
+    rank, began, told = int(os.environ["RANK"]), time.monotonic(), ""
+    try:
+        with parallel_world(Layout.for_world(size), 0, TIMEOUT):
+            for step in range(6):
+                report("reading the batch", step)
+                if (rank, step) == (victim, 3):
+                    began = time.monotonic()
+                    _suffer(fault)
+                report("forward and backward", step)
+                began = time.monotonic()
+                dist.all_reduce(torch.ones(8))
+    except (RankLostError, UserError) as error:
+        told = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps([told, time.monotonic() - began]))
+    return 0
+
+
+def _suffer(fault: str) -> None:
+    if fault == "sleep":
+        time.sleep(TIMEOUT + 6)
+    elif fault == "error":
+        raise ValueError("the disk is on fire")
+    elif fault == "user error":
+        raise UserError("shard 7 is damaged")
+    else:
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
+
+
+def _verdicts(fault: str, victim: int, folder: Path, size: int = 3) -> list[str]:
+    """What each surviving rank says, and that it says it in time."""
+    folder.mkdir(exist_ok=True)
+    ranks = fork_ranks(_train_and_suffer, size, fault, victim, size, folder)
+    try:
+        assert [rank.wait() for number, rank in enumerate(ranks) if number != victim] == [0] * (size - 1)
+    finally:
+        os.kill(ranks[victim].pid, signal.SIGKILL)
+        ranks[victim].wait()
+    told = []
+    for rank in (rank for rank in range(size) if rank != victim):
+        text, seconds = json.loads((folder / f"{rank}.json").read_text())
+        # The timeout, the observation, and as much again for a busy machine.
+        assert seconds < TIMEOUT + 2 * whereabouts.OBSERVE_SECONDS + 2
+        told.append(text)
+    return told
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_rank_without_a_heartbeat_is_named_by_all_others(tmp_path: Path, fault: str) -> None:
+    for rank, told in zip((0, 2), _verdicts(fault, 1, tmp_path), strict=True):
+        assert re.match(r"RankLostError: rank 1 \(.+\) is silent: in step 4, 'reading the batch', since \d\d:", told)
+        assert f"Rank {rank} (" in told and "in step 4, 'forward and backward'" in told
+        assert "parallel.timeout_seconds=2" in told
+
+
+def test_the_rank_that_holds_the_store_may_be_the_one_that_dies(tmp_path: Path) -> None:
+    for told in _verdicts("kill", 0, tmp_path):
+        assert "rank 0's process, or its host 127.0.0.1, is gone or hangs" in told
+
+
+def test_the_rank_that_holds_the_store_may_be_the_one_that_hangs(tmp_path: Path) -> None:
+    for told in _verdicts("stop", 0, tmp_path):
+        assert "rank 0's process, or its host 127.0.0.1, is gone or hangs" in told
+
+
+def test_a_slow_rank_is_named_by_its_place(tmp_path: Path) -> None:
+    for told in _verdicts("sleep", 2, tmp_path):
+        assert re.match(r"RankLostError: rank 2 \(.+\) is behind: in step 4, 'reading the batch', since", told)
+
+
+def test_an_error_of_one_rank_is_told_by_all(tmp_path: Path) -> None:
+    for told in _verdicts("error", 0, tmp_path / "error"):
+        assert re.match(r"RankLostError: rank 0 \(.+\) stopped: ValueError: the disk is on fire; in step 4", told)
+    for told in _verdicts("user error", 0, tmp_path / "user"):
+        assert re.match(r"UserError: rank 0 \(.+\): shard 7 is damaged$", told)
+
+
+def _hang(folder: Path) -> int:
+    """Rank 1 hangs outside of any collective, where no collective's timeout ends it; rank 0 waits for it, patiently."""
+    whereabouts.GLOO_SLACK_SECONDS = 1.0
+    with parallel_world(Layout.for_world(2), 0, TIMEOUT):
+        if os.environ["RANK"] == "1":
+            report("reading the batch", 0)
+            time.sleep(60)
+        report("reading the batch", 0, patient=True)
+        time.sleep(60)
+    return 0
+
+
+def test_a_rank_that_hangs_by_itself_ends_itself(tmp_path: Path) -> None:
+    ranks = fork_ranks(_hang, 2, tmp_path, logs=tmp_path)
+    assert ranks[1].wait() == RANK_LOST
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    ranks[0].wait()
+    assert "Rank 1" in (tmp_path / "rank-1.log").read_text()
+
+
+def _join_late(folder: Path) -> int:
+    if os.environ["RANK"] == "1":
+        return 0
+    try:
+        join("gloo", 1.0)
+    except RankLostError as error:
+        (folder / os.environ["RANK"]).write_text(str(error))
+    return 0
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    assert [rank.wait() for rank in fork_ranks(_join_late, 3, tmp_path)] == [0, 0, 0]
+    assert "1 of 3 ranks did not come to 127.0.0.1:" in (tmp_path / "0").read_text()
+    assert "within 1 s: 1." in (tmp_path / "0").read_text()
+
+
+def _cost_of_a_report(_: Path) -> float:
+    """Seconds of one report, the best of ten rounds."""
+    with parallel_world(Layout.for_world(2), 0, 60):
+        rounds = []
+        for _round in range(10):
+            began = time.perf_counter()
+            for step in range(100):
+                report("forward and backward", step)
+            rounds.append((time.perf_counter() - began) / 100)
+        dist.barrier()
+    return min(rounds)
+
+
+def test_reports_cost_next_to_nothing(tmp_path: Path) -> None:
+    # Six places a step at 100 us each are under 1 % of a step of 60 ms, the shortest that the small test model has.
+    assert max(run_world(_cost_of_a_report, 2, tmp_path)) < 100e-6
