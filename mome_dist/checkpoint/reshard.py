@@ -207,6 +207,11 @@ def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[s
 
 def _plan(source: Source, layout: Layout, zero: int, model: ModelTensors, run: RunConfig) -> Plan:
     check_target(layout)
+    if not run.projector.trainable:
+        raise UserError(
+            "the run kept its projectors frozen (projector.trainable=false): its engine does not hold them, and nor "
+            "would a DeepSpeed checkpoint. Use --format canonical."
+        )
     other = sorted({f.dtype for name, f in source.facts.items() if name.startswith(CONTENT)} - {"float32"})
     if other:
         raise UserError(f"the checkpoint holds {', '.join(other)} tensors; the engine's are float32.")

@@ -28,3 +28,9 @@ def update_router_biases(model: DistributedMoME) -> None:
             mome.step_load_E = load_E
     for mome in momes:
         mome.update_bias()
+
+
+def forget_router_loads(model: DistributedMoME) -> None:
+    """Drop the loads of a step that is not taken."""
+    for mome in model.momes.values():
+        mome.step_load_E = None

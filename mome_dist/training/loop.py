@@ -24,7 +24,7 @@ from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report
 from mome_dist.speech.views import views_of_step
-from mome_dist.training.balance import update_router_biases
+from mome_dist.training.balance import forget_router_loads, update_router_biases
 from mome_dist.training.faults import PreemptedError, StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
@@ -113,37 +113,38 @@ def _run(
                 report("reducing gradients", number)
             found = watch.agree(finite)
             rate = learning_rate(config.optimizer, number, settings.steps)
-            if not found.finite:
-                trainer.engine.discard()
-                skipped += 1
-                ids = trainer.batches["train"].ids(batch)
-                metrics.skipped(number + 1, ids)
-                _report_skip(result, number, ids, skipped, settings.max_skipped_steps, console)
-                continue
-            skipped = 0
-            report("optimiser step", number)
-            trainer.engine.step(rate)
-            update_router_biases(trainer.model)
-            ledger.after_step()
-            losses.append(result.loss)
-            seconds = time.monotonic() - began
-            tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
-            pace.append(tokens / seconds)
             done = number + 1
-            names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
-            metrics.step(
-                {
-                    "step": done,
-                    "loss": result.loss,
-                    "learning_rate": rate,
-                    "gradient_norm": trainer.engine.gradient_norm,
-                    "tokens_per_second": tokens / seconds,
-                    "seconds": seconds,
-                    "views": {str(view): loss for view, loss in result.by_view.items()},
-                    **names,
-                }
-            )
-            progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
+            if found.finite:
+                skipped = 0
+                report("optimiser step", number)
+                trainer.engine.step(rate)
+                update_router_biases(trainer.model)
+                ledger.after_step()
+                losses.append(result.loss)
+                seconds = time.monotonic() - began
+                tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
+                pace.append(tokens / seconds)
+                names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
+                metrics.step(
+                    {
+                        "step": done,
+                        "loss": result.loss,
+                        "learning_rate": rate,
+                        "gradient_norm": trainer.engine.gradient_norm,
+                        "tokens_per_second": tokens / seconds,
+                        "seconds": seconds,
+                        "views": {str(view): loss for view, loss in result.by_view.items()},
+                        **names,
+                    }
+                )
+                progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
+            else:
+                skipped += 1
+                trainer.engine.discard()
+                forget_router_loads(trainer.model)
+                ids = trainer.batches["train"].ids(batch)
+                metrics.skipped(done, ids)
+                _report_skip(result, number, ids, skipped, settings.max_skipped_steps, console)
             last = done == settings.steps
             saving = last or found.stop or (settings.save_every > 0 and done % settings.save_every == 0)
             if done % ROUTING_EVERY == 0 or saving:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mome_dist.checkpoint.format import find_checkpoint
+from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
 from mome_dist.config import load_config, validate
 from mome_dist.training import loop
 from mome_dist.training.faults import PreemptedError
@@ -88,6 +88,14 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(
     assert losses[0][:2] == pytest.approx(unbroken[:2], rel=1e-5)
     skipped = [line for line in lines(tmp_path / "metrics.jsonl") if "skipped" in line]
     assert [line["step"] for line in skipped] == [3] and len(skipped[0]["skipped"]) == 8
+
+
+def test_a_last_step_that_is_skipped_is_saved_as_such(lab: Lab, tmp_path: Path) -> None:
+    overrides = lab.overrides(tmp_path, "parallel.ep=2", "training.steps=3")
+    losses = run_world(_train_with_bad_gradients, 2, overrides, lab.cache, [3])
+    assert len(losses[0]) == 2
+    with CheckpointReader(find_checkpoint(tmp_path)) as reader:
+        assert (reader.step, reader.index["optimizer_steps"]) == (3, 2)
 
 
 def test_steps_that_stay_bad_stop_the_run_and_name_the_utterances(lab: Lab, tmp_path: Path) -> None:
