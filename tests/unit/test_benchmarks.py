@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import moe_layer, reshard, train_step
+from benchmarks import moe_layer, reshard, save_stall, train_step
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,11 +66,16 @@ def test_bytes_are_those_of_the_tensors_that_travel(layer_case: dict[str, Any]) 
     assert routes == int(routes) and 0 < routes <= 2 * 24 * 4
 
 
-def test_the_step_benchmark_splits_a_step(tmp_path: Path) -> None:
-    tokenizer = word_tokenizer(["a few words"])
-    save_llm(tiny_llama(tokenizer, hidden=64, layers=2, ffn_width=96), tokenizer, tmp_path / "llm")
+@pytest.fixture(scope="module")
+def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer, path = word_tokenizer(["a few words"]), tmp_path_factory.mktemp("llm")
+    save_llm(tiny_llama(tokenizer, hidden=64, layers=2, ffn_width=96), tokenizer, path)
+    return path
+
+
+def test_the_step_benchmark_splits_a_step(tmp_path: Path, small_llm: Path) -> None:
     sizes = f"--experts 4 --bottleneck 2 --clips 2 --rounds 2 --processes {RANKS}"
-    (case,) = _run("benchmarks.train_step", tmp_path / "out", "--llm", str(tmp_path / "llm"), *sizes.split())["figures"]
+    (case,) = _run("benchmarks.train_step", tmp_path / "out", "--llm", str(small_llm), *sizes.split())["figures"]
     for form, milliseconds in case["milliseconds"].items():
         step = milliseconds.pop("step")
         assert len(milliseconds) == 3 and all(part > 0 for part in milliseconds.values()), form
@@ -90,13 +95,20 @@ def test_the_resharding_benchmark_writes_what_it_says(tmp_path: Path) -> None:
     assert all(each["peak"] < 1e9 for each in medians.values())
 
 
+def test_the_benchmark_of_saving_measures_every_form(tmp_path: Path, small_llm: Path) -> None:
+    sizes = f"--experts 4 --bottleneck 2 --clips 2 --rounds 2 --processes {RANKS}"
+    (case,) = _run("benchmarks.save_stall", tmp_path / "out", "--llm", str(small_llm), *sizes.split())["figures"]
+    assert case["bytes"] > 0 and case["wait"]["no checkpoint"] < case["wait"]["written between steps"]
+    assert set(case["two steps"]) == set(case["wait"]) and all(value > 0 for value in case["two steps"].values())
+
+
 def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
-    assert {name for name, _ in commands} == {"moe_layer", "reshard", "train_step"}
+    assert {name for name, _ in commands} == {"moe_layer", "reshard", "save_stall", "train_step"}
     for name, arguments in commands:
-        {"moe_layer": moe_layer, "reshard": reshard, "train_step": train_step}[name].parse_arguments(
-            shlex.split(arguments)
-        )
+        {"moe_layer": moe_layer, "reshard": reshard, "save_stall": save_stall, "train_step": train_step}[
+            name
+        ].parse_arguments(shlex.split(arguments))
 
 
 def test_committed_tables_say_what_made_them() -> None:
@@ -117,9 +129,16 @@ def test_committed_layer_tables_hold_what_is_aimed_at(precision: str) -> None:
             assert moe_layer.speed_up(case, case["auto"]) >= 2, "MoME's own experts, at least twice as fast"
 
 
-def test_committed_step_table_holds_what_is_aimed_at() -> None:
+def test_the_readme_of_the_benchmarks_tells_what_the_committed_step_table_says() -> None:
     cases = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())["figures"]
     assert {case["processes"] for case in cases} == {1, 2}
+    longer = []
     for case in cases:
+        for parts in case["milliseconds"].values():
+            step = parts.pop("step")
+            assert sum(parts.values()) == pytest.approx(step, rel=0.05), "medians of the parts make up the step"
+            parts["step"] = step
         plain, mome = (case["milliseconds"][form]["step"] for form in ("projectors", "mome"))
-        assert mome <= 1.15 * plain
+        longer.append(f"{mome / plain - 1:.0%}")
+    text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
+    assert f"{longer[0]} longer in one process and {longer[1]} in two" in text
