@@ -68,34 +68,40 @@ class RankGroup:
         self._exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._running: set[int] = set()
         self._codes: dict[int, int] = {}
+        self._early: list[int] = []
         self._received: list[int] = []
+        self._noting = contextlib.ExitStack()
 
     def __enter__(self) -> RankGroup:
+        # Until `wait` passes them on, signals are only remembered: none may end the launcher while ranks start.
+        self._noting.enter_context(_handling(lambda number, _: self._early.append(number)))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._signal_groups(signal.SIGKILL, range(len(self._processes)))
         for process in self._processes:
             process.wait()
+        self._noting.close()
+        for number in self._early:  # came when no rank was left to have it
+            os.kill(os.getpid(), number)
 
     def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]) -> None:
         """Start ``len(environments)`` ranks. Rank 0 writes to the terminal, rank N to ``logs[N - 1]``."""
         launcher = os.getpid()
-        with self._signals_noted():
-            for rank, environment in enumerate(environments):
-                with contextlib.ExitStack() as stack:
-                    output = None if rank == 0 else stack.enter_context(logs[rank - 1].open("wb"))
-                    process = subprocess.Popen(
-                        command,
-                        env=dict(environment),
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=None if output is None else subprocess.STDOUT,
-                        start_new_session=True,
-                        # Sound here: the launcher has no other thread yet, and the function allocates nothing.
-                        preexec_fn=lambda: _die_with(launcher),
-                    )
-                self._processes.append(process)  # one by one: they are to be ended even if the next one fails to start
+        for rank, environment in enumerate(environments):
+            with contextlib.ExitStack() as stack:
+                output = None if rank == 0 else stack.enter_context(logs[rank - 1].open("wb"))
+                process = subprocess.Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=None if output is None else subprocess.STDOUT,
+                    start_new_session=True,
+                    # Sound here: the launcher has no other thread yet, and the function allocates nothing.
+                    preexec_fn=lambda: _die_with(launcher),
+                )
+            self._processes.append(process)  # one by one: they are to be ended even if the next one fails to start
         self._watch()
 
     def follow(self, processes: Sequence[Process]) -> None:
@@ -163,12 +169,6 @@ class RankGroup:
                 os.killpg(self._processes[rank].pid, number)
 
     @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """While ranks are being started, only remember signals: `_signals_forwarded` passes them on."""
-        with _handling(lambda number, _: self._received.append(number)):
-            yield
-
-    @contextlib.contextmanager
     def _signals_forwarded(self) -> Iterator[None]:
         def forward(number: int, _: FrameType | None) -> None:
             repeated = number == signal.SIGINT and signal.SIGINT in self._received
@@ -177,7 +177,7 @@ class RankGroup:
             self._signal_groups(signal.SIGKILL if repeated else number, self._running)
 
         with _handling(forward):
-            early, self._received = self._received, []
+            early, self._early = self._early, []
             for number in early:
                 forward(number, None)
             yield
