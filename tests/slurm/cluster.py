@@ -109,10 +109,11 @@ class Cluster:
         for process in self._processes.values():
             process.wait(timeout=30)  # process 1 of a namespace is gone only after all others in it
 
-    def inside(self, command: Sequence[str], node: int | None = None) -> list[str]:
+    def inside(self, command: Sequence[str], node: int | None = None, cwd: Path | None = None) -> list[str]:
         """The command that runs ``command`` on the controller's host, or on a node."""
         target = self._init if node is None else self._node_init(node)
-        return ["nsenter", f"--target={target}", "--net", "--uts", "--mount", "--pid", "--wdns=.", "--", *command]
+        entered = ["nsenter", f"--target={target}", "--net", "--uts", "--mount", "--pid"]
+        return [*entered, f"--wdns={cwd or Path.cwd()}", "--", *command]
 
     def run(
         self,
@@ -125,9 +126,8 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside the cluster and return what it said."""
         done = subprocess.run(
-            self.inside(command, node),
-            env={**os.environ, **(environment or {})},
-            cwd=cwd,
+            self.inside(command, node, cwd),
+            env=environment,
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,0 +1,259 @@
+"""What a job does on the first node of its allocation: start all ranks, watch over them, start again.
+
+    python -m launchers.slurm.allocation [--module mome_dist.train] key=value ...
+
+The scripts in ``slurm/`` become this process, so that Slurm's warning (``#SBATCH --signal=B:USR1@120``) arrives here. It
+is passed on to the ranks, which save and end with code 75. Then:
+
+- time limit, preemption: the job is requeued and continues from its newest checkpoint;
+- a rank crashed or was lost: all ranks start again in this allocation if its nodes are well, else the job is requeued;
+- a node failed: Slurm itself requeues the job, and the next start notes it;
+- cancelled, or a mistake of the user: the job ends.
+
+A job that failed MAX_TRIES times in a row (3) without a further checkpoint ends with the code of its ranks. Everything
+is in ``RUN/slurm/JOB/``: ``try-N/rank-N.log``, and ``summary.json`` with the reason of every try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+from launchers.slurm import commands, tries
+from launchers.slurm.job import Job
+from launchers.slurm.preflight import NodesError, check_nodes
+from launchers.slurm.tries import Record, saved_steps
+from mome_dist.cli import USER_ERROR, main_guard
+from mome_dist.config import load_config, validate_overrides
+from mome_dist.errors import UserError
+
+DEFAULT_MODULE = "mome_dist.train"
+PREEMPTED = 75
+_POLL_SECONDS = 0.2
+_RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself
+_STOP_SECONDS = 600.0  # how long ranks may take to save when nothing else ends first
+_LONGEST_WARNING_SECONDS = 900.0  # a warning that comes earlier than this is not taken for one of the time limit
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# srun: error: node2: task 1: Killed       srun: error: node1: tasks 0-1: Exited with exit code 2
+_TASK_ENDED = re.compile(r"srun: error: (\S+): (tasks? [\d,-]+): (.*)")
+
+
+@dataclass(frozen=True)
+class End:
+    """How the ranks of one try ended: their exit code, srun's first word about it, and whether they were told to."""
+
+    code: int
+    complaint: str
+    signal: int | None
+
+
+class Allocation:
+    """This job, and the ranks that it runs now."""
+
+    def __init__(self, job: Job, run: Path, module: str, arguments: Sequence[str], max_tries: int) -> None:
+        self.job, self.run, self.module, self.arguments = job, run, module, list(arguments)
+        self.folder = run / "slurm" / job.id
+        self.record = Record.open(self.folder, job.id, module, self.arguments)
+        self._max_tries, self._told, self._ranks = max_tries, 0, None
+        self._ranks: subprocess.Popen[str] | None
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def work(self) -> int:
+        """Try until the work is done, has failed for good, or waits in the queue; return the exit code."""
+        self._close_unfinished()
+        while True:
+            if self._given_up():
+                return self.record.tries[-1].exit_code or 1
+            try:
+                check_nodes(self.job.nodes, self.job.tasks_per_node, self.run)
+            except NodesError as error:
+                say(f"{error}; asking for other nodes")
+                self.record.begin(self.job.nodes, self._steps())
+                return self._requeue(tries.NODE_LOST, None)
+            code = self._one_try()
+            if code is not None:
+                return code
+
+    def _one_try(self) -> int | None:
+        """Run all ranks once; None means: again, here."""
+        entry = self.record.begin(self.job.nodes, self._steps())
+        logs = self.folder / f"try-{entry.number}"
+        logs.mkdir(parents=True, exist_ok=True)
+        say(f"try {entry.number}: {self.job.world_size} ranks on {' '.join(self.job.nodes)}; logs: {logs}/rank-N.log")
+        end = self._run_ranks(logs)
+        if end.code == 0:
+            return self._finish(tries.FINISHED, 0, "finished")
+        known = commands.show_job(self.job.id)
+        state = known.get("JobState", "")
+        if state == "CANCELLED":
+            return self._finish(tries.CANCELLED, end.code, "cancelled")
+        if end.signal is not None or end.code == PREEMPTED:
+            return self._after_stop(end, known)
+        if end.code == USER_ERROR:
+            tell_log(logs / "rank-0.log")
+            return self._finish("the configuration is wrong", end.code, "failed")
+        say(f"try {entry.number}: {end.complaint}")
+        tell_log(logs / "rank-0.log")
+        self.record.end(end.complaint, end.code, self._steps(), "running")
+        return None
+
+    def _after_stop(self, end: End, known: dict[str, str]) -> int:
+        """The ranks were asked to stop, and have saved: find out why, and come back later."""
+        if known.get("PreemptTime", "None") not in ("None", ""):
+            reason = tries.PREEMPTED
+        elif known.get("JobState") != "RUNNING":
+            reason = tries.REQUEUED
+        elif _seconds_left(known) < _LONGEST_WARNING_SECONDS:
+            reason = tries.TIME_LIMIT
+        else:
+            reason = tries.ASKED
+        if known.get("JobState") != "RUNNING":  # somebody else has requeued it
+            return self._finish(reason, end.code, "waiting")
+        return self._requeue(reason, end.code)
+
+    def _requeue(self, reason: str, code: int | None) -> int:
+        self.record.end(reason, code, self._steps(), "waiting")
+        if self._given_up():
+            return code or 1
+        say(f"{reason}: back into the queue, to continue after step {self._steps() or 0}")
+        commands.requeue(self.job.id)
+        return PREEMPTED
+
+    def _finish(self, reason: str, code: int, state: str) -> int:
+        self.record.end(reason, code, self._steps(), state)
+        say(self.record.table())
+        return code
+
+    def _given_up(self) -> bool:
+        failures = self.record.failures_without_progress()
+        if failures < self._max_tries:
+            return False
+        self.record.fail(self.record.tries[-1].exit_code or 1)
+        say(f"{failures} tries in a row without a further checkpoint (MAX_TRIES={self._max_tries}): giving up")
+        say(self.record.table())
+        return True
+
+    def _close_unfinished(self) -> None:
+        """Note why the try before a requeue ended, where nobody was left to do it."""
+        if self.record.tries and self.record.tries[-1].ended is None:
+            ends = commands.earlier_ends(self.job.id)
+            reasons = {"NODE_FAIL": tries.NODE_LOST, "PREEMPTED": tries.PREEMPTED, "REQUEUED": tries.REQUEUED}
+            reason = next((reasons[end] for end in reversed(ends) if end in reasons), tries.UNKNOWN)
+            self.record.end(reason, None, self._steps(), "running")
+
+    def _steps(self) -> int | None:
+        return saved_steps(self.run) if self.module == DEFAULT_MODULE else None
+
+    def _run_ranks(self, logs: Path) -> End:
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": self.job.nodes[0],
+            "MASTER_PORT": str(self.job.free_port()),
+        }
+        command = [*self.job.srun(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
+        command += [sys.executable, "-m", "launchers.slurm.rank", self.module, *self.arguments]
+        complaints: list[str] = []
+        self._told = 0
+        self._ranks = ranks = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        listener = threading.Thread(target=_listen, args=(ranks, complaints), daemon=True)
+        listener.start()
+        deadline = None
+        while ranks.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            if self._told and deadline is None:
+                left = _seconds_left(commands.show_job(self.job.id)) - _RESERVE_SECONDS
+                deadline = time.monotonic() + max(0.0, min(_STOP_SECONDS, left))
+            if deadline is not None and time.monotonic() > deadline:
+                say("the ranks did not stop in time; ending them")
+                ranks.terminate()  # srun then ends all tasks
+                deadline = time.monotonic() + _RESERVE_SECONDS
+        listener.join(5)
+        code = ranks.returncode if ranks.returncode >= 0 else 128 - ranks.returncode
+        complaint = complaints[0] if complaints else f"srun ended with exit code {code}"
+        return End(code, complaint, self._told or None)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Ask the ranks to save and stop. SIGTERM would make srun kill them, so they always get SIGUSR1."""
+        first, self._told = self._told == 0, number
+        if first and self._ranks is not None and self._ranks.poll() is None:
+            self._ranks.send_signal(signal.SIGUSR1)
+
+
+def _listen(ranks: subprocess.Popen[str], complaints: list[str]) -> None:
+    """Repeat what srun says, and keep what it says about ended tasks."""
+    assert ranks.stderr is not None
+    for line in ranks.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        if found := _TASK_ENDED.match(line):
+            complaints.append(f"{found[2].replace('task', 'rank')} on {found[1]}: {found[3].strip()}")
+
+
+def _seconds_left(known: dict[str, str]) -> float:
+    """Seconds to the end of the allocation, infinite where there is none."""
+    try:
+        return datetime.fromisoformat(known.get("EndTime", "Unknown")).timestamp() - time.time()
+    except ValueError:
+        return float("inf")
+
+
+def run_directory(module: str, arguments: Sequence[str]) -> Path:
+    """Where the logs of a run belong: its output directory, or that of the checkpoint it works on."""
+    if module == DEFAULT_MODULE:
+        return Path(load_config(arguments).output_dir)
+    named = next((word.partition("=")[2] for word in arguments if word.startswith("checkpoint=")), None)
+    return Path(named) if named else Path("runs")
+
+
+def say(text: str) -> None:
+    """A line in the job's own output, with the time."""
+    print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def tell_log(log: Path) -> None:
+    """Repeat the end of a rank's log."""
+    if log.is_file():
+        print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]), flush=True)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the module and its arguments."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.slurm.allocation", allow_abbrev=False)
+    parser.add_argument("--module", default=DEFAULT_MODULE)
+    options, rest = parser.parse_known_args(arguments)
+    return options.module, rest
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, then work; the exit code is that of the job."""
+    module, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    job = Job.from_environment(os.environ)
+    try:
+        validate_overrides(module, rest, job.world_size)
+    except UserError as error:
+        raise UserError(
+            f"{error} (The allocation has {len(job.nodes)} nodes x {job.tasks_per_node} ranks: --nodes and "
+            "--ntasks-per-node of sbatch.)"
+        ) from error
+    run = run_directory(module, rest)
+    if module == DEFAULT_MODULE:
+        job.own(run)
+    return Allocation(job, run, module, rest, int(os.environ.get("MAX_TRIES", "3"))).work()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
