@@ -2,8 +2,8 @@
 
     python -m launchers.slurm.allocation [--module mome_dist.train] key=value ...
 
-The scripts in ``slurm/`` become this process, so that Slurm's warning (``#SBATCH --signal=B:USR1@120``) arrives here. It
-is passed on to the ranks, which save and end with code 75. Then:
+The scripts in ``slurm/`` become this process, so that Slurm's warning (``#SBATCH --signal=B:USR1@120``) arrives here.
+It is passed on to the ranks, which save and end with code 75. Then:
 
 - time limit, preemption: the job is requeued and continues from its newest checkpoint;
 - a rank crashed or was lost: all ranks start again in this allocation if its nodes are well, else the job is requeued;
@@ -30,32 +30,41 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+from launchers.options import DEFAULT_MODULE
 from launchers.slurm import commands, tries
-from launchers.slurm.job import Job
+from launchers.slurm.job import Job, free_port
 from launchers.slurm.preflight import NodesError, check_nodes
-from launchers.slurm.tries import Record, saved_steps
+from launchers.slurm.tries import STOPPED, Record, run_directory, saved_steps
 from mome_dist.cli import USER_ERROR, main_guard
-from mome_dist.config import load_config, validate_overrides
+from mome_dist.config import validate_overrides
 from mome_dist.errors import UserError
 
-DEFAULT_MODULE = "mome_dist.train"
-PREEMPTED = 75
 _POLL_SECONDS = 0.2
 _RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself
 _STOP_SECONDS = 600.0  # how long ranks may take to save when nothing else ends first
-_LONGEST_WARNING_SECONDS = 900.0  # a warning that comes earlier than this is not taken for one of the time limit
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # srun: error: node2: task 1: Killed       srun: error: node1: tasks 0-1: Exited with exit code 2
-_TASK_ENDED = re.compile(r"srun: error: (\S+): (tasks? [\d,-]+): (.*)")
+_TASK_ENDED = re.compile(r"srun: error: (\S+): task(s? (\d+)[\d,-]*): (.*)")
+_NODE_ENDED = re.compile(r"srun: error: (Node failure on \S+)")
 
 
 @dataclass(frozen=True)
 class End:
-    """How the ranks of one try ended: their exit code, srun's first word about it, and whether they were told to."""
+    """How the ranks of one try ended.
+
+    Attributes:
+        code: the highest exit code of a rank.
+        complaint: srun's first word about it.
+        rank: that this is about, 0 where it is about none.
+        told: whether the ranks were asked to stop.
+        node_lost: whether srun lost a node.
+    """
 
     code: int
     complaint: str
-    signal: int | None
+    rank: int
+    told: bool
+    node_lost: bool
 
 
 class Allocation:
@@ -65,14 +74,14 @@ class Allocation:
         self.job, self.run, self.module, self.arguments = job, run, module, list(arguments)
         self.folder = run / "slurm" / job.id
         self.record = Record.open(self.folder, job.id, module, self.arguments)
-        self._max_tries, self._told, self._ranks = max_tries, 0, None
-        self._ranks: subprocess.Popen[str] | None
+        self._max_tries, self._told = max_tries, False
+        self._ranks: subprocess.Popen[str] | None = None
         for number in _STOP_SIGNALS:
             signal.signal(number, self._pass_on)
 
     def work(self) -> int:
         """Try until the work is done, has failed for good, or waits in the queue; return the exit code."""
-        self._close_unfinished()
+        self.record.close_unfinished(commands.earlier_ends(self.job.id), self._steps())
         while True:
             if self._given_up():
                 return self.record.tries[-1].exit_code or 1
@@ -99,27 +108,20 @@ class Allocation:
         state = known.get("JobState", "")
         if state == "CANCELLED":
             return self._finish(tries.CANCELLED, end.code, "cancelled")
-        if end.signal is not None or end.code == PREEMPTED:
+        if end.told or end.node_lost or end.code == STOPPED:
             return self._after_stop(end, known)
         if end.code == USER_ERROR:
             tell_log(logs / "rank-0.log")
             return self._finish("the configuration is wrong", end.code, "failed")
         say(f"try {entry.number}: {end.complaint}")
-        tell_log(logs / "rank-0.log")
+        tell_log(logs / f"rank-{end.rank}.log")
         self.record.end(end.complaint, end.code, self._steps(), "running")
         return None
 
     def _after_stop(self, end: End, known: dict[str, str]) -> int:
-        """The ranks were asked to stop, and have saved: find out why, and come back later."""
-        if known.get("PreemptTime", "None") not in ("None", ""):
-            reason = tries.PREEMPTED
-        elif known.get("JobState") != "RUNNING":
-            reason = tries.REQUEUED
-        elif _seconds_left(known) < _LONGEST_WARNING_SECONDS:
-            reason = tries.TIME_LIMIT
-        else:
-            reason = tries.ASKED
-        if known.get("JobState") != "RUNNING":  # somebody else has requeued it
+        """The ranks were asked to stop, or a node is gone: come back later, unless that is arranged already."""
+        reason = tries.NODE_LOST if end.node_lost else tries.why_stopped(known)
+        if known.get("JobState") != "RUNNING":
             return self._finish(reason, end.code, "waiting")
         return self._requeue(reason, end.code)
 
@@ -129,7 +131,7 @@ class Allocation:
             return code or 1
         say(f"{reason}: back into the queue, to continue after step {self._steps() or 0}")
         commands.requeue(self.job.id)
-        return PREEMPTED
+        return STOPPED
 
     def _finish(self, reason: str, code: int, state: str) -> int:
         self.record.end(reason, code, self._steps(), state)
@@ -145,27 +147,19 @@ class Allocation:
         say(self.record.table())
         return True
 
-    def _close_unfinished(self) -> None:
-        """Note why the try before a requeue ended, where nobody was left to do it."""
-        if self.record.tries and self.record.tries[-1].ended is None:
-            ends = commands.earlier_ends(self.job.id)
-            reasons = {"NODE_FAIL": tries.NODE_LOST, "PREEMPTED": tries.PREEMPTED, "REQUEUED": tries.REQUEUED}
-            reason = next((reasons[end] for end in reversed(ends) if end in reasons), tries.UNKNOWN)
-            self.record.end(reason, None, self._steps(), "running")
-
     def _steps(self) -> int | None:
-        return saved_steps(self.run) if self.module == DEFAULT_MODULE else None
+        return saved_steps(self.module, self.run)
 
     def _run_ranks(self, logs: Path) -> End:
         environment = {
             **os.environ,
             "MASTER_ADDR": self.job.nodes[0],
-            "MASTER_PORT": str(self.job.free_port()),
+            "MASTER_PORT": str(free_port(self.job.id)),
         }
         command = [*self.job.srun(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
         command += [sys.executable, "-m", "launchers.slurm.rank", self.module, *self.arguments]
         complaints: list[str] = []
-        self._told = 0
+        self._told = False
         self._ranks = ranks = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -175,7 +169,7 @@ class Allocation:
         while ranks.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._told and deadline is None:
-                left = _seconds_left(commands.show_job(self.job.id)) - _RESERVE_SECONDS
+                left = tries.seconds_left(commands.show_job(self.job.id)) - _RESERVE_SECONDS
                 deadline = time.monotonic() + max(0.0, min(_STOP_SECONDS, left))
             if deadline is not None and time.monotonic() > deadline:
                 say("the ranks did not stop in time; ending them")
@@ -183,39 +177,25 @@ class Allocation:
                 deadline = time.monotonic() + _RESERVE_SECONDS
         listener.join(5)
         code = ranks.returncode if ranks.returncode >= 0 else 128 - ranks.returncode
-        complaint = complaints[0] if complaints else f"srun ended with exit code {code}"
-        return End(code, complaint, self._told or None)
+        found = next((match for match in map(_TASK_ENDED.match, complaints) if match), None)
+        lost = any(map(_NODE_ENDED.match, complaints))
+        if found is None:
+            return End(code, f"srun ended with exit code {code}", 0, self._told, lost)
+        return End(code, f"rank{found[2]} on {found[1]}: {found[4].strip()}", int(found[3]), self._told, lost)
 
-    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+    def _pass_on(self, _number: int, _frame: FrameType | None) -> None:
         """Ask the ranks to save and stop. SIGTERM would make srun kill them, so they always get SIGUSR1."""
-        first, self._told = self._told == 0, number
+        first, self._told = not self._told, True
         if first and self._ranks is not None and self._ranks.poll() is None:
             self._ranks.send_signal(signal.SIGUSR1)
 
 
 def _listen(ranks: subprocess.Popen[str], complaints: list[str]) -> None:
-    """Repeat what srun says, and keep what it says about ended tasks."""
+    """Repeat and keep what srun says."""
     assert ranks.stderr is not None
     for line in ranks.stderr:
         print(line, end="", file=sys.stderr, flush=True)
-        if found := _TASK_ENDED.match(line):
-            complaints.append(f"{found[2].replace('task', 'rank')} on {found[1]}: {found[3].strip()}")
-
-
-def _seconds_left(known: dict[str, str]) -> float:
-    """Seconds to the end of the allocation, infinite where there is none."""
-    try:
-        return datetime.fromisoformat(known.get("EndTime", "Unknown")).timestamp() - time.time()
-    except ValueError:
-        return float("inf")
-
-
-def run_directory(module: str, arguments: Sequence[str]) -> Path:
-    """Where the logs of a run belong: its output directory, or that of the checkpoint it works on."""
-    if module == DEFAULT_MODULE:
-        return Path(load_config(arguments).output_dir)
-    named = next((word.partition("=")[2] for word in arguments if word.startswith("checkpoint=")), None)
-    return Path(named) if named else Path("runs")
+        complaints.append(line)
 
 
 def say(text: str) -> None:

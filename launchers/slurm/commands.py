@@ -20,8 +20,8 @@ def require_slurm(program: str = "sbatch") -> None:
     """Raise `UserError` where there is no Slurm."""
     if shutil.which(program) is None:
         raise UserError(
-            f"there is no {program} on this machine: run this on a login node of a Slurm cluster, or start the same run "
-            "here with `python -m launchers.local --nproc N`."
+            f"there is no {program} on this machine: run this on a login node of a Slurm cluster, or start the same "
+            "run here with `python -m launchers.local --nproc N`."
         )
 
 

@@ -54,16 +54,6 @@ class Job:
     def world_size(self) -> int:
         return len(self.nodes) * self.tasks_per_node
 
-    def free_port(self) -> int:
-        """A TCP port that is free on this node; jobs look from different starts on, so that two do not meet."""
-        start = int(self.id) * 17 % _PORTS
-        for offset in range(_PORTS):
-            port = _FIRST_PORT + (start + offset) % _PORTS
-            with socket.socket() as probe, suppress(OSError):
-                probe.bind(("", port))
-                return port
-        raise UserError(f"no free port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS} on {self.nodes[0]}.")
-
     def srun(self) -> list[str]:
         """The start of the command that starts one process a rank, neighbours on the same node."""
         command = ["srun", f"--nodes={len(self.nodes)}", f"--ntasks={self.world_size}"]
@@ -96,3 +86,18 @@ class Job:
                     "another output_dir."
                 )
             owner.unlink(missing_ok=True)
+
+
+def free_port(job: str) -> int:
+    """A TCP port that is free on this machine; jobs look from different starts on, so that two do not meet.
+
+    Args:
+        job: number of the job.
+    """
+    start = int(job) * 17 % _PORTS
+    for offset in range(_PORTS):
+        port = _FIRST_PORT + (start + offset) % _PORTS
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no free port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS} on {socket.gethostname()}.")

@@ -1,7 +1,7 @@
 """A look at every node before any rank starts: same software, shared output, enough devices.
 
-Each node prints one line of JSON (``python -m launchers.slurm.preflight ...``, started by srun); the first node compares
-them. It takes a second, and saves the minutes in which a world waits for a rank that cannot come.
+Each node prints one line of JSON (``python -m launchers.slurm.preflight ...``, started by srun); the first node
+compares them. It takes a second, and saves the minutes in which a world waits for a rank that cannot come.
 """
 
 from __future__ import annotations

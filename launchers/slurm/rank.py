@@ -39,7 +39,7 @@ def task_environment(base: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> None:
     """Become ``python -m MODULE ARGUMENTS...``: signals and exit codes are then the rank's own."""
-    os.execve(sys.executable, [sys.executable, "-m", *sys.argv[1:]], task_environment(os.environ))
+    os.execve(sys.executable, [sys.executable, "-m", *sys.argv[1:]], task_environment(os.environ))  # noqa: S606
 
 
 if __name__ == "__main__":

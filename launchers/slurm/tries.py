@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from launchers.options import DEFAULT_MODULE
+from mome_dist.config import load_config
 from mome_dist.files import write_json
 
+STOPPED = 75  # exit code of ranks that were asked to stop, and have saved
 FINISHED = "finished"
 TIME_LIMIT = "time limit"
 PREEMPTED = "preempted"
@@ -19,7 +24,10 @@ NODE_LOST = "node failed"
 UNKNOWN = "ended without a word"
 # Ends that say nothing about the run itself: the cluster wanted the nodes, or lost one.
 _OUTSIDE = (PREEMPTED, REQUEUED, ASKED, NODE_LOST)
+_BY_STATE = {"NODE_FAIL": NODE_LOST, "PREEMPTED": PREEMPTED, "REQUEUED": REQUEUED}
 SUMMARY = "summary.json"
+# A warning that comes earlier than this before the end is not taken for one of the time limit.
+_LONGEST_WARNING_SECONDS = 900.0
 
 
 @dataclass
@@ -94,6 +102,16 @@ class Record:
         self.state, self.exit_code = "failed", exit_code
         self.save()
 
+    def close_unfinished(self, ends: Sequence[str], step: int | None) -> None:
+        """Note why the try before a requeue ended, where nobody was left to do it.
+
+        Args:
+            ends: of the job's earlier starts, as its accounting has them (`commands.earlier_ends`).
+        """
+        if self.tries and self.tries[-1].ended is None:
+            reason = next((_BY_STATE[end] for end in reversed(ends) if end in _BY_STATE), UNKNOWN)
+            self.end(reason, None, step, "running")
+
     def save(self) -> None:
         """Write the summary, whole or not at all."""
         content = asdict(self)
@@ -123,13 +141,46 @@ class Record:
         return "\n".join(rows)
 
 
-def saved_steps(run: Path) -> int:
-    """The newest step that a run has saved; 0 when it has none.
+def saved_steps(module: str, run: Path) -> int | None:
+    """The newest step that a training run has saved, 0 when it has none; None for other modules.
 
     Checkpoints appear whole under their final names, so the names are enough.
     """
+    if module != DEFAULT_MODULE:
+        return None
     numbers = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
     return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def run_directory(module: str, arguments: Sequence[str]) -> Path:
+    """Where the logs of a run belong: its output directory, or that of the checkpoint it works on."""
+    if module == DEFAULT_MODULE:
+        return Path(load_config(arguments).output_dir)
+    named = next((word.partition("=")[2] for word in arguments if word.startswith("checkpoint=")), None)
+    return Path(named) if named else Path("runs")
+
+
+def why_stopped(known: Mapping[str, str]) -> str:
+    """Why Slurm, or somebody, asked a job to stop.
+
+    Args:
+        known: what ``scontrol show job`` says (`commands.show_job`).
+    """
+    if known.get("JobState") == "CANCELLED":
+        return CANCELLED
+    if known.get("PreemptTime", "None") != "None":
+        return PREEMPTED
+    if known.get("JobState") != "RUNNING":
+        return REQUEUED
+    return TIME_LIMIT if seconds_left(known) < _LONGEST_WARNING_SECONDS else ASKED
+
+
+def seconds_left(known: Mapping[str, str]) -> float:
+    """Seconds to the end of an allocation, infinite where there is none."""
+    try:
+        return datetime.fromisoformat(known.get("EndTime", "Unknown")).timestamp() - time.time()
+    except ValueError:
+        return float("inf")
 
 
 def _now() -> str:

@@ -33,6 +33,11 @@ from tests.slurm.settings import STATE, node_name
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_DATABASE = ("--no-defaults", "--user=root")
+_FAST = (
+    *(f"--socket={STATE}/database.sock", "--bind-address=127.0.0.1", "--skip-log-bin", "--performance-schema=0"),
+    *("--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"),
+)
 
 # The first process of the cluster: prepares what is private, then only reaps orphans (bash does that as process 1).
 _CLUSTER_INIT = """\
@@ -196,17 +201,12 @@ class Cluster:
 
     def _start_database(self) -> None:
         data = STATE / "database"
-        self.run(
-            ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db"]
-            + ["--auth-root-authentication-method=normal"]
-        )
+        self.run(["mariadb-install-db", *_DATABASE, f"--datadir={data}", "--auth-root-authentication-method=normal"])
         accounts = self.folder / "accounts.sql"
         accounts.write_text(settings.DATABASE_ACCOUNTS)
         self._start(
             "mariadbd",
-            ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={STATE}/database.sock"]
-            + ["--bind-address=127.0.0.1", f"--init-file={accounts}", "--skip-log-bin", "--performance-schema=0"]
-            + ["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"],
+            ["mariadbd", *_DATABASE, *_FAST, f"--datadir={data}", f"--init-file={accounts}"],
         )
         ask = ["mariadb", "--no-defaults", "-h127.0.0.1", "-uslurm", "-pslurm", "-e", "SELECT 1", "slurm"]
         self._wait(lambda: self.run(ask, check=False).returncode == 0, "mariadbd")

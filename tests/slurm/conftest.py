@@ -11,7 +11,7 @@ from tests.parallel.runs import Lab
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.desk import Desk
 
-NODES = 3  # one more than any job needs, so that a job whose node fails can move
+NODES = 5  # two for each of two jobs, and one for a job whose node failed
 
 
 @pytest.fixture(scope="session")

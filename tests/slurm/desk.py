@@ -47,7 +47,13 @@ class Desk:
 
     def small(self, name: str, *more: str) -> list[str]:
         """Arguments that make a run ``runs/NAME`` of any experiment small, with our models and corpus."""
-        usual = ["llm=tiny", "audio_encoder.padding=clip", "task.views_per_step=2", f"name={name}"]
+        usual = [
+            "llm=tiny",
+            "mome.dispatch=alltoall",
+            "audio_encoder.padding=clip",
+            "task.views_per_step=2",
+            f"name={name}",
+        ]
         return self.lab.overrides(self.folder / "runs" / name, *usual, *more)[1:]
 
     def reference(self, name: str, *more: str, world: int = 1, **sizes: int) -> list[float]:
@@ -132,3 +138,11 @@ class Job:
     def wait_for_step(self, step: int, seconds: float = 90) -> None:
         """Wait until it has saved this step."""
         self.wait(lambda: self.saved_step() >= step, seconds, f"checkpoint of step {step}")
+
+    def nodes(self) -> list[str]:
+        """Its nodes, rank 0's first."""
+        return self.summary()["tries"][-1]["nodes"]
+
+    def kill_rank(self, node: str) -> None:
+        """Kill its rank on a node, which runs no other job, with SIGKILL."""
+        self.desk.cluster.run(["pkill", "-KILL", "-f", "--", "-m mome_dist.train"], node=int(node.removeprefix("node")))

@@ -31,7 +31,7 @@ def install() -> None:
         return
     if shutil.which("apt-get") is None:
         raise RuntimeError(
-            f"The Slurm tests need Debian's packages {', '.join(missing)}, and this system has no apt. {HOW_TO_LEAVE_OUT}"
+            f"The Slurm tests need Debian's packages {', '.join(missing)}, but here is no apt. {HOW_TO_LEAVE_OUT}"
         )
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     with _no_service_starts():
