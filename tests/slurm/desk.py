@@ -16,8 +16,8 @@ from tests.parallel.runs import Lab, lines
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-# Test settings that a user's session does not have.
-_NOT_THE_USERS = ("GLOO_SOCKET_IFNAME", "HF_DEACTIVATE_ASYNC_LOAD", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+# Test settings that a user's session does not have. (OMP_NUM_THREADS stays: sums depend on the number of threads.)
+_NOT_THE_USERS = ("GLOO_SOCKET_IFNAME", "HF_DEACTIVATE_ASYNC_LOAD", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class Desk:
         """Losses of the same training of experiment lrs3 in forked processes on this machine, without Slurm."""
         lab = replace(self.lab, experiment="lrs3")
         return lab.train(world, self.folder / "runs" / name, *self.small(name, *more), **sizes)
+
+    def processes(self, node: int) -> list[str]:
+        """Ranks that run on a node."""
+        return self.cluster.run(["pgrep", "-f", "--", "-m mome_dist.train"], check=False, node=node).stdout.split()
 
     def submit(self, name: str, options: Sequence[str], *more: str) -> Job:
         """sbatch slurm/train_lrs3.sh for the run ``runs/NAME``."""

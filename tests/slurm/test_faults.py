@@ -40,10 +40,11 @@ def done(desk: Desk, unbroken: list[float]) -> dict[str, tuple[Job, Drill]]:
 
 
 _DRILLS = (drills.cluster_wants_its_nodes, drills.things_break)
-# What happened, the reason in the summary, tries and requeues by Slurm that follow, and Slurm's state of the start.
+# What happened, the reason in the summary, tries and requeues by Slurm that follow, and how Slurm accounts for the
+# start before. A preempted job has saved and requeued itself before Slurm would have.
 CASES = [
     (drills.REQUEUED, "requeued", 1, 1, "REQUEUED"),
-    (drills.PREEMPTED, "preempted", 1, 1, "PREEMPTED"),
+    (drills.PREEMPTED, "preempted", 1, 1, "REQUEUED"),
     (drills.TIME_LIMIT, "time limit", 1, 1, "REQUEUED"),
     (drills.RANK_KILLED, "rank 1 on node", 1, 0, None),  # again on the same nodes, without the queue
     (drills.CONTROLLER_RESTARTED, None, 0, 0, None),  # nobody notices
