@@ -88,7 +88,7 @@ def parse_arguments(name: str, description: str, schema: type, arguments: Sequen
     if sweeps:
         parser.add_argument("--multirun", action="store_true", help="a job for each combination of values: key=1,2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, or launcher.key=value")
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_intermixed_args(list(arguments))
     own = set(OmegaConf.structured(schema))
     launcher, rest = [], []
     for word in options.overrides:
