@@ -34,8 +34,9 @@ from launchers.options import DEFAULT_MODULE
 from launchers.slurm import commands, tries
 from launchers.slurm.job import Job, free_port
 from launchers.slurm.preflight import NodesError, check_nodes
-from launchers.slurm.tries import STOPPED, Record, run_directory, saved_steps
-from mome_dist.cli import USER_ERROR, main_guard
+from launchers.slurm.tries import Record, run_directory, saved_steps
+from mome_dist import exit_codes
+from mome_dist.cli import main_guard
 from mome_dist.config import validate_overrides
 from mome_dist.errors import UserError
 
@@ -45,6 +46,7 @@ _STOP_SECONDS = 600.0  # how long ranks may take to save when nothing else ends 
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # srun: error: node2: task 1: Killed       srun: error: node1: tasks 0-1: Exited with exit code 2
 _TASK_ENDED = re.compile(r"srun: error: (\S+): task(s? (\d+)[\d,-]*): (.*)")
+_EXIT_CODE = re.compile(r"exit code (\d+)")
 _NODE_ENDED = re.compile(r"srun: error: (Node failure on \S+)")
 
 
@@ -53,7 +55,7 @@ class End:
     """How the ranks of one try ended.
 
     Attributes:
-        code: the highest exit code of a rank.
+        code: exit code of the first rank to fail.
         complaint: srun's first word about it.
         rank: that this is about, 0 where it is about none.
         told: whether the ranks were asked to stop.
@@ -75,9 +77,9 @@ class Allocation:
         self.folder = run / "slurm" / job.id
         self.record = Record.open(self.folder, job.id, module, self.arguments)
         self._max_tries, self._told = max_tries, False
-        self._ranks: subprocess.Popen[str] | None = None
+        self._failed_at: float | None = None  # of the last try in this allocation, seconds since 1970
         for number in _STOP_SIGNALS:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._note)
 
     def work(self) -> int:
         """Try until the work is done, has failed for good, or waits in the queue; return the exit code."""
@@ -90,7 +92,7 @@ class Allocation:
             except NodesError as error:
                 say(f"{error}; asking for other nodes")
                 self.record.begin(self.job.nodes, self._steps())
-                return self._requeue(tries.NODE_LOST, None)
+                return self._requeue(tries.NODES_AWAY, None)
             code = self._one_try()
             if code is not None:
                 return code
@@ -101,21 +103,23 @@ class Allocation:
         logs = self.folder / f"try-{entry.number}"
         logs.mkdir(parents=True, exist_ok=True)
         say(f"try {entry.number}: {self.job.world_size} ranks on {' '.join(self.job.nodes)}; logs: {logs}/rank-N.log")
-        end = self._run_ranks(logs)
+        # A warning during the look at the nodes leaves nothing to start.
+        end = End(exit_codes.PREEMPTED, "", 0, True, False) if self._told else self._run_ranks(logs)
         if end.code == 0:
             return self._finish(tries.FINISHED, 0, "finished")
         known = commands.show_job(self.job.id)
         state = known.get("JobState", "")
         if state == "CANCELLED":
             return self._finish(tries.CANCELLED, end.code, "cancelled")
-        if end.told or end.node_lost or end.code == STOPPED:
+        if end.told or end.node_lost or end.code == exit_codes.PREEMPTED:
             return self._after_stop(end, known)
-        if end.code == USER_ERROR:
+        if end.code == exit_codes.USER_ERROR:
             tell_log(logs / "rank-0.log")
             return self._finish("the configuration is wrong", end.code, "failed")
         say(f"try {entry.number}: {end.complaint}")
         tell_log(logs / f"rank-{end.rank}.log")
         self.record.end(end.complaint, end.code, self._steps(), "running")
+        self._failed_at = time.time()
         return None
 
     def _after_stop(self, end: End, known: dict[str, str]) -> int:
@@ -131,7 +135,7 @@ class Allocation:
             return code or 1
         say(f"{reason}: back into the queue, to continue after step {self._steps() or 0}")
         commands.requeue(self.job.id)
-        return STOPPED
+        return exit_codes.PREEMPTED
 
     def _finish(self, reason: str, code: int, state: str) -> int:
         self.record.end(reason, code, self._steps(), state)
@@ -156,19 +160,20 @@ class Allocation:
             "MASTER_ADDR": self.job.nodes[0],
             "MASTER_PORT": str(free_port(self.job.id)),
         }
+        if self._failed_at is not None:
+            environment[exit_codes.FAILED_AT] = f"{self._failed_at:.3f}"
         command = [*self.job.srun(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
         command += [sys.executable, "-m", "launchers.slurm.rank", self.module, *self.arguments]
         complaints: list[str] = []
-        self._told = False
-        self._ranks = ranks = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        ranks = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         listener = threading.Thread(target=_listen, args=(ranks, complaints), daemon=True)
         listener.start()
         deadline = None
         while ranks.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._told and deadline is None:
+                # SIGTERM would make srun kill the ranks; SIGUSR1 it passes on, and they save.
+                ranks.send_signal(signal.SIGUSR1)
                 left = tries.seconds_left(commands.show_job(self.job.id)) - _RESERVE_SECONDS
                 deadline = time.monotonic() + max(0.0, min(_STOP_SECONDS, left))
             if deadline is not None and time.monotonic() > deadline:
@@ -179,15 +184,15 @@ class Allocation:
         code = ranks.returncode if ranks.returncode >= 0 else 128 - ranks.returncode
         found = next((match for match in map(_TASK_ENDED.match, complaints) if match), None)
         lost = any(map(_NODE_ENDED.match, complaints))
+        # srun ends with the highest code of all, but the others are only the victims of the first.
+        if found is not None and (first := _EXIT_CODE.search(found[4])):
+            code = int(first[1])
         if found is None:
             return End(code, f"srun ended with exit code {code}", 0, self._told, lost)
         return End(code, f"rank{found[2]} on {found[1]}: {found[4].strip()}", int(found[3]), self._told, lost)
 
-    def _pass_on(self, _number: int, _frame: FrameType | None) -> None:
-        """Ask the ranks to save and stop. SIGTERM would make srun kill them, so they always get SIGUSR1."""
-        first, self._told = not self._told, True
-        if first and self._ranks is not None and self._ranks.poll() is None:
-            self._ranks.send_signal(signal.SIGUSR1)
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._told = True  # the loop above acts on it
 
 
 def _listen(ranks: subprocess.Popen[str], complaints: list[str]) -> None:

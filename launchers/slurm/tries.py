@@ -13,7 +13,6 @@ from launchers.options import DEFAULT_MODULE
 from mome_dist.config import load_config
 from mome_dist.files import write_json
 
-STOPPED = 75  # exit code of ranks that were asked to stop, and have saved
 FINISHED = "finished"
 TIME_LIMIT = "time limit"
 PREEMPTED = "preempted"
@@ -21,6 +20,7 @@ REQUEUED = "requeued"
 ASKED = "asked to save and wait"
 CANCELLED = "cancelled"
 NODE_LOST = "node failed"
+NODES_AWAY = "nodes could not be reached"
 UNKNOWN = "ended without a word"
 # Ends that say nothing about the run itself: the cluster wanted the nodes, or lost one.
 _OUTSIDE = (PREEMPTED, REQUEUED, ASKED, NODE_LOST)

@@ -22,7 +22,7 @@ from launchers.slurm import commands, tries
 from launchers.slurm.job import free_port
 from launchers.slurm.rank import task_environment
 from launchers.slurm.tries import Record
-from mome_dist.cli import INTERRUPTED, USER_ERROR
+from mome_dist.exit_codes import INTERRUPTED, PREEMPTED, USER_ERROR
 from mome_dist.files import write_text
 
 _POLL_SECONDS = 0.2
@@ -97,7 +97,7 @@ def _judge(code: int, known: dict[str, str], final: bool) -> tuple[str, str]:
         return tries.FINISHED, "finished"
     if known.get("JobState") == "CANCELLED":
         return tries.CANCELLED, "cancelled"
-    if code == tries.STOPPED:
+    if code == PREEMPTED:
         return tries.why_stopped(known), "waiting"
     return f"rank 0: exit code {code}", "failed" if final else "waiting"
 
