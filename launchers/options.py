@@ -17,7 +17,7 @@ from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
 
 DEFAULT_MODULE = "mome_dist.train"
-_PREFIX = "launcher."
+PREFIX = "launcher."
 
 
 @dataclass
@@ -59,6 +59,16 @@ class SubmititOptions(ClusterOptions):
     parallel_jobs: int = 256
 
 
+@dataclass
+class LocalOptions:
+    """Of ``python -m launchers.local``."""
+
+    tasks_per_node: int = 1
+    timeout_seconds: float | None = None
+    restarts: int = 0
+    log_dir: str | None = None
+
+
 Options = TypeVar("Options", SlurmOptions, SubmititOptions)
 
 
@@ -93,10 +103,10 @@ def parse_arguments(name: str, description: str, schema: type, arguments: Sequen
     launcher, rest = [], []
     for word in options.overrides:
         key = word.partition("=")[0]
-        if key.startswith(_PREFIX):
+        if key.startswith(PREFIX):
             launcher.append(word)
         elif key in own:
-            launcher.append(_PREFIX + word)
+            launcher.append(PREFIX + word)
         else:
             rest.append(word)
     return Request(options.module, rest, launcher, options.dry_run, getattr(options, "multirun", False))
@@ -112,9 +122,18 @@ def load_options(name: str, schema: type[Options], request: Request) -> Options:
     for key in ("nodes", "tasks_per_node", "max_tries"):
         if getattr(options, key) < 1:
             raise UserError(f"launcher.{key}={getattr(options, key)}: must be at least 1.")
-    if importlib.util.find_spec(request.module) is None:
-        raise UserError(f"--module {request.module}: there is no such Python module")
+    require_module(request.module)
     return options
+
+
+def require_module(module: str) -> None:
+    """Raise `UserError` where there is no such module."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise UserError(f"--module {module}: there is no such Python module")
 
 
 def check_run(request: Request, options: ClusterOptions, arguments: Sequence[str]) -> None:

@@ -101,9 +101,14 @@ class Job:
         """The newest step that it has saved."""
         return max((int(p.name[5:]) for p in (self.run / "checkpoints").glob("step-*")), default=0)
 
+    def steps(self) -> list[dict[str, Any]]:
+        """What it has logged of its steps so far."""
+        path = self.run / "metrics.jsonl"
+        return [line for line in lines(path) if "loss" in line] if path.exists() else []
+
     def losses(self) -> list[float]:
         """Its loss curve, one number a step."""
-        steps = [line for line in lines(self.run / "metrics.jsonl") if "loss" in line]
+        steps = self.steps()
         assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "steps are missing or repeated"
         return [line["loss"] for line in steps]
 

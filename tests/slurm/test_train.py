@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from launchers.slurm import tries
 from tests.parallel.runs import lines
 from tests.slurm import readme
 from tests.slurm.desk import Desk, Job
@@ -89,6 +90,25 @@ def test_a_run_is_evaluated_on_a_node(started: dict[str, Job], desk: Desk) -> No
     assert job.wait_for_end(120) == "COMPLETED", job.output()
     assert "avsr" in json.dumps(json.loads((job.run / "evaluation/results.json").read_text()))
     assert job.summary()["module"] == "mome_dist.evaluate"
+
+
+def test_submitit_saves_when_it_is_warned_and_comes_back(desk: Desk) -> None:
+    run = ["parallel.ep=2", "training.steps=60", "training.save_every=50"]
+    unbroken = desk.reference("unbroken-60", *run, world=2, ep=2)
+    command = [word for word in readme.command(readme.SUBMITIT, ranks=1) if word != "parallel.tp=2"]
+    job = start(desk, "warned", command, *run)
+    job.wait(lambda: len(job.steps()) >= 5, 90, "step")
+    desk.cluster.run(["scancel", "--signal=USR2", job.id])  # as Slurm sends it ahead of a time limit or a preemption
+    job.wait(lambda: len(job.summary()["tries"]) == 2, 90, "second try")
+    saved = job.saved_step()
+    assert 5 <= saved < 50, "it has saved at the warning, and only then"
+    job.wait(lambda: len(job.steps()) > saved, 90, "further step")
+    job.kill_rank(job.nodes()[1])
+    assert job.wait_for_end(180) == "COMPLETED", job.output()
+    assert job.losses() == unbroken
+    reasons = [entry["reason"] for entry in job.summary()["tries"]]
+    assert len(reasons) == 3 and reasons[0] == tries.ASKED and reasons[2] == tries.FINISHED, reasons
+    assert job.restarts == 2 and job.accounted() == ["REQUEUED", "REQUEUED", "COMPLETED"]
 
 
 def test_a_sweep_is_a_job_array(desk: Desk) -> None:

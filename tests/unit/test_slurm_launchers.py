@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.options import SlurmOptions, SubmititOptions, load_options, parse_arguments
+from launchers.options import LocalOptions, SlurmOptions, SubmititOptions, load_options, parse_arguments
 from launchers.slurm import tries
 from launchers.slurm.job import Job, free_port
 from launchers.slurm.preflight import NodesError, compare, describe_node
@@ -159,7 +159,9 @@ def test_wrong_keys_of_a_launcher_are_named(word: str, message: str) -> None:
         load_options("submitit", SubmititOptions, request)
 
 
-@pytest.mark.parametrize(("name", "schema"), [("slurm", SlurmOptions), ("submitit", SubmititOptions)])
+@pytest.mark.parametrize(
+    ("name", "schema"), [("local", LocalOptions), ("slurm", SlurmOptions), ("submitit", SubmititOptions)]
+)
 def test_every_key_of_a_launcher_is_in_its_file(name: str, schema: type[Any]) -> None:
     keys = yaml.safe_load((configs_dir() / f"launcher/{name}.yaml").read_text())
     assert list(keys) and set(keys) == {field.name for field in dataclasses.fields(schema)}
