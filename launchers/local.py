@@ -6,10 +6,11 @@
     python -m launchers.local --nproc 4 --timeout 600 --module my.module -- --timeout 3
 
 Options of the launcher come first, or as ``launcher.*`` keys (``configs/launcher/local.yaml``); everything that it does
-not know goes to the module, and so does all that follows ``--``. Rank 0 writes to the terminal, the others to ``rank-N.log``. When a rank fails, the others are ended and the
-exit code is that of the first to fail (124 when ``--timeout`` ran out, 128 + N when a rank died of signal N;
-`mome_dist.exit_codes` has the others). With ``--restarts N`` a run that was preempted, crashed or lost a rank starts
-again, up to N times, and continues from its newest checkpoint.
+not know goes to the module, and so does all that follows ``--``. Rank 0 writes to the terminal, the others to
+``rank-N.log``. When a rank fails, the others are ended and the exit code is that of the first to fail (124 when
+``--timeout`` ran out, 128 + N when a rank died of signal N; `mome_dist.exit_codes` has the others). With
+``--restarts N`` a run that was preempted, crashed or lost a rank starts again, up to N times, and continues from its
+newest checkpoint.
 """
 
 from __future__ import annotations
