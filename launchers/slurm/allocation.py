@@ -17,6 +17,7 @@ is in ``RUN/slurm/JOB/``: ``try-N/rank-N.log``, and ``summary.json`` with the re
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -174,7 +175,9 @@ class Allocation:
             if self._told and deadline is None:
                 # SIGTERM would make srun kill the ranks; SIGUSR1 it passes on, and they save.
                 ranks.send_signal(signal.SIGUSR1)
-                left = tries.seconds_left(commands.show_job(self.job.id)) - _RESERVE_SECONDS
+                known = commands.show_job(self.job.id)
+                # A job that is being ended by Slurm is none of our business: its KillWait applies.
+                left = tries.seconds_left(known) - _RESERVE_SECONDS if known.get("JobState") == "RUNNING" else math.inf
                 deadline = time.monotonic() + max(0.0, min(_STOP_SECONDS, left))
             if deadline is not None and time.monotonic() > deadline:
                 say("the ranks did not stop in time; ending them")

@@ -13,7 +13,7 @@ from mome_dist.errors import UserError
 _TIMEOUT_SECONDS = 30
 _PATIENCE_SECONDS = 600  # how long a controller may be away, such as for an upgrade
 _AWAY = ("Unable to contact slurm controller", "Connection refused", "timed out", "Transport endpoint")
-_FINISHED = "Job/step already completing or completed"
+_ENDS = ("CANCELLED", "PENDING", "NODE_FAIL", "TIMEOUT", "FAILED", "COMPLETED")
 
 
 def require_slurm(program: str = "sbatch") -> None:
@@ -52,14 +52,24 @@ def hostnames(node_list: str) -> list[str]:
 
 
 def show_job(job: str) -> dict[str, str]:
-    """What the controller knows of a job, by the names that ``scontrol show job`` uses; empty when it knows none."""
+    """What the controller knows of a job, by the names that ``scontrol show job`` uses; empty when it knows none.
+
+    For a job that is being ended, ``JobState`` is what it will be then (``CANCELLED``, ``NODE_FAIL``, ``PENDING`` if it
+    is requeued), not ``COMPLETING``.
+    """
     try:
         told = ask(["scontrol", "--oneliner", "show", "job", job])
     except subprocess.CalledProcessError as error:
         if "Invalid job id" in error.stderr:
             return {}
         raise
-    return dict(re.findall(r"(\w+)=(\S*)", told))
+    known = dict(re.findall(r"(\w+)=(\S*)", told))
+    if known.get("JobState") == "COMPLETING":
+        ends = (
+            end for end in _ENDS if ask(["squeue", "--noheader", f"--jobs={job}", f"--states={end}", "--format=%i"])
+        )
+        known["JobState"] = next(ends, "COMPLETING")
+    return known
 
 
 def requeue(job: str) -> None:

@@ -168,6 +168,8 @@ def why_stopped(known: Mapping[str, str]) -> str:
     """
     if known.get("JobState") == "CANCELLED":
         return CANCELLED
+    if known.get("JobState") == "NODE_FAIL":
+        return NODE_LOST
     if known.get("PreemptTime", "None") != "None":
         return PREEMPTED
     if known.get("JobState") != "RUNNING":
