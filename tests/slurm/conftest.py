@@ -14,14 +14,14 @@ from tests.slurm.desk import Desk
 NODES = 5  # two for each of two jobs, and one for a job whose node failed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The running cluster."""
     with cluster(NODES, tmp_path_factory.mktemp("cluster") / "files") as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def desk(slurm: Cluster, tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """A user's desk, with random frozen models: what is tested is the machinery, not what it learns."""
     lab = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))

@@ -13,7 +13,7 @@ from tests.parallel.runs import lines
 from tests.slurm import readme
 from tests.slurm.desk import Desk, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.parallel]
+pytestmark = [pytest.mark.slurm, pytest.mark.parallel, pytest.mark.timeout(480)]
 
 STEPS = "training.steps=4"
 CUT, SPREAD = ["parallel.pp=2", STEPS], ["parallel.ep=2", STEPS]  # beside the README's tp=2
