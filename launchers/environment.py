@@ -1,4 +1,4 @@
-"""The environment variables of one rank on this machine, found without importing torch."""
+"""The environment variables of one rank, found without importing torch."""
 
 from __future__ import annotations
 
@@ -39,17 +39,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of `rank` in a world of `world_size` processes on this machine.
-
-    The rendezvous variables always win over `base`; the tuning variables only fill gaps, so that a user's own
-    ``OMP_NUM_THREADS`` or ``HF_HUB_OFFLINE`` stays.
-    """
-    tuning = {
+def tuning(local_size: int, base: Mapping[str, str]) -> dict[str, str]:
+    """Variables that `local_size` ranks on one machine run best with; a user's own values should win over them."""
+    variables = {
         # Two ranks that each start a thread a core would spend their time waiting for each other.
-        "OMP_NUM_THREADS": str(max(1, usable_cores() // world_size)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // local_size)),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GLOO_SOCKET_IFNAME": "lo",
         # Everything is in the cache: a missing file is an error here, not a download.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -57,7 +52,16 @@ def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, s
         "PYTHONUNBUFFERED": "1",
     }
     if not has_cuda(base):
-        tuning["DS_ACCELERATOR"] = "cpu"
+        variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of `rank` in a world of `world_size` processes on this machine.
+
+    The rendezvous variables always win over `base`; the tuning variables only fill gaps, so that a user's own
+    ``OMP_NUM_THREADS`` or ``HF_HUB_OFFLINE`` stays.
+    """
     rendezvous = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -66,4 +70,4 @@ def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, s
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
     }
-    return {**tuning, **base, **rendezvous}
+    return {"GLOO_SOCKET_IFNAME": "lo", **tuning(world_size, base), **base, **rendezvous}

@@ -5,19 +5,19 @@
     python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
     python -m launchers.local --nproc 4 --timeout 600 --module my.module -- --timeout 3
 
-Options of the launcher come first; everything that it does not know goes to the module, and so does all that follows
-``--``. Rank 0 writes to the terminal, the others to ``rank-N.log``. When a rank fails, the others are ended and the
-exit code is that of the first to fail (124 when ``--timeout`` ran out, 128 + N when a rank died of signal N;
-`mome_dist.exit_codes` has the others). With ``--restarts N`` a run that was preempted, crashed or lost a rank starts
-again, up to N times, and continues from its newest checkpoint.
+Options of the launcher come first, or as ``launcher.*`` keys (``configs/launcher/local.yaml``); everything that it does
+not know goes to the module, and so does all that follows ``--``. Rank 0 writes to the terminal, the others to
+``rank-N.log``. When a rank fails, the others are ended and the exit code is that of the first to fail (124 when
+``--timeout`` ran out, 128 + N when a rank died of signal N; `mome_dist.exit_codes` has the others). With
+``--restarts N`` a run that was preempted, crashed or lost a rank starts again, up to N times, and continues from its
+newest checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -26,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers.environment import free_port, rank_environment
+from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, require_module
 from launchers.ranks import Outcome, RankGroup
 from launchers.restarts import run_with_restarts
 from mome_dist.cli import main_guard
+from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import TIMED_OUT
 
-DEFAULT_MODULE = "mome_dist.train"
 _TAIL_LINES = 30
 
 
@@ -41,22 +42,32 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         prog="python -m launchers.local",
         description="Run a module on N processes of this machine.",
-        usage="%(prog)s --nproc N [--module M] [--timeout S] [--restarts N] [--log-dir DIR] [key=value ...]",
+        usage="%(prog)s [--nproc N] [--module M] [--timeout S] [--restarts N] [--log-dir DIR] [--dry-run] "
+        "[launcher.key=value ...] [key=value ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="number of processes")
+    parser.add_argument("--nproc", type=int, metavar="N", help="number of processes")
     parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
     parser.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with code 124")
-    parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="start again up to N times after a failure"
-    )
+    parser.add_argument("--restarts", type=int, metavar="N", help="start again up to N times after a failure")
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of rank-N.log (default: a temporary one)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     own, after = list(arguments), []
     if "--" in own:
         position = own.index("--")
         own, after = own[:position], own[position + 1 :]
     options, unknown = parser.parse_known_args(own)
-    return options, unknown + after
+    keys = [word for word in unknown if word.startswith(PREFIX)]
+    given = load_group("launcher", "local", keys, LocalOptions)
+    if options.nproc is None:
+        options.nproc = given.tasks_per_node
+    if options.timeout is None:
+        options.timeout = given.timeout_seconds
+    if options.restarts is None:
+        options.restarts = given.restarts
+    if options.log_dir is None and given.log_dir is not None:
+        options.log_dir = Path(given.log_dir)
+    return options, [word for word in unknown if word not in keys] + after
 
 
 def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: int = 0) -> None:
@@ -69,17 +80,10 @@ def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: i
         raise UserError(f"--nproc is {nproc}: at least one process is needed")
     if restarts < 0:
         raise UserError(f"--restarts is {restarts}: must be at least 0")
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        raise UserError(f"--module {module}: there is no such Python module")
+    require_module(module)
     # Modules with options of their own (--corpus DIR) parse them themselves; the others take Hydra overrides.
     if not any(argument.startswith("-") for argument in arguments):
-        validate = getattr(_import_if_present("mome_dist.config"), "validate_overrides", None)
-        if validate is not None:
-            validate(module, list(arguments), world_size=nproc)
+        validate_overrides(module, list(arguments), world_size=nproc)
 
 
 def launch(
@@ -133,15 +137,14 @@ def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _import_if_present(name: str) -> object | None:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
-
-
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     check_request(options.module, options.nproc, rest, options.restarts)
+    if options.dry_run:
+        print(shlex.join([sys.executable, "-m", options.module, *rest]))
+        return 0
     return launch(options.module, options.nproc, rest, options.timeout, options.restarts, options.log_dir)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,8 +20,10 @@ from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.paths import cache_root, configs_dir
 
+Section = TypeVar("Section")
 
-def _register_resolvers() -> None:
+
+def register_resolvers() -> None:
     # ${cache:assets/x} in a YAML file is x in the cache directory of whoever runs it.
     OmegaConf.register_new_resolver("cache", lambda path: str(cache_root() / path), replace=True)
     # ${synthetic_corpus:} is where tools/make_corpus.py puts the corpus of the default settings.
@@ -36,7 +38,7 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     Raises:
         UserError: for an unknown group, option or key, or a value of the wrong type; it names the key and near ones.
     """
-    _register_resolvers()
+    register_resolvers()
     for override in overrides:
         if "=" not in override:
             raise UserError(f"argument {override!r} is not of the form key=value.")
@@ -47,6 +49,25 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         return _to_schema(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
+
+
+def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:
+    """Compose one file of ``configs/`` that is no part of a run, such as ``launcher/slurm.yaml``.
+
+    Args:
+        overrides: with the group's name before each key (``launcher.nodes=2``).
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type.
+    """
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            composed = compose(f"{group}/{option}", list(overrides))
+        plain = OmegaConf.to_container(composed[group], resolve=True)
+        return cast(Section, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{_one_line(error, overrides)} See configs/{group}/{option}.yaml.") from error
 
 
 def load_saved_config(path: Path) -> RunConfig:
@@ -64,7 +85,7 @@ def config_of(values: Any, origin: Path) -> RunConfig:
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming ``origin``, the file that it comes from.
     """
-    _register_resolvers()
+    register_resolvers()
     try:
         return _to_schema(OmegaConf.create(values))
     except OmegaConfBaseException as error:

@@ -25,12 +25,13 @@ LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
 
 @dataclass(frozen=True)
 class Lab:
-    """Frozen models and a corpus to train on, and a cache for features."""
+    """Frozen models and a corpus to train on, a cache for features, and the experiment that runs are made from."""
 
     corpus: Path
     llm: Path
     video_encoder: Path
     cache: Path
+    experiment: str = "tiny"
 
     @classmethod
     def make(cls, corpus: Path, folder: Path) -> Lab:
@@ -44,7 +45,7 @@ class Lab:
     def overrides(self, output: Path, *more: str) -> list[str]:
         """Command-line arguments of a run."""
         return [
-            "experiment=tiny",
+            f"experiment={self.experiment}",
             f"data.corpus={self.corpus}",
             f"llm.path={self.llm}",
             "llm.precision=fp32",

@@ -195,7 +195,8 @@ def _values(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "experiment")]
+# Those of a run; configs/launcher belongs to the launchers.
+GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "experiment", "launcher")]
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")

@@ -80,6 +80,16 @@ def test_unknown_options_and_all_after_the_dashes_go_to_the_module() -> None:
     assert rest == ["--corpus", "a b", "x=1", "--timeout", "3"]
 
 
+def test_keys_and_options_are_the_same_and_options_win() -> None:
+    options, rest = parse_arguments(["launcher.tasks_per_node=3", "launcher.restarts=2", "--restarts", "1", "x=1"])
+    assert (options.nproc, options.restarts, options.timeout, rest) == (3, 1, None, ["x=1"])
+
+
+def test_a_dry_run_prints_the_command_of_every_rank(tmp_path: Path) -> None:
+    done = run(2, "--dry-run", f"*:write-pid={tmp_path}")
+    assert done.stdout.endswith(f"-m {PROBE} '*:write-pid={tmp_path}'\n") and not list(tmp_path.iterdir())
+
+
 def test_rank_0_speaks_on_the_terminal_and_others_into_their_logs(tmp_path: Path) -> None:
     done = run(2, "--log-dir", str(tmp_path), "0:say=zero", "1:say=one")
     assert done.returncode == 0

@@ -1,0 +1,149 @@
+"""What the launchers share: the ``launcher.*`` keys of a command line, and its checks before anything starts.
+
+The keys of each launcher are in ``configs/launcher/``; all other arguments belong to the module that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+
+from mome_dist.config import load_group, validate_overrides
+from mome_dist.errors import UserError
+
+DEFAULT_MODULE = "mome_dist.train"
+PREFIX = "launcher."
+
+
+@dataclass
+class ClusterOptions:
+    """What to ask Slurm for; the YAML files say what each key means."""
+
+    nodes: int = 1
+    tasks_per_node: int = 1
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gb: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_minutes: int | None = None
+    warning_seconds: int = 120
+    max_tries: int = 3
+    interface: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+@dataclass
+class SlurmOptions(ClusterOptions):
+    """Of ``python -m launchers.slurm``."""
+
+    extra: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SubmititOptions(ClusterOptions):
+    """Of ``python -m launchers.submitit``."""
+
+    max_timeouts: int = 100
+    folder: str = "runs/submitit"
+    parallel_jobs: int = 256
+
+
+@dataclass
+class LocalOptions:
+    """Of ``python -m launchers.local``."""
+
+    tasks_per_node: int = 1
+    timeout_seconds: float | None = None
+    restarts: int = 0
+    log_dir: str | None = None
+
+
+Options = TypeVar("Options", SlurmOptions, SubmititOptions)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line.
+
+    Attributes:
+        module, arguments: what the ranks run.
+        launcher: the ``launcher.*`` arguments.
+        dry_run: only print what would be run.
+        multirun: one job for each combination of comma-separated values.
+    """
+
+    module: str
+    arguments: list[str]
+    launcher: list[str]
+    dry_run: bool = False
+    multirun: bool = False
+
+
+def parse_arguments(name: str, description: str, schema: type, arguments: Sequence[str], sweeps: bool) -> Request:
+    """Divide a command line; a key of the launcher may leave ``launcher.`` out where no run has one of that name."""
+    parser = argparse.ArgumentParser(prog=f"python -m launchers.{name}", description=description, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what the ranks run (default: {DEFAULT_MODULE})")
+    if sweeps:
+        parser.add_argument("--multirun", action="store_true", help="a job for each combination of values: key=1,2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, or launcher.key=value")
+    options = parser.parse_intermixed_args(list(arguments))
+    own = set(OmegaConf.structured(schema))
+    launcher, rest = [], []
+    for word in options.overrides:
+        key = word.partition("=")[0]
+        if key.startswith(PREFIX):
+            launcher.append(word)
+        elif key in own:
+            launcher.append(PREFIX + word)
+        else:
+            rest.append(word)
+    return Request(options.module, rest, launcher, options.dry_run, getattr(options, "multirun", False))
+
+
+def load_options(name: str, schema: type[Options], request: Request) -> Options:
+    """The launcher's options: its YAML file, then the command line.
+
+    Raises:
+        UserError: for an unknown key, or a value that is wrong.
+    """
+    options = load_group("launcher", name, request.launcher, schema)
+    for key in ("nodes", "tasks_per_node", "max_tries"):
+        if getattr(options, key) < 1:
+            raise UserError(f"launcher.{key}={getattr(options, key)}: must be at least 1.")
+    require_module(request.module)
+    return options
+
+
+def require_module(module: str) -> None:
+    """Raise `UserError` where there is no such module."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise UserError(f"--module {module}: there is no such Python module")
+
+
+def check_run(request: Request, options: ClusterOptions, arguments: Sequence[str]) -> None:
+    """Refuse here, before the queue, what the ranks would refuse.
+
+    Raises:
+        UserError: naming the key and the fix.
+    """
+    try:
+        validate_overrides(request.module, list(arguments), options.world_size)
+    except UserError as error:
+        size = f"launcher.nodes={options.nodes} x launcher.tasks_per_node={options.tasks_per_node}"
+        raise UserError(f"{error} ({size} are {options.world_size} processes.)") from error

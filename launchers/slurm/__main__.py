@@ -1,0 +1,80 @@
+"""Submit a run to Slurm.
+
+    python -m launchers.slurm experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8
+    python -m launchers.slurm --dry-run experiment=tiny launcher.nodes=2
+    python -m launchers.slurm --module mome_dist.evaluate checkpoint=runs/lrs3 launcher.tasks_per_node=8
+
+The request is checked here, then ``slurm/train.sh`` (or ``slurm/eval.sh``) is given to sbatch. Run it in the root of
+the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers.options import DEFAULT_MODULE, Request, SlurmOptions, check_run, load_options, parse_arguments
+from launchers.slurm.commands import require_slurm
+from mome_dist.cli import main_guard
+from mome_dist.errors import UserError
+
+_SCRIPTS = {DEFAULT_MODULE: "slurm/train.sh", "mome_dist.evaluate": "slurm/eval.sh"}
+
+
+def sbatch_command(request: Request, options: SlurmOptions) -> list[str]:
+    """The arguments of sbatch.
+
+    Raises:
+        UserError: for a module without a script, or outside of the checkout.
+    """
+    if request.module not in _SCRIPTS:
+        raise UserError(f"--module {request.module}: choose from {', '.join(_SCRIPTS)}.")
+    script = _SCRIPTS[request.module]
+    if not Path(script).is_file():
+        raise UserError(f"there is no {script} in {Path.cwd()}: run this in the root of the checkout.")
+    given = {
+        "nodes": options.nodes,
+        "ntasks-per-node": options.tasks_per_node,
+        "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_task,
+        "mem": None if options.mem_gb is None else f"{options.mem_gb}G",
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "time": options.time_minutes,
+        "signal": f"B:USR1@{options.warning_seconds}",
+    }
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return ["sbatch", *flags, *options.extra, script, *request.arguments]
+
+
+def job_environment(options: SlurmOptions) -> dict[str, str]:
+    """Variables that the job gets besides those of this shell."""
+    variables = {"MOME_DIST_PYTHON": sys.executable, "MAX_TRIES": str(options.max_tries)}
+    if options.interface is not None:
+        variables["MOME_DIST_INTERFACE"] = options.interface
+    return variables
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check and submit; prints what sbatch says."""
+    given = sys.argv[1:] if arguments is None else arguments
+    request = parse_arguments("slurm", "Submit a run to Slurm.", SlurmOptions, given, sweeps=False)
+    options = load_options("slurm", SlurmOptions, request)
+    check_run(request, options, request.arguments)
+    command, variables = sbatch_command(request, options), job_environment(options)
+    if request.dry_run:
+        print(shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))
+        return 0
+    require_slurm()
+    return subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The allocation that Slurm gave to this job, read from its environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.slurm.commands import hostnames, show_job
+from mome_dist.errors import UserError
+
+_FIRST_PORT, _PORTS = 20000, 12000  # below the range that kernels hand out to clients
+_OWNER = "owner"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An allocation.
+
+    Attributes:
+        id: of the job, the same after a requeue.
+        nodes: names; this process runs on the first.
+        tasks_per_node: ranks on each node.
+    """
+
+    id: str
+    nodes: list[str]
+    tasks_per_node: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Job:
+        """Read what sbatch and Slurm set.
+
+        Raises:
+            UserError: not in a job, or nodes without the cores for their ranks.
+        """
+        if "SLURM_JOB_ID" not in environment:
+            raise UserError("this runs inside a Slurm job: submit one of slurm/*.sh with sbatch.")
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        # Without --ntasks-per-node there is a rank for each GPU.
+        tasks = int(environment.get("SLURM_NTASKS_PER_NODE") or gpus or 1)
+        cores = int(environment.get("SLURM_CPUS_ON_NODE", tasks))
+        if cores < tasks:
+            raise UserError(
+                f"the allocation has {cores} cores on a node for {tasks} ranks: add --ntasks-per-node={tasks} (and "
+                "--cpus-per-task=N for data workers) to sbatch."
+            )
+        return cls(environment["SLURM_JOB_ID"], hostnames(environment["SLURM_JOB_NODELIST"]), tasks)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.nodes) * self.tasks_per_node
+
+    def srun(self) -> list[str]:
+        """The start of the command that starts one process a rank, neighbours on the same node."""
+        command = ["srun", f"--nodes={len(self.nodes)}", f"--ntasks={self.world_size}"]
+        command += [f"--ntasks-per-node={self.tasks_per_node}", "--distribution=block", "--input=none", "--overlap"]
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+            command.append(f"--cpus-per-task={cpus}")  # srun no longer takes it from sbatch by itself
+        return command
+
+    def own(self, run: Path) -> None:
+        """Claim a run directory for this job, so that two jobs never write into one.
+
+        Raises:
+            UserError: another job that still exists has it.
+        """
+        owner = run / "slurm" / _OWNER
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with owner.open("x", encoding="utf-8") as file:
+                    file.write(self.id)
+                return
+            except FileExistsError:
+                other = owner.read_text(encoding="utf-8")
+            if other == self.id:
+                return
+            state = show_job(other).get("JobState", "") if other else ""
+            if state in ("RUNNING", "PENDING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
+                raise UserError(
+                    f"job {other} ({state.lower()}) writes into {run}: cancel it with `scancel {other}`, or give "
+                    "another output_dir."
+                )
+            owner.unlink(missing_ok=True)
+
+
+def free_port(job: str) -> int:
+    """A TCP port that is free on this machine; jobs look from different starts on, so that two do not meet.
+
+    Args:
+        job: number of the job.
+    """
+    start = int(job) * 17 % _PORTS
+    for offset in range(_PORTS):
+        port = _FIRST_PORT + (start + offset) % _PORTS
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no free port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS} on {socket.gethostname()}.")

@@ -1,0 +1,90 @@
+"""Run through Submitit: one job, or a Hydra sweep as a job array.
+
+    python -m launchers.submitit experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8
+    python -m launchers.submitit --multirun experiment=lrs3 optimizer.learning_rate=5e-4,1e-3 launcher.tasks_per_node=8
+
+A job is submitted and left alone; it requeues itself and continues. A sweep waits for its jobs and prints their losses.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launchers.options import DEFAULT_MODULE, SubmititOptions, check_run, load_options, parse_arguments
+from launchers.slurm.commands import require_slurm
+from mome_dist.cli import main_guard
+from mome_dist.config import load_config
+from mome_dist.errors import UserError
+
+
+def parameters(options: SubmititOptions, name: str) -> dict[str, Any]:
+    """Parameters of Submitit's executor."""
+    given = {
+        "name": name,
+        "nodes": options.nodes,
+        "tasks_per_node": options.tasks_per_node,
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_task": options.cpus_per_task,
+        "mem_gb": options.mem_gb,
+        "timeout_min": options.time_minutes,
+        "slurm_partition": options.partition,
+        "slurm_account": options.account,
+        "slurm_qos": options.qos,
+        "slurm_constraint": options.constraint,
+        "slurm_signal_delay_s": options.warning_seconds,
+        "slurm_additional_parameters": {"requeue": True},
+        # The other ranks cannot go on without one that is gone.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", "--distribution=block"],
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check and submit."""
+    given = sys.argv[1:] if arguments is None else arguments
+    request = parse_arguments("submitit", "Run through Submitit.", SubmititOptions, given, sweeps=True)
+    options = load_options("submitit", SubmititOptions, request)
+    if request.multirun:
+        from launchers.submitit import sweep
+
+        if request.module != DEFAULT_MODULE:
+            raise UserError(f"--multirun sweeps over trainings, not over {request.module}.")
+        combined = sweep.combinations(request.arguments)
+        for overrides in combined:
+            check_run(request, options, overrides)
+        folder = sweep.new_folder()
+        command = sweep.hydra_arguments(options, request.arguments, folder)
+        if request.dry_run:
+            print(shlex.join(["python", "-m", "launchers.submitit.sweep", *command]))
+            for overrides in combined:
+                print("  " + shlex.join(["python", "-m", request.module, *overrides]))
+            return 0
+        require_slurm()
+        sweep.run_sweep(command)
+        print(sweep.table(folder, combined))
+        return 0
+    check_run(request, options, request.arguments)
+    name = load_config(request.arguments).name if request.module == DEFAULT_MODULE else "mome"
+    if request.dry_run:
+        for key, value in parameters(options, name).items():
+            print(f"{key}: {value}")
+        print(shlex.join(["python", "-m", request.module, *request.arguments]))
+        return 0
+    require_slurm()
+    import submitit
+
+    from launchers.submitit.task import RankTask
+
+    executor = submitit.AutoExecutor(options.folder, cluster="slurm", slurm_max_num_timeout=options.max_timeouts)
+    executor.update_parameters(**parameters(options, name))
+    job = executor.submit(RankTask(request.module, tuple(request.arguments), options.max_tries))
+    print(f"submitted job {job.job_id}; logs: {options.folder}/{job.job_id}_N_log.out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
