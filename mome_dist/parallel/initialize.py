@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mome_dist.parallel import cpu_shim
 from mome_dist.parallel.layout import Coordinates, Layout
+from mome_dist.parallel.memory import keep_freed_memory
 from mome_dist.parallel.mpu import MegatronMPU
 
 
@@ -45,6 +46,8 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
     device = current_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
