@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mome_dist.parallel import cpu_shim, rendezvous
 from mome_dist.parallel.layout import Coordinates, Layout
+from mome_dist.parallel.memory import keep_freed_memory
 from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.parallel.whereabouts import watched
 
@@ -49,6 +50,8 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
     device = current_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     rendezvous.join(backend, timeout_seconds)
     with rendezvous.timeout_of_every_group(timeout_seconds), watched(timeout_seconds, _close):

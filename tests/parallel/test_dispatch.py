@@ -119,6 +119,19 @@ def test_dropless_dispatch_equals_the_local_form(ep: int, dispatch: str) -> None
             assert error < 1e-6, (name, error)
 
 
+def _each_rank_has_all_experts() -> float:
+    """Largest difference from the one-process form, of the largest value; ranks count their tokens together."""
+    with parallel_world(Layout.for_world(2, tp=1, pp=1, ep=1), 0, timeout_seconds=60) as at:
+        hidden = _hidden(at.dp, TOKENS + 7 * at.dp)
+        expected = _local()(hidden).detach()
+        error = (_parallel(1).train()(hidden).detach() - expected).abs().max() / expected.abs().max()
+        return float(error)
+
+
+def test_data_parallel_ranks_with_all_experts_each_dispatch_their_own_tokens() -> None:
+    assert all(error < 1e-6 for error in run_world(_each_rank_has_all_experts, 2))
+
+
 def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     module = _parallel(ep, capacity_factor=0.5, min_capacity=2, drop_policy=policy).train()
     module(_hidden())

@@ -98,11 +98,12 @@ class AllToAllDispatch(Dispatch):
     def _rows_of_ranks(self, counts_RX: Tensor) -> list[list[int]]:
         """Routes that are kept, of every expert-parallel rank (first axis) to every expert (second axis): whatever the
         policy, an expert takes as many of each rank's tokens as ask for it, up to its capacity."""
-        if self.ep_size > 1:
-            assert self.count_group is not None
-            ranks = dist.get_process_group_ranks(self.ep_group)
-            counts_RX = counts_RX[[dist.get_group_rank(self.count_group, rank) for rank in ranks]]
-        return counts_RX[:, :-1].clamp(max=self.capacity).tolist() if self.capacity else counts_RX[:, :-1].tolist()
+        group = self.count_group
+        if group is not None:
+            ranks = dist.get_process_group_ranks(self.ep_group) if self.ep_size > 1 else [dist.get_rank()]
+            counts_RX = counts_RX[[dist.get_group_rank(group, rank) for rank in ranks]]
+        counts_SE = counts_RX[:, :-1]
+        return (counts_SE if self.capacity is None else counts_SE.clamp(max=self.capacity)).tolist()
 
     def _keep(self, routing: Routing, capacity: int | None) -> Tensor:
         """Bool [T, K]: the routes of tokens, not of padding, that their experts take."""
