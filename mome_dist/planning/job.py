@@ -1,4 +1,4 @@
-"""What is to be trained, as numbers: the frozen model's dimensions, the modules that train, and the lengths of sequences.
+"""What is to be trained, as numbers: the frozen model, the modules that train, and the lengths of sequences.
 
 No torch here: a plan is arithmetic.
 """

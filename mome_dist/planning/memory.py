@@ -1,9 +1,9 @@
 """What a rank keeps in memory, counted tensor by tensor from what the code keeps.
 
 Frozen weights have their own precision and nothing beside them. What trains is fp32: weights, gradients and, under
-ZeRO partitioned, a copy of the weights and the optimiser's moments. Activations are what autograd keeps of a layer until
-its backward pass; a pipeline stage keeps as many microbatches as are in flight in the 1F1B schedule (arXiv 2104.04473):
-the first stage ``pp``, the last one. ``benchmarks/plan_layout.py`` compares the sums with real runs.
+ZeRO partitioned, a copy of the weights and the optimiser's moments. Activations are what autograd keeps of a layer
+until its backward pass; a pipeline stage keeps as many microbatches as are in flight in the 1F1B schedule (arXiv
+2104.04473): the first stage ``pp``, the last one 1. ``benchmarks/plan_layout.py`` compares the sums with real runs.
 
 Formulas use the names of the paper on activation recomputation (arXiv 2205.05198) where it has one: T tokens of a
 microbatch, H hidden size, F feed-forward width, S sequence length.
