@@ -91,8 +91,7 @@ def find_problems(
         if len(ranks) != usual:
             yield f"node {node} has {len(ranks)} ranks, most nodes have {usual}: start the same number on every node."
     for section in ("software", "hardware"):
-        for key in sorted({key for report in firsts.values() for key in report[section]}):
-            yield from _unlike(firsts, key, lambda report, s=section, k=key: report[s].get(k, "missing"))
+        yield from _unlike(firsts, section)
     for node, report in firsts.items():
         offset = report["clock_seconds"]
         if abs(offset) > limits.clock:
@@ -126,16 +125,17 @@ def find_problems(
                 )
 
 
-def _unlike(
-    firsts: Mapping[str, Mapping[str, Any]], key: str, value: Callable[[Mapping[str, Any]], Any]
-) -> Iterator[str]:
-    usual = Counter(value(report) for report in firsts.values()).most_common(1)[0][0]
-    for node, report in firsts.items():
-        if value(report) != usual:
-            yield (
-                f"node {node} has {key} {value(report)}, the others have {usual} "
-                f"(it runs {report['executable']}, code in {report['code']})."
-            )
+def _unlike(firsts: Mapping[str, Mapping[str, Any]], section: str) -> Iterator[str]:
+    """What differs in a section of the reports, by node."""
+    for key in sorted({key for report in firsts.values() for key in report[section]}):
+        values = {node: report[section].get(key, "missing") for node, report in firsts.items()}
+        usual = Counter(values.values()).most_common(1)[0][0]
+        for node, value in values.items():
+            if value != usual:
+                yield (
+                    f"node {node} has {key} {value}, the others have {usual} "
+                    f"(it runs {firsts[node]['executable']}, code in {firsts[node]['code']})."
+                )
 
 
 def _gathered(world: World, value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import mome_dist
@@ -31,11 +31,11 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
     """
     software = {"python": platform.python_version(), "mome_dist": mome_dist.__version__}
     software |= {name: _version(name) for name in PACKAGES}
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     hardware: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(memory / 1e9, 1),
     }
-    memory: float = psutil.virtual_memory().total
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory
@@ -48,7 +48,7 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
         "code": str(Path(mome_dist.__file__).parent),
         "executable": sys.executable,
         "memory_bytes": memory,
-        "process_bytes": psutil.Process().memory_info().rss,
+        "process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

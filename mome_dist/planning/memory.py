@@ -159,7 +159,7 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
     norms = 2 * tokens * shape.hidden_size * FP32 / _sequence_share(candidate)  # their scaled inputs, fp32
     values = tokens * (heads + 2 * kv_heads) * d * e  # a view of them keeps the whole of queries, keys and values
     turned = tokens * (heads + kv_heads) * d * e  # queries and keys after rotation
-    scores = tokens * length * heads * (FP32 + (e if e < FP32 else 0))  # softmax, and its copy for the product
+    scores: float = tokens * length * heads * (FP32 + (e if e < FP32 else 0))  # softmax, and its copy for the product
     if job.attention == "sdpa":
         scores = tokens * heads * (d * e + FP32)  # output and log-sum
     if candidate.layout.recompute == "selective":

@@ -92,10 +92,9 @@ def search(job: Job, cluster: Cluster) -> Search:
         found[reason] = Rejection(reason, known.count + 1 if known else 1, known.example if known else example)
 
     for layout, problem in _layouts(job, cluster):
-        if problem:
+        if isinstance(layout, str):
             reject(problem, layout)
             continue
-        assert isinstance(layout, Layout)
         candidates = list(_candidates(job, layout))
         if not candidates:
             reject(

@@ -1,9 +1,9 @@
 """How long a step takes, from operations, bytes and calls at the rates of a cluster.
 
-Nothing is assumed to overlap but what the dispatch's own cost model says. Frozen products run twice (forward, and the
-gradient of their input); a third time where a layer is computed again. The pipeline fills and empties once a step
-(1F1B, arXiv 2104.04473). The constants are counted from the code: how many bytes an operation on every value reads and
-writes, how many operations a layer calls.
+Nothing is assumed to overlap but gathered weights, which travel beside the frozen layer. Frozen products run twice
+(forward, and the gradient of their input); a third time where a layer is computed again. The pipeline fills and empties
+once a step (1F1B, arXiv 2104.04473). The constants are counted from the code: how many bytes an operation on every
+value reads and writes, how many operations a layer calls.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 from mome_dist.llm.shape import LLMShape
-from mome_dist.moe.dispatch.cost import LayerLoad, Rates, choose
+from mome_dist.planning.experts import expert_seconds
 from mome_dist.planning.hardware import Cluster, Link
 from mome_dist.planning.job import Candidate, Job
 
@@ -26,7 +27,6 @@ FORWARD_SHARE = 0.4
 LAYER_CALLS, STEP_CALLS = 150, 600  # operations of a frozen layer, forward and backward; of a microbatch besides
 # Bytes that clipping and AdamW read and write for a parameter; operations for a tensor that is reduced and stepped.
 OPTIMIZER_BYTES, TENSOR_CALLS = 52, 12
-NARROW_SHARE = 0.3  # of the rate of wide products, which products of one expert's few units reach
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     """The predicted step of a job on a cluster."""
     layout, count = candidate.layout, candidate.microbatches(job)
     distinct = sorted({0, layout.pp - 1, layout.pp // 2})
-    stages = [_mean(job, lambda length, at=at: _pass(job, candidate, cluster, at, length)) for at in distinct]
+    stages = [_mean(job, partial(_pass, job, candidate, cluster, at)) for at in distinct]
     slowest = max(stages, key=lambda stage: stage.total)
     # Stages between the ends are alike.
     weights = [1, layout.pp - 2, 1] if layout.pp > 2 else [1] * layout.pp
@@ -129,7 +129,7 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: 
     layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
     layers, tokens = layout.stages(shape.layers)[stage], length * candidate.utterances(job)
     flops, moved, links = _layer(job, shape, candidate, cluster, length, tokens)
-    experts = layers * _experts(job, shape, candidate, cluster, tokens)
+    experts = layers * expert_seconds(job, candidate, cluster, tokens)
     again = 1 + FORWARD_SHARE if layout.recompute == "full" else 1.0
     products, bytes_moved, calls = layers * flops, layers * moved * again, layers * LAYER_CALLS * again
     if layout.recompute == "full":
@@ -171,33 +171,6 @@ def _layer(
     sums = 6 if layout.recompute == "full" else 4
     link = cluster.link(layout.tp)
     return flops, moved, sums * all_reduce(tokens * hidden * job.element_bytes, layout.tp, link)
-
-
-def _experts(job: Job, shape: LLMShape, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
-    """Seconds of one MoME module, from the model that `mome.dispatch=auto` decides by."""
-    layout = candidate.layout
-    link = cluster.link(layout.tp * layout.ep)
-    load = LayerLoad(
-        tokens=max(1, round(tokens / (layout.tp if layout.sequence_parallel else 1))),
-        hidden_size=shape.hidden_size,
-        experts=job.experts,
-        shared=job.shared,
-        top_k=job.top_k,
-        bottleneck=job.bottleneck,
-        capacity_factor=job.capacity_factor,
-        element_bytes=job.element_bytes,
-        frozen_flops=4 * tokens * shape.layer_parameters / layout.tp,
-    )
-    rates = Rates(
-        dense_flops=cluster.product_flops,
-        batched_flops=cluster.product_flops * NARROW_SHARE,
-        router_flops=cluster.fp32_flops,
-        copy_bytes=cluster.memory_bytes,
-        link_bytes=link.bytes_per_second,
-        latency=link.latency,
-        call=cluster.call,
-    )
-    return choose(load, rates, layout.ep).seconds[candidate.dispatch]
 
 
 def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[float, float]:

@@ -90,14 +90,17 @@ def tune(
     known: dict[str, Measured] = {}
 
     def run(trials: Iterable[Trial]) -> None:
-        fresh = []
+        fresh: list[Measured] = []
         for trial in trials:
             if trial.name in known or sum(not each.pruned for each in known.values()) >= most:
                 continue
             known[trial.name] = one = Measured(trial)
             one.failure = refuse(trial)
             one.pruned = one.failure is not None
-            (tell if one.pruned else fresh.append)(one)
+            if one.pruned:
+                tell(one)
+            else:
+                fresh.append(one)
         _rounds(fresh, runner, rounds, tell, final=False)
 
     run(picked)
