@@ -95,9 +95,7 @@ def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, 
                 "processes": world,
                 "seconds": seconds,
                 "predicted seconds": predicted.parts() | {"total": predicted.total},
-                "stages": [
-                    _stage(ranks, memory(job, candidate, at), candidate, at) for at in range(candidate.layout.pp)
-                ],
+                "stages": [_stage(ranks, memory(job, candidate, at), candidate, at) for at in stages],
             }
         )
         print(figures[-1], flush=True)
@@ -149,8 +147,8 @@ def render(figures: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"- memory: {min(errors):+.1%} to {max(errors):+.1%} of the measured peak\n"
         f"- order by speed: Spearman {spearman(measured, predicted):.3f} over {len(figures)} layouts",
-        "A random Llama of 76 million parameters in bf16 (width 768, 8 layers) with 24 routed experts of 12 units and a "
-        "shared one beside every feed-forward network, 8 clips a step in two views, AdamW. Measured is the highest "
+        "A random Llama of 76 million parameters in bf16 (width 768, 8 layers) with 24 routed experts of 12 units and "
+        "a shared one beside every feed-forward network, 8 clips a step in two views, AdamW. Measured is the highest "
         "resident size that the kernel saw (VmHWM) of the fullest rank of a stage, less that of the same process "
         f"after the same steps with a model of nothing ({min(baselines):.0f} to {max(baselines):.0f} MB: Python, "
         "torch, Megatron-Core, DeepSpeed, process groups). Freed blocks go back to the system at once there; steps are "

@@ -179,8 +179,8 @@ def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
         width = -(-(job.bottleneck + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
         rows = kept * (hidden + 3 * width) * e + 2 * kept * INDEX
         weights = 2 * job.experts / candidate.layout.ep * width * hidden * e
-        units = job.shared * job.bottleneck
-        shared = tokens_here * (4 * units + job.shared) * e + 2 * units * hidden * e
+        own = job.shared * job.bottleneck
+        shared = tokens_here * (4 * own + job.shared) * e + 2 * own * hidden * e
         return inputs + router + rows + weights + shared
     # Units before and after the activation, their gates, and their products; down- and up-projection in one piece.
     units = tokens_here * (4 * job.units + job.experts + job.shared) * e
