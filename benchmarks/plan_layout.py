@@ -34,7 +34,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    given = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     # Workers are forked: no library may start threads before that.
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", HF_DEACTIVATE_ASYNC_LOAD="1")
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = write_results(
         name="plan_layout",
         title="Plans against real worlds",
-        command=" ".join(["python -m benchmarks.plan_layout", *given]),
+        command=f"python -m benchmarks.plan_layout --rounds {options.rounds}",
         machine=described,
         sections=render(figures),
         figures={"rates": rates, "cases": figures},

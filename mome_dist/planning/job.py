@@ -55,12 +55,14 @@ class Job:
         placement: "mhsa", "ffn" or "layer".
         experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules.
         projector_parameters: of all streams together.
+        projector_values: that autograd keeps for a speech token in the projectors.
         projectors_train: whether they have gradients and optimiser state.
         lengths: positions of a sequence in each view.
         labels: positions of a sequence that predict a label.
         batch_size: utterances of a step.
         views_per_step: views that a step trains on.
         moments: fp32 running averages that the optimiser keeps of each parameter.
+        pad_heads: whether attention heads may be padded to a multiple of tp.
     """
 
     shape: LLMShape
@@ -73,6 +75,7 @@ class Job:
     bottleneck: int
     capacity_factor: float | None
     projector_parameters: int
+    projector_values: int
     projectors_train: bool
     lengths: tuple[int, ...]
     labels: int
@@ -167,6 +170,8 @@ def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, 
         bottleneck=mome.bottleneck,
         capacity_factor=mome.capacity_factor,
         projector_parameters=_projector_parameters(config, shape.hidden_size, widths),
+        # The inputs of the two linear maps and of the norm.
+        projector_values=max(widths.values()) + config.projector.hidden_size + shape.hidden_size,
         projectors_train=config.projector.trainable,
         lengths=tuple(clip.length(view) for view in views),
         labels=clip.text_tokens + 1,

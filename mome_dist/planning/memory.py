@@ -92,7 +92,7 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
     else:
         activations, experts_kept = layers * per_layer, layers * experts
     boundary = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
-    activations += boundary * ((stage > 0) + (not last)) + _top_bytes(job, candidate, tokens, last)
+    activations += boundary * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
     return Memory(
         frozen=frozen_bytes(job, candidate, stage),
         trained=trained,
@@ -196,6 +196,8 @@ def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int)
     return max(feed_forward, attention, experts)
 
 
-def _top_bytes(job: Job, candidate: Candidate, tokens: list[tuple[int, int]], last: bool) -> float:
-    """The final norm."""
-    return sum(count for _, count in tokens) * job.shape.hidden_size * FP32 * last / _sequence_share(candidate)
+def _end_bytes(job: Job, candidate: Candidate, tokens: list[tuple[int, int]], first: bool, last: bool) -> float:
+    """The projectors, as if all positions were speech, and the final norm."""
+    positions = sum(count for _, count in tokens)
+    projectors = positions * job.projector_values * FP32 * (first and job.projectors_train)
+    return projectors + positions * job.shape.hidden_size * FP32 * last / _sequence_share(candidate)

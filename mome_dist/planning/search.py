@@ -128,6 +128,8 @@ def _rank(plan: Plan) -> tuple[float, float, int]:
 def _layouts(job: Job, cluster: Cluster) -> Iterator[tuple[Layout | str, str]]:
     """(layout, "") or (what was tried, why not)."""
     world = cluster.ranks
+    # Fused attention keeps next to nothing that selective recomputation could save.
+    recompute_ways = [way for way in RECOMPUTE if way != "selective" or job.attention == "eager"]
     for tp in divisors(world):
         if tp > cluster.ranks_per_node:
             yield f"tp{tp}", f"tensor parallelism beyond the {cluster.ranks_per_node} ranks of a node"
@@ -138,7 +140,7 @@ def _layouts(job: Job, cluster: Cluster) -> Iterator[tuple[Layout | str, str]]:
                 continue
             for ep in divisors(world // tp // pp):
                 for split in (False, True) if tp > 1 else (False,):
-                    for recompute in RECOMPUTE:
+                    for recompute in recompute_ways:
                         layout = Layout.for_world(world, tp, pp, ep, sequence_parallel=split, recompute=recompute)
                         try:
                             layout.check_model(job.shape, job.experts, job.pad_heads)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 
 from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.experts import expert_seconds
@@ -82,6 +82,14 @@ class _Pass:
 
 def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     """The predicted step of a job on a cluster."""
+    passes = _schedule(job, replace(candidate, zero=0), cluster)
+    reduction, optimizer = _after_backward(job, candidate, cluster)
+    return replace(passes, reduction=reduction, optimizer=optimizer)
+
+
+@lru_cache(maxsize=8)  # a search asks for the same passes with every ZeRO stage
+def _schedule(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
+    """Forward and backward passes of all microbatches."""
     layout, count = candidate.layout, candidate.microbatches(job)
     distinct = sorted({0, layout.pp - 1, layout.pp // 2})
     stages = [_mean(job, partial(_pass, job, candidate, cluster, at)) for at in distinct]
@@ -98,15 +106,14 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
         bubble += 2 * (count + layout.pp - 1) * transfer
     schedule = count * slowest.total + bubble
     shared_cores = count * busy * cluster.ranks_per_node / cluster.workers
-    reduction, optimizer = _after_backward(job, candidate, cluster)
     return StepTime(
         products=count * slowest.products,
         passes=count * slowest.passes,
         experts=count * slowest.experts,
         tensor_links=count * slowest.links,
         waiting=max(schedule, shared_cores) - count * slowest.total,
-        reduction=reduction,
-        optimizer=optimizer,
+        reduction=0.0,
+        optimizer=0.0,
     )
 
 

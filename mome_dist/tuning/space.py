@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def _merged(settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
+@lru_cache(maxsize=64)  # composing takes longer than all else here, and many trials differ in DeepSpeed's part only
+def _composed(overrides: tuple[str, ...]) -> RunConfig:
+    config = load_config(overrides)
+    check_values(config)
+    return config
+
+
 def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cluster | None) -> str | None:
     """Why a trial need not be run; None if it should be.
 
@@ -150,8 +158,7 @@ def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cl
         cluster: whose memory a rank has; None if it is not known.
     """
     try:
-        config = load_config([*base, *trial.arguments()])
-        check_values(config)
+        config = _composed((*base, *trial.arguments()))
         layout = layout_of(config, world)
     except UserError as error:
         return str(error)
