@@ -79,20 +79,20 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
     experts = sum(_mome_bytes(job, candidate, count) for _, count in tokens)
     one_mome = _mome_bytes(job, candidate, longest)
     logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp if last else 0.0
-    working = max(
-        logits * job.element_bytes,
-        _layer_working(job, shape, candidate, longest),
-        # After the backward passes there are no activations; only where nearly nothing is kept is this the peak.
-        gradients * 0.5 + bucket - layers * (per_layer + experts),
-    )
+    inputs = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
     if layout.recompute == "full":
         # Only each layer's input is kept; one layer at a time is computed again.
-        inputs = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
         activations, experts_kept = layers * inputs + one_layer, one_mome
     else:
         activations, experts_kept = layers * per_layer, layers * experts
-    boundary = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
-    activations += boundary * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
+    # What came from the stage before, what went to the next, and both ends of the model.
+    activations += inputs * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
+    working = max(
+        logits * job.element_bytes,
+        _layer_working(job, shape, candidate, longest),
+        # The reduction of gradients comes when no activations are left: the peak only where nearly none were kept.
+        gradients / 2 + bucket - activations - experts_kept - logits * FP32,
+    )
     return Memory(
         frozen=frozen_bytes(job, candidate, stage),
         trained=trained,
