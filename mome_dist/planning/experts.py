@@ -38,14 +38,14 @@ def _dense_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
     ep, e = candidate.layout.ep, job.element_bytes
     weights = (job.experts + job.shared) * job.expert_parameters
     moved = UNIT_PASSES * tokens * job.units * e + WEIGHT_PASSES * FP32 * weights
-    work = _flops(job, tokens * (job.experts + job.shared)) / cluster.product_flops
+    work = _flops(job, tokens * (job.experts + job.shared)) / cluster.flops(job.precision)
     work += moved / cluster.memory_bytes + DENSE_CALLS * cluster.call
     if ep == 1:
         return work
     link = cluster.link(candidate.layout.tp * ep)
     # Gathered in the precision of the hidden states, reduced in fp32, beside the frozen layer.
     travel = job.experts * job.expert_parameters * (e + FP32) * (ep - 1) / ep / link.bytes_per_second
-    beside = 4 * tokens * job.shape.layer_parameters / candidate.layout.tp / cluster.product_flops
+    beside = 4 * tokens * job.shape.layer_parameters / candidate.layout.tp / cluster.flops(job.precision)
     return work + max(0.0, travel - beside) + 2 * link.latency
 
 
@@ -53,8 +53,8 @@ def _row_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float
     """The chosen experts only, for tokens that are sorted by expert and travel."""
     ep, e, hidden = candidate.layout.ep, job.element_bytes, job.shape.hidden_size
     rows = tokens * job.top_k * min(1.0, job.capacity_factor or 1.0)
-    work = _flops(job, rows) / (NARROW_SHARE * cluster.product_flops)
-    work += _flops(job, tokens * job.shared) / cluster.product_flops
+    work = _flops(job, rows) / (NARROW_SHARE * cluster.flops(job.precision))
+    work += _flops(job, tokens * job.shared) / cluster.flops(job.precision)
     moved = ROW_PASSES * rows * hidden * e + WEIGHT_PASSES * FP32 * job.experts / ep * job.expert_parameters
     calls = ROW_CALLS + GROUP_CALLS * job.experts / ep
     work += moved / cluster.memory_bytes + calls * cluster.call

@@ -73,7 +73,7 @@ class Cluster:
         memory: bytes that a plan may use of a rank.
         runtime: bytes of them that libraries and device context take.
         reserves: whether memory that is reserved is occupied; on a CPU only what is touched is.
-        product_flops, fp32_flops: of the frozen model's products in its precision, and of fp32 ones, FLOP/s.
+        bf16_flops, fp32_flops: of wide products, FLOP/s.
         memory_bytes: read or written a second by operations that only move data.
         call: seconds that any operation takes at least.
         inside, between: links of a rank to others of its node and of other nodes.
@@ -87,7 +87,7 @@ class Cluster:
     memory: float
     runtime: float
     reserves: bool
-    product_flops: float
+    bf16_flops: float
     fp32_flops: float
     memory_bytes: float
     call: float
@@ -100,6 +100,10 @@ class Cluster:
     def ranks(self) -> int:
         """Of all nodes."""
         return self.nodes * self.ranks_per_node
+
+    def flops(self, precision: str) -> float:
+        """FLOP/s of wide products in a precision."""
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
     def link(self, span: int) -> Link:
         """The slowest link of a group that lies within ``span`` consecutive ranks, which start at a multiple of it."""
@@ -122,7 +126,7 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
         memory=gpu.memory * USABLE_SHARE,
         runtime=GPU_RUNTIME_BYTES,
         reserves=True,
-        product_flops=gpu.bf16_flops * PRODUCT_SHARE,
+        bf16_flops=gpu.bf16_flops * PRODUCT_SHARE,
         fp32_flops=gpu.fp32_flops * PRODUCT_SHARE,
         memory_bytes=gpu.memory_bytes * MEMORY_SHARE,
         call=KERNEL_CALL,
@@ -164,7 +168,7 @@ def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_pe
         memory=memory,
         runtime=GPU_RUNTIME_BYTES if on_gpu else float(found["process_bytes"]),
         reserves=on_gpu,
-        product_flops=rates["bf16_flops"],
+        bf16_flops=rates["bf16_flops"],
         fp32_flops=rates["fp32_flops"],
         memory_bytes=rates["memory_bytes"],
         call=rates["call"],

@@ -149,7 +149,7 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: 
     if stage == 0:
         products += 6 * job.projector_parameters * tokens / len(job.lengths)
     passes = bytes_moved / cluster.memory_bytes + (calls + STEP_CALLS) * cluster.call
-    return _Pass(products / cluster.product_flops, passes, experts, links)
+    return _Pass(products / cluster.flops(job.precision), passes, experts, links)
 
 
 def _layer(

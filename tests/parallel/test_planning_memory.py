@@ -25,6 +25,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "num_h
 CASES = [
     Candidate(Layout.for_world(1), 1, "local", 1),
     Candidate(Layout.for_world(1, recompute="selective"), 1, "local", 1),
+    Candidate(Layout.for_world(1), 1, "alltoall", 1),
     Candidate(Layout.for_world(2, ep=2), 1, "gather", 1),
     Candidate(Layout.for_world(2, tp=2), 1, "local", 1),
     Candidate(Layout.for_world(2, tp=2, sequence_parallel=True), 1, "local", 1),
