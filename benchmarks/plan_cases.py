@@ -83,8 +83,8 @@ def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, 
     figures = []
     for candidate in cases():
         world = candidate.layout.world_size
-        # In bf16, oneDNN compiles a kernel for every number of rows that an expert gets: 50 to 80 MB here that are in no
-        # tensor, and on no GPU.
+        # In bf16, oneDNN compiles a kernel for every number of rows that an expert gets: 50 to 80 MB here that are in
+        # no tensor, and on no GPU.
         big.llm.precision = "fp32" if candidate.dispatch == "alltoall" else "bf16"
         toy.llm.precision = big.llm.precision
         job = job_of(big, LLMShape.from_directory(big.llm.path), CLIP, WIDTHS, on_gpu=False)
@@ -156,7 +156,8 @@ def render(figures: Sequence[dict[str, Any]]) -> list[str]:
         "resident size that the kernel saw (VmHWM) of the fullest rank of a stage, less that of the same process "
         f"after the same steps with a model of nothing ({min(baselines):.0f} to {max(baselines):.0f} MB: Python, "
         "torch, Megatron-Core, DeepSpeed, process groups). Freed blocks go back to the system at once there; steps are "
-        "timed in other processes, without that. Four processes share two cores. All-to-all runs in fp32: in bf16, oneDNN "
-        "compiles a kernel for every number of rows that an expert gets, 50 to 80 MB here that are in no tensor.",
+        "timed in other processes, without that. Four processes share two cores.",
+        "All-to-all runs in fp32: in bf16, oneDNN compiles a kernel for every number of rows that an expert gets, 50 "
+        "to 80 MB here that are in no tensor.",
         table(columns, rows),
     ]

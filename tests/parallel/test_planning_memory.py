@@ -35,6 +35,7 @@ CASES = [
 def _config(llm: Path, precision: str) -> RunConfig:
     config = load_config(["mome.routed_experts=24", "data.batch_size=16"])
     config.llm.path, config.llm.precision = str(llm), precision
+    config.projector.hidden_size = 32
     config.task.tasks, config.task.asr_audio_rates = ["asr"], [1]
     return config
 
@@ -89,5 +90,5 @@ def test_what_is_counted_is_what_is_kept(llm: Path, candidate: Candidate, precis
         need = memory(job, candidate, 0)
         assert rank["frozen"] == frozen_bytes(job, candidate, 0)
         assert rank["trained"] == need.gradients
-        # The planner leaves out what is small: here about the projectors' activations, masks and rotary factors.
-        assert need.activations + need.experts + need.logits == pytest.approx(rank["kept"], rel=0.06)
+        # The planner takes all positions for speech, and leaves out masks, statistics of norms and rotary factors.
+        assert need.activations + need.experts + need.logits == pytest.approx(rank["kept"], rel=0.05)
