@@ -77,10 +77,13 @@ def random_step(options: argparse.Namespace, number: int) -> Step:
     drawn = random.Random(number)
     seconds = [drawn.uniform(*CLIP_SECONDS) for _ in range(options.clips)]
     labels = (TEXT_TOKENS + 1) * options.clips * dist.get_world_size()
-    return Step([_microbatch(view, seconds) for view in VIEWS], VIEWS, labels)
+    return Step([microbatch(view, seconds) for view in VIEWS], VIEWS, labels)
 
 
-def _microbatch(view: View, seconds: Sequence[float]) -> MicroBatch:
+def microbatch(
+    view: View, seconds: Sequence[float], text_tokens: int = TEXT_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+) -> MicroBatch:
+    """Random clips of some lengths in one view; token ids are below ten and below the text's length."""
     features: dict[str, list[torch.Tensor]] = {"audio": [], "video": []}
     examples = []
     for clip in seconds:
@@ -90,8 +93,8 @@ def _microbatch(view: View, seconds: Sequence[float]) -> MicroBatch:
                 frames = int(clip * FRAMES_PER_SECOND[stream])
                 features[stream].append(torch.randn(frames, WIDTHS[stream]))
                 ids += [2, *[placeholder] * compressed_length(frames, rate), 3]
-        ids += [4] * PROMPT_TOKENS
-        examples.append(Example([*ids, *range(5, 5 + TEXT_TOKENS), 0], len(ids)))
+        ids += [4] * prompt_tokens
+        examples.append(Example([*ids, *range(5, 5 + text_tokens), 0], len(ids)))
     return MicroBatch(view, collate(examples), features["audio"], features["video"])
 
 

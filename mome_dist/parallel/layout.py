@@ -75,7 +75,7 @@ class Layout:
         if dp % ep:
             raise UserError(
                 f"parallel.ep={ep} does not divide the data-parallel size {dp} (= {world_size} processes / tp {tp} / "
-                f"pp {pp}): choose ep from {_divisors(dp)}, or start a multiple of {tp * pp * ep} processes."
+                f"pp {pp}): choose ep from {divisors(dp)}, or start a multiple of {tp * pp * ep} processes."
             )
         if virtual > 1 and pp == 1:
             raise UserError(f"parallel.virtual={virtual} interleaves pipeline stages, but parallel.pp=1 has only one.")
@@ -135,7 +135,7 @@ class Layout:
         if routed_experts % self.ep:
             raise UserError(
                 f"parallel.ep={self.ep} does not divide mome.routed_experts={routed_experts}: choose ep from "
-                f"{[d for d in _divisors(routed_experts) if self.dp % d == 0]}, or another number of experts."
+                f"{[d for d in divisors(routed_experts) if self.dp % d == 0]}, or another number of experts."
             )
 
     def stages(self, layers: int) -> tuple[int, ...]:
@@ -160,7 +160,7 @@ class Layout:
             reason = "is more than" if stages > layers else "does not divide"
             name = f"parallel.pp={self.pp}" + (f" x parallel.virtual={self.virtual}" if self.virtual > 1 else "")
             raise UserError(
-                f"{name} {reason} the LLM's {layers} layers: choose from {_divisors(layers)}, or say with "
+                f"{name} {reason} the LLM's {layers} layers: choose from {divisors(layers)}, or say with "
                 "parallel.stage_layers how many layers each stage gets."
             )
 
@@ -175,7 +175,7 @@ class Layout:
     @staticmethod
     def _tp_choices(shape: LLMShape) -> str:
         sizes = (shape.kv_heads, shape.vocabulary, shape.ffn_size)
-        return f"choose tp from {[d for d in _divisors(shape.kv_heads) if all(size % d == 0 for size in sizes)]}"
+        return f"choose tp from {[d for d in divisors(shape.kv_heads) if all(size % d == 0 for size in sizes)]}"
 
     def describe(self) -> str:
         """The layout in one line, for logs."""
@@ -189,5 +189,6 @@ class Layout:
         return ", ".join([sizes, *(extra for extra in extras if extra)])
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, the smallest first."""
     return [d for d in range(1, number + 1) if number % d == 0]

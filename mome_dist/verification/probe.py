@@ -97,14 +97,20 @@ def shrunk(config: RunConfig, directory: Path) -> RunConfig:
     Counts that a layout divides stay large enough for eight ranks on every axis that the LLM allows: four layers, two
     key-value groups of two heads.
     """
+    config = small_modules(config, write_random_llama(directory))
+    config.data = dataclasses.replace(config.data, batch_size=8, accumulation=2)
+    return config
+
+
+def small_modules(config: RunConfig, llm: Path) -> RunConfig:
+    """The configuration with the LLM in a directory and small modules; its batches stay as they are."""
     config = dataclasses.replace(config)
-    config.llm = dataclasses.replace(config.llm, path=str(write_random_llama(directory)), pad_heads=False)
+    config.llm = dataclasses.replace(config.llm, path=str(llm), pad_heads=False)
     config.projector = dataclasses.replace(config.projector, hidden_size=16)
     mome = config.mome
     config.mome = dataclasses.replace(
         mome, routed_experts=8, top_k=min(mome.top_k, 3), bottleneck=min(mome.bottleneck, 4)
     )
-    config.data = dataclasses.replace(config.data, batch_size=8, accumulation=2)
     return config
 
 

@@ -41,6 +41,10 @@ SHRINK = {
     "python tools/inspect_checkpoint.py runs/quickstart": [],
     "python tools/verify_layouts.py --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
     "python tools/verify_layouts.py --shrink --nproc 4": ["--optimizer", "sgd"],
+    "python -m launchers.local --nproc 2 --module tools.check_cluster": [],
+    "python tools/plan_layout.py --measured cluster.json": [],
+    "python tools/plan_layout.py --gpu h100": ["--top", "1"],
+    "python tools/tune_deepspeed.py": ["--steps", "1", "--rounds", "1", "--most", "1", "data.batch_size=8"],
 }
 
 
@@ -90,4 +94,4 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
     needs_a_run = any(f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check"))
-    return 0 if "pretrain" in command or ("tools/" in command and not needs_a_run) else 1
+    return 0 if "pretrain" in command or ("tools" in command and not needs_a_run) else 1

@@ -1,0 +1,131 @@
+"""Real steps of one layout on this machine's CPU: the memory of every rank, and the seconds of a step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.step_parts import WIDTHS, microbatch
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import views_of
+from mome_dist.parallel.build import build_distributed
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.planning.job import Candidate, Clip
+from mome_dist.training.batches import Step
+from mome_dist.training.engine import Engine
+from mome_dist.training.step import forward_backward
+
+WARM_UP_STEPS = 1  # it makes the optimiser's state and prepares kernels
+CPU = torch.device("cpu")
+# Bytes from which the C library gives every block its own pages, which go back to the system when it is freed: what a
+# process occupies is then what it uses, give or take a few pages.
+OWN_PAGES = 64 * 1024
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+M_ARENA_MAX = -8
+
+
+def give_back_freed_memory() -> None:
+    """Let freed memory leave the process at once. For measuring memory only: it costs time."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_THRESHOLD, OWN_PAGES), (M_TRIM_THRESHOLD, OWN_PAGES), (M_ARENA_MAX, 1)):
+        libc.mallopt(option, value)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+
+def occupied() -> int:
+    """Bytes that this process occupies now."""
+    return _status("VmRSS")
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """The most bytes that this process occupied inside, as the kernel counts them."""
+    Path("/proc/self/clear_refs").write_text("5")  # the highest value starts again at the present one
+    found = [0]
+    yield found
+    found[0] = _status("VmHWM")
+
+
+def write_llama(directory: Path, **sizes: int) -> Path:
+    """A random Llama of the given sizes, as a Hugging Face directory without tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=1024, tie_word_embeddings=False))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run: a configuration on a layout."""
+
+    config: RunConfig
+    candidate: Candidate
+    clip: Clip
+
+
+def _step(trial: Trial) -> Step:
+    config, candidate = trial.config, trial.candidate
+    each = config.data.batch_size // (candidate.accumulation * candidate.layout.dp)
+    views = views_of(config)
+    batches = [
+        microbatch(view, [trial.clip.seconds] * each, trial.clip.text_tokens, trial.clip.prompt_tokens)
+        for view in views
+        for _ in range(candidate.accumulation)
+    ]
+    return Step(batches, views, (trial.clip.text_tokens + 1) * config.data.batch_size)
+
+
+def run_steps(trial: Trial, rounds: int, scratch: Path) -> list[float]:
+    """Seconds of each step of this rank's world, of its slowest rank; inside an open world."""
+    config, candidate = trial.config, trial.candidate
+    file = scratch / f"zero{candidate.zero}-{dist.get_rank()}.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": candidate.zero}}))
+    model = build_distributed(config, candidate.layout, WIDTHS, candidate.dispatch, CPU).train()
+    engine = Engine(model.trainable_modules(), config.optimizer, file, candidate.layout.sequence_parallel)
+    seconds = []
+    for number in range(WARM_UP_STEPS + rounds):
+        step = _step(trial)
+        dist.barrier()
+        began = time.perf_counter()
+        with engine.accumulate():
+            forward_backward(model, step)
+        engine.step(1e-5)
+        elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        if number >= WARM_UP_STEPS:
+            seconds.append(float(elapsed))
+    return seconds
+
+
+def measure_memory(trial: Trial, toy: RunConfig, scratch: Path) -> dict[str, int]:
+    """This rank's peak above its baseline, which is what the same program occupies at most with a model of nothing."""
+    give_back_freed_memory()
+    with parallel_world(trial.candidate.layout, 0, timeout_seconds=300):
+        with peak() as baseline:
+            run_steps(Trial(toy, trial.candidate, trial.clip), 1, scratch)
+        gc.collect()
+        with peak() as highest:
+            run_steps(trial, 1, scratch)
+        return {"baseline": baseline[0], "peak": highest[0]}
+
+
+def measure_seconds(trial: Trial, rounds: int, scratch: Path) -> float:
+    """Median seconds of a step."""
+    with parallel_world(trial.candidate.layout, 0, timeout_seconds=300):
+        return statistics.median(run_steps(trial, rounds, scratch))

@@ -1,0 +1,65 @@
+"""What one MoME module costs on one rank by its dispatch, from bytes, FLOPs and calls.
+
+A run with `mome.dispatch=auto` measures at its start and does not ask this; a plan is for machines that are not there.
+Constants are counted from the code: passes over memory beside the products, forward and backward, and operations
+called whatever the sizes.
+"""
+
+from __future__ import annotations
+
+from mome_dist.planning.hardware import Cluster
+from mome_dist.planning.job import Candidate, Job
+
+FP32, PRODUCTS = 4, 3  # bytes; forward, and the gradients of input and weight
+UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 10.0, 6.0
+DENSE_CALLS, ROW_CALLS, EXPERT_CALLS, GROUP_CALLS = 120, 160, 12, 6
+# Of the rate of wide products: what products with one expert's few units reach.
+NARROW_SHARE = 0.3
+
+
+def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
+    """Seconds of a MoME module for a microbatch of ``tokens``, forward and backward."""
+    layout, hidden, e = candidate.layout, job.shape.hidden_size, job.element_bytes
+    tokens /= layout.tp if layout.sequence_parallel else 1
+    router = PRODUCTS * 2 * tokens * job.experts * hidden / cluster.fp32_flops
+    passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
+    common = router + passes + EXPERT_CALLS * job.experts / layout.ep * cluster.call
+    work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds
+    return common + work(job, candidate, cluster, tokens)
+
+
+def _flops(job: Job, rows: float) -> float:
+    """Forward and backward of one expert, two products, for each of some rows."""
+    return PRODUCTS * 4 * rows * job.bottleneck * job.shape.hidden_size
+
+
+def _dense_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
+    """All experts for every token of the rank, with weights that are gathered or here."""
+    ep, e = candidate.layout.ep, job.element_bytes
+    weights = (job.experts + job.shared) * job.expert_parameters
+    moved = UNIT_PASSES * tokens * job.units * e + WEIGHT_PASSES * FP32 * weights
+    work = _flops(job, tokens * (job.experts + job.shared)) / cluster.flops(job.precision)
+    work += moved / cluster.memory_bytes + DENSE_CALLS * cluster.call
+    if ep == 1:
+        return work
+    link = cluster.link(candidate.layout.tp * ep)
+    # Gathered in the precision of the hidden states, reduced in fp32, beside the frozen layer.
+    travel = job.experts * job.expert_parameters * (e + FP32) * (ep - 1) / ep / link.bytes_per_second
+    beside = 4 * tokens * job.shape.layer_parameters / candidate.layout.tp / cluster.flops(job.precision)
+    return work + max(0.0, travel - beside) + 2 * link.latency
+
+
+def _row_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
+    """The chosen experts only, for tokens that are sorted by expert and travel."""
+    ep, e, hidden = candidate.layout.ep, job.element_bytes, job.shape.hidden_size
+    rows = tokens * job.top_k * min(1.0, job.capacity_factor or 1.0)
+    work = _flops(job, rows) / (NARROW_SHARE * cluster.flops(job.precision))
+    work += _flops(job, tokens * job.shared) / cluster.flops(job.precision)
+    moved = ROW_PASSES * rows * hidden * e + WEIGHT_PASSES * FP32 * job.experts / ep * job.expert_parameters
+    calls = ROW_CALLS + GROUP_CALLS * job.experts / ep
+    work += moved / cluster.memory_bytes + calls * cluster.call
+    if ep == 1:
+        return work
+    link = cluster.link(candidate.layout.tp * ep)
+    # There and back, forward and backward.
+    return work + 4 * rows * hidden * e * (ep - 1) / ep / link.bytes_per_second + 4 * link.latency

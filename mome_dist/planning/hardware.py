@@ -1,0 +1,179 @@
+"""The machine that a plan is for: measured by `tools/check_cluster.py`, or put together from public figures.
+
+Public figures are peaks. What a run reaches of them is assumed below and no more than that: measure where you can.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mome_dist.errors import UserError
+
+# Shares of the published peaks that are counted on: of matrix products, of memory traffic, of links.
+PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.75
+INSIDE_LATENCY, BETWEEN_LATENCY = 10e-6, 25e-6  # seconds of a collective of nothing: NVLink or PCIe; a network
+KERNEL_CALL = 6e-6  # seconds from Python to a kernel
+# Of a GPU's memory: context, libraries and NCCL's buffers; and the share that fragmentation may waste.
+GPU_RUNTIME_BYTES, USABLE_SHARE = 3.0e9, 0.92
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between ranks: bytes a second of one rank in one direction, and seconds of an exchange of nothing."""
+
+    bytes_per_second: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Public peaks of a GPU.
+
+    Attributes:
+        memory: bytes.
+        bf16_flops: of dense products on tensor cores, FLOP/s.
+        fp32_flops: of products without tensor cores.
+        memory_bytes: a second, read or written.
+        inside: bytes a second to another GPU of the node, one direction.
+        between: bytes a second of the network card that goes with it in common systems.
+    """
+
+    memory: float
+    bf16_flops: float
+    fp32_flops: float
+    memory_bytes: float
+    inside: float
+    between: float
+
+
+# From NVIDIA's data sheets, without sparsity. ``between`` is what NVIDIA's own reference systems have for each GPU:
+# 200 Gb/s InfiniBand in DGX A100, 400 Gb/s in DGX H100, H200 and B200; 100 Gb/s is assumed for cards in plain servers.
+GPUS: Mapping[str, GPU] = {
+    "a100-40gb": GPU(40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9),  # NVLink 3: 600 GB/s in both directions
+    "a100-80gb": GPU(80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9),
+    "h100": GPU(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),  # SXM; NVLink 4: 900 GB/s in both directions
+    "h200": GPU(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+    "b200": GPU(180e9, 2250e12, 75e12, 8.0e12, 900e9, 50e9),  # NVLink 5: 1.8 TB/s in both directions
+    "l40s": GPU(48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9),  # PCIe 4 x16
+    "rtx4090": GPU(24e9, 165e12, 82.6e12, 1.008e12, 32e9, 12.5e9),  # PCIe 4 x16
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal ranks, and what one rank reaches.
+
+    Attributes:
+        name: for tables.
+        nodes, ranks_per_node: a rank is a GPU, or a process on CPU nodes.
+        memory: bytes that a plan may use of a rank.
+        runtime: bytes of them that libraries and device context take.
+        reserves: whether memory that is reserved is occupied; on a CPU only what is touched is.
+        bf16_flops, fp32_flops: of wide products, FLOP/s.
+        memory_bytes: read or written a second by operations that only move data.
+        call: seconds that any operation takes at least.
+        inside, between: links of a rank to others of its node and of other nodes.
+        workers: ranks of a node that compute at the same time; fewer than its ranks where processes share cores.
+        on_gpu: whether ranks are GPUs.
+    """
+
+    name: str
+    nodes: int
+    ranks_per_node: int
+    memory: float
+    runtime: float
+    reserves: bool
+    bf16_flops: float
+    fp32_flops: float
+    memory_bytes: float
+    call: float
+    inside: Link
+    between: Link
+    workers: int
+    on_gpu: bool
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    def flops(self, precision: str) -> float:
+        """FLOP/s of wide products in a precision."""
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+    def link(self, span: int) -> Link:
+        """The slowest link of a group that lies within ``span`` consecutive ranks, which start at a multiple of it."""
+        return self.inside if self.ranks_per_node % span == 0 else self.between
+
+
+def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
+    """A cluster of GPUs from `GPUS`.
+
+    Raises:
+        UserError: for an unknown GPU.
+    """
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others, measure with tools/check_cluster.py.")
+    return Cluster(
+        name=f"{nodes} x {gpus_per_node} {name.upper()} (public figures)",
+        nodes=nodes,
+        ranks_per_node=gpus_per_node,
+        memory=gpu.memory * USABLE_SHARE,
+        runtime=GPU_RUNTIME_BYTES,
+        reserves=True,
+        bf16_flops=gpu.bf16_flops * PRODUCT_SHARE,
+        fp32_flops=gpu.fp32_flops * PRODUCT_SHARE,
+        memory_bytes=gpu.memory_bytes * MEMORY_SHARE,
+        call=KERNEL_CALL,
+        inside=Link(gpu.inside * LINK_SHARE, INSIDE_LATENCY),
+        between=Link(gpu.between * LINK_SHARE, BETWEEN_LATENCY),
+        workers=gpus_per_node,
+        on_gpu=True,
+    )
+
+
+def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int | None = None) -> Cluster:
+    """A cluster from the JSON file that `tools/check_cluster.py` wrote; the sizes may be another allocation's.
+
+    Raises:
+        UserError: if the file is missing or holds no such measurement.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return _cluster_of(found, path.name, nodes, ranks_per_node)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--measured {path}: is no measurement of tools/check_cluster.py ({error!r}); run it again."
+        ) from error
+
+
+def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_per_node: int | None) -> Cluster:
+    rates, links, on_gpu = found["rates"], found["links"], found["device"] == "cuda"
+    ranks_per_node = ranks_per_node or found["ranks_per_node"]
+    inside = links.get("inside")
+    between = links.get("between") or inside
+    inside = inside or between
+    if inside is None:  # one rank: there is nothing to send
+        inside = between = {"bytes_per_second": rates["memory_bytes"], "latency": 0.0}
+    memory = found["memory_bytes"] * USABLE_SHARE / (1 if on_gpu else ranks_per_node)
+    return Cluster(
+        name=f"{nodes or found['nodes']} x {ranks_per_node} ranks, measured ({name})",
+        nodes=nodes or found["nodes"],
+        ranks_per_node=ranks_per_node,
+        memory=memory,
+        runtime=GPU_RUNTIME_BYTES if on_gpu else float(found["process_bytes"]),
+        reserves=on_gpu,
+        bf16_flops=rates["bf16_flops"],
+        fp32_flops=rates["fp32_flops"],
+        memory_bytes=rates["memory_bytes"],
+        call=rates["call"],
+        inside=Link(inside["bytes_per_second"], inside["latency"]),
+        between=Link(between["bytes_per_second"], between["latency"]),
+        workers=ranks_per_node if on_gpu else min(ranks_per_node, found["cores"]),
+        on_gpu=on_gpu,
+    )

@@ -1,0 +1,193 @@
+"""What is to be trained, as numbers: the frozen model, the modules that train, and the lengths of sequences.
+
+No torch here: a plan is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import streams_of, views_of
+from mome_dist.llm.shape import LLMShape
+from mome_dist.parallel.layout import Layout
+from mome_dist.speech.views import View
+
+BYTES = {"bf16": 2, "fp32": 4}
+FRAMES_PER_SECOND = {"audio": 50, "video": 25}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A typical utterance; give the longest that matters, since memory follows it.
+
+    Attributes:
+        seconds: of speech.
+        text_tokens, prompt_tokens: of the transcript and the prompt.
+    """
+
+    seconds: float = 6.0
+    text_tokens: int = 32
+    prompt_tokens: int = 12
+
+    def speech_tokens(self, view: View) -> int:
+        """Audio and video tokens of the clip in a view."""
+        rates = {"audio": view.audio_rate, "video": view.video_rate}
+        return sum(
+            max(int(self.seconds * FRAMES_PER_SECOND[stream]) // rate, 1) for stream, rate in rates.items() if rate
+        )
+
+    def length(self, view: View) -> int:
+        """Positions of the LLM's input: begin token, speech between its tags, prompt and text."""
+        tags = 2 * ((view.audio_rate is not None) + (view.video_rate is not None))
+        return 1 + tags + self.speech_tokens(view) + self.prompt_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job without its layout.
+
+    Attributes:
+        shape: of the frozen LLM.
+        precision: "bf16" or "fp32", of the frozen weights and of hidden states; what trains is fp32.
+        attention: "eager" or "sdpa".
+        placement: "mhsa", "ffn" or "layer".
+        experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules.
+        projector_parameters: of all streams together.
+        projector_values: that autograd keeps for a speech token in the projectors.
+        projectors_train: whether they have gradients and optimiser state.
+        lengths: positions of a sequence in each view.
+        labels: positions of a sequence that predict a label.
+        batch_size: utterances of a step.
+        views_per_step: views that a step trains on.
+        moments: fp32 running averages that the optimiser keeps of each parameter.
+        pad_heads: whether attention heads may be padded to a multiple of tp.
+    """
+
+    shape: LLMShape
+    precision: str
+    attention: str
+    placement: str
+    experts: int
+    top_k: int
+    shared: int
+    bottleneck: int
+    capacity_factor: float | None
+    projector_parameters: int
+    projector_values: int
+    projectors_train: bool
+    lengths: tuple[int, ...]
+    labels: int
+    batch_size: int
+    views_per_step: int
+    moments: int
+    pad_heads: bool
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a frozen weight and of a hidden value."""
+        return BYTES[self.precision]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert: two linear maps with biases."""
+        return 2 * self.bottleneck * self.shape.hidden_size + self.bottleneck + self.shape.hidden_size
+
+    @property
+    def units(self) -> int:
+        """Hidden units of all experts of a layer together."""
+        return (self.experts + self.shared) * self.bottleneck
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Of the whole LLM, input and output embeddings apart."""
+        shape = self.shape
+        return shape.layers * (shape.layer_parameters + 2 * shape.hidden_size) + shape.hidden_size * (
+            2 * shape.vocabulary + 1
+        )
+
+    @property
+    def trained_parameters(self) -> int:
+        """Of the whole model."""
+        mome = (self.experts + self.shared) * self.expert_parameters + self.experts * self.shape.hidden_size
+        return self.shape.layers * mome + self.projector_parameters * self.projectors_train
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a job.
+
+    Attributes:
+        layout: of the processes.
+        zero: DeepSpeed ZeRO stage.
+        dispatch: "alltoall", "gather" or "local".
+        accumulation: parts that a global batch is cut into (`data.accumulation`).
+    """
+
+    layout: Layout
+    zero: int
+    dispatch: str
+    accumulation: int
+
+    def utterances(self, job: Job) -> int:
+        """Utterances of a microbatch of one rank."""
+        return job.batch_size // (self.accumulation * self.layout.dp)
+
+    def microbatches(self, job: Job) -> int:
+        """Forward passes of a rank in a step."""
+        return job.views_per_step * self.accumulation
+
+    def name(self) -> str:
+        """In short, for tables and messages."""
+        layout = self.layout
+        parts = [f"tp{layout.tp} pp{layout.pp} dp{layout.dp} ep{layout.ep}", f"zero{self.zero}", self.dispatch]
+        parts += ["sp"] if layout.sequence_parallel else []
+        parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
+        return f"{' '.join(parts)}, accumulation {self.accumulation}"
+
+
+def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, int], on_gpu: bool) -> Job:
+    """The job that a configuration describes.
+
+    Args:
+        clip: a typical utterance.
+        widths: the encoders' feature widths by stream.
+        on_gpu: where it will run; it settles ``llm.attention=auto``.
+    """
+    mome, views = config.mome, views_of(config)
+    attention = config.llm.attention
+    if attention == "auto":
+        attention = "sdpa" if on_gpu else "eager"
+    return Job(
+        shape=shape,
+        precision=config.llm.precision,
+        attention=attention,
+        placement=mome.placement,
+        experts=mome.routed_experts,
+        top_k=mome.top_k,
+        shared=mome.shared_experts,
+        bottleneck=mome.bottleneck,
+        capacity_factor=mome.capacity_factor,
+        projector_parameters=_projector_parameters(config, shape.hidden_size, widths),
+        # The inputs of the two linear maps and of the norm.
+        projector_values=max(widths.values()) + config.projector.hidden_size + shape.hidden_size,
+        projectors_train=config.projector.trainable,
+        lengths=tuple(clip.length(view) for view in views),
+        labels=clip.text_tokens + 1,
+        batch_size=config.data.batch_size,
+        views_per_step=min(config.task.views_per_step or len(views), len(views)),
+        moments=2 if config.optimizer.name == "adamw" else 0,
+        pad_heads=config.llm.pad_heads,
+    )
+
+
+def _projector_parameters(config: RunConfig, hidden_size: int, widths: Mapping[str, int]) -> int:
+    """Linear, Linear, LayerNorm for each stream, or for each rate of each stream."""
+    wide, total = config.projector.hidden_size, 0
+    for stream in streams_of(config):
+        rates = {getattr(view, f"{stream}_rate") for view in views_of(config)} - {None}
+        for rate in sorted(rates) if config.projector.per_rate else [1]:
+            width = widths[stream] * (rate if config.projector.compression == "stack" else 1)
+            total += (width + 1) * wide + (wide + 1) * hidden_size + 2 * hidden_size
+    return total

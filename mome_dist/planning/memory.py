@@ -1,0 +1,203 @@
+"""What a rank keeps in memory, counted tensor by tensor from what the code keeps.
+
+Frozen weights have their own precision and nothing beside them. What trains is fp32: weights, gradients and, under
+ZeRO partitioned, a copy of the weights and the optimiser's moments. Activations are what autograd keeps of a layer
+until its backward pass; a pipeline stage keeps as many microbatches as are in flight in the 1F1B schedule (arXiv
+2104.04473): the first stage ``pp``, the last one 1. ``benchmarks/plan_layout.py`` compares the sums with real runs.
+
+Formulas use the names of the paper on activation recomputation (arXiv 2205.05198) where it has one: T tokens of a
+microbatch, H hidden size, F feed-forward width, S sequence length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mome_dist.llm.shape import LLMShape
+from mome_dist.planning.job import Candidate, Job
+
+FP32, INDEX = 4, 8  # bytes
+# Rows that each expert's group is padded by in the all-to-all dispatch, and its units by their alignment.
+ROW_PADDING, UNIT_ALIGNMENT = 1.06, 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment.
+
+    Attributes:
+        frozen: weights of the LLM.
+        trained: fp32 weights of MoME and projectors, with ZeRO's copy of this rank's partition.
+        gradients: of what trains.
+        moments: the optimiser's running averages.
+        activations: of the frozen layers, for all microbatches in flight.
+        experts: activations of the MoME modules, gathered weights and dispatched rows included.
+        logits: of label positions, on the last stage.
+        working: what one layer's backward pass, or the reduction of gradients, needs for a moment.
+        runtime: of the libraries and the device's context.
+    """
+
+    frozen: float
+    trained: float
+    gradients: float
+    moments: float
+    activations: float
+    experts: float
+    logits: float
+    working: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        """Bytes altogether."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by the name of the part."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, bucket: float = 0.0) -> Memory:
+    """Peak of a rank of pipeline stage ``stage``.
+
+    Args:
+        runtime: bytes that libraries and device context take before anything is built.
+        bucket: bytes that ZeRO reserves to reduce gradients; 0 where untouched memory is not occupied, as on a CPU.
+    """
+    layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
+    layers, last = layout.stages(shape.layers)[stage], stage == layout.pp - 1
+    shared, routed = _trained(job, candidate, stage, layers)
+    shared_share, routed_share = _shares(candidate)
+    partition = shared * shared_share + routed * routed_share
+    trained = FP32 * (shared + routed + (partition if candidate.zero else 0))
+    gradients = FP32 * (shared + routed)
+    moments = FP32 * job.moments * partition
+    tokens = _in_flight(job, candidate, stage)
+    longest = max(job.lengths) * candidate.utterances(job)
+    per_layer = sum(_layer_bytes(job, shape, candidate, length, count) for length, count in tokens)
+    one_layer = _layer_bytes(job, shape, candidate, max(job.lengths), longest)
+    experts = sum(_mome_bytes(job, candidate, count) for _, count in tokens)
+    one_mome = _mome_bytes(job, candidate, longest)
+    logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp if last else 0.0
+    inputs = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
+    if layout.recompute == "full":
+        # Only each layer's input is kept; one layer at a time is computed again.
+        activations, experts_kept = layers * inputs + one_layer, one_mome
+    else:
+        activations, experts_kept = layers * per_layer, layers * experts
+    # What came from the stage before, what went to the next, and both ends of the model.
+    activations += inputs * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
+    working = max(
+        logits * job.element_bytes,
+        _layer_working(job, shape, candidate, longest),
+        # The reduction of gradients comes when no activations are left: the peak only where nearly none were kept.
+        gradients / 2 + bucket - activations - experts_kept - logits * FP32,
+    )
+    return Memory(
+        frozen=frozen_bytes(job, candidate, stage),
+        trained=trained,
+        gradients=gradients,
+        moments=moments,
+        activations=activations,
+        experts=experts_kept,
+        logits=logits * FP32,
+        working=working,
+        runtime=runtime,
+    )
+
+
+def frozen_bytes(job: Job, candidate: Candidate, stage: int) -> float:
+    """Bytes of the LLM's weights on a rank: products are split over tensor-parallel ranks, norms are not."""
+    layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
+    bias = (shape.heads + 2 * shape.kv_heads) * shape.head_size * shape.qkv_bias
+    each = (shape.layer_parameters + bias) / layout.tp + 2 * shape.hidden_size
+    ends = (stage == 0) + (stage == layout.pp - 1)
+    table = shape.vocabulary * shape.hidden_size / layout.tp
+    final_norm = shape.hidden_size * (stage == layout.pp - 1)
+    return job.element_bytes * (layout.stages(shape.layers)[stage] * each + ends * table + final_norm)
+
+
+def _trained(job: Job, candidate: Candidate, stage: int, layers: int) -> tuple[float, float]:
+    """Trained parameters of a rank: those that all data-parallel ranks hold, and routed experts."""
+    router = job.experts * job.shape.hidden_size
+    shared = layers * (router + job.shared * job.expert_parameters)
+    shared += job.projector_parameters * (stage == 0 and job.projectors_train)
+    return shared, layers * job.experts * job.expert_parameters / candidate.layout.ep
+
+
+def _shares(candidate: Candidate) -> tuple[float, float]:
+    """The part of the optimiser state of shared parameters and of experts that a rank keeps."""
+    if not candidate.zero:
+        return 1.0, 1.0
+    layout = candidate.layout
+    return 1 / layout.dp, layout.ep / layout.dp
+
+
+def _in_flight(job: Job, candidate: Candidate, stage: int) -> list[tuple[int, int]]:
+    """(sequence length, tokens) of the microbatches that a stage keeps at its fullest moment.
+
+    Microbatches come view by view; any run of consecutive ones may be in flight together. The views of a step may be
+    any, so the longest are taken.
+    """
+    each, count = candidate.utterances(job), candidate.microbatches(job)
+    window = min(candidate.layout.pp - stage, count)
+    longest_first = sorted(job.lengths, reverse=True)
+    # A view's chunks follow each other.
+    run = [longest_first[min(i // candidate.accumulation, len(longest_first) - 1)] for i in range(window)]
+    return [(length, length * each) for length in run]
+
+
+def _sequence_share(candidate: Candidate) -> int:
+    """Ranks over which the hidden states between products are split."""
+    return candidate.layout.tp if candidate.layout.sequence_parallel else 1
+
+
+def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, tokens: int) -> float:
+    """What autograd keeps of one frozen layer. Frozen products keep nothing: no gradient of their weights is needed."""
+    e, tp = job.element_bytes, candidate.layout.tp
+    heads, kv_heads, d = shape.heads / tp, shape.kv_heads / tp, shape.head_size
+    norms = 2 * tokens * shape.hidden_size * FP32 / _sequence_share(candidate)  # their scaled inputs, fp32
+    values = tokens * (heads + 2 * kv_heads) * d * e  # a view of them keeps the whole of queries, keys and values
+    turned = tokens * (heads + kv_heads) * d * e  # queries and keys after rotation
+    scores: float = tokens * length * heads * (FP32 + (e if e < FP32 else 0))  # softmax, and its copy for the product
+    if job.attention == "sdpa":
+        scores = tokens * heads * (d * e + FP32)  # output and log-sum
+    if candidate.layout.recompute == "selective":
+        scores = 0.0
+    gated = 4 * tokens * shape.ffn_size / tp * e  # both halves of the first product, the activated one, the other
+    return norms + values + turned + scores + gated
+
+
+def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
+    """What autograd keeps of one MoME module."""
+    e, hidden = job.element_bytes, job.shape.hidden_size
+    tokens_here = tokens / _sequence_share(candidate)
+    inputs = tokens_here * hidden * (e + (FP32 if e < FP32 else 0))  # and their fp32 copy for the router
+    router = tokens_here * (3 * job.experts * FP32 + job.top_k * (INDEX + FP32))
+    if candidate.dispatch == "alltoall":
+        kept = min(1.0, job.capacity_factor or 1.0) * job.top_k * ROW_PADDING * tokens_here
+        width = -(-(job.bottleneck + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+        rows = kept * (hidden + 3 * width) * e + 2 * kept * INDEX
+        weights = 2 * job.experts / candidate.layout.ep * width * hidden * e
+        own = job.shared * job.bottleneck
+        shared = tokens_here * (4 * own + job.shared) * e + 2 * own * hidden * e
+        return inputs + router + rows + weights + shared
+    # Units before and after the activation, their gates, and their products; down- and up-projection in one piece.
+    units = tokens_here * (4 * job.units + job.experts + job.shared) * e
+    return inputs + router + units + (2 * job.units + job.experts + job.shared) * hidden * e
+
+
+def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int) -> float:
+    """Gradients inside the backward pass of one layer, beside what is kept of it."""
+    e, tp, hidden = job.element_bytes, candidate.layout.tp, shape.hidden_size
+    feed_forward = tokens * (4 * shape.ffn_size / tp + 2 * hidden) * e
+    attention = 3 * tokens * max(job.lengths) * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
+    experts = tokens * (3 * job.units * e + 2 * hidden * FP32) if candidate.dispatch != "alltoall" else 0.0
+    return max(feed_forward, attention, experts)
+
+
+def _end_bytes(job: Job, candidate: Candidate, tokens: list[tuple[int, int]], first: bool, last: bool) -> float:
+    """The projectors, as if all positions were speech, and the final norm."""
+    positions = sum(count for _, count in tokens)
+    projectors = positions * job.projector_values * FP32 * (first and job.projectors_train)
+    return projectors + positions * job.shape.hidden_size * FP32 * last / _sequence_share(candidate)

@@ -1,0 +1,212 @@
+"""How long a step takes, from operations, bytes and calls at the rates of a cluster.
+
+Nothing is assumed to overlap but gathered weights, which travel beside the frozen layer. Frozen products run twice
+(forward, and the gradient of their input); a third time where a layer is computed again. The pipeline fills and empties
+once a step (1F1B, arXiv 2104.04473). The constants are counted from the code: how many bytes an operation on every
+value reads and writes, how many operations a layer calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
+
+from mome_dist.llm.shape import LLMShape
+from mome_dist.planning.experts import expert_seconds
+from mome_dist.planning.hardware import Cluster, Link
+from mome_dist.planning.job import Candidate, Job
+
+FP32 = 4
+# Bytes read and written for each value of ``element_bytes`` = 2, forward and backward, and the forward part of them: of
+# the two norms and the residual sums (per hidden value), of the gated activation (per feed-forward unit), of rotation
+# and copies (per value of queries and keys), of explicit attention (per score), of the cross-entropy (per logit).
+NORM_BYTES, GATE_BYTES, ROTATION_BYTES, SCORE_BYTES, LOGIT_BYTES = 210, 48, 60, 78, 44
+FORWARD_SHARE = 0.4
+LAYER_CALLS, STEP_CALLS = 150, 600  # operations of a frozen layer, forward and backward; of a microbatch besides
+# Bytes that clipping and AdamW read and write for a parameter; operations for a tensor that is reduced and stepped.
+OPTIMIZER_BYTES, TENSOR_CALLS = 52, 12
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they go to.
+
+    Attributes:
+        products: matrix products of the frozen layers and the output layer, on the slowest stage.
+        passes: their operations on every value, and calls.
+        experts: MoME modules, dispatch included.
+        tensor_links: collectives of tensor parallelism.
+        waiting: the pipeline's bubble and transfers, and for a core where processes share cores.
+        reduction: of gradients over ranks.
+        optimizer: clipping and the step, with what ZeRO gathers.
+    """
+
+    products: float
+    passes: float
+    experts: float
+    tensor_links: float
+    waiting: float
+    reduction: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds altogether."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by the name of the part."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of one microbatch on one stage, forward and backward."""
+
+    products: float
+    passes: float
+    experts: float
+    links: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.passes + self.experts + self.links
+
+    @property
+    def busy(self) -> float:
+        """Without waiting for others."""
+        return self.products + self.passes + self.experts
+
+
+def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
+    """The predicted step of a job on a cluster."""
+    passes = _schedule(job, replace(candidate, zero=0), cluster)
+    reduction, optimizer = _after_backward(job, candidate, cluster)
+    return replace(passes, reduction=reduction, optimizer=optimizer)
+
+
+@lru_cache(maxsize=8)  # a search asks for the same passes with every ZeRO stage
+def _schedule(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
+    """Forward and backward passes of all microbatches."""
+    layout, count = candidate.layout, candidate.microbatches(job)
+    distinct = sorted({0, layout.pp - 1, layout.pp // 2})
+    stages = [_mean(job, partial(_pass, job, candidate, cluster, at)) for at in distinct]
+    slowest = max(stages, key=lambda stage: stage.total)
+    # Stages between the ends are alike.
+    weights = [1, layout.pp - 2, 1] if layout.pp > 2 else [1] * layout.pp
+    busy = sum(w * s.busy for w, s in zip(weights, _in_order(stages, layout.pp), strict=True)) / layout.pp
+    bubble = (layout.pp - 1) * slowest.total
+    if layout.pp > 1:
+        span = layout.tp * layout.dp * 2  # this stage and the next
+        hidden = _mean_tokens(job, candidate) * job.shape.hidden_size * job.element_bytes
+        link = cluster.link(span)
+        transfer = hidden / (layout.tp if layout.sequence_parallel else 1) / link.bytes_per_second + link.latency
+        bubble += 2 * (count + layout.pp - 1) * transfer
+    schedule = count * slowest.total + bubble
+    shared_cores = count * busy * cluster.ranks_per_node / cluster.workers
+    return StepTime(
+        products=count * slowest.products,
+        passes=count * slowest.passes,
+        experts=count * slowest.experts,
+        tensor_links=count * slowest.links,
+        waiting=max(schedule, shared_cores) - count * slowest.total,
+        reduction=0.0,
+        optimizer=0.0,
+    )
+
+
+def _in_order(stages: list[_Pass], pp: int) -> list[_Pass]:
+    """First, middle and last stage from the distinct ones (of two stages the middle is the last)."""
+    return stages if pp > 2 else stages[:pp]
+
+
+def _mean(job: Job, of_length: Callable[[int], _Pass]) -> _Pass:
+    """Mean over the views, which a step draws alike."""
+    each = [of_length(length) for length in job.lengths]
+    return _Pass(*(sum(getattr(one, f.name) for one in each) / len(each) for f in fields(_Pass)))
+
+
+def _mean_tokens(job: Job, candidate: Candidate) -> float:
+    return sum(job.lengths) / len(job.lengths) * candidate.utterances(job)
+
+
+def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: int) -> _Pass:
+    layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
+    layers, tokens = layout.stages(shape.layers)[stage], length * candidate.utterances(job)
+    flops, moved, links = _layer(job, shape, candidate, cluster, length, tokens)
+    experts = layers * expert_seconds(job, candidate, cluster, tokens)
+    again = 1 + FORWARD_SHARE if layout.recompute == "full" else 1.0
+    products, bytes_moved, calls = layers * flops, layers * moved * again, layers * LAYER_CALLS * again
+    if layout.recompute == "full":
+        products, experts = products * 1.5, experts * (1 + 1 / 3)
+    links *= layers
+    if stage == layout.pp - 1:
+        logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp
+        products += 2 * 2 * logits * shape.hidden_size
+        bytes_moved += LOGIT_BYTES * logits
+    if stage == 0:
+        products += 6 * job.projector_parameters * tokens / len(job.lengths)
+    passes = bytes_moved / cluster.memory_bytes + (calls + STEP_CALLS) * cluster.call
+    return _Pass(products / cluster.flops(job.precision), passes, experts, links)
+
+
+def _layer(
+    job: Job, shape: LLMShape, candidate: Candidate, cluster: Cluster, length: int, tokens: float
+) -> tuple[float, float, float]:
+    """FLOP and bytes moved of one frozen layer, and the seconds of its collectives; forward and backward."""
+    layout, hidden = candidate.layout, shape.hidden_size
+    wide = job.element_bytes / 2
+    attention = 12 * tokens * length * shape.heads * shape.head_size / layout.tp
+    if job.attention == "sdpa":
+        attention /= 2  # causal kernels leave out the upper half
+    if layout.recompute == "selective":
+        attention *= 4 / 3
+    flops = 4 * tokens * shape.layer_parameters / layout.tp + attention
+    split = layout.tp if layout.sequence_parallel else 1
+    scores = tokens * length * shape.heads / layout.tp if job.attention == "eager" else 0.0
+    if layout.recompute == "selective":
+        scores *= 1 + FORWARD_SHARE
+    turned = tokens * (shape.heads + shape.kv_heads) * shape.head_size / layout.tp
+    moved = (
+        NORM_BYTES * tokens * hidden / split
+        + wide * (GATE_BYTES * tokens * shape.ffn_size / layout.tp + ROTATION_BYTES * turned)
+        + SCORE_BYTES * scores
+    )
+    # Two sums over tensor-parallel ranks forward, two backward; split sequences gather and scatter the same bytes.
+    sums = 6 if layout.recompute == "full" else 4
+    link = cluster.link(layout.tp)
+    return flops, moved, sums * all_reduce(tokens * hidden * job.element_bytes, layout.tp, link)
+
+
+def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of the reduction of gradients, and of the optimiser with what ZeRO gathers; the largest stage's."""
+    layout, hidden = candidate.layout, job.shape.hidden_size
+    layers = max(layout.stages(job.shape.layers))
+    shared = layers * (job.experts * hidden + job.shared * job.expert_parameters)
+    shared += job.projector_parameters * job.projectors_train
+    routed = layers * job.experts / layout.ep * job.expert_parameters
+    copies = layout.dp // layout.ep
+    link = cluster.link(layout.tp * layout.dp)
+    tensors = layers * (4 * job.experts / layout.ep + 5)
+    reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)
+    reduction += tensors * TENSOR_CALLS * cluster.call
+    if layout.sequence_parallel:
+        reduction += all_reduce(FP32 * (shared + routed), layout.tp, cluster.link(layout.tp))
+    held = shared / layout.dp + routed / copies if candidate.zero else shared + routed
+    optimizer = OPTIMIZER_BYTES * held / cluster.memory_bytes + tensors * TENSOR_CALLS * cluster.call
+    if candidate.zero:
+        optimizer += _one_way(FP32 * shared, layout.dp, link) + _one_way(FP32 * routed, copies, link)
+    return reduction, optimizer
+
+
+def all_reduce(size: float, ranks: int, link: Link) -> float:
+    """Seconds of a sum of ``size`` bytes over ranks: every byte is scattered and gathered once."""
+    return 2 * _one_way(size, ranks, link)
+
+
+def _one_way(size: float, ranks: int, link: Link) -> float:
+    if ranks == 1:
+        return 0.0
+    return size * (ranks - 1) / ranks / link.bytes_per_second + link.latency * math.ceil(math.log2(ranks))

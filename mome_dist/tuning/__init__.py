@@ -1,0 +1,1 @@
+"""Finding the DeepSpeed settings that make a job's steps shortest, by running it."""

@@ -1,0 +1,89 @@
+"""The command line of the tuner."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from mome_dist.config.load import load_config, resolve_deepspeed_file
+from mome_dist.config.validate import check_values, layout_of, validate
+from mome_dist.errors import UserError
+from mome_dist.evaluation.style import save_figure
+from mome_dist.files import write_json
+from mome_dist.planning.command import cluster_of, job_of_options
+from mome_dist.planning.hardware import cluster_of_gpus
+from mome_dist.tuning.report import figure_of, record_of, table_of
+from mome_dist.tuning.search import Measured, tune
+from mome_dist.tuning.space import Trial, hand_picked, neighbours, read_trials, refusal
+from mome_dist.tuning.trial import ForkedRunner, LaunchedRunner, Runner
+
+WIDTH = 140  # columns where there is no terminal to ask
+
+
+def tune_command(options: argparse.Namespace, scratch: Path) -> None:
+    """Search, print the table, write the best settings, the figure and everything measured.
+
+    Raises:
+        UserError: for a wrong configuration, or if no trial ran.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=WIDTH, highlight=False)
+    config = load_config(options.overrides)
+    base = tuple(options.overrides)
+    runner: Runner
+    if options.shrink:
+        from mome_dist.verification.probe import write_random_llama
+
+        check_values(config)
+        layout_of(config, options.nproc)
+        llm = write_random_llama(scratch / "llm")
+        runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)
+        options.llm = str(llm)
+    else:
+        validate(config, options.nproc)
+        runner = LaunchedRunner(base, options.nproc, options.steps, options.timeout)
+    cluster = cluster_of(options) if options.gpu or options.measured else None
+    job = job_of_options(options, config, cluster or cluster_of_gpus("h100", 1, options.nproc))
+    own = Trial(_own_settings(config.deepspeed.file, resolve_deepspeed_file(config)), {}, True)
+    picked = [own, *hand_picked(config.data.accumulation)]
+    picked += read_trials(options.trials) if options.trials else []
+    with console.status("starting") as status:
+
+        def tell(one: Measured) -> None:
+            said = one.failure or f"{one.median:.4f} s a step"
+            console.print(f"  {one.trial.name}: {'not run: ' * one.pruned}{said}", soft_wrap=True)
+            status.update("measuring")
+
+        found = tune(
+            picked,
+            runner,
+            lambda trial: refusal(trial, base, options.nproc, job, cluster),
+            lambda best: neighbours(best, config, options.nproc, options.capacity_factors),
+            options.rounds,
+            options.most,
+            tell,
+        )
+    if found is None:
+        raise UserError("no trial ran to its end: run the job itself to see why (the lines above say what each met).")
+    console.print(table_of(found))
+    folder = options.out
+    write_json(folder / "tuning.json", record_of(found))
+    save_figure(figure_of(found), folder / "tuning.png")
+    write_json(options.write or folder / "best.json", found.best.trial.deepspeed)
+    console.print(f"best: {found.best.trial.name}, {found.best.final_median:.4f} s a step in the last round")
+    if found.best_hand_picked is not None and found.best_hand_picked is not found.best:
+        other = found.best_hand_picked
+        console.print(f"best hand-picked: {other.trial.name}, {other.final_median:.4f} s in the same round")
+    file = options.write or folder / "best.json"
+    console.print(f"use it with: deepspeed.file={file} {' '.join(found.best.trial.arguments())}", soft_wrap=True)
+
+
+def _own_settings(name: str, path: Path) -> dict[str, object]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.file={name!r}: {path} cannot be read ({error}).") from error

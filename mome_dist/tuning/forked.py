@@ -1,0 +1,46 @@
+"""Steps of a small random model on the layout of a job, timed; what a rank of `ForkedRunner` runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import layout_of
+from mome_dist.parallel.build import build_distributed
+from mome_dist.parallel.initialize import current_device, parallel_world
+from mome_dist.training.engine import Engine
+from mome_dist.training.step import forward_backward
+from mome_dist.verification.probe import Probe, small_modules
+
+TIMEOUT_SECONDS = 60
+
+
+def timed_steps(config: RunConfig, llm: Path, deepspeed_file: Path, steps: int) -> list[float]:
+    """Seconds of each step, of the slowest rank.
+
+    Args:
+        llm: directory of a small random LLM.
+    """
+    config = small_modules(config, llm)
+    layout = layout_of(config, int(os.environ["WORLD_SIZE"]))
+    dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)
+    probe, seconds = Probe(config, steps), []
+    with parallel_world(layout, config.seed, TIMEOUT_SECONDS) as at:
+        model = build_distributed(config, layout, probe.widths, dispatch, current_device()).train()
+        engine = Engine(model.trainable_modules(), config.optimizer, deepspeed_file, layout.sequence_parallel)
+        for number in range(steps):
+            step = probe.step(number, at.dp, layout)
+            dist.barrier()
+            began = time.perf_counter()
+            with engine.accumulate():
+                forward_backward(model, step)
+            engine.step(config.optimizer.learning_rate)
+            elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+            seconds.append(float(elapsed))
+    return seconds

@@ -1,0 +1,218 @@
+"""The planner's arithmetic against closed forms and against what is built; the files it writes are read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mome_dist.config import load_config
+from mome_dist.config.schema import ParallelConfig
+from mome_dist.errors import UserError
+from mome_dist.llm.shape import LLMShape
+from mome_dist.parallel.layout import Layout
+from mome_dist.planning.hardware import GPUS, Link, cluster_of_gpus, measured_cluster
+from mome_dist.planning.job import Candidate, Clip, Job, job_of
+from mome_dist.planning.llms import LLMS, find_shape
+from mome_dist.planning.memory import memory
+from mome_dist.planning.search import predict, search
+from mome_dist.planning.speed import all_reduce, step_time
+from mome_dist.planning.write import write_deepspeed, write_parallel
+from mome_dist.speech.views import View
+from tools import plan_layout
+
+WIDTHS = {"audio": 384, "video": 128}
+NODE = cluster_of_gpus("h100", 1, 8)
+
+
+def _job(llm: str = "llama-3.1-8b", **changes: object) -> Job:
+    config = load_config(["mome.routed_experts=24", "data.batch_size=64"])
+    return replace(job_of(config, find_shape(llm), Clip(), WIDTHS, on_gpu=True), **changes)  # type: ignore[arg-type]
+
+
+def _candidate(
+    world: int = 8, zero: int = 1, dispatch: str = "gather", accumulation: int = 1, **axes: int
+) -> Candidate:
+    return Candidate(Layout.for_world(world, **axes), zero, dispatch, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    # As the models' cards say, output embeddings that are tied to the input counted once.
+    [("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6), ("llama-3.1-405b", 405.9), ("llama-2-7b", 6.74)],
+)
+def test_sizes_of_well_known_models(name: str, billions: float) -> None:
+    assert _job(name).frozen_parameters / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_frozen_weights_take_two_bytes_and_no_optimiser_state() -> None:
+    job = _job()
+    need = memory(job, _candidate(), 0)
+    assert need.frozen == 2 * job.frozen_parameters
+    # AdamW in fp32 over what trains, and over nothing else: experts divided over all eight ranks.
+    local = job.trained_parameters - 32 * 24 * job.expert_parameters * 7 / 8
+    need = memory(job, _candidate(zero=0, ep=8), 0)
+    assert (need.trained, need.gradients, need.moments) == (4 * local, 4 * local, 8 * local)
+
+
+def test_zero_divides_the_optimiser_state_over_the_ranks_that_hold_the_same() -> None:
+    job = _job(projectors_train=False)
+    experts = 32 * 24 * job.expert_parameters
+    shared = job.trained_parameters - experts
+    need = memory(job, _candidate(ep=4), 0)
+    held = shared / 8 + experts / 4 / 2  # four ranks share the experts, two have the same ones
+    assert need.moments == pytest.approx(8 * held)
+    assert need.trained == pytest.approx(4 * (shared + experts / 4) + 4 * held)
+
+
+def test_a_stage_keeps_the_microbatches_in_flight() -> None:
+    job = _job(lengths=(100,), views_per_step=1)
+    candidate = _candidate(world=4, pp=4, dispatch="local", accumulation=8)
+    kept = [memory(job, candidate, stage).experts for stage in range(4)]
+    assert kept == pytest.approx([kept[3] * n for n in (4, 3, 2, 1)])
+    few = memory(job, replace(candidate, accumulation=2), 0).experts  # two microbatches, of four times the clips
+    assert few == pytest.approx(2 * memory(job, replace(candidate, accumulation=2), 3).experts)
+
+
+def test_recomputation_and_sequence_parallelism_keep_less() -> None:
+    job = _job(attention="eager")
+    whole, selective, full = (
+        memory(job, Candidate(Layout.for_world(8, tp=2, recompute=way), 1, "local", 1), 0).total
+        for way in ("none", "selective", "full")
+    )
+    split = memory(job, Candidate(Layout.for_world(8, tp=2, sequence_parallel=True), 1, "local", 1), 0).total
+    assert full < selective < whole and split < whole
+
+
+def test_tensor_parallelism_divides_products_and_nothing_else() -> None:
+    job = _job("llama-3.1-70b")
+    one, eight = (memory(job, _candidate(tp=tp, dispatch="local"), 0).frozen for tp in (1, 8))
+    norms = 2 * 8192 * (2 * 80 + 1)
+    assert eight - norms == pytest.approx((one - norms) / 8)
+
+
+def test_all_reduce_is_a_scatter_and_a_gather() -> None:
+    link = Link(1e9, 1e-6)
+    assert all_reduce(4e9, 4, link) == pytest.approx(2 * (3 + 2e-6))
+    assert all_reduce(4e9, 1, link) == 0
+
+
+def test_more_microbatches_fill_the_pipeline() -> None:
+    job = _job(lengths=(400,), views_per_step=1)
+    waits = []
+    for accumulation in (1, 4, 16):
+        time = step_time(job, _candidate(world=4, pp=4, dispatch="local", accumulation=accumulation), NODE)
+        waits.append(time.waiting / time.total)
+    assert waits[0] > waits[1] > waits[2]
+
+
+def test_processes_that_share_cores_wait_for_them() -> None:
+    job, candidate = _job(), _candidate(dispatch="local")
+    own, shared = (step_time(job, candidate, replace(NODE, workers=workers)) for workers in (8, 4))
+    # Half of the ranks compute while the others wait.
+    assert own.waiting == 0
+    assert shared.waiting == pytest.approx(shared.products + shared.passes + shared.experts)
+
+
+def test_the_search_finds_what_fits_and_says_why_others_do_not() -> None:
+    found = search(_job("llama-3.1-70b"), NODE)
+    assert all(plan.memory.total <= NODE.memory for plan in found.plans)
+    assert [plan.time.total for plan in found.plans] == sorted(plan.time.total for plan in found.plans)
+    assert found.plans[0].candidate.layout.tp * found.plans[0].candidate.layout.pp > 1, "141 GB do not fit one GPU"
+    reasons = [rejection.reason for rejection in found.rejections]
+    assert any("may use" in reason for reason in reasons)
+    best = found.plans[0]
+    assert predict(_job("llama-3.1-70b"), best.candidate, NODE) == best
+
+
+def test_layouts_that_the_model_refuses_are_named() -> None:
+    reasons = {r.reason for r in search(_job("qwen2.5-0.5b"), NODE).rejections}
+    assert any(reason.startswith("parallel.tp=8 does not divide the LLM's 14 attention heads") for reason in reasons)
+    assert any("does not divide mome.routed_experts" in r.reason for r in search(_job(experts=23), NODE).rejections)
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(UserError, match=r"no layout of 1 x 8 H100 .* fits: needs more than the 73.6 GB"):
+        search(_job("llama-3.1-405b"), NODE)
+
+
+def test_written_files_are_those_that_runs_read(tmp_path: Path) -> None:
+    candidate = Candidate(Layout.for_world(16, 2, 2, 4, sequence_parallel=True, recompute="full"), 2, "gather", 4)
+    write_parallel(candidate, tmp_path / "planned.yaml", "A plan.")
+    text = (tmp_path / "planned.yaml").read_text()
+    assert all("# " in line for line in text.splitlines()), "every key is commented"
+    merged = OmegaConf.merge(OmegaConf.structured(ParallelConfig), OmegaConf.load(tmp_path / "planned.yaml"))
+    assert OmegaConf.to_object(merged) == ParallelConfig(
+        tp=2, pp=2, ep=4, sequence_parallel=True, recompute="full", timeout_seconds=600
+    )
+    write_deepspeed(candidate, tmp_path / "planned.json")
+    assert json.loads((tmp_path / "planned.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_json_output_and_files_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--gpu", "a100-80gb", "--llm", "llama-3.1-8b", "--json", "--top", "3", "mome.routed_experts=8"]
+    files = ["--write-parallel", str(tmp_path / "p.yaml"), "--write-deepspeed", str(tmp_path / "d.json")]
+    assert plan_layout.main([*words, *files, "data.batch_size=32"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["plans"]) == 3 and record["cluster"]["ranks_per_node"] == 8
+    best = record["plans"][0]
+    assert json.loads((tmp_path / "d.json").read_text()) == best["deepspeed"]
+    assert sum(value for name, value in best["seconds"].items() if name != "total") == pytest.approx(
+        best["seconds"]["total"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name the machine"),
+        (["--gpu", "voodoo"], "known are"),
+        (["--gpu", "h100", "--nodes", "0"], "--nodes 0"),
+        (["--gpu", "h100", "--llm", "gpt-5"], "neither a directory"),
+        (["--measured", "missing.json"], "missing.json"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_layout.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_measurement_for_other_sizes(tmp_path: Path) -> None:
+    link = {"bytes_per_second": 1e9, "latency": 1e-4}
+    record = {
+        "device": "cpu",
+        "nodes": 2,
+        "ranks_per_node": 2,
+        "cores": 2,
+        "memory_bytes": 20e9,
+        "process_bytes": 5e8,
+        "rates": {"bf16_flops": 1e11, "fp32_flops": 5e10, "memory_bytes": 1e10, "call": 1e-6},
+        "links": {"inside": link},
+    }
+    (tmp_path / "cluster.json").write_text(json.dumps(record))
+    cluster = measured_cluster(tmp_path / "cluster.json", 1, 4)
+    assert (cluster.ranks, cluster.workers) == (4, 2)
+    assert cluster.between == cluster.inside == Link(1e9, 1e-4)
+    assert cluster.memory == pytest.approx(20e9 * 0.92 / 4)
+
+
+def test_clips_have_the_lengths_of_real_sequences() -> None:
+    clip = Clip(seconds=4.0, text_tokens=10, prompt_tokens=5)
+    assert clip.length(View("avsr", 4, 2)) == 1 + 4 + 50 + 50 + 5 + 10
+    assert clip.length(View("vsr", None, 5)) == 1 + 2 + 20 + 5 + 10
+
+
+def test_tables_are_complete() -> None:
+    assert all(gpu.bf16_flops > gpu.fp32_flops and gpu.inside >= gpu.between for gpu in GPUS.values())
+    for shape in LLMS.values():
+        assert isinstance(shape, LLMShape) and shape.heads % shape.kv_heads == 0
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import mome_dist.planning.command, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
