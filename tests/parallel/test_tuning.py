@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ SMALL = ["task.tasks=[asr]", "task.asr_audio_rates=[4]", "data.batch_size=8"]
 
 @pytest.mark.parallel
 def test_a_search_with_trials_that_fail(tmp_path: Path) -> None:
-    trials = [
+    trials: list[dict[str, Any]] = [
         # More elements than any machine has memory for, and a word where a number belongs.
         {"deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**13}}},
         {"deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}}},

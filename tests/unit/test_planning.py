@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -36,7 +37,7 @@ def _job(llm: str = "llama-3.1-8b", **changes: object) -> Job:
 
 
 def _candidate(
-    world: int = 8, zero: int = 1, dispatch: str = "gather", accumulation: int = 1, **axes: int
+    world: int = 8, zero: int = 1, dispatch: str = "gather", accumulation: int = 1, **axes: Any
 ) -> Candidate:
     return Candidate(Layout.for_world(world, **axes), zero, dispatch, accumulation)
 
