@@ -146,7 +146,9 @@ def _run(
                 metrics.skipped(done, ids)
                 _report_skip(result, number, ids, skipped, settings.max_skipped_steps, console)
             last = done == settings.steps
-            saving = last or found.stop or (settings.save_every > 0 and done % settings.save_every == 0)
+            # Not after a skipped step: if more follow and the run stops, what is wrong can be mended and trained on.
+            due = found.finite and settings.save_every > 0 and done % settings.save_every == 0
+            saving = last or found.stop or due
             if done % ROUTING_EVERY == 0 or saving:
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
