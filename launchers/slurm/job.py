@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.slurm.commands import hostnames, show_job
+from launchers.slurm.commands import hostnames, queue_state
 from mome_dist.errors import UserError
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range that kernels hand out to clients
@@ -79,8 +79,7 @@ class Job:
                 other = owner.read_text(encoding="utf-8")
             if other == self.id:
                 return
-            state = show_job(other).get("JobState", "") if other else ""
-            if state in ("RUNNING", "PENDING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
+            if state := queue_state(other) if other else "":
                 raise UserError(
                     f"job {other} ({state.lower()}) writes into {run}: cancel it with `scancel {other}`, or give "
                     "another output_dir."

@@ -33,7 +33,7 @@ def one_process(desk: Desk) -> list[float]:
 
 def start(desk: Desk, name: str, command: list[str], *more: str) -> Job:
     """Run a documented command that submits one training."""
-    told = desk.run([*command, *desk.small(name, *more), "parallel.tp=2"]).stdout
+    told = desk.run([*command, *desk.small(name, *more)]).stdout
     found = re.search(r"job (\d+)", told)
     assert found, told
     return Job(desk, found[1], desk.folder / "runs" / name)
