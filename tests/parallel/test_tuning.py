@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["task.tasks=[asr]", "task.asr_audio_rates=[4]", "data.batch_size=8"]
+SMALL = ["task.tasks=[asr]", "task.asr_audio_rates=[4]", "task.views_per_step=null", "data.batch_size=8"]
 
 
 @pytest.mark.parallel
