@@ -15,7 +15,7 @@ from mome_dist.files import write_json
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.layout import Layout
-from mome_dist.planning.hardware import measured_cluster
+from mome_dist.planning.hardware import CPU_KERNEL_BYTES, measured_cluster
 from mome_dist.planning.job import Candidate, Clip, job_of
 from mome_dist.planning.memory import Memory, memory
 from mome_dist.planning.speed import step_time
@@ -99,7 +99,7 @@ def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, 
                 "processes": world,
                 "seconds": seconds,
                 "predicted seconds": predicted.parts() | {"total": predicted.total},
-                "stages": [_stage(ranks, memory(job, candidate, at), candidate, at) for at in stages],
+                "stages": [_stage(ranks, memory(job, candidate, at, CPU_KERNEL_BYTES), candidate, at) for at in stages],
             }
         )
         print(figures[-1], flush=True)

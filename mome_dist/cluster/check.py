@@ -48,7 +48,7 @@ def check_cluster(shared: Path, limits: Limits, timeout_seconds: int, say: Calla
 
     Returns:
         JSON-serialisable: ``ranks`` (reports), ``nodes``, ``ranks_per_node``, ``device``, ``cores``, ``memory_bytes``,
-        ``process_bytes``, ``rates`` (the slowest rank's), ``links`` and ``problems`` (sentences; empty if all is well).
+        ``rates`` (the slowest rank's), ``links`` and ``problems`` (sentences; empty if all is well).
     """
     with open_world(timeout_seconds) as world:
         report = describe_rank(world.device)
@@ -69,7 +69,6 @@ def check_cluster(shared: Path, limits: Limits, timeout_seconds: int, say: Calla
         "ranks_per_node": max(map(len, by_node.values())),
         "cores": min(each["hardware"]["cores"] for each in reports),
         "memory_bytes": min(each["memory_bytes"] for each in reports),
-        "process_bytes": max(each["process_bytes"] for each in reports),
         "rates": {
             name: (max if name == "call" else min)(each["rates"][name] for each in reports) for name in first["rates"]
         },

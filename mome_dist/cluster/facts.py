@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -48,7 +47,6 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
         "code": str(Path(mome_dist.__file__).parent),
         "executable": sys.executable,
         "memory_bytes": memory,
-        "process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

@@ -19,6 +19,10 @@ INSIDE_LATENCY, BETWEEN_LATENCY = 10e-6, 25e-6  # seconds of a collective of not
 KERNEL_CALL = 6e-6  # seconds from Python to a kernel
 # Of a GPU's memory: context, libraries and NCCL's buffers; and the share that fragmentation may waste.
 GPU_RUNTIME_BYTES, USABLE_SHARE = 3.0e9, 0.92
+# Of a process on a CPU, beyond what it occupies with a model of nothing: kernels compiled for the model's shapes, heaps
+# that are partly used. The one constant of the memory model that was fitted, to a run of benchmarks.plan_layout.
+CPU_KERNEL_BYTES = 18e6
+CPU_PROCESS_BYTES = 0.5e9  # Python, torch, Megatron-Core, DeepSpeed and process groups, as that benchmark found them
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_pe
         nodes=nodes or found["nodes"],
         ranks_per_node=ranks_per_node,
         memory=memory,
-        runtime=GPU_RUNTIME_BYTES if on_gpu else float(found["process_bytes"]),
+        runtime=GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES,
         reserves=on_gpu,
         bf16_flops=rates["bf16_flops"],
         fp32_flops=rates["fp32_flops"],

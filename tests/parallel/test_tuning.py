@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from mome_dist.tuning.space import Trial, zero_settings
+from mome_dist.tuning.trial import LaunchedRunner
+from tests.parallel.runs import Lab
+
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["task.views_per_step=null", "task.tasks=[asr]", "task.asr_audio_rates=[4]", "data.batch_size=8"]
+SMALL = ["task.tasks=[asr]", "task.asr_audio_rates=[4]", "task.views_per_step=null", "data.batch_size=8"]
 
 
 @pytest.mark.parallel
@@ -47,3 +51,16 @@ def test_a_search_with_trials_that_fail(tmp_path: Path) -> None:
     assert hand_picked["median"] == min(trial["median"] for trial in ran.values() if trial["hand_picked"])
     assert json.loads((tmp_path / "out/best.json").read_text()) == best["deepspeed"]
     assert (tmp_path / "out/tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parallel
+def test_trials_as_jobs_of_their_own(tiny_corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab.make(tiny_corpus_dir, tmp_path)
+    overrides = [each for each in lab.overrides(tmp_path) if not each.startswith(("output_dir", "training."))]
+    monkeypatch.setenv("MOME_DIST_CACHE", str(lab.cache))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(ROOT)
+    runner = LaunchedRunner(tuple(overrides), nproc=2, steps=2, timeout=120)
+    fine = runner.run(Trial(zero_settings(2), {"parallel.ep": "2"}))
+    assert fine.failure is None and len(fine.seconds) == 2 and min(fine.seconds) > 0
+    assert runner.run(Trial(zero_settings(1, bucket=10**13))).failure == "out of memory"

@@ -17,6 +17,7 @@ from mome_dist.config.schema import ParallelConfig
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
+from mome_dist.planning.experts import expert_seconds
 from mome_dist.planning.hardware import GPUS, Link, cluster_of_gpus, measured_cluster
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import LLMS, find_shape
@@ -191,7 +192,6 @@ def test_a_measurement_for_other_sizes(tmp_path: Path) -> None:
         "ranks_per_node": 2,
         "cores": 2,
         "memory_bytes": 20e9,
-        "process_bytes": 5e8,
         "rates": {"bf16_flops": 1e11, "fp32_flops": 5e10, "memory_bytes": 1e10, "call": 1e-6},
         "links": {"inside": link},
     }
@@ -200,6 +200,28 @@ def test_a_measurement_for_other_sizes(tmp_path: Path) -> None:
     assert (cluster.ranks, cluster.workers) == (4, 2)
     assert cluster.between == cluster.inside == Link(1e9, 1e-4)
     assert cluster.memory == pytest.approx(20e9 * 0.92 / 4)
+
+
+def test_the_cheaper_dispatch_is_the_one_that_was_measured(tmp_path: Path) -> None:
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    measured = json.loads((results / "plan_layout.json").read_text())["figures"]["rates"]
+    record = {"device": "cpu", "nodes": 1, "ranks_per_node": 2, "cores": 2, "memory_bytes": 20e9, **measured}
+    (tmp_path / "cluster.json").write_text(json.dumps(record))
+    checked = 0
+    # More processes than cores are in that table too; what they do in turns is no dispatch's cost.
+    for case in json.loads((results / "moe_layer_bf16.json").read_text())["figures"]:
+        processes, weights = case["processes"], "gather" if case["processes"] > 1 else "local"
+        took = {name: case["candidates"][name]["milliseconds"] for name in ("alltoall", weights)}
+        if processes > 2 or max(took.values()) < 1.25 * min(took.values()):
+            continue
+        job = _job(precision="bf16", experts=case["experts"], bottleneck=case["bottleneck"], top_k=4, shared=1)
+        job = replace(job, shape=replace(job.shape, hidden_size=case["hidden_size"]))
+        cluster = measured_cluster(tmp_path / "cluster.json", 1, processes)
+        ways = {name: _candidate(processes, dispatch=name, ep=processes) for name in took}
+        predicted = {name: expert_seconds(job, way, cluster, 704) for name, way in ways.items()}
+        assert min(predicted, key=predicted.__getitem__) == min(took, key=took.__getitem__), case
+        checked += 1
+    assert checked >= 12
 
 
 def test_clips_have_the_lengths_of_real_sequences() -> None:
