@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks import moe_layer, reshard, save_stall, train_step
+from benchmarks import moe_layer, plan_layout, reshard, save_stall, train_step
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,11 +105,11 @@ def test_the_benchmark_of_saving_measures_every_form(tmp_path: Path, small_llm: 
 
 def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
-    assert {name for name, _ in commands} == {"moe_layer", "reshard", "save_stall", "train_step"}
+    scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
+    scripts |= {"save_stall": save_stall, "train_step": train_step}
+    assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
-        {"moe_layer": moe_layer, "reshard": reshard, "save_stall": save_stall, "train_step": train_step}[
-            name
-        ].parse_arguments(shlex.split(arguments))
+        scripts[name].parse_arguments(shlex.split(arguments))
 
 
 def test_committed_tables_say_what_made_them() -> None:
