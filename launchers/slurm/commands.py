@@ -13,7 +13,7 @@ from mome_dist.errors import UserError
 _TIMEOUT_SECONDS = 30
 _PATIENCE_SECONDS = 600  # how long a controller may be away, such as for an upgrade
 _AWAY = ("Unable to contact slurm controller", "Connection refused", "timed out", "Transport endpoint")
-_ENDS = ("CANCELLED", "PENDING", "NODE_FAIL", "TIMEOUT", "FAILED", "COMPLETED")
+_ACCOUNTING_SECONDS = 5.0  # how long the accounting may lag behind the controller
 
 
 def require_slurm(program: str = "sbatch") -> None:
@@ -54,8 +54,8 @@ def hostnames(node_list: str) -> list[str]:
 def show_job(job: str) -> dict[str, str]:
     """What the controller knows of a job, by the names that ``scontrol show job`` uses; empty when it knows none.
 
-    For a job that is being ended, ``JobState`` is what it will be then (``CANCELLED``, ``NODE_FAIL``, ``PENDING`` if it
-    is requeued), not ``COMPLETING``.
+    For a job that is being ended because it was cancelled, ``JobState`` is ``CANCELLED``; the controller says
+    ``COMPLETING`` of that and of a requeue alike, and only the accounting tells them apart.
     """
     try:
         told = ask(["scontrol", "--oneliner", "show", "job", job])
@@ -65,10 +65,11 @@ def show_job(job: str) -> dict[str, str]:
         raise
     known = dict(re.findall(r"(\w+)=(\S*)", told))
     if known.get("JobState") == "COMPLETING":
-        ends = (
-            end for end in _ENDS if ask(["squeue", "--noheader", f"--jobs={job}", f"--states={end}", "--format=%i"])
-        )
-        known["JobState"] = next(ends, "COMPLETING")
+        deadline = time.monotonic() + _ACCOUNTING_SECONDS
+        while (ends := earlier_ends(job)) and ends[-1] == "RUNNING" and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if ends and ends[-1] == "CANCELLED":
+            known["JobState"] = "CANCELLED"
     return known
 
 
