@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from mome_dist.checkpoint.deepspeed.read import allowed_classes
 from mome_dist.checkpoint.format import CONFIG, CheckpointReader
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.config import load_config
@@ -140,7 +141,8 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 
 
 def load_all(folder: Path) -> dict[str, Any]:
-    return {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.pt")}
+    with torch.serialization.safe_globals(allowed_classes()):
+        return {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
 def assert_same_files(mine: Path, theirs: Path) -> None:

@@ -205,7 +205,7 @@ class _Directory:
         if not path.is_file():
             raise UserError(f"{path} is missing: the checkpoint is not complete.")
         try:
-            with torch.serialization.safe_globals(_allowed()), FakeTensorMode():
+            with torch.serialization.safe_globals(allowed_classes()), FakeTensorMode():
                 content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
@@ -219,7 +219,7 @@ class _Directory:
         return content
 
 
-def _allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def allowed_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The classes of DeepSpeed that its checkpoints refer to: plain records that run no code when they are loaded."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
