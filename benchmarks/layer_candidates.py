@@ -1,8 +1,8 @@
 """The layers under comparison, all computing the same function from the same weights.
 
 `StockLayer` is DeepSpeed's MoE layer as it comes: its generic top-K gating, which for K = 4 drops nothing when asked,
-its loop over experts and its dispatch. Its experts are our bottlenecks, because the trainable parameters are fp32 and
-the hidden states bf16, which plain `nn.Linear` experts refuse; and MoME's shared expert is added to it.
+its loop over experts and its dispatch. Its experts cast their fp32 parameters to the precision of the hidden states,
+which plain `nn.Linear` experts refuse; and MoME's shared expert is added to it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.layer_ranks import STOCK
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
-from mome_dist.moe.experts import Bottleneck
 
 BALANCE_LOSS = 0.01
 
@@ -30,6 +30,21 @@ class LayerShape:
     experts: int
     top_k: int
     bottleneck: int
+
+
+class Bottleneck(nn.Module):
+    """One expert as DeepSpeed has them, a module with parameters of its own: Linear(H -> b), GELU, Linear(b -> H)."""
+
+    def __init__(self, hidden_size: int, bottleneck: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        dtype = hidden.dtype
+        narrow = F.gelu(F.linear(hidden, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        return F.linear(narrow, self.up.weight.to(dtype), self.up.bias.to(dtype))
 
 
 class StockLayer(nn.Module):
@@ -90,10 +105,13 @@ def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLay
     return layers
 
 
-def local_experts(layer: StockLayer | MoMELayer) -> nn.ModuleList:
-    """The `Bottleneck` modules of the routed experts that this rank holds."""
-    module = layer.routed if isinstance(layer, StockLayer) else layer.mome
-    return module.deepspeed_moe.experts.deepspeed_experts
+def first_expert_gradient(layer: StockLayer | MoMELayer) -> Tensor:
+    """Of the down-projection of the first expert that this rank holds: [b, H]."""
+    if isinstance(layer, StockLayer):
+        return layer.routed.deepspeed_moe.experts.deepspeed_experts[0].down.weight.grad
+    experts = layer.mome.deepspeed_moe.experts
+    bottleneck, hidden_size = experts.shapes[0]
+    return experts.packed.grad[0, : bottleneck * hidden_size].view(bottleneck, hidden_size)
 
 
 @torch.no_grad()
@@ -101,10 +119,11 @@ def _fill(layer: StockLayer | MoMELayer, ep_rank: int) -> None:
     """Give every parameter a value that depends on its global name only."""
     module = layer.routed if isinstance(layer, StockLayer) else layer.mome
     _fill_one("router", module.deepspeed_moe.gate.wg.weight)
-    experts = local_experts(layer)
-    for number, expert in enumerate(experts, start=ep_rank * len(experts)):
-        for name, parameter in expert.named_parameters():
-            _fill_one(f"expert.{number}.{name}", parameter)
+    # Both have DeepSpeed's names, whatever holds the numbers.
+    experts, first = module.deepspeed_moe.experts, ep_rank * module.num_local_experts
+    for name, value in experts.state_dict().items():
+        _, number, part = name.split(".", 2)
+        _fill_one(f"expert.{first + int(number)}.{part}", value)
     shared = layer.shared if isinstance(layer, StockLayer) else layer.mome.shared
     assert shared is not None
     for name, parameter in shared.named_parameters():

@@ -99,14 +99,14 @@ def restore_weights(directory: Path, model: DistributedMoME) -> int:
     """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done."""
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
-        for name, parameter in model.named_own():
-            value = reader.read(f"model/{name.name}", name.index)
-            if value.shape != parameter.shape:
+        for part in model.own_parts():
+            value = reader.read(f"model/{part.name}", part.index)
+            if value.shape != part.shape:
                 raise UserError(
-                    f"{directory}: {name.name} has shape {list(value.shape)}, configured is {list(parameter.shape)}: "
+                    f"{directory}: {part.name} has shape {list(value.shape)}, configured is {list(part.shape)}: "
                     f"resume with the configuration that wrote it, {ANEW}."
                 )
-            parameter.copy_(value)
+            part.value.copy_(value)
         return reader.step
 
 
@@ -127,8 +127,9 @@ def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -
     with CheckpointReader(directory) as reader:
         engine.resume(reader.index["optimizer_steps"])
         for moment in engine.moment_names:
-            for name, parameter in model.named_trainables():
-                engine.moments.fill(parameter, moment, reader.read(f"optimizer/{moment}/{name.name}", name.index))
+            for part in model.trained_parts():
+                value = reader.read(f"optimizer/{moment}/{part.name}", part.index)
+                engine.moments.fill(part.parameter, part.start, moment, value)
 
 
 def restore_random_state(directory: Path, layout: Layout) -> None:

@@ -30,7 +30,7 @@ from mome_dist.config import RunConfig, save_config
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, write_text
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME, rank_writes
+from mome_dist.parallel.model import DistributedMoME, by_parameter, rank_writes
 from mome_dist.training.engine import Engine
 
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
@@ -165,18 +165,17 @@ def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, i
     for key, bias in model.router_biases().items():
         if rank_writes(bias):
             single[f"model/{key}"] = _copied(bias)
-    names = {parameter: name for name, parameter in model.named_own() if rank_writes(parameter)}
+    written = by_parameter(part for part in model.own_parts() if rank_writes(part.parameter))
 
-    def put(prefix: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
-        name = names.get(parameter)
-        if name is None:
-            return
-        if name.index is None:
-            single[f"{prefix}/{name.name}"] = _copied(value)
-        else:
-            stacked[f"{prefix}/{name.name}"][name.index] = _copied(value)
+    def put(prefix: str, parameter: torch.nn.Parameter, values: Tensor) -> None:
+        for part in written.get(parameter, ()):
+            value = _copied(part.of(values))
+            if part.index is None:
+                single[f"{prefix}/{part.name}"] = value
+            else:
+                stacked[f"{prefix}/{part.name}"][part.index] = value
 
-    for parameter in names:
+    for parameter in written:
         put("model", parameter, parameter)
     for moment in engine.moment_names:
         for parameter, value in engine.moments.whole(moment):

@@ -67,7 +67,7 @@ def install(injections: Sequence[Injection], notes: Path) -> None:
         result = forward_backward(model, *args, **kwargs)
         if spoil:
             _note(notes)
-            gradients = (p.grad for _, p in model.named_trainables() if p.grad is not None)
+            gradients = (p.grad for p in model.trainable_modules().parameters() if p.grad is not None)
             next(gradients).view(-1)[0] = torch.nan
             spoil = False
         return result

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
-from torch import Tensor
+from torch import Tensor, nn
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.gather import GatherDispatch
-from mome_dist.moe.experts import Bottleneck, ExpertStack, initial_value
+from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.statistics import RoutingStatistics, first_pass
 
 
@@ -62,10 +62,9 @@ class ExpertParallelMoME(MoE):
         balance_loss: float = 0.01,
         z_loss: float = 0.0,
     ) -> None:
-        expert = Bottleneck(hidden_size, bottleneck)
         super().__init__(
             hidden_size,
-            expert,
+            nn.Identity(),  # our own experts take the place of what DeepSpeed makes of it
             num_experts=routed_experts,
             ep_size=ep_size,
             k=top_k,
@@ -73,7 +72,7 @@ class ExpertParallelMoME(MoE):
             enable_expert_tensor_parallelism=True,
         )
         gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize, score, with_bias=bias_rate > 0)
-        experts = Experts(expert, self.num_local_experts, self.expert_group_name)
+        experts = RoutedExperts(self.num_local_experts, hidden_size, bottleneck, self.expert_group_name)
         if dispatch == "alltoall":
             self.deepspeed_moe = AllToAllDispatch(
                 self, gate, experts, capacity_factor, eval_capacity_factor, min_capacity, drop_policy
@@ -103,10 +102,10 @@ class ExpertParallelMoME(MoE):
         weight = self.deepspeed_moe.gate.wg.weight
         weight.copy_(initial_value(f"{prefix}.router_weight", tuple(weight.shape), seed))
         first = self.ep_rank * self.num_local_experts
-        for local, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts):
-            for name, parameter in expert.named_parameters():
-                key = f"{prefix}.routed.{first + local}.{name.replace('.', '_')}"
-                parameter.copy_(initial_value(key, tuple(parameter.shape), seed))
+        experts = self.deepspeed_moe.experts
+        for part in experts.parts():
+            value = initial_value(f"{prefix}.routed.{first + part.expert}.{part.kind}", part.shape, seed).flatten()
+            experts.packed.view(-1)[part.start : part.start + value.numel()] = value
         for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
             for number, value in enumerate(parameter):
                 value.copy_(initial_value(f"{prefix}.shared.{number}.{name}", tuple(value.shape), seed))

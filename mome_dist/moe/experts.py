@@ -8,11 +8,9 @@ Source: MoME (arXiv 2510.04136); both linear maps have a bias.
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,56 +20,12 @@ from torch.nn import functional as F
 
 class ExpertWeights(NamedTuple):
     """Weights of N experts, stacked: ``down_weight`` [N, b, H], ``down_bias`` [N, b], ``up_weight`` [N, H, b],
-    ``up_bias`` [N, H]; the same fields without N are one expert's."""
+    ``up_bias`` [N, H]."""
 
     down_weight: Tensor
     down_bias: Tensor
     up_weight: Tensor
     up_bias: Tensor
-
-
-class Bottleneck(nn.Module):
-    """One expert: Linear(H -> b), GELU, Linear(b -> H). Parameters are fp32; arithmetic is in the input's dtype."""
-
-    def __init__(self, hidden_size: int, bottleneck: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, bottleneck)
-        self.up = nn.Linear(bottleneck, hidden_size)
-
-    def weights(self) -> ExpertWeights:
-        """The parameters of this expert."""
-        return ExpertWeights(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        dtype = hidden.dtype
-        narrow = F.gelu(F.linear(hidden, self.down.weight.to(dtype), self.down.bias.to(dtype)))
-        return F.linear(narrow, self.up.weight.to(dtype), self.up.bias.to(dtype))
-
-
-def stack_weights(experts: Iterable[nn.Module], dtype: torch.dtype = torch.float32) -> ExpertWeights:
-    """The parameters of `Bottleneck` modules, stacked in their order and in ``dtype``; gradients come back in fp32."""
-    each = [cast(Bottleneck, expert).weights() for expert in experts]
-    return ExpertWeights(*_Stack.apply(dtype, *itertools.chain(*zip(*each, strict=True))))
-
-
-class _Stack(torch.autograd.Function):
-    """Parameters of each kind, expert by expert -> one tensor a kind. One pass over memory, where stacking and then
-    casting, and the gradients of both, are several."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.experts = len(parameters) // len(ExpertWeights._fields)
-        firsts = parameters[:: ctx.experts]
-        stacks = tuple(first.new_empty(ctx.experts, *first.shape, dtype=dtype) for first in firsts)
-        torch._foreach_copy_([part for stack in stacks for part in stack.unbind()], parameters)
-        return stacks
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wide = (gradient.to(torch.float32, memory_format=torch.contiguous_format) for gradient in gradients)
-        return None, *(part for gradient in wide for part in gradient.unbind())
 
 
 class ExpertStack(nn.Module):

@@ -6,7 +6,8 @@ groups, which ranks hold which experts, and what every local parameter is called
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,16 +40,55 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class GlobalName:
-    """The layout-free identity of a local trainable parameter.
+class NamedPart:
+    """A tensor of the layout-free model, or one expert's slice of it, in a local parameter.
 
     Attributes:
         name: of the tensor in the layout-free model.
-        index: which slice along the tensor's first dimension this parameter is; None for the whole tensor.
+        index: which slice along that tensor's first dimension it is; None for the whole tensor.
+        parameter: that holds it, maybe beside others.
+        start: its first element in the parameter, in row-major order.
+        shape: its own.
     """
 
     name: str
-    index: int | None = None
+    index: int | None
+    parameter: nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, name: str, parameter: nn.Parameter) -> NamedPart:
+        """A parameter that is one tensor of the layout-free model."""
+        return cls(name, None, parameter, 0, tuple(parameter.shape))
+
+    @property
+    def stop(self) -> int:
+        """The element of the parameter after its last one."""
+        return self.start + math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """Name and index in words."""
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+    @property
+    def value(self) -> Tensor:
+        """A view of its numbers, without gradient."""
+        return self.of(self.parameter.detach())
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its part of something shaped like the parameter, such as a gradient or a moment; a view if that is
+        contiguous."""
+        return values.reshape(-1)[self.start : self.stop].view(self.shape)
+
+
+def by_parameter(parts: Iterable[NamedPart]) -> dict[nn.Parameter, list[NamedPart]]:
+    """The parts that each parameter holds."""
+    found: dict[nn.Parameter, list[NamedPart]] = {}
+    for part in parts:
+        found.setdefault(part.parameter, []).append(part)
+    return found
 
 
 class Chunk(nn.Module):
@@ -137,24 +177,24 @@ class DistributedMoME(nn.Module):
             modules["projectors"] = self.projectors
         return nn.ModuleDict(modules)
 
-    def named_trainables(self) -> Iterator[tuple[GlobalName, nn.Parameter]]:
-        """Every local trainable parameter with its layout-free name."""
-        return ((name, parameter) for name, parameter in self.named_own() if parameter.requires_grad)
+    def trained_parts(self) -> Iterator[NamedPart]:
+        """Every tensor of the layout-free model that trains here."""
+        return (part for part in self.own_parts() if part.parameter.requires_grad)
 
-    def named_own(self) -> Iterator[tuple[GlobalName, nn.Parameter]]:
-        """Every local parameter that is not the LLM's, trained or not, with its layout-free name: what is saved."""
+    def own_parts(self) -> Iterator[NamedPart]:
+        """Every tensor here that is not the LLM's, trained or not: what is saved."""
         if self.projectors is not None:
             for name, parameter in self.projectors.named_parameters():
-                yield GlobalName(f"projectors.{name}"), parameter
+                yield NamedPart.whole(f"projectors.{name}", parameter)
         for number, mome in self.momes.items():
             prefix = f"mome.{number}"
-            yield GlobalName(f"{prefix}.router_weight"), mome.deepspeed_moe.gate.wg.weight
-            first = mome.ep_rank * mome.num_local_experts
-            for local, expert in enumerate(mome.deepspeed_moe.experts.deepspeed_experts):
-                for name, parameter in expert.named_parameters():
-                    yield GlobalName(f"{prefix}.routed.{name.replace('.', '_')}", first + local), parameter
+            yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight)
+            first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
+            for part in experts.parts():
+                name = f"{prefix}.routed.{part.kind}"
+                yield NamedPart(name, first + part.expert, experts.packed, part.start, part.shape)
             for name, parameter in mome.shared.named_parameters() if mome.shared is not None else ():
-                yield GlobalName(f"{prefix}.shared.{name}"), parameter
+                yield NamedPart.whole(f"{prefix}.shared.{name}", parameter)
 
     def router_biases(self) -> dict[str, Tensor]:
         """The router biases that choose experts beside what trains, fp32 [E] each, by layout-free name."""

@@ -8,7 +8,7 @@ experts, clips by the global norm, and steps the (ZeRO-partitioned) optimiser. T
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mome_dist.checkpoint.deepspeed.names import largest_group
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.parallel.model import NamedPart
 from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
@@ -33,8 +35,10 @@ def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
 
     ZeRO sums the gradient norm over pipeline stages group by group, so every stage must have the same groups.
     """
+    parameters = list(modules.parameters())
     return split_params_into_different_moe_groups_for_optimizer(
-        {"name": "shared", "params": list(modules.parameters())}
+        {"name": "shared", "params": parameters},
+        largest_group(parameter.numel() for parameter in parameters if is_moe_param(parameter)),
     )
 
 
@@ -138,17 +142,17 @@ class Engine:
         """Names of the optimiser's running averages; SGD without momentum has none."""
         return moment_names(self._config)
 
-    def reached_by_gradient(self) -> set[int]:
-        """Ids of this rank's parameters whose running average of gradients is not all zero (collective).
+    def reached_by_gradient(self, parts: Sequence[NamedPart]) -> list[bool]:
+        """Which parts of this rank's parameters have a running average of gradients that is not all zero (collective).
 
-        An optimiser without averages keeps no trace of gradients: then all parameters are returned.
+        An optimiser without averages keeps no trace of gradients: then all count as reached.
         """
-        parameters = list(self.parameters())
-        if not self.moment_names:
-            return {id(parameter) for parameter in parameters}
+        if not self.moment_names or not parts:
+            return [True] * len(parts)
         average = self.moment_names[0]
-        reached = torch.stack([self.moments.part(parameter, average).any() for parameter in parameters]).int()
-        experts = torch.tensor([is_moe_param(parameter) for parameter in parameters], device=reached.device)
+        averages = [self.moments.held(part.parameter, part.start, part.stop, average) for part in parts]
+        reached = torch.stack([held.any() for held in averages]).int()
+        experts = torch.tensor([is_moe_param(part.parameter) for part in parts], device=reached.device)
         # Under ZeRO each rank holds a part of every average.
         shared_group, expert_group = (
             parallel_state.get_data_parallel_group(),
@@ -158,7 +162,7 @@ class Engine:
             part = reached[chosen]
             dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
             reached[chosen] = part
-        return {id(parameter) for parameter, flag in zip(parameters, reached.tolist(), strict=True) if flag}
+        return [bool(flag) for flag in reached.tolist()]
 
     def resume(self, steps: int) -> None:
         """Continue as after ``steps`` steps, with moments of zero, to be filled (`moments`)."""

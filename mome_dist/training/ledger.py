@@ -7,16 +7,17 @@ after the first steps, and at the end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mome_dist.checkpoint.format import CheckpointReader
 from mome_dist.errors import UserError
-from mome_dist.parallel.model import DistributedMoME, GlobalName
+from mome_dist.parallel.model import DistributedMoME
 from mome_dist.training.engine import Engine
 
 CHUNK = 1 << 20  # elements that a checksum reads at a time
@@ -36,12 +37,12 @@ class Ledger:
 
     def __init__(self, model: DistributedMoME, engine: Engine, watched_steps: int) -> None:
         self._model, self._engine, self._watched_steps = model, engine, watched_steps
-        self._trainable = {_spell(name): parameter for name, parameter in model.named_trainables()}
+        self._trainable = {part.label: part for part in model.trained_parts()}
         self._steps = 0
         self._visits: dict[int, Tensor] = {}
         self._check_groups()
         self._frozen_at_start = self._frozen_checksums()
-        self._trainable_at_start = {name: checksum(p) for name, p in self._trainable.items()}
+        self._trainable_at_start = {name: checksum(part.value) for name, part in self._trainable.items()}
 
     def after_step(self) -> None:
         """Note which experts were used; at the last watched step, check gradients and movement."""
@@ -73,25 +74,27 @@ class Ledger:
         )
 
     def _check_groups(self) -> None:
-        held = [id(parameter) for group in self._engine.parameter_groups() for parameter in group]
+        held = Counter(parameter for group in self._engine.parameter_groups() for parameter in group)
         problems = [
-            f"{name} is in {held.count(id(parameter))} optimiser groups instead of one"
-            for name, parameter in self._trainable.items()
-            if held.count(id(parameter)) != 1
+            f"{name} is in {held[part.parameter]} optimiser groups instead of one"
+            for name, part in self._trainable.items()
+            if held[part.parameter] != 1
         ]
         problems += [
-            f"frozen parameter {name} is in an optimiser group" for name, p in self._frozen() if id(p) in set(held)
+            f"frozen parameter {name} is in an optimiser group"
+            for name, parameter, _ in self._frozen()
+            if parameter in held
         ]
         _stop_if(problems)
 
     def _check_training(self) -> None:
-        problems, reached = [], self._engine.reached_by_gradient()
-        for name, parameter in self._trainable.items():
+        problems, reached = [], self._engine.reached_by_gradient(list(self._trainable.values()))
+        for (name, part), is_reached in zip(self._trainable.items(), reached, strict=True):
             if not self._expected(name):
                 continue
-            if id(parameter) not in reached:
+            if not is_reached:
                 problems.append(f"no gradient of {name} reached the optimiser in {self._steps} steps")
-            elif checksum(parameter) == self._trainable_at_start[name]:
+            elif checksum(part.value) == self._trainable_at_start[name]:
                 problems.append(f"{name} did not move in {self._steps} steps")
         _stop_if(problems)
 
@@ -108,17 +111,18 @@ class Ledger:
         layer, expert = int(prefix.removeprefix("mome.")), int(rest.partition("[")[2].rstrip("]"))
         return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][expert] >= 2)
 
-    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+    def _frozen(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Name, the parameter that holds it, and its numbers."""
         for number, chunk in enumerate(self._model.parts()):
             for name, parameter in chunk.llm.named_parameters():
                 if not parameter.requires_grad:
-                    yield f"chunk {number}: {name}", parameter
-        for own, parameter in self._model.named_own():
-            if not parameter.requires_grad:
-                yield _spell(own), parameter
+                    yield f"chunk {number}: {name}", parameter, parameter
+        for part in self._model.own_parts():
+            if not part.parameter.requires_grad:
+                yield part.label, part.parameter, part.value
 
     def _frozen_checksums(self) -> dict[str, int]:
-        return {name: checksum(parameter) for name, parameter in self._frozen()}
+        return {name: checksum(values) for name, _, values in self._frozen()}
 
 
 @torch.no_grad()
@@ -130,10 +134,6 @@ def checksum(tensor: Tensor) -> int:
         weights = torch.arange(1, part.numel() + 1, device=part.device)
         total = (total * 31 + number + int((part.long() * weights).sum())) % (1 << 61)
     return total
-
-
-def _spell(name: GlobalName) -> str:
-    return name.name if name.index is None else f"{name.name}[{name.index}]"
 
 
 def _stop_if(problems: Sequence[str]) -> None:

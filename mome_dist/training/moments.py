@@ -26,11 +26,11 @@ class Moments(Protocol):
         A moment may be a view of a buffer that is alive until the iterator moves on: copy what is kept.
         """
 
-    def part(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The elements of a parameter's moment that this rank holds, flat; maybe none."""
+    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+        """What this rank holds of elements ``start`` to ``stop`` of a parameter's moment, flat; maybe none."""
 
-    def fill(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        """Set a moment from its whole value; each rank keeps what it holds."""
+    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+        """Set elements of a moment, from ``start`` on; each rank keeps what it holds."""
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
         """Make the state that appears at an optimiser's first step, zero, as after ``steps`` steps."""
@@ -47,11 +47,11 @@ class ReplicatedMoments:
         for parameter in self._parameters:
             yield parameter, _state(self._optimizer, parameter, name)
 
-    def part(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return _state(self._optimizer, parameter, name).flatten()
+    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+        return _state(self._optimizer, parameter, name).flatten()[start:stop]
 
-    def fill(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        self._optimizer.state[parameter][name].copy_(value)
+    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+        self._optimizer.state[parameter][name].view(-1)[start : start + value.numel()] = value.flatten().to(parameter)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
         for parameter in self._parameters:
@@ -89,26 +89,28 @@ class PartitionedMoments:
                 offset = self._places[parameter].offset
                 yield parameter, flat[offset : offset + parameter.numel()].view(parameter.shape)
 
-    def part(self, parameter: nn.Parameter, name: str) -> Tensor:
-        held, here, _ = self._overlap(parameter)
-        return _state(self._optimizer, held, name)[here]
+    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+        part, here, _ = self._overlap(parameter, start, stop)
+        return _state(self._optimizer, part, name)[here]
 
-    def fill(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        held, here, there = self._overlap(parameter)
-        self._optimizer.state[held][name][here] = value.flatten()[there].to(held)
+    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+        part, here, there = self._overlap(parameter, start, start + value.numel())
+        self._optimizer.state[part][name][here] = value.flatten()[there].to(part)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
         for part in self._parts:
             _begin(self._optimizer, part, names, steps)
 
-    def _overlap(self, parameter: nn.Parameter) -> tuple[Tensor, slice, slice]:
-        """This rank's part of the parameter's group; the elements in it; the same ones counted in the parameter."""
+    def _overlap(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[Tensor, slice, slice]:
+        """This rank's part of the parameter's group; which of its elements are some elements of the parameter; the same
+        ones counted from ``start``."""
         place = self._places[parameter]
         part = self._parts[place.group]
         first = dist.get_rank(self._process_groups[place.group]) * part.numel()
-        start = max(place.offset, first)
-        end = max(start, min(place.offset + parameter.numel(), first + part.numel()))
-        return part, slice(start - first, end - first), slice(start - place.offset, end - place.offset)
+        origin = place.offset + start
+        begin = max(origin, first)
+        end = max(begin, min(place.offset + stop, first + part.numel()))
+        return part, slice(begin - first, end - first), slice(begin - origin, end - origin)
 
 
 def _state(optimizer: torch.optim.Optimizer, held: Tensor, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.model import DistributedMoME, by_parameter
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake
@@ -109,7 +109,7 @@ def run_case(probe: Probe, case: Case, optimizer: str, scratch: Path, plant: Cal
         if plant is not None:
             plant()
         model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, current_device()).train()
-        wake(((g.name, g.index, p) for g, p in model.named_trainables() if _is_expert(g.name)), probe.config.seed)
+        wake(((p.name, p.index, p.value) for p in model.trained_parts() if _is_expert(p.name)), probe.config.seed)
         engine = Engine(model.trainable_modules(), settings, deepspeed_file, case.layout.sequence_parallel)
         for number in range(probe.steps):
             step = probe.step(number, at.dp, case.layout)
@@ -191,9 +191,11 @@ def _merge(parts: list[Arrays]) -> Arrays:
 
 
 def _named(model: DistributedMoME, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Arrays:
-    return {
-        g.name if g.index is None else f"{g.name}[{g.index}]": _array(value(p)) for g, p in model.named_trainables()
-    }
+    found: Arrays = {}
+    for parameter, parts in by_parameter(model.trained_parts()).items():
+        values = value(parameter)  # a gradient may be a collective: once for all parts
+        found |= {part.label: _array(part.of(values)) for part in parts}
+    return found
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:

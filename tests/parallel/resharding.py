@@ -17,7 +17,7 @@ from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
-from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.model import DistributedMoME, by_parameter
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import Engine
 from mome_dist.training.optimizer import learning_rate
@@ -32,7 +32,7 @@ def _build(probe: Probe, layout: Layout, zero: int, scratch: Path) -> tuple[Dist
     deepspeed_file = scratch / f"zero{zero}-{dist.get_rank()}.json"
     deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
     model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device()).train()
-    named = [(g.name, g.index, p) for g, p in model.named_trainables()]
+    named = [(part.name, part.index, part.value) for part in model.trained_parts()]
     wake([each for each in named if ".routed." in each[0] or ".shared." in each[0]], probe.config.seed)
     return model, Engine(model.trainable_modules(), probe.config.optimizer, deepspeed_file, layout.sequence_parallel)
 
@@ -93,14 +93,12 @@ def load_and_train(probe: Probe, layout: Layout, zero: int, native: Path, canoni
 def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> list[str]:
     found = []
     with CheckpointReader(canonical) as reader:
-        names = {parameter: name for name, parameter in model.named_trainables()}
+        parts = by_parameter(model.trained_parts())
 
-        def compare(prefix: str, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-            if parameter in names:  # the idle module stands for no part of the model
-                name = names[parameter]
-                expected = reader.read(f"{prefix}/{name.name}", name.index)
-                if not torch.equal(value.detach(), expected):
-                    found.append(f"{prefix}/{name.name} {name.index}")
+        def compare(prefix: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+            for part in parts.get(parameter, ()):  # the idle module stands for no part of the model
+                if not torch.equal(part.of(values.detach()), reader.read(f"{prefix}/{part.name}", part.index)):
+                    found.append(f"{prefix}/{part.label}")
 
         for parameter in engine.parameters():
             compare("model", parameter, parameter)

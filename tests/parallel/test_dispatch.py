@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,20 @@ def _parallel(ep: int, **settings: Any) -> ExpertParallelMoME:
     module.set_token_group(parallel_state.get_data_parallel_group())
     _fill("router", module.deepspeed_moe.gate.wg.weight)
     first = module.ep_rank * module.num_local_experts
-    for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
-        for name, parameter in expert.named_parameters():
-            _fill(f"routed.{first + local}.{name.replace('.', '_')}", parameter)
+    for local, name, value in _experts(module, module.deepspeed_moe.experts.packed.detach()):
+        _fill(f"routed.{first + local}.{name}", value)
     assert module.shared is not None
     for name, parameter in module.shared.named_parameters():
         for number, value in enumerate(parameter):
             _fill(f"shared.{number}.{name}", value)
     return module
+
+
+def _experts(module: ExpertParallelMoME, values: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Number, kind and view of every expert's tensors in something shaped like their parameter."""
+    for part in module.deepspeed_moe.experts.parts():
+        stop = part.start + math.prod(part.shape)
+        yield part.expert, part.kind, values.view(-1)[part.start : stop].view(part.shape)
 
 
 def _hidden(rank: int = 0, tokens: int = TOKENS) -> torch.Tensor:
@@ -93,10 +100,10 @@ def _compare(ep: int, rank: int, dispatch: str) -> dict[str, tuple[np.ndarray, n
         if other == rank:
             pairs = {name: (theirs[name].numpy(), mine[name].numpy()) for name in mine}
     first = parallel.ep_rank * parallel.num_local_experts
-    for number, expert in enumerate(parallel.deepspeed_moe.experts.deepspeed_experts):
-        for name, _ in expert.named_parameters():
-            stacked = _grad(local.routed, name.replace(".", "_"))
-            pairs[f"expert {first + number} {name}"] = (stacked[first + number], _grad(expert, name))
+    gradient = parallel.deepspeed_moe.experts.packed.grad
+    assert gradient is not None
+    for number, name, value in _experts(parallel, gradient):
+        pairs[f"expert {first + number} {name}"] = (_grad(local.routed, name)[first + number], value.numpy())
     assert local.shared is not None and parallel.shared is not None
     for name, parameter in parallel.shared.named_parameters():
         assert parameter.grad is not None

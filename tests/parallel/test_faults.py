@@ -71,7 +71,7 @@ def _train_with_bad_gradients(overrides: list[str], cache: Path, bad_steps: list
         steps += 1
         result = forward_backward(model, *args, **kwargs)
         if steps in bad_steps and os.environ["RANK"] == "0":
-            next(parameter for _, parameter in model.named_trainables()).grad.view(-1)[0] = torch.nan
+            next(model.trainable_modules().parameters()).grad.view(-1)[0] = torch.nan
         return result
 
     loop.forward_backward = spoiled

@@ -23,7 +23,7 @@ def _logits(probe: Probe, layout: Layout, dispatch: str, neighbours: list[int]) 
     """Logits [S, V] of utterance 0 when others share its batch; every rank has other neighbours."""
     with parallel_world(layout, probe.config.seed, timeout_seconds=60) as at:
         model = build_distributed(probe.config, layout, probe.widths, dispatch, torch.device("cpu")).eval()
-        experts = [(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name]
+        experts = [(p.name, p.index, p.value) for p in model.trained_parts() if ".routed." in p.name]
         wake(experts, probe.config.seed)
         view = probe.views[0]
         batch = probe.microbatch([0, *(number + 50 * at.dp for number in neighbours)], view, LENGTH)

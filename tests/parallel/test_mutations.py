@@ -43,9 +43,7 @@ def _one_expert_without_gradient() -> None:
         with accumulate(self):
             yield
             layer: Any = self._modules["layer_1"]
-            expert = layer.deepspeed_moe.experts.deepspeed_experts[0]
-            for parameter in expert.parameters():
-                parameter.grad.zero_()
+            layer.deepspeed_moe.experts.packed.grad[0].zero_()
 
     Engine.accumulate = dropping  # type: ignore[method-assign]
 

@@ -54,7 +54,7 @@ def distributed(directory: Path, placement: str, layout: Layout, **mome: Any) ->
         chunks.append(Chunk(llm, projectors() if llm.pre_process else None, momes))
     model = DistributedMoME(chunks, layout.ep)
     wake(
-        [(g.name, g.index, p) for g, p in model.named_trainables() if ".routed." in g.name or ".shared." in g.name],
+        [(p.name, p.index, p.value) for p in model.trained_parts() if ".routed." in p.name or ".shared." in p.name],
         SEED,
     )
     return model.train()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts, stack_weights
+from mome_dist.moe.experts import ExpertStack, ExpertWeights, dense_experts
 from mome_dist.moe.ragged import Groups, Placement, by_expert, ragged_experts
+from mome_dist.moe.routed import RoutedExperts
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -66,23 +67,40 @@ def test_in_bf16_the_parameters_and_gates_keep_fp32_gradients_that_are_close() -
     assert all(gradient.dtype is torch.float32 for gradient in gradients[torch.bfloat16][1:])
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.clone()
-
-
-def test_stacked_weights_are_the_modules_own() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_experts_are_linear_modules_one_after_another(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    modules = [Bottleneck(HIDDEN, BOTTLENECK) for _ in range(EXPERTS)]
-    hidden, gates = _random(TOKENS, HIDDEN, seed=1), _random(TOKENS, EXPERTS, seed=2)
-    dense_experts(hidden, stack_weights(modules), gates).sum().backward()
-    grads = [[_gradient(parameter) for parameter in module.parameters()] for module in modules]
-    for module in modules:
-        module.zero_grad()
-    sum(gates[:, e, None] * module(hidden) for e, module in enumerate(modules)).sum().backward()
-    for module, ours in zip(modules, grads, strict=True):
-        for parameter, gradient in zip(module.parameters(), ours, strict=True):
-            torch.testing.assert_close(gradient, parameter.grad)
+    linears = [
+        nn.ModuleDict({"down": nn.Linear(HIDDEN, BOTTLENECK), "up": nn.Linear(BOTTLENECK, HIDDEN)}) for _ in range(3)
+    ]
+    packed = RoutedExperts(3, HIDDEN, BOTTLENECK, "group")
+    own = {f"deepspeed_experts.{n}.{k}": v for n, linear in enumerate(linears) for k, v in linear.state_dict().items()}
+    packed.load_state_dict(own)
+    assert list(packed.state_dict()) == list(own)
+    assert all(torch.equal(value, own[name]) for name, value in packed.state_dict().items())
+    flat = torch.cat([parameter.flatten() for linear in linears for parameter in linear.parameters()])
+    assert torch.equal(packed.packed.flatten(), flat), "not as ZeRO lays the tensors of modules"
+    weights = packed.weights(dtype)
+    for kind, stacked in zip(ExpertWeights._fields, weights, strict=True):
+        each = [linear.get_parameter(kind.replace("_", ".")) for linear in linears]
+        assert torch.equal(stacked, torch.stack(list(each)).to(dtype))
+    factors = [_random(*stacked.shape, seed=number).to(dtype) for number, stacked in enumerate(weights)]
+    torch.stack([(stacked * factor).sum() for stacked, factor in zip(weights, factors, strict=True)]).sum().backward()
+    expected = torch.cat([factor[number].flatten() for number in range(3) for factor in factors]).float()
+    assert packed.packed.grad is not None and torch.equal(packed.packed.grad.flatten(), expected)
+
+
+def test_packed_experts_refuse_other_state_dicts() -> None:
+    packed = RoutedExperts(2, HIDDEN, BOTTLENECK, "group")
+    sound = packed.state_dict()
+    name = "deepspeed_experts.1.up.bias"
+    for wrong, words in (
+        ({k: v for k, v in sound.items() if k != name}, f"Missing key.*{name}"),
+        (sound | {"deepspeed_experts.2.up.bias": sound[name]}, "Unexpected key.*deepspeed_experts.2.up.bias"),
+        (sound | {name: sound[name][:3]}, rf"{name} has shape \[3\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"(?s){words}"):
+            packed.load_state_dict(wrong)
 
 
 def _routes(tokens: int, seed: int = 4) -> tuple[Tensor, Tensor]:

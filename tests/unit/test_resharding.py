@@ -20,8 +20,8 @@ from torch import nn
 from mome_dist.checkpoint.deepspeed.names import (
     LARGEST_EXPERT_GROUP,
     ModelTensors,
-    Parameter,
     engine_parameters,
+    largest_group,
     optimizer_groups,
 )
 from mome_dist.checkpoint.deepspeed.plan import Plan, Stored
@@ -87,8 +87,11 @@ def test_groups_of_experts_are_split_as_deepspeed_splits_them() -> None:
         if parameter.is_expert:
             held.allreduce, held.group_name = False, "ep_size_2"  # type: ignore[attr-defined]
         theirs.append(held)
-    for largest in (40, 100, 10**6):
-        groups = split_params_into_different_moe_groups_for_optimizer({"name": "shared", "params": theirs}, largest)
+    experts = [parameter.count for parameter in parameters if parameter.is_expert]
+    for largest in (1, 2 * experts[0], 10**6):
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"name": "shared", "params": theirs}, largest_group(experts, largest)
+        )
         expected = [[names[id(held)] for held in group["params"]] for group in groups]
         assert [[p.local for p in group] for group in optimizer_groups(parameters, largest)] == expected
         assert len(groups) > 2 or largest == 10**6
@@ -149,8 +152,11 @@ def test_a_model_with_missing_layers_is_refused() -> None:
 
 
 def test_experts_of_a_group_are_whole() -> None:
-    expert = Parameter("layer_0.deepspeed_moe.experts.deepspeed_experts.3.up.bias", (6,), "mome.0.routed.up_bias", 3)
-    assert expert.is_expert and expert.count == 6
+    parameters = engine_parameters(model_tensors(), [0], 2, 1, with_projectors=True)
+    (packed,) = [parameter for parameter in parameters if parameter.is_expert]
+    assert packed.shape[0] * packed.shape[1] == packed.count == sum(tensor.count for tensor in packed.tensors)
+    held = model_tensors().routed_experts // 2
+    assert sorted({tensor.index for tensor in packed.tensors}, key=str) == list(range(held, 2 * held))
 
 
 def test_a_streamed_torch_file_is_a_torch_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
@@ -22,17 +22,18 @@ EXPERT_PARTS = {
     "up.bias": "up_bias",
 }
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
+PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
 # `split_params_into_different_moe_groups_for_optimizer` starts a new group of experts beyond this many elements.
 LARGEST_EXPERT_GROUP = 178_956_971
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter (or buffer) of a rank's engine.
+class StateTensor:
+    """A tensor of the state dict of a rank's engine.
 
     Attributes:
-        local: its name in the engine.
+        local: its name there.
         shape: of it.
         name: of the tensor in the layout-free model; None for the idle module, which stands for no part of it.
         index: which slice along that tensor's first dimension it is; None for the whole tensor.
@@ -47,9 +48,40 @@ class Parameter:
     def count(self) -> int:
         return math.prod(self.shape)
 
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a rank's engine.
+
+    Attributes:
+        local: its name in the engine.
+        shape: of it.
+        tensors: of the state dict that lie in it, one after the other: itself, or the parts of a layer's experts.
+    """
+
+    local: str
+    shape: tuple[int, ...]
+    tensors: tuple[StateTensor, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
     @property
     def is_expert(self) -> bool:
-        return f".{EXPERTS}." in self.local
+        return self.local.endswith(f".{PACKED}")
+
+
+def _single(tensor: StateTensor) -> Parameter:
+    return Parameter(tensor.local, tensor.shape, (tensor,))
+
+
+def _packed(module: str, experts: Sequence[Sequence[StateTensor]]) -> Parameter:
+    """The parameter of all experts of a module (`mome_dist.moe.routed`)."""
+    numbers = sum(tensor.count for tensor in experts[0])
+    return Parameter(
+        f"{module}.{PACKED}", (len(experts), numbers), tuple(tensor for expert in experts for tensor in expert)
+    )
 
 
 class ModelTensors:
@@ -74,27 +106,33 @@ class ModelTensors:
         """The parameters of a layer's MoME module on a rank that holds some of its routed experts."""
         prefix, local = f"mome.{number}", f"layer_{number}"
         router = f"{prefix}.router_weight"
-        found = [Parameter(f"{local}.{GATE}.wg.weight", self.shapes[router], router)]
-        for position, expert in enumerate(experts):
-            for part, kind in EXPERT_PARTS.items():
-                name = f"{prefix}.routed.{kind}"
-                shape = self.shapes[name][1:]
-                found.append(Parameter(f"{local}.{EXPERTS}.{position}.{part}", shape, name, expert))
+        found = [_single(StateTensor(f"{local}.{GATE}.wg.weight", self.shapes[router], router))]
+        held = [self._expert(number, expert, position) for position, expert in enumerate(experts)]
+        found.append(_packed(local, held))
         for kind in EXPERT_PARTS.values():
             name = f"{prefix}.shared.{kind}"
             if name in self.shapes:
-                found.append(Parameter(f"{local}.shared.{kind}", self.shapes[name], name))
+                found.append(_single(StateTensor(f"{local}.shared.{kind}", self.shapes[name], name)))
         return found
 
-    def router_bias(self, number: int) -> Parameter | None:
+    def _expert(self, number: int, expert: int, position: int) -> list[StateTensor]:
+        """The tensors of an expert that has the given position on its rank."""
+        tensors = []
+        for part, kind in EXPERT_PARTS.items():
+            name = f"mome.{number}.routed.{kind}"
+            local = f"layer_{number}.{EXPERTS}.{position}.{part}"
+            tensors.append(StateTensor(local, self.shapes[name][1:], name, expert))
+        return tensors
+
+    def router_bias(self, number: int) -> StateTensor | None:
         """The buffer of a layer's router."""
         name = f"mome.{number}.router_bias"
-        return Parameter(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
+        return StateTensor(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
 
     def projectors(self) -> list[Parameter]:
         """The parameters of the projectors."""
         names = sorted((name for name in self.shapes if name.startswith("projectors.")), key=_module_order)
-        return [Parameter(name, self.shapes[name], name) for name in names]
+        return [_single(StateTensor(name, self.shapes[name], name)) for name in names]
 
 
 def _module_order(name: str) -> list[tuple[int, int | str]]:
@@ -111,8 +149,8 @@ def idle_module(ep: int) -> list[Parameter]:
         "up.weight": (1, 1),
         "up.bias": (1,),
     }
-    experts = [Parameter(f"idle.{EXPERTS}.0.{part}", shape, None) for part, shape in shapes.items()]
-    return [Parameter(f"idle.{GATE}.wg.weight", (ep, 1), None), *experts]
+    expert = [StateTensor(f"idle.{EXPERTS}.0.{part}", shape, None) for part, shape in shapes.items()]
+    return [_single(StateTensor(f"idle.{GATE}.wg.weight", (ep, 1), None)), _packed("idle", [expert])]
 
 
 def engine_parameters(
@@ -131,14 +169,20 @@ def engine_parameters(
     return found + ([] if layers else idle_module(ep)) + (model.projectors() if with_projectors else [])
 
 
+def largest_group(counts: Iterable[int], largest: int = LARGEST_EXPERT_GROUP) -> int:
+    """Elements of a group of experts at most, for expert parameters of some sizes: a group holds at least one, where
+    DeepSpeed would make an empty group before one that is too large."""
+    return max(largest, *counts, 0)
+
+
 def optimizer_groups(parameters: Sequence[Parameter], largest: int = LARGEST_EXPERT_GROUP) -> list[list[Parameter]]:
     """The parameters of each optimiser group: the shared ones, then experts in one group or, if they are many, more."""
     groups: list[list[Parameter]] = [[parameter for parameter in parameters if not parameter.is_expert], []]
-    size = 0
+    size, largest = 0, largest_group((p.count for p in parameters if p.is_expert), largest)
     for parameter in parameters:
         if parameter.is_expert:
             size += parameter.count
-            if groups[-1] and size > largest:
+            if size > largest:
                 groups.append([])
                 size = parameter.count
             groups[-1].append(parameter)

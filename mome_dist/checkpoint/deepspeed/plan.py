@@ -11,6 +11,7 @@ A model-parallel rank is ``pp_rank * tp + tp_rank``. Tensor-parallel ranks hold 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from mome_dist.checkpoint.deepspeed.names import (
     EXPERTS,
     ModelTensors,
     Parameter,
+    StateTensor,
     engine_parameters,
     idle_module,
     optimizer_groups,
@@ -109,7 +111,7 @@ class Plan:
         """The MoE modules of a pipeline rank by their layers' numbers; None is the idle one."""
         return list(self.stages[pp]) or [None]
 
-    def buffers(self, pp: int) -> list[Parameter]:
+    def buffers(self, pp: int) -> list[StateTensor]:
         """The router biases of a pipeline rank."""
         biases = (self.model.router_bias(number) for number in self.stages[pp])
         return [bias for bias in biases if bias is not None]
@@ -123,8 +125,10 @@ class Plan:
         return dp_rank if group == 0 else dp_rank // self.layout.ep
 
     def _model_tensors(self, pp: int, parameters: Sequence[Parameter]) -> dict[Path, Stored]:
-        shared = [*self.buffers(pp), *(parameter for parameter in parameters if not parameter.is_expert)]
-        module: dict[Path, Stored] = {("module", parameter.local): _whole(parameter, "model") for parameter in shared}
+        own = [tensor for parameter in parameters if not parameter.is_expert for tensor in parameter.tensors]
+        module: dict[Path, Stored] = {
+            ("module", tensor.local): _stored(tensor.shape, [tensor], "model") for tensor in [*self.buffers(pp), *own]
+        }
         # Without ZeRO, DeepSpeed saves the first rank's optimiser here too; it reads it from the other file.
         return module if self.zero else module | self._whole_moments(optimizer_groups(parameters))
 
@@ -135,11 +139,12 @@ class Plan:
                 only = idle_module(count) if number is None else self.model.layer(number, range(expert, expert + 1))
                 # In its file an expert has its own number, whatever its place on its rank.
                 tensors: dict[Path, Stored] = {
-                    (parameter.local.replace(f".{EXPERTS}.0.", f".{EXPERTS}.{expert}."),): _whole(
-                        parameter, "model", idle_expert=expert
+                    (tensor.local.replace(f".{EXPERTS}.0.", f".{EXPERTS}.{expert}."),): _stored(
+                        tensor.shape, [tensor], "model", idle_expert=expert
                     )
                     for parameter in only
                     if parameter.is_expert
+                    for tensor in parameter.tensors
                 }
                 name = f"layer_{module}_expert_{expert}_{rank}_model_states.pt"
                 yield PlannedFile(name, "expert", pp, tp, 0, [], tensors)
@@ -151,7 +156,7 @@ class Plan:
             if self.moments:
                 tensors[(*place, "step")] = self._counter()
             for moment in self.moments:
-                tensors[(*place, moment)] = _whole(parameter, f"optimizer/{moment}")
+                tensors[(*place, moment)] = _stored(parameter.shape, parameter.tensors, f"optimizer/{moment}")
         return tensors
 
     def _partitions(self, groups: Sequence[Sequence[Parameter]], dp_rank: int) -> dict[Path, Stored]:
@@ -164,8 +169,11 @@ class Plan:
             padding = (Constant((0.0,), part.padding),) if part.padding else ()
 
             def along(kind: str, group: Sequence[Parameter] = group, pieces: Sequence = pieces) -> tuple[Piece, ...]:
-                found = (_piece(group[p.number], kind, p.start, p.stop, idle_expert) for p in pieces)
-                return tuple(found)
+                return tuple(
+                    found
+                    for piece in pieces
+                    for found in _pieces(group[piece.number].tensors, kind, piece.start, piece.stop, idle_expert)
+                )
 
             place: Path = ("optimizer_state_dict", "base_optimizer_state", "state", number)
             if self.moments:
@@ -182,21 +190,27 @@ class Plan:
         return Stored((), (Constant((float(self.steps),)),))
 
 
-def _whole(parameter: Parameter, kind: str, idle_expert: int = 0) -> Stored:
-    return Stored(parameter.shape, (_piece(parameter, kind, 0, parameter.count, idle_expert),))
+def _stored(shape: tuple[int, ...], tensors: Sequence[StateTensor], kind: str, idle_expert: int = 0) -> Stored:
+    return Stored(shape, tuple(_pieces(tensors, kind, 0, math.prod(shape), idle_expert)))
 
 
-def _piece(parameter: Parameter, kind: str, start: int, stop: int, idle_expert: int) -> Piece:
-    if parameter.name is None:
-        return Constant(_idle_values(parameter, kind, idle_expert)[start:stop])
-    first = 0 if parameter.index is None else parameter.index * parameter.count
-    return Range(f"{kind}/{parameter.name}", first + start, first + stop)
+def _pieces(tensors: Sequence[StateTensor], kind: str, start: int, stop: int, idle_expert: int) -> Iterator[Piece]:
+    """Elements ``start`` to ``stop`` of tensors that lie one after the other."""
+    begin = 0
+    for tensor in tensors:
+        first, last = max(start - begin, 0), min(stop - begin, tensor.count)
+        if first < last and tensor.name is None:
+            yield Constant(_idle_values(tensor, kind, idle_expert)[first:last])
+        elif first < last:
+            origin = 0 if tensor.index is None else tensor.index * tensor.count
+            yield Range(f"{kind}/{tensor.name}", origin + first, origin + last)
+        begin += tensor.count
 
 
-def _idle_values(parameter: Parameter, kind: str, expert: int) -> tuple[float, ...]:
+def _idle_values(tensor: StateTensor, kind: str, expert: int) -> tuple[float, ...]:
     """The idle module's numbers; it trains on nothing, so they are the initial ones (`DistributedMoME`)."""
     if kind != "model":
-        return (0.0,) * parameter.count
-    _, _, part = parameter.local.partition(f".{EXPERTS}.0.")
+        return (0.0,) * tensor.count
+    _, _, part = tensor.local.partition(f".{EXPERTS}.0.")
     name = f"idle.routed.{expert}.{part.replace('.', '_')}" if part else "idle.router_weight"
-    return tuple(initial_value(name, parameter.shape, 0).flatten().tolist())
+    return tuple(initial_value(name, tensor.shape, 0).flatten().tolist())

@@ -12,14 +12,14 @@ import math
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import all_to_all
-from mome_dist.moe.experts import ExpertStack, stack_weights
+from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert, ragged_experts
+from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.router import Routing
 
 
@@ -38,7 +38,7 @@ class AllToAllDispatch(Dispatch):
         self,
         moe: MoE,
         gate: MatryoshkaGate,
-        experts: Experts,
+        experts: RoutedExperts,
         capacity_factor: float | None,
         eval_capacity_factor: float | None,
         min_capacity: int,
@@ -51,7 +51,7 @@ class AllToAllDispatch(Dispatch):
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
-        weights = stack_weights(self.experts.deepspeed_experts, hidden_TH.dtype)  # beside the counts that travel
+        weights = self.experts.weights(hidden_TH.dtype)  # beside the counts that travel
         counts_RX = self.counts()
         self.capacity = self._capacity(counts_RX)
         self.kept_TK = self._keep(routing, self.capacity)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.router import Routing, route
 
 
@@ -47,7 +47,7 @@ class Dispatch(MOELayer):
         capacity: slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
     """
 
-    def __init__(self, moe: MoE, gate: MatryoshkaGate, experts: Experts) -> None:
+    def __init__(self, moe: MoE, gate: MatryoshkaGate, experts: RoutedExperts) -> None:
         super().__init__(gate, experts, moe.expert_group_name, moe.ep_size, moe.num_local_experts)
         self.num_experts = moe.num_experts
         self.token_group: dist.ProcessGroup | None = None

@@ -12,48 +12,36 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange, all_gather
-from mome_dist.moe.experts import Bottleneck, ExpertStack, ExpertWeights, dense_experts, stack_weights
+from mome_dist.moe.experts import ExpertStack, dense_experts
+from mome_dist.moe.routed import RoutedExperts, unpack
 
 
 class GatherDispatch(Dispatch):
     """Dispatch by gathering weights. The gathered copy, in the precision of the hidden states, lives until the
     layer's backward pass."""
 
-    def __init__(self, moe: MoE, gate: MatryoshkaGate, experts: Experts) -> None:
+    def __init__(self, moe: MoE, gate: MatryoshkaGate, experts: RoutedExperts) -> None:
         super().__init__(moe, gate, experts)
         self._exchange: Exchange | None = None
 
     def prefetch(self, dtype: torch.dtype) -> None:
         if self.ep_size > 1:
             self._exchange = all_gather(self.ep_group, dtype)
-            self._exchange.start(self._packed())
+            self._exchange.start(self.experts.packed.flatten())
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         routing = self._route(hidden_TH, valid_T)
         if self.ep_size == 1:
-            weights = stack_weights(self.experts.deepspeed_experts, hidden_TH.dtype)
+            weights = self.experts.weights(hidden_TH.dtype)
         else:
             if self._exchange is None:
                 self.prefetch(hidden_TH.dtype)
             exchange, self._exchange = cast(Exchange, self._exchange), None
-            weights = self._unpacked(exchange.finish())
+            packed_EP = exchange.finish().view(self.num_experts, -1)
+            weights = unpack(packed_EP, self.experts.shapes, hidden_TH.dtype)
         return dense_experts(hidden_TH, weights, routing.gates_TE(), shared)
-
-    def _packed(self) -> Tensor:
-        """The local experts as one vector: each kind of parameter (fields of `ExpertWeights`), expert by expert."""
-        return torch.cat([part.flatten() for part in stack_weights(self.experts.deepspeed_experts)])
-
-    def _unpacked(self, packed: Tensor) -> ExpertWeights:
-        """The experts of all ranks, stacked, from their packed vectors one after the other."""
-        first = cast(Bottleneck, self.experts.deepspeed_experts[0])
-        shapes = [(self.num_local_experts, *parameter.shape) for parameter in first.weights()]
-        parts = packed.view(self.ep_size, -1).split([torch.Size(shape).numel() for shape in shapes], dim=1)
-        return ExpertWeights(
-            *(part.reshape(self.num_experts, *shape[1:]) for part, shape in zip(parts, shapes, strict=True))
-        )

@@ -1,0 +1,138 @@
+"""The routed experts that a rank holds, as one parameter.
+
+DeepSpeed keeps four tensors of every expert, and its engine reduces, flattens and steps each of them by itself: 24
+experts beside each of 30 layers are 2,880 tensors of a few thousand numbers. Here the experts of a layer lie one after
+another in one tensor, each with its four parts in DeepSpeed's order. ZeRO lays separate tensors into its partitions in
+just that order, so partitions hold the same numbers in the same places; and a state dict has DeepSpeed's names, so its
+own checkpoints are the same too.
+
+Shape suffixes: E experts, P numbers of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mome_dist.moe.experts import ExpertWeights
+
+NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
+"""Of an expert's parts in DeepSpeed's state dicts, in the order of `ExpertWeights`."""
+
+
+class ExpertPart(NamedTuple):
+    """One tensor of one expert in the parameter: the expert's number on its rank, the field of `ExpertWeights`, the
+    first of its elements in row-major order, and its shape."""
+
+    expert: int
+    kind: str
+    start: int
+    shape: tuple[int, ...]
+
+
+class RoutedExperts(nn.Module):
+    """Stands where DeepSpeed's ``Experts`` does.
+
+    Args:
+        experts: of this rank.
+        hidden_size, bottleneck: H and b.
+        group_name: of the expert-parallel group, for DeepSpeed.
+
+    Attributes:
+        packed: fp32 [E, P].
+        shapes: of an expert's parts.
+    """
+
+    def __init__(self, experts: int, hidden_size: int, bottleneck: int, group_name: str) -> None:
+        super().__init__()
+        self.num_local_experts = experts
+        self.shapes = part_shapes(hidden_size, bottleneck)
+        self.packed = nn.Parameter(torch.empty(experts, sum(map(math.prod, self.shapes))))
+        # What DeepSpeed asks of a parameter: not to be reduced with the shared ones, but in this group.
+        for name, value in (("allreduce", False), ("group_name", group_name)):
+            setattr(self.packed, name, value)
+
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """All experts, stacked, in ``dtype``; gradients come back in fp32."""
+        return unpack(self.packed, self.shapes, dtype)
+
+    def parts(self) -> Iterator[ExpertPart]:
+        """Every tensor of every expert, in order."""
+        start = 0
+        for expert in range(self.num_local_experts):
+            for kind, shape in zip(ExpertWeights._fields, self.shapes, strict=True):
+                yield ExpertPart(expert, kind, start, shape)
+                start += math.prod(shape)
+
+    def _slices(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of DeepSpeed's names as views of ``values``, which is shaped like the parameter."""
+        names = dict(zip(ExpertWeights._fields, NAMES, strict=True))
+        for part in self.parts():
+            view = values.view(-1)[part.start : part.start + math.prod(part.shape)].view(part.shape)
+            yield f"deepspeed_experts.{part.expert}.{names[part.kind]}", view
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, view in self._slices(self.packed if keep_vars else self.packed.detach()):
+            destination[prefix + name] = view
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        slices = {prefix + name: view for name, view in self._slices(self.packed.detach())}
+        for name, view in slices.items():
+            value = state_dict.get(name)
+            if value is None:
+                missing_keys.append(name)
+            elif value.shape != view.shape:
+                error_msgs.append(f"{name} has shape {list(value.shape)}, expected {list(view.shape)}")
+            else:
+                view.copy_(value)
+        unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in slices]
+
+
+def part_shapes(hidden_size: int, bottleneck: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of an expert's parts, in the order of `ExpertWeights`."""
+    return ((bottleneck, hidden_size), (bottleneck,), (hidden_size, bottleneck), (hidden_size,))
+
+
+def unpack(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> ExpertWeights:
+    """Experts that lie one after another -> stacked parts in ``dtype``, views of one tensor."""
+    return ExpertWeights(*_Unpack.apply(packed_EP, shapes, dtype))
+
+
+def _columns(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    columns = packed_EP.split([math.prod(shape) for shape in shapes], dim=1)
+    return [column.unflatten(1, shape) for column, shape in zip(columns, shapes, strict=True)]
+
+
+class _Unpack(torch.autograd.Function):
+    """Its gradient is one pass over memory, where those of four slices and of a cast are nine."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.like = shapes, packed_EP.new_empty(0)
+        return tuple(_columns(packed_EP.to(dtype), shapes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        numbers = sum(map(math.prod, ctx.shapes))
+        packed_EP = ctx.like.new_empty(gradients[0].shape[0], numbers)
+        for column, gradient in zip(_columns(packed_EP, ctx.shapes), gradients, strict=True):
+            column.copy_(gradient)
+        return packed_EP, None, None
