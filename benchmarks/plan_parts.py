@@ -81,6 +81,7 @@ class Trial:
 
 def _step(trial: Trial) -> Step:
     config, candidate = trial.config, trial.candidate
+    assert config.data.batch_size is not None
     each = config.data.batch_size // (candidate.accumulation * candidate.layout.dp)
     views = views_of(config)
     batches = [

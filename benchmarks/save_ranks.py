@@ -57,7 +57,7 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
     for form in FORMS[1:]:
         config = RunConfig(output_dir=f"{folder[0]}/{form.split()[1]}")
         config.training.async_save = form == FORMS[2]
-        savers[form] = CheckpointSaver(config, layout, {}, {})
+        savers[form] = CheckpointSaver(config, layout, {}, {}, lambda step: step)
     waits: dict[str, list[float]] = {form: [] for form in FORMS}
     steps: dict[str, list[float]] = {form: [] for form in FORMS}
     for number in range(WARM_UP_ROUNDS + options.rounds):

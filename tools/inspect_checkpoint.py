@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts.add_column()
     facts.add_column(overflow="fold")  # hashes are shown whole
     layout = {key: value for key, value in index["written_by"]["layout"].items() if value is not None}
+    seen = index["data"]["utterances_seen"]
     for key, value in {
         "steps": f"{index['step']:,} ({index['optimizer_steps']:,} of the optimiser, {index['optimizer']})",
-        "utterances seen": f"{index['data']['utterances_seen']:,}",
+        "utterances seen": "not known" if seen is None else f"{seen:,}",
         "order of utterances": ", ".join(f"{name} {value}" for name, value in index["data"]["order"].items()),
         "written by": ", ".join(
             f"{name} {value}" for name, value in {**layout, "zero": index["written_by"]["zero"]}.items()

@@ -70,7 +70,7 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
-        "training": f"{run.step:,} steps of {run.config.data.batch_size} utterances, seed {run.config.seed}",
+        "training": f"{run.step:,} steps of {run.config.data.describe_batch()}, seed {run.config.seed}",
         "corpus": f"`{Path(run.config.data.corpus).name}`",
         "checkpoint": f"`{source['checkpoint']}`, content `{source['content']}`",
         "made with": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),

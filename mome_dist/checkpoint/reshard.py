@@ -161,7 +161,7 @@ def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, l
             )
         source.record |= {
             "optimizer": run.optimizer.name,
-            "data": {"order": {}, "utterances_seen": plan.steps * run.data.batch_size},
+            "data": {"order": {}, "utterances_seen": plan.steps * run.data.batch_size if run.data.batch_size else None},
             "written_by": {"layout": asdict(plan.layout), "zero": plan.zero},
             "versions": {},
             "frozen": {},

@@ -81,11 +81,12 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
     """
     check_frozen(directory, frozen)
     with CheckpointReader(directory) as reader:
-        for key, value in reader.index["data"]["order"].items():
-            if order.get(key) != value:
+        saved = reader.index["data"]["order"]  # empty where it is not known; None where a key is newer than it
+        for key in {**saved, **order} if saved else ():
+            if order.get(key) != saved.get(key):
                 raise UserError(
-                    f"{directory} was trained with {key}={value}, now it is {order.get(key)}: utterances would be lost "
-                    f"or repeated. Set it back, {ANEW}."
+                    f"{directory} was trained with {key}={saved.get(key)}, now it is {order.get(key)}: utterances "
+                    f"would be lost or repeated. Set it back, {ANEW}."
                 )
         if reader.index["optimizer"] != optimizer:
             raise UserError(

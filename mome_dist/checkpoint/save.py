@@ -58,14 +58,22 @@ class CheckpointSaver:
         layout: of the run.
         frozen: fingerprints of the frozen parts, by name.
         order: what the order of utterances is a function of, by configuration key.
+        seen: utterances that were trained on before a step.
 
     Raises:
         UserError: from each method, on all ranks, if a rank could not write (such as a full disk). What was published
             before stays as it is.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, frozen: dict[str, str], order: dict[str, Any]) -> None:
-        self._config, self._layout, self._frozen, self._order = config, layout, frozen, order
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        frozen: dict[str, str],
+        order: dict[str, Any],
+        seen: Callable[[int], int],
+    ) -> None:
+        self._config, self._layout, self._frozen, self._order, self._seen = config, layout, frozen, order, seen
         self._folder = Path(config.output_dir) / "checkpoints"
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_seconds))
         self._thread: threading.Thread | None = None
@@ -95,7 +103,7 @@ class CheckpointSaver:
             "step": step,
             "optimizer": self._config.optimizer.name,
             "optimizer_steps": engine.steps,
-            "data": {"order": self._order, "utterances_seen": step * self._config.data.batch_size},
+            "data": {"order": self._order, "utterances_seen": self._seen(step)},
             "written_by": {"layout": asdict(self._layout), "zero": engine.zero_stage},
             "versions": {name: version(name) for name in PACKAGES},
             "frozen": self._frozen,

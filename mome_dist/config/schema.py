@@ -97,10 +97,15 @@ class DataConfig:
     validation_split: str = "validation"
     validation_utterances: int | None = None
     test_split: str = "test"
-    batch_size: int = 16
+    batch_size: int | None = 16
+    max_frames: int | None = None
     bucket_batches: int = 16
     accumulation: int = 1
     max_damaged_utterances: int = 0
+
+    def describe_batch(self) -> str:
+        """What a global batch holds, in words."""
+        return f"up to {self.max_frames:,} video frames" if self.max_frames else f"{self.batch_size} utterances"
 
 
 @dataclass
@@ -135,6 +140,7 @@ class OptimizerConfig:
 @dataclass
 class TrainingConfig:
     steps: int = 100
+    epochs: int | None = None
     save_every: int = 0
     async_save: bool = False
     keep_checkpoints: int = 2

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mome_dist.config.load import load_config, resolve_deepspeed_file
 from mome_dist.config.schema import RunConfig
-from mome_dist.data.corpus import Corpus
+from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
 from mome_dist.parallel.layout import Layout
@@ -68,9 +70,53 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_deepspeed(config)
     _check_encoders(config)
     corpus = Corpus.open(config.data.corpus)
-    for split in (config.data.train_split, config.data.validation_split):
-        corpus.split(split)
+    validation_batches(config, corpus.split(config.data.validation_split), layout)
+    settled_order(config, corpus.split(config.data.train_split), layout)
     return layout
+
+
+def settled_order(config: RunConfig, utterances: Sequence[Utterance], layout: Layout) -> tuple[Order, int]:
+    """The order in which a run trains on utterances, and its steps: ``training.steps``, or those of
+    ``training.epochs``.
+
+    Raises:
+        UserError: for an utterance that no batch has room for, or a step that leaves a rank without one.
+    """
+    data = config.data
+    order = order_of(utterances, data.batch_size, data.max_frames, data.bucket_batches, config.seed)
+    epochs = config.training.epochs
+    steps = config.training.steps if epochs is None else order.steps_of(epochs)
+    check_shares(order, steps, data.accumulation, layout.dp)
+    return order, steps
+
+
+def validation_batches(config: RunConfig, utterances: Sequence[Utterance], layout: Layout) -> list[list[int]]:
+    """The global batches of a validation, indices of utterances; none if there is no validation.
+
+    Batches hold clips of similar length, as many of each batch as of the others, and about as much as in training.
+
+    Raises:
+        UserError: if there are too few utterances for every rank to have one.
+    """
+    data, unit = config.data, config.data.accumulation * layout.dp
+    if config.training.validate_every == 0:
+        return []
+    lengths = [utterance.length for utterance in utterances[: data.validation_utterances]]
+    if len(lengths) < unit:
+        raise UserError(
+            f"validation uses {len(lengths)} utterances of split {data.validation_split!r}, but {unit} = "
+            f"data.accumulation={data.accumulation} x {layout.dp} data-parallel ranks are needed: raise "
+            "data.validation_utterances, lower data.accumulation, or set training.validate_every=0."
+        )
+    if data.batch_size is not None:
+        wanted = -(-len(lengths) // data.batch_size)
+    else:
+        assert data.max_frames is not None
+        wanted = -(-sum(lengths) // data.max_frames)
+    count = min(wanted, len(lengths) // unit)
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    ends = [len(lengths) * number // count for number in range(count + 1)]
+    return [longest_first[first:last] for first, last in pairwise(ends)]
 
 
 def check_values(config: RunConfig) -> None:
@@ -130,7 +176,7 @@ def _check_choices(section: Any, prefix: str) -> None:
 
 
 def _check_numbers(config: RunConfig) -> None:
-    at_least: dict[str, tuple[float, float]] = {
+    at_least: dict[str, tuple[float | None, float]] = {
         "mome.routed_experts": (config.mome.routed_experts, 1),
         "mome.top_k": (config.mome.top_k, 1),
         "mome.shared_experts": (config.mome.shared_experts, 0),
@@ -141,10 +187,12 @@ def _check_numbers(config: RunConfig) -> None:
         "mome.min_capacity": (config.mome.min_capacity, 1),
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
+        "data.max_frames": (config.data.max_frames, 1),
         "data.accumulation": (config.data.accumulation, 1),
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
         "training.steps": (config.training.steps, 1),
+        "training.epochs": (config.training.epochs, 1),
         "training.save_every": (config.training.save_every, 0),
         "training.max_skipped_steps": (config.training.max_skipped_steps, 0),
         "training.validate_every": (config.training.validate_every, 0),
@@ -156,8 +204,13 @@ def _check_numbers(config: RunConfig) -> None:
         "decoding.batch_size": (config.decoding.batch_size, 1),
     }
     for key, (value, least) in at_least.items():
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"{key}={value}: must be at least {least}.")
+    if (config.data.batch_size is None) == (config.data.max_frames is None):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} and data.max_frames={config.data.max_frames}: a batch is either "
+            "a number of utterances or a budget of video frames; set one of them and the other to null."
+        )
     if config.mome.top_k > config.mome.routed_experts:
         raise UserError(
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
@@ -187,7 +240,7 @@ def _check_numbers(config: RunConfig) -> None:
 
 def _check_batches(config: RunConfig, layout: Layout) -> None:
     unit = config.data.accumulation * layout.dp
-    if config.data.batch_size % unit:
+    if config.data.batch_size is not None and config.data.batch_size % unit:
         raise UserError(
             f"data.batch_size={config.data.batch_size} is not a multiple of {unit} = "
             f"data.accumulation={config.data.accumulation} x {layout.dp} data-parallel ranks."

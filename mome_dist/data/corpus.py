@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video
+from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video, frames_for_samples
 from mome_dist.data.shards import FORMAT, MANIFEST
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import sha256_of
@@ -43,6 +43,11 @@ class Utterance:
     frames: int
     members: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
     crc32: Mapping[str, int] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def length(self) -> int:
+        """In video frames, 25 a second, of the longer stream; at least one."""
+        return max(self.frames, frames_for_samples(self.samples), 1)
 
 
 class Corpus:

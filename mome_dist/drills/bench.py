@@ -143,6 +143,7 @@ def _shrinking(folder: Path) -> list[str]:
         "task=vsr",
         "task.views_per_step=null",
         "data.batch_size=8",
+        "data.max_frames=null",
         "mome.routed_experts=8",
         "mome.dispatch=alltoall",
         "projector.hidden_size=64",

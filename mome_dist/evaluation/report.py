@@ -96,7 +96,7 @@ def _summary(files: RunFiles) -> str:
         (
             "optimiser",
             f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
-            f"batch {config.data.batch_size}",
+            f"batches of {config.data.describe_batch()}",
         ),
         ("layout", f"tensor {layout.tp}, pipeline {layout.pp}, expert {layout.ep}; {config.deepspeed.file}"),
         ("seed", str(config.seed)),

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import DataConfig, RunConfig
 from mome_dist.config.validate import streams_of, views_of
 from mome_dist.llm.shape import LLMShape
-from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.speech.views import View
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -60,6 +60,7 @@ class Job:
         lengths: positions of a sequence in each view.
         labels: positions of a sequence that predict a label.
         batch_size: utterances of a step.
+        fixed_batch: whether every step has exactly so many; with a budget of frames it is their number in the mean.
         views_per_step: views that a step trains on.
         moments: fp32 running averages that the optimiser keeps of each parameter.
         pad_heads: whether attention heads may be padded to a multiple of tp.
@@ -80,9 +81,16 @@ class Job:
     lengths: tuple[int, ...]
     labels: int
     batch_size: int
+    fixed_batch: bool
     views_per_step: int
     moments: int
     pad_heads: bool
+
+    def accumulations(self, dp: int) -> list[int]:
+        """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
+        if self.fixed_batch:
+            return divisors(self.batch_size // dp) if self.batch_size % dp == 0 else []
+        return [2**power for power in range((self.batch_size // dp).bit_length())]
 
     @property
     def element_bytes(self) -> int:
@@ -131,8 +139,8 @@ class Candidate:
     accumulation: int
 
     def utterances(self, job: Job) -> int:
-        """Utterances of a microbatch of one rank."""
-        return job.batch_size // (self.accumulation * self.layout.dp)
+        """Utterances of a microbatch of the fullest rank."""
+        return -(-job.batch_size // (self.accumulation * self.layout.dp))
 
     def microbatches(self, job: Job) -> int:
         """Forward passes of a rank in a step."""
@@ -175,11 +183,20 @@ def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, 
         projectors_train=config.projector.trainable,
         lengths=tuple(clip.length(view) for view in views),
         labels=clip.text_tokens + 1,
-        batch_size=config.data.batch_size,
+        batch_size=typical_batch(config.data, clip.seconds),
+        fixed_batch=config.data.batch_size is not None,
         views_per_step=min(config.task.views_per_step or len(views), len(views)),
         moments=2 if config.optimizer.name == "adamw" else 0,
         pad_heads=config.llm.pad_heads,
     )
+
+
+def typical_batch(data: DataConfig, seconds: float = Clip.seconds) -> int:
+    """Utterances of a global batch where each takes so many seconds."""
+    if data.batch_size is not None:
+        return data.batch_size
+    assert data.max_frames is not None, "one of the two is set; see `mome_dist.config.validate`"
+    return max(1, int(data.max_frames / (seconds * FRAMES_PER_SECOND["video"])))
 
 
 def _projector_parameters(config: RunConfig, hidden_size: int, widths: Mapping[str, int]) -> int:

@@ -156,10 +156,8 @@ def _why(message: str) -> str:
 
 
 def _candidates(job: Job, layout: Layout) -> Iterator[Candidate]:
-    if job.batch_size % layout.dp:
-        return
     stages = ZERO_STAGES if layout.dp > 1 else ZERO_STAGES[:2]
-    for accumulation in divisors(job.batch_size // layout.dp):
+    for accumulation in job.accumulations(layout.dp):
         for dispatch in ("alltoall", "gather" if layout.ep > 1 else "local"):
             for zero in stages:
                 yield Candidate(layout, zero, dispatch, accumulation)

@@ -141,10 +141,11 @@ def longest_input(examples: Sequence[Example]) -> int:
     return max(len(example.ids) for example in examples) - 1
 
 
-def collate(examples: Sequence[Example], length: int | None = None) -> TokenBatch:
-    """Pad a batch of examples on the right, to the longest input or to ``length``."""
+def collate(examples: Sequence[Example], length: int | None = None, rows: int = 0) -> TokenBatch:
+    """Pad a batch of examples on the right, to the longest input or to ``length``, and with empty sequences to at least
+    ``rows``."""
     inputs = [example.ids[:-1] for example in examples]
-    length, batch = length or longest_input(examples), len(inputs)
+    length, batch = length or longest_input(examples), max(len(inputs), rows)
     ids_BS = torch.zeros(batch, length, dtype=torch.int64)
     padding_BS = torch.ones(batch, length, dtype=torch.bool)
     label_index, labels = [], []

@@ -50,7 +50,7 @@ class BatchBuilder:
         dp_rank, dp_size: of this rank.
         device: where the microbatches go.
         layout: whose sequence parallelism wants lengths that tp divides, and whose interleaved schedule wants one
-            length for all microbatches of a step.
+            length and one number of sequences for all microbatches of a step.
     """
 
     def __init__(
@@ -71,11 +71,14 @@ class BatchBuilder:
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
-        chunks = share_of_rank(batch, self._accumulation, self._dp_rank, self._dp_size)
-        parts = [([self._utterances[i] for i in chunk], view) for view in views for chunk in chunks]
+        parts = [(chunk, view) for view in views for chunk in self._share(batch, self._dp_rank)]
         examples = [self._examples(*part) for part in parts]
-        longest = max(map(longest_input, examples)) if self._layout.virtual > 1 else 0
-        microbatches = [self._microbatch(*part, each, longest) for part, each in zip(parts, examples, strict=True)]
+        one_shape = self._layout.virtual > 1
+        longest = max(map(longest_input, examples)) if one_shape else 0
+        rows = max(map(len, examples)) if one_shape else 0
+        microbatches = [
+            self._microbatch(*part, each, longest, rows) for part, each in zip(parts, examples, strict=True)
+        ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
 
@@ -86,24 +89,29 @@ class BatchBuilder:
     def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
         """Positions of a microbatch of the first data-parallel rank, padding included: the mean over views of a global
         batch, the same on all ranks."""
-        chunks = share_of_rank(batch, self._accumulation, 0, self._dp_size)
-        parts = [[self._utterances[i] for i in chunk] for chunk in chunks]
+        parts = self._share(batch, 0)
         sizes = [longest_input(self._examples(part, view)) * len(part) for view in views for part in parts]
         return sum(sizes) // len(sizes)
+
+    def _share(self, batch: Sequence[int], dp_rank: int) -> list[list[Utterance]]:
+        """A rank's utterances of a global batch, by chunk."""
+        lengths = [self._utterances[i].length for i in batch]
+        shares = share_of_rank(batch, lengths, self._accumulation, dp_rank, self._dp_size)
+        return [[self._utterances[i] for i in chunk] for chunk in shares]
 
     def _examples(self, utterances: Sequence[Utterance], view: View) -> list[Example]:
         return [self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances]
 
     def _microbatch(
-        self, utterances: Sequence[Utterance], view: View, examples: Sequence[Example], longest: int
+        self, utterances: Sequence[Utterance], view: View, examples: Sequence[Example], longest: int, rows: int
     ) -> MicroBatch:
-        """One forward pass over some utterances, padded to at least ``longest`` tokens."""
+        """One forward pass over some utterances, padded to at least ``longest`` tokens and ``rows`` sequences."""
         length = max(longest, longest_input(examples))
         if self._layout.sequence_parallel:
             length += -length % self._layout.tp
         return MicroBatch(
             view=view,
-            tokens=collate(examples, length).to(self._device),
+            tokens=collate(examples, length, rows).to(self._device),
             audio=list(self._read("audio", utterances)) if view.audio_rate is not None else [],
             video=list(self._read("video", utterances)) if view.video_rate is not None else [],
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ ROUTING_EVERY = 10  # steps between lines of routing.jsonl
 
 
 def train(config: RunConfig, layout: Layout) -> list[float]:
-    """Train on this rank until ``training.steps``; every rank of the layout calls it.
+    """Train on this rank until ``training.steps`` (or ``training.epochs``); every rank of the layout calls it.
 
     Returns:
         The loss of each step done in this call, the same on all ranks.
@@ -49,9 +48,10 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         console = rank_console()
         console.print(f"[bold]{config.name}[/]: {layout.describe()}", highlight=False)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer = prepare(config, layout, at, console)
+        config = trainer.config
         if dist.get_rank() == 0:
             save_config(config, Path(config.output_dir) / CONFIG)
-        trainer = prepare(config, layout, at, console)
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
         ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config))
@@ -153,7 +153,7 @@ def _run(
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 report("validating", number)
-                metrics.step({"step": done, "validation": _validate(config, layout, trainer)})
+                metrics.step({"step": done, "validation": _validate(config, trainer)})
             if saving:
                 report("saving", number)
                 trainer.saver.save(done, trainer.model, trainer.engine)
@@ -166,16 +166,12 @@ def _run(
     return losses
 
 
-def _validate(config: RunConfig, layout: Layout, trainer: Trainer) -> dict[str, float]:
+def _validate(config: RunConfig, trainer: Trainer) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
-    unit = config.data.accumulation * layout.dp
-    size = min(trainer.validation, config.data.validation_utterances or sys.maxsize)
-    usable = size - size % unit
     totals: dict[str, float] = {}
     tokens = 0
     trainer.model.eval()
-    for first in range(0, usable, config.data.batch_size):
-        batch = list(range(first, min(first + config.data.batch_size, usable)))
+    for batch in trainer.validation:
         step = trainer.batches["validation"].build(batch, views_of(config))
         with torch.no_grad():
             result = forward_backward(trainer.model, step, forward_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from mome_dist.checkpoint.restore import (
 )
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig, resolve_deepspeed_file
-from mome_dist.config.validate import streams_of, views_of
+from mome_dist.config.validate import settled_order, streams_of, validation_batches, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, forget_damage
 from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.data.evenness import describe_epoch
 from mome_dist.data.features import FeatureStore
-from mome_dist.data.order import BatchOrder
+from mome_dist.data.order import Order
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
@@ -44,26 +46,30 @@ from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
 
+DESCRIBED_STEPS = 200  # of the first epoch, for the line that describes it
+
 
 @dataclass(frozen=True)
 class Trainer:
     """Everything that the loop of one rank works with.
 
     Attributes:
+        config: of the run, with ``training.steps`` settled.
         model, engine: this rank's.
         batches: builders for "train" and "validation".
         order: of the training split.
-        validation: utterances of the validation split.
+        validation: the global batches of a validation.
         saver: of checkpoints.
         start: steps already done.
         left_out: damaged utterances of both splits.
     """
 
+    config: RunConfig
     model: DistributedMoME
     engine: Engine
     batches: dict[str, BatchBuilder]
-    order: BatchOrder
-    validation: int
+    order: Order
+    validation: list[list[int]]
     saver: CheckpointSaver
     start: int
     left_out: int
@@ -98,8 +104,10 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         )
         for purpose in splits
     }
-    lengths = [utterance.samples for utterance in utterances["train"]]
-    order = BatchOrder(lengths, config.data.batch_size, config.data.bucket_batches, config.seed)
+    order, steps = settled_order(config, utterances["train"], layout)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+    validation = validation_batches(config, utterances["validation"], layout)
+    console.print(describe_epoch(order, DESCRIBED_STEPS, config.data.accumulation, layout.dp), highlight=False)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     report("building the model", patient=True)
@@ -122,10 +130,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)
-    saver = CheckpointSaver(config, layout, frozen, order_facts)
-    return Trainer(
-        model, engine, batches, order, len(utterances["validation"]), saver, start, sum(map(len, damaged.values()))
-    )
+    saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
+    left_out = sum(map(len, damaged.values()))
+    return Trainer(config, model, engine, batches, order, validation, saver, start, left_out)
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
@@ -136,16 +143,17 @@ def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
     )
 
 
-def _order_facts(config: RunConfig, corpus: Corpus, order: BatchOrder, damaged: Iterable[str]) -> dict[str, Any]:
+def _order_facts(config: RunConfig, corpus: Corpus, order: Order, damaged: Iterable[str]) -> dict[str, Any]:
     """What the order of utterances is a function of, by configuration key."""
     return {
         "data.corpus": manifest_sha256(corpus.directory),
         "data.train_split": config.data.train_split,
         "utterances": len(order.lengths),
         "utterances left out": sorted(damaged),
-        "data.batch_size": order.batch_size,
-        "data.bucket_batches": order.pool,
-        "seed": order.seed,
+        "data.batch_size": config.data.batch_size,
+        "data.max_frames": config.data.max_frames,
+        "data.bucket_batches": config.data.bucket_batches,
+        "seed": config.seed,
     }
 
 

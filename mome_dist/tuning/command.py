@@ -62,7 +62,7 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
             picked,
             runner,
             lambda trial: refusal(trial, base, options.nproc, job, cluster),
-            lambda best: neighbours(best, config, options.nproc, options.capacity_factors),
+            lambda best: neighbours(best, config, options.nproc, job, options.capacity_factors),
             options.rounds,
             options.most,
             tell,

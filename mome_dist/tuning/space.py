@@ -103,8 +103,10 @@ def read_trials(path: Path) -> list[Trial]:
         raise UserError(f"--trials {path}: give a JSON list {wanted} ({error!r}).") from error
 
 
-def neighbours(best: Trial, config: RunConfig, world: int, capacity_factors: Sequence[float]) -> Iterator[Trial]:
-    """Settings that differ from the best one in one thing."""
+def neighbours(
+    best: Trial, config: RunConfig, world: int, job: Job, capacity_factors: Sequence[float]
+) -> Iterator[Trial]:
+    """Settings that differ from the best one in one thing; ``job`` is that of the configuration."""
     zero = best.deepspeed.get("zero_optimization", {})
     stage, bucket, overlap = best.stage, zero.get("reduce_bucket_size", BUCKETS[1]), zero.get("overlap_comm", False)
     settings = [zero_settings(other, bucket, overlap) for other in (0, 1, 2) if other != stage]
@@ -114,7 +116,7 @@ def neighbours(best: Trial, config: RunConfig, world: int, capacity_factors: Seq
     for changed in settings:
         yield Trial(_merged(best.deepspeed, changed), best.overrides)
     layout = layout_of(config, world)
-    accumulations = [n for n in divisors(config.data.batch_size // layout.dp) if n <= 8 * config.data.accumulation]
+    accumulations = [n for n in job.accumulations(layout.dp) if n <= 8 * config.data.accumulation]
     axes: dict[str, list[Any]] = {
         "data.accumulation": accumulations,
         "parallel.ep": [ep for ep in divisors(layout.dp) if config.mome.routed_experts % ep == 0],
@@ -164,8 +166,9 @@ def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cl
         return str(error)
     if config.mome.routed_experts % layout.ep:
         return f"parallel.ep={layout.ep} does not divide mome.routed_experts={config.mome.routed_experts}"
-    if config.data.batch_size % (config.data.accumulation * layout.dp):
-        return f"data.batch_size={config.data.batch_size} cannot be cut that often"
+    chunks = config.data.accumulation * layout.dp
+    if job.batch_size < chunks or (job.fixed_batch and job.batch_size % chunks):
+        return f"a batch of {config.data.describe_batch()} cannot be cut that often"
     if cluster is None:
         return None
     dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)

@@ -22,6 +22,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.experts import initial_value
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
+from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
 from mome_dist.speech.views import View
@@ -55,23 +56,25 @@ class Probe:
 
     def step(self, number: int, dp_rank: int, layout: Layout) -> Step:
         """One data-parallel rank's part of a step; the batch is cut and padded as in training."""
-        size, accumulation = self.config.data.batch_size, self.config.data.accumulation
+        size = typical_batch(self.config.data)
         batch = list(range(number * size, (number + 1) * size))
-        chunks = share_of_rank(batch, accumulation, dp_rank, layout.dp)
+        frames = [_frames(i, "video") for i in batch]
+        chunks = share_of_rank(batch, frames, self.config.data.accumulation, dp_rank, layout.dp)
         parts = [(chunk, view) for view in self.views for chunk in chunks]
         lengths = [longest_input([self.example(i, view) for i in chunk]) for chunk, view in parts]
+        rows = 0
         if layout.virtual > 1:
-            lengths = [max(lengths)] * len(lengths)
+            lengths, rows = [max(lengths)] * len(lengths), max(map(len, chunks))
         if layout.sequence_parallel:
             lengths = [length + -length % layout.tp for length in lengths]
-        microbatches = [self.microbatch(*part, length) for part, length in zip(parts, lengths, strict=True)]
+        microbatches = [self.microbatch(*part, length, rows) for part, length in zip(parts, lengths, strict=True)]
         return Step(microbatches, self.views, sum(len(_text(i, self._vocabulary)) + 1 for i in batch))
 
-    def microbatch(self, numbers: Sequence[int], view: View, length: int) -> MicroBatch:
-        """Some utterances in one view, padded to ``length`` tokens."""
+    def microbatch(self, numbers: Sequence[int], view: View, length: int, rows: int = 0) -> MicroBatch:
+        """Some utterances in one view, padded to ``length`` tokens and at least ``rows`` sequences."""
         return MicroBatch(
             view,
-            collate([self.example(number, view) for number in numbers], length),
+            collate([self.example(number, view) for number in numbers], length, rows),
             [_features(number, "audio") for number in numbers] if view.audio_rate is not None else [],
             [_features(number, "video") for number in numbers] if view.video_rate is not None else [],
         )
@@ -98,7 +101,9 @@ def shrunk(config: RunConfig, directory: Path) -> RunConfig:
     key-value groups of two heads.
     """
     config = small_modules(config, write_random_llama(directory))
-    config.data = dataclasses.replace(config.data, batch_size=8, accumulation=2)
+    # A budget of frames gives ranks unequal numbers of utterances; so do eleven in two chunks.
+    utterances = 8 if config.data.max_frames is None else 11
+    config.data = dataclasses.replace(config.data, batch_size=utterances, max_frames=None, accumulation=2)
     return config
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mome_dist.config import load_config, validate
 from mome_dist.config.validate import views_of
+from mome_dist.data.corpus import Corpus
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
@@ -87,7 +88,8 @@ def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] |
         trainer = prepare(config, layout, at, rank_console())
         assert trainer.start == config.training.steps, "the trained weights, not the initial ones"
         model = trainer.model.eval()
-        step = trainer.batches["validation"].build(range(trainer.validation), views_of(config))
+        validation = len(Corpus.open(config.data.corpus).split(config.data.validation_split))
+        step = trainer.batches["validation"].build(range(validation), views_of(config))
 
         def forward_step(batches: Any, stage: Chunk) -> tuple[torch.Tensor, Any]:
             batch: MicroBatch = next(batches)

@@ -57,7 +57,8 @@ def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path) -> lis
         model, engine = _build(probe, layout, zero, folder)
         for number in range(STEPS):
             _step(probe, layout, at, model, engine, number)
-        CheckpointSaver(probe.config, layout, {"llm": "0" * 64}, {"seed": probe.config.seed}).save(STEPS, model, engine)
+        order = {"seed": probe.config.seed}
+        CheckpointSaver(probe.config, layout, {"llm": "0" * 64}, order, lambda step: step).save(STEPS, model, engine)
         engine.deepspeed.save_checkpoint(str(folder / "native"), tag=TAG)
         return [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)]
 

@@ -53,6 +53,7 @@ class Lab:
             f"audio_encoder.path={asset_dir('whisper-tiny.en')}",
             f"output_dir={output}",
             "data.batch_size=8",
+            "data.max_frames=null",
             "mome.routed_experts=8",
             "mome.capacity_factor=null",
             "projector.hidden_size=64",

@@ -93,6 +93,6 @@ def microbatch(numbers: list[int], view: View) -> MicroBatch:
 def step_of(batch: list[int], dp_rank: int, dp_size: int, accumulation: int = 2) -> Step:
     from mome_dist.data.order import share_of_rank
 
-    chunks = share_of_rank(batch, accumulation, dp_rank, dp_size)
+    chunks = share_of_rank(batch, [len(utterance(number)[1]) for number in batch], accumulation, dp_rank, dp_size)
     labels = sum(len(utterance(number)[2]) + 1 for number in batch)
     return Step([microbatch(chunk, view) for view in VIEWS for chunk in chunks], VIEWS, labels)

@@ -45,7 +45,7 @@ def _tune(runner: Known, most: int = 60) -> Found | None:
         hand_picked(1),
         runner,
         lambda trial: refusal(trial, BASE, 2, job, None),
-        lambda best: neighbours(best, config, 2, []),
+        lambda best: neighbours(best, config, 2, job, []),
         rounds=2,
         most=most,
         tell=lambda _: None,
