@@ -164,7 +164,10 @@ class FrameOrder:
     def _composed(self, epoch: int) -> list[NDArray[np.int64]]:
         order = epoch_permutation(len(self.lengths), self.seed, epoch)
         frames = np.cumsum(self._array[order])
-        pools = -(-int(frames[-1]) // (self.pool * self.max_frames)) if self.pool > 1 else 1
+        pools = 1
+        if self.pool > 1 and frames[-1] > self.max_frames:
+            # Two at least: one pool of the whole split, sorted, would make the same batches every epoch.
+            pools = max(2, -(-int(frames[-1]) // (self.pool * self.max_frames)))
         ends = np.searchsorted(frames, [int(frames[-1]) * (number + 1) // pools for number in range(pools)]) + 1
         batches: list[NDArray[np.int64]] = []
         for first, last in pairwise([0, *ends.tolist()]):

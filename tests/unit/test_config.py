@@ -17,7 +17,10 @@ import yaml
 from mome_dist.assets import asset_dir
 from mome_dist.config import load_config, save_config, validate, validate_overrides
 from mome_dist.config.load import load_saved_config
+from mome_dist.config.validate import settled_order, validation_batches
+from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
+from mome_dist.parallel.layout import Layout
 from mome_dist.paths import configs_dir
 from mome_dist.speech.video_encoder import VideoEncoder
 
@@ -39,7 +42,33 @@ def overrides(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_valid_configuration_passes(overrides: list[str]) -> None:
     assert validate(load_config(overrides), world_size=2).describe() == "2 processes = tp 1 x pp 1 x dp 2 (ep 2)"
+    validate(load_config([*overrides, "data.batch_size=null", "data.max_frames=900"]), world_size=2)
 
+
+def test_epochs_decide_the_steps(tiny_corpus_dir: Path) -> None:
+    train = Corpus.open(tiny_corpus_dir).split("train")  # 24 utterances
+    for settings, steps in (
+        (["training.steps=7"], 7),
+        (["training.steps=7", "training.epochs=2"], 3),
+        (["training.epochs=2", "data.batch_size=null", "data.max_frames=100000"], 2),
+    ):
+        config = load_config(["experiment=tiny", *settings])
+        assert settled_order(config, train, Layout.for_world(1))[1] == steps
+
+
+@pytest.mark.parametrize("batches", [("data.batch_size=8",), ("data.batch_size=null", "data.max_frames=3000")])
+@pytest.mark.parametrize("utterances", [7, 8, 9, 30])
+def test_a_validation_sees_every_utterance_once_whatever_the_ranks(batches: tuple[str, ...], utterances: int) -> None:
+    clips = [Utterance(f"u{number}", "", "", "", 0, 50 + 40 * number, {}) for number in range(utterances)]
+    for world in (1, 2, 7):
+        config = load_config(["experiment=tiny", "parallel=single", *batches])
+        validation = validation_batches(config, clips, Layout.for_world(world))
+        assert sorted(index for batch in validation for index in batch) == list(range(utterances))
+        assert min(map(len, validation)) >= world
+    assert validation_batches(load_config(["experiment=tiny", "training.validate_every=0"]), clips, LAYOUT) == []
+
+
+LAYOUT = Layout.for_world(1)
 
 WRONG = [
     (["mome.top_kk=3"], 2, r"unknown configuration key 'mome.top_kk'; did you mean mome.top_k"),
@@ -93,6 +122,25 @@ WRONG = [
     (["task.avsr_audio_rates=[4,0]"], 2, r"task.avsr_audio_rates=\[4, 0\]: give rates of at least 1"),
     (["task.views_per_step=9"], 2, r"task.views_per_step=9: must be null or from 1 to 8"),
     (["data.batch_size=15"], 2, r"data.batch_size=15 is not a multiple of 2"),
+    (["data.max_frames=900"], 2, r"data.batch_size=16 and data.max_frames=900: .* set one of them"),
+    (["data.batch_size=null"], 2, r"data.batch_size=None and data.max_frames=None: .* set one of them"),
+    (["data.batch_size=null", "data.max_frames=0"], 2, r"data.max_frames=0: must be at least 1"),
+    (
+        ["data.batch_size=null", "data.max_frames=30"],
+        2,
+        r"data.max_frames=30 has no room for train-\d+ \(\d+\), .*more",
+    ),
+    (
+        ["data.batch_size=null", "data.max_frames=120"],
+        2,
+        r"step \d+ would have 1 utterances, but 2 = .*raise data.max_f",
+    ),
+    (["training.epochs=0"], 2, r"training.epochs=0: must be at least 1"),
+    (
+        ["data.batch_size=10", "data.accumulation=5"],
+        2,
+        r"validation uses 4 utterances of split 'validation', but 10 = .* set training.validate_every=0",
+    ),
     (["projector.compression=stack"], 2, r"projector.compression=stack needs projector.per_rate=true"),
     (["llm.path=/nowhere"], 2, r"llm.path='/nowhere': /nowhere/config.json does not exist.*tools/fetch_assets.py"),
     (["audio_encoder.path=/nowhere"], 2, r"audio_encoder.path='/nowhere' holds no encoder.*tools/fetch_assets.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def _frame_order(seed: int, pool: int = 4, utterances: int = 300, max_frames: in
 SEEDS = range(12)
 
 
-@pytest.mark.parametrize("pool", [1, 4])
+@pytest.mark.parametrize("pool", [1, 4, 100])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_budget_of_frames_is_kept_and_every_epoch_is_whole_and_new(seed: int, pool: int) -> None:
     order = _frame_order(seed, pool)
@@ -83,7 +84,8 @@ def test_a_budget_of_frames_is_kept_and_every_epoch_is_whole_and_new(seed: int, 
         frames = [sum(order.lengths[index] for index in batch) for batch in batches]
         assert max(frames) <= 1500 and np.mean(frames) > 0.8 * 1500
         epochs.append({frozenset(batch) for batch in batches})
-    assert not epochs[0] & epochs[1] and not epochs[1] & epochs[2]
+    for one, other in pairwise(epochs):  # two or three of the longest clips may meet again
+        assert all(len(batch) <= 3 for batch in one & other) and len(one & other) < 0.1 * len(one)
 
 
 def test_a_pool_makes_batches_of_similar_length_in_shuffled_order() -> None:
@@ -118,8 +120,8 @@ def test_runs_are_even_and_hardly_more_than_the_budget_needs(seed: int) -> None:
     assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])] and cuts[-1][1] == 400
     totals = [int(lengths[first:last].sum()) for first, last in cuts]
     assert max(totals) <= 500
-    # A run misses its share of what is left by less than a clip (59). The runs that are left make up for it, so that the
-    # share drifts by 59 over their number: at most by 59 (1 + 1/2 + ... ), the own miss apart.
+    # A run misses its share of what is left by less than a clip (59). The runs that are left make up for it, so that
+    # the share drifts by 59 over their number: at most by 59 (1 + 1/2 + ... ), the own miss apart.
     drift = 59 * (1 + sum(1 / left for left in range(1, len(cuts))))
     assert max(abs(total - np.mean(totals)) for total in totals) <= drift + 1  # shares are rounded
     fewest, room = 0, 0
