@@ -30,6 +30,11 @@ SHRINK = {
     "python tools/fault_drill.py --shrink experiment=tiny": ["--only", "kill"],
     "python -m launchers.local --nproc 4 experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],
     "python -m mome_dist.train experiment=tiny": ["output_dir=runs/one", "data.batch_size=4", "training.steps=2"],
+    "python -m mome_dist.train experiment=tiny parallel=single data.batch_size=null": [
+        "output_dir=runs/frames",
+        "data.max_frames=1500",
+        "training.epochs=1",
+    ],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart": ["limit=2"],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/tiny": ["limit=6"],
     "python -m mome_dist.report run=runs/quickstart": [],
