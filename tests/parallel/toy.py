@@ -45,10 +45,12 @@ def reference(directory: Path, placement: str, **mome: Any) -> MoMESpeechLM:
     return model.train()
 
 
-def distributed(directory: Path, placement: str, layout: Layout, **mome: Any) -> DistributedMoME:
+def distributed(
+    directory: Path, placement: str, layout: Layout, precision: torch.dtype = torch.float32, **mome: Any
+) -> DistributedMoME:
     shape, chunks = LLMShape.from_directory(directory), []
     for number in range(layout.virtual):
-        llm = build_frozen_llm(shape, torch.float32, "eager", CPU, layout, number)
+        llm = build_frozen_llm(shape, precision, "eager", CPU, layout, number)
         load_weights(llm, shape, directory)
         momes = attach_mome(llm, placement, SEED, ep_size=layout.ep, **{**MOME, **mome})
         chunks.append(Chunk(llm, projectors() if llm.pre_process else None, momes))
