@@ -52,6 +52,16 @@ def test_sizes_of_well_known_models(name: str, billions: float) -> None:
     assert _job(name).frozen_parameters / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
+def test_a_budget_of_frames_is_so_many_clips_and_need_not_divide() -> None:
+    config = load_config(["mome.routed_experts=24", "data.batch_size=null", "data.max_frames=9900"])
+    job = job_of(config, find_shape("llama-3.1-8b"), Clip(seconds=6), WIDTHS, on_gpu=True)
+    assert (job.batch_size, job.fixed_batch) == (66, False)
+    assert job.accumulations(8) == [1, 2, 4, 8] and job.accumulations(66) == [1] and job.accumulations(67) == []
+    assert replace(job, fixed_batch=True).accumulations(8) == []
+    assert _candidate(accumulation=2).utterances(job) == 5  # of the fullest rank: 66 over 16 parts
+    assert any(plan.candidate.layout.dp == 8 for plan in search(job, NODE).plans)
+
+
 def test_frozen_weights_take_two_bytes_and_no_optimiser_state() -> None:
     job = _job()
     need = memory(job, _candidate(), 0)
