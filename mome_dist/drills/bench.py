@@ -68,7 +68,12 @@ class Bench:
         if processes < 2:
             raise UserError(f"--nproc is {processes}: drills need at least two processes, one to lose.")
         chosen = [*overrides, *(_shrinking(folder) if shrink else [])]
-        fixed = ("training.validate_every=0", "training.log_utterances=true", "mome.capacity_factor=null")
+        fixed = (
+            "training.epochs=null",
+            "training.validate_every=0",
+            "training.log_utterances=true",
+            "mome.capacity_factor=null",
+        )
         layout_of(load_config(chosen), processes)
         return cls([*chosen, *fixed], processes, folder)
 

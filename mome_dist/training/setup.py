@@ -46,7 +46,7 @@ from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
 
-DESCRIBED_STEPS = 200  # of the first epoch, for the line that describes it
+DESCRIBED_STEPS = 50  # of the first epoch, for the line that describes it
 
 
 @dataclass(frozen=True)

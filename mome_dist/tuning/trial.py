@@ -67,6 +67,7 @@ class LaunchedRunner:
                 f"deepspeed.file={file}",
                 f"output_dir={output}",
                 f"training.steps={WARM_UP_STEPS + self.steps}",
+                "training.epochs=null",
                 "training.save_every=0",
                 "training.validate_every=0",
                 "training.resume=false",

@@ -59,6 +59,7 @@ class Lab:
             "projector.hidden_size=64",
             "optimizer.warmup_steps=0",
             "training.steps=5",
+            "training.epochs=null",
             "training.save_every=0",
             "training.validate_every=0",
             *more,
