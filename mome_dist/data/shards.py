@@ -178,6 +178,22 @@ class ShardWriter:
             self._shard = None
 
 
+def manifest_text(
+    name: str, settings: dict[str, Any], splits: dict[str, dict[str, Any]], viseme_names: list[str] | None = None
+) -> str:
+    """The manifest of a corpus, from the entries that `ShardWriter.close` gives for its splits."""
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "settings": settings,
+        "sample_rate": SAMPLE_RATE,
+        "fps": FPS,
+        "viseme_names": viseme_names,
+        "splits": splits,
+    }
+    return json.dumps(manifest, indent=1) + "\n"
+
+
 class CorpusWriter:
     """Writes a whole corpus and publishes it at once: a context manager around one `ShardWriter` per split.
 
@@ -196,14 +212,7 @@ class CorpusWriter:
         max_bytes: int = 512 << 20,
     ) -> None:
         self.directory = directory
-        self._manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "name": name,
-            "settings": settings,
-            "sample_rate": SAMPLE_RATE,
-            "fps": FPS,
-            "viseme_names": viseme_names,
-        }
+        self._name, self._settings, self._viseme_names = name, settings, viseme_names
         self._limits = (max_utterances, max_bytes)
         self._writers: dict[str, ShardWriter] = {}
 
@@ -223,7 +232,8 @@ class CorpusWriter:
         if not self._writers:
             raise UserError(f"{self.directory}: a corpus needs at least one utterance")
         splits = {split: writer.close() for split, writer in self._writers.items()}
-        write_text(self.working / MANIFEST, json.dumps({**self._manifest, "splits": splits}, indent=1) + "\n")
+        text = manifest_text(self._name, self._settings, splits, self._viseme_names)
+        write_text(self.working / MANIFEST, text)
 
     def _publish(self) -> None:
         if not (self.working / MANIFEST).exists():

@@ -1,0 +1,199 @@
+"""A preparation cut into portions that are done independently, in any order, by any process, any number of times.
+
+A portion is a run of clips of one split and becomes one shard (more where it would grow too large). Its bytes follow
+from its clips alone. So a preparation that was killed goes on with the portions that it lacks, parts of a job array
+share the portions by number, and whoever does the last one joins them into a corpus. Beside the corpus ``OUT``:
+
+    OUT.preparing/plan.json            what is being prepared; every process must want the same
+    OUT.preparing/portions/NAME.json   of a finished portion, written last: its shards, its rejections
+    OUT.preparing/corpus/              the shards; renamed to ``OUT`` when it is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.preparation.clips import SPLITS, Clip
+from mome_dist.data.preparation.settings import PreparationSettings
+from mome_dist.data.preparation.utterances import ClipPreparer, Rejection
+from mome_dist.data.shards import MANIFEST, ShardWriter, manifest_text
+from mome_dist.errors import UserError
+from mome_dist.files import fsync, locked, write_json, write_text
+
+REJECTED = "rejected.jsonl"
+
+Tick = Callable[[int, int], None]
+"""Told after each clip: (clips, frames) since the last time."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Clips of one split that are stored together."""
+
+    name: str
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All there is to do for one corpus.
+
+    Attributes:
+        out: directory of the corpus.
+        settings: see there.
+        clips: in the order in which they are stored within their splits.
+        left_out: rejections that are known before any clip is read.
+    """
+
+    out: Path
+    settings: PreparationSettings
+    clips: Sequence[Clip]
+    left_out: Sequence[Rejection] = ()
+
+    @property
+    def working(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.preparing")
+
+    @property
+    def corpus(self) -> Path:
+        return self.working / "corpus"
+
+    @cached_property
+    def portions(self) -> list[Portion]:
+        """All portions, in the order of the corpus."""
+        found, size = [], self.settings.clips_per_shard
+        for split in SPLITS:
+            clips = [clip for clip in self.clips if clip.split == split]
+            for number, first in enumerate(range(0, len(clips), size)):
+                found.append(Portion(f"{split}-{number:05d}", tuple(clips[first : first + size])))
+        return found
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Settings and a hash of all clips, as the corpus keeps them: two equal ones give the same corpus."""
+        digest = hashlib.sha256()
+        for clip in self.clips:
+            digest.update(repr(tuple(str(value) for value in astuple(clip))).encode())
+        return {**self.settings.as_dict(), "clips": len(self.clips), "clips_sha256": digest.hexdigest()}
+
+    def is_done(self) -> bool:
+        """Whether the corpus is there.
+
+        Raises:
+            UserError: something else is there.
+        """
+        if not self.out.exists():
+            return False
+        if not (self.out / MANIFEST).is_file():
+            raise UserError(f"{self.out}: exists and holds no corpus; remove it or choose another OUT")
+        if Corpus.open(self.out).manifest.get("settings") != self.description:
+            raise UserError(f"{self.out}: holds a corpus of other clips or settings; remove it or choose another OUT")
+        return True
+
+    def begin(self) -> None:
+        """Make the working directory, or find it.
+
+        Raises:
+            UserError: one of other clips or settings is there.
+        """
+        self.corpus.mkdir(parents=True, exist_ok=True)
+        (self.working / "portions").mkdir(exist_ok=True)
+        plan = self.working / "plan.json"
+        with locked(self.working / "lock"):
+            if not plan.exists():
+                write_json(plan, self.description)
+            elif json.loads(plan.read_text(encoding="utf-8")) != self.description:
+                raise UserError(
+                    f"{self.working}: begun with other clips or settings; use the same ones, or remove it to start anew"
+                )
+
+    def missing(self) -> list[Portion]:
+        """Portions that are not done."""
+        return [portion for portion in self.portions if not self._record(portion).is_file()]
+
+    def _record(self, portion: Portion) -> Path:
+        return self.working / "portions" / f"{portion.name}.json"
+
+    def do(self, portion: Portion, preparer: ClipPreparer, tick: Tick) -> None:
+        """Prepare a portion. Its record appears when its shards are on disk."""
+        rejections: list[Rejection] = []
+        record: dict[str, Any] = {"shards": [], "lines": "", "utterances": 0, "seconds": 0.0}
+        with tempfile.TemporaryDirectory(prefix=f".{portion.name}.", dir=self.working) as scratch:
+            aside = Path(scratch)
+            writer = ShardWriter(aside, portion.name, max_utterances=1 << 62)
+            try:
+                for clip in portion.clips:
+                    prepared = preparer.prepare(clip)
+                    for utterance in prepared.utterances:
+                        writer.add(utterance)
+                    rejections += prepared.rejections
+                    record["utterances"] += len(prepared.utterances)
+                    tick(1, prepared.frames)
+                if record["utterances"]:
+                    entry = writer.close()
+                    record |= {key: entry[key] for key in ("shards", "seconds")}
+                    record["lines"] = (aside / entry["index"]).read_text(encoding="utf-8")
+            finally:
+                writer.abandon()
+            for shard in record["shards"]:
+                (aside / shard["file"]).rename(self.corpus / shard["file"])
+        fsync(self.corpus)
+        write_json(self._record(portion), {**record, "rejections": [rejection._asdict() for rejection in rejections]})
+
+    def finish(self) -> bool:
+        """Join all portions and publish the corpus; return whether that was possible (or done by someone else).
+
+        Raises:
+            UserError: no clip of a split could be used.
+        """
+        if not self.out.exists():
+            self.begin()  # a lock needs its directory
+            with locked(self.working / "lock"):
+                if not self.out.exists():
+                    if self.missing():
+                        return False
+                    self._join()
+                    self.corpus.rename(self.out)
+                    fsync(self.out.parent)
+        shutil.rmtree(self.working, ignore_errors=True)
+        return True
+
+    def _join(self) -> None:
+        splits: dict[str, dict[str, Any]] = {}
+        rejections = [rejection._asdict() for rejection in self.left_out]
+        for split in SPLITS:
+            records = [
+                json.loads(self._record(portion).read_text(encoding="utf-8"))
+                for portion in self.portions
+                if portion.name.startswith(f"{split}-")
+            ]
+            rejected = [rejection for record in records for rejection in record["rejections"]]
+            rejections += rejected
+            if not records:
+                continue
+            if not any(record["utterances"] for record in records):
+                raise UserError(
+                    f"no clip of the {split} split could be used; the first one: {rejected[0]['name']}: "
+                    f"{rejected[0]['detail']}. Mend that, remove {self.working} and start again"
+                )
+            write_text(self.corpus / f"{split}.jsonl", "".join(record["lines"] for record in records))
+            splits[split] = {
+                "index": f"{split}.jsonl",
+                "utterances": sum(record["utterances"] for record in records),
+                "seconds": round(sum(record["seconds"] for record in records), 3),
+                "shards": [shard for record in records for shard in record["shards"]],
+            }
+        lines = (json.dumps(rejection, ensure_ascii=False) for rejection in rejections)
+        write_text(self.corpus / REJECTED, "".join(f"{line}\n" for line in lines))
+        write_text(self.corpus / MANIFEST, manifest_text(self.out.name, self.description, splits))
+        Corpus.open(self.corpus)  # what cannot be read is not published
+        fsync(self.corpus)
