@@ -5,7 +5,8 @@
     python -m mome_dist.transcribe RUN FILE --audio-rate 4 --video-rate 2      both
 
 RUN is a run, one checkpoint of it, or an export (tools/export_adapter.py), which needs nothing else of the run.
-The text goes to stdout and nothing else does. Video must be 96x96 mouth crops, as in a corpus.
+The text goes to stdout and nothing else does. Where the video shows a face, its mouth is found and cropped first;
+96x96 mouth crops, as in a corpus, are taken as they are.
 """
 
 from __future__ import annotations

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from mome_dist.checkpoint.load import LoadedRun
 from mome_dist.data.media import Media
+from mome_dist.data.preparation.landmarks import FaceMesh
+from mome_dist.data.preparation.mouth import NoFaceError, crop_mouth, is_mouth_crop
 from mome_dist.errors import UserError
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import streams_of
 from mome_dist.speech.views import View
 
-MOUTH_CROP = (96, 96)
-
 
 def clips_of(media: Media, view: View, file: Path) -> dict[str, Tensor]:
-    """The raw clip of each stream that the view reads.
+    """The raw clip of each stream that the view reads; of video, the mouth, cropped as for a corpus.
 
     Raises:
-        UserError: the file lacks a stream, or its video is no mouth crop.
+        UserError: the file lacks a stream, or its video shows no face for too long.
     """
     clips = {}
     for stream in streams_of(view):
@@ -30,11 +30,11 @@ def clips_of(media: Media, view: View, file: Path) -> dict[str, Tensor]:
         option = f"--{stream}-rate"
         if values is None:
             raise UserError(f"{file} has no {stream} stream: leave out {option}, or give a file that has one.")
-        if stream == "video" and values.shape[1:] != MOUTH_CROP:
-            height, width = values.shape[1:]
-            raise UserError(
-                f"{file}: video is {width}x{height}, not a 96x96 mouth crop: crop it, or leave out {option}."
-            )
+        if stream == "video" and not is_mouth_crop(values):
+            try:
+                values = crop_mouth(values, FaceMesh().track(values))
+            except NoFaceError as error:
+                raise UserError(f"{file}: {error}: show one face throughout, or leave out {option}.") from error
         clips[stream] = torch.from_numpy(values)
     return clips
 

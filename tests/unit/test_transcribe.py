@@ -11,6 +11,7 @@ from mome_dist import transcribe
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, encode_video, write_media_file
 from tests.evaluation_run import make_run
+from tests.face_films import face_video
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> dict[str, Path]:
     directory, utterance = tmp_path_factory.mktemp("files"), tiny_corpus.split("test")[0]
     audio, video = tiny_corpus.audio(utterance), tiny_corpus.video(utterance)
-    paths = {name: directory / name for name in ("both.mp4", "sound.flac", "lips.mp4", "face.mp4")}
+    paths = {name: directory / name for name in ("both.mp4", "sound.flac", "lips.mp4", "wall.mp4", "face.mp4")}
     write_media_file(paths["both.mp4"], audio, video)
     paths["sound.flac"].write_bytes(encode_flac(audio))
     paths["lips.mp4"].write_bytes(encode_video(video))
-    paths["face.mp4"].write_bytes(encode_video(np.zeros((10, 120, 160), np.uint8)))
+    paths["wall.mp4"].write_bytes(encode_video(np.zeros((30, 120, 160), np.uint8)))
+    write_media_file(paths["face.mp4"], audio[:32_000], face_video(50))
     return paths
 
 
@@ -37,6 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> dict
         ("both.mp4", ["--audio-rate", "16"], "asr(16)"),
         ("sound.flac", ["--audio-rate", "4", "--num-beams", "2"], "asr(4)"),
         ("lips.mp4", ["--video-rate", "3"], "vsr(3) (not trained"),
+        ("face.mp4", ["--video-rate", "5"], "2.00 s of video"),
+        ("face.mp4", ["--audio-rate", "4", "--video-rate", "5"], "avsr(4,5): 2.05 s of audio, 2.00 s of video"),
+        ("face.mp4", ["--audio-rate", "4"], "asr(4)"),
     ],
 )
 def test_text_on_stdout_and_the_rest_on_stderr(
@@ -55,7 +60,7 @@ def test_text_on_stdout_and_the_rest_on_stderr(
     [
         ("sound.flac", ["--video-rate", "2"], "no video stream"),
         ("lips.mp4", ["--audio-rate", "4", "--video-rate", "2"], "no audio stream"),
-        ("face.mp4", ["--video-rate", "2"], "160x120, not a 96x96 mouth crop"),
+        ("wall.mp4", ["--video-rate", "2"], "wall.mp4: no face in 30 of 30 frames, 30 of them in a row"),
         ("both.mp4", [], "no rate is given"),
         ("both.mp4", ["--audio-rate", "0"], "at least 1"),
     ],

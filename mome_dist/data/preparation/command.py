@@ -111,7 +111,7 @@ def prepare_command(request: Request, console: Console) -> None:
     if request.workers < 1:
         raise UserError(f"--workers {request.workers}: use 1 or more")
     preparation = clips_of(request)
-    console.print(_found(preparation.clips))
+    console.print(_found(preparation.clips), soft_wrap=True)
     if preparation.is_done():
         preparation.finish()  # clears what a killed one may have left beside it
         console.print("reused: a corpus of the same clips and settings was there")
@@ -140,9 +140,8 @@ def _do_part(preparation: Preparation, request: Request, console: Console) -> No
     frames = do_portions(preparation, mine, request.workers, console)
     seconds = time.monotonic() - began
     workers = min(request.workers, len(mine))
-    console.print(
-        f"{frames} frames in {seconds:.1f} s: {frames / seconds / workers:.0f} frames/s for each of {workers}"
-    )
+    speed = frames / seconds / workers
+    console.print(f"{frames} frames in {seconds:.1f} s by {workers} worker(s): {speed:.0f} frames/s each")
 
 
 def _found(clips: Sequence[Clip]) -> str:

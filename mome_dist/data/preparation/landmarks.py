@@ -33,6 +33,7 @@ LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0
 POINTS = (*STABLE, *LIPS)
 
 _MESH_POINTS = 468
+_LOOKS_BEFORE = 3
 _MICROSECONDS_PER_FRAME = 1_000_000 // FPS
 _OUTPUT = "multi_face_landmarks"
 # A serialised NormalizedLandmarkList: 468 messages (field 1, 15 bytes) of three floats (fields 1, 2 and 3).
@@ -89,9 +90,10 @@ class FaceMesh:
                 }
             )
             try:
-                for number, image in enumerate(video):
-                    mesh = self._process(image, (number + 1) * _MICROSECONDS_PER_FRAME)
-                    if mesh is not None:
+                # Points get better while they are followed: the first frame is looked at a few times before it counts.
+                for number, image in enumerate((*video[:1].repeat(_LOOKS_BEFORE, axis=0), *video), -_LOOKS_BEFORE):
+                    mesh = self._process(image, (number + _LOOKS_BEFORE + 1) * _MICROSECONDS_PER_FRAME)
+                    if mesh is not None and number >= 0:
                         points_FPX[number] = mesh[list(POINTS)] * size_X
             finally:
                 self._graph.close()

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mome_dist.data.media import FPS, Video
-from mome_dist.data.preparation.landmarks import LIPS, STABLE, FaceMesh, Points
+from mome_dist.data.preparation.landmarks import LIPS, STABLE, Points
 from mome_dist.errors import UserError
 
 CROP = 96
@@ -120,11 +120,10 @@ def crop_mouth(video: Video, points: Points, longest_gap: int = LONGEST_GAP) -> 
         image, linear_XY, mouth_X = _shrunk(image, linear_XY, mouth_FX[number])
         shift_X = (CROP - 1) / 2 - linear_XY @ mouth_X
         matrix = np.concatenate([linear_XY, shift_X[:, None]], axis=1)
-        crops[number] = cv2.warpAffine(image, matrix, (CROP, CROP), flags=cv2.INTER_LINEAR, borderMode=_BORDER)
+        crops[number] = cv2.warpAffine(
+            image, matrix, (CROP, CROP), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
     return crops
-
-
-_BORDER = cv2.BORDER_REPLICATE
 
 
 def _shrunk(
@@ -145,12 +144,3 @@ def _shrunk(
 def is_mouth_crop(video: Video) -> bool:
     """Whether a clip is a mouth crop already."""
     return video.shape[1:] == (CROP, CROP)
-
-
-def mouth_of(video: Video, mesh: FaceMesh, longest_gap: int = LONGEST_GAP) -> Video:
-    """The mouth crop of a clip: uint8 [frames, 96, 96]. A clip of that size is taken as it is.
-
-    Raises:
-        NoFaceError: see `fill_gaps`.
-    """
-    return video if is_mouth_crop(video) else crop_mouth(video, mesh.track(video), longest_gap)
