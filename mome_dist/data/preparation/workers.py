@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
@@ -59,34 +59,51 @@ def _do(portion: Portion) -> None:
 
 
 def do_portions(preparation: Preparation, portions: Sequence[Portion], workers: int, console: Console) -> int:
-    """Prepare portions on ``workers`` processes; return the number of video frames read.
+    """Prepare portions on ``workers`` processes (one: this one); return the number of video frames read.
 
     Raises:
         UserError: MediaPipe is missing, or a worker was killed. What is done is kept.
     """
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(preparation.out.name), *columns, console=console) as progress:
+        bar = progress.add_task("", total=sum(len(portion.clips) for portion in portions))
+        if workers > 1:
+            return _do_in_workers(preparation, portions, workers, lambda clips: progress.update(bar, completed=clips))
+        preparer, read = ClipPreparer(preparation.settings), 0
+
+        def tick(clips: int, frames: int) -> None:
+            nonlocal read
+            read += frames
+            progress.advance(bar, clips)
+
+        for portion in portions:
+            preparation.do(portion, preparer, tick)
+        return read
+
+
+def _do_in_workers(
+    preparation: Preparation, portions: Sequence[Portion], workers: int, show: Callable[[int], None]
+) -> int:
     # Spawned: the caller may have threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 2)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
-    total = sum(len(portion.clips) for portion in portions)
-    with Progress(TextColumn(preparation.out.name), *columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
-        pool = ProcessPoolExecutor(min(workers, len(portions)) or 1, context, _start_worker, (preparation, counts))
-        try:
-            waiting: set[Future[None]] = {pool.submit(_do, portion) for portion in portions}
-            while waiting:
-                done, waiting = wait(waiting, _REFRESH_SECONDS, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                progress.update(bar, completed=counts[0])
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory: run the same command again, which goes on "
-                "from here, with fewer --workers if it happens again"
-            ) from error
-        finally:
-            if waiting:
-                for process in multiprocessing.active_children():
-                    process.kill()
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(min(workers, len(portions)), context, _start_worker, (preparation, counts))
+    waiting: set[Future[None]] = set()
+    try:
+        waiting |= {pool.submit(_do, portion) for portion in portions}
+        while waiting:
+            done, waiting = wait(waiting, _REFRESH_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            show(counts[0])
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: run the same command again, which goes on from "
+            "here, with fewer --workers if it happens again"
+        ) from error
+    finally:
+        if waiting:  # what they do is of no use any more
+            for process in multiprocessing.active_children():
+                process.kill()
+        pool.shutdown(cancel_futures=True)
     return int(counts[1])

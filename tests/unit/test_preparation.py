@@ -1,0 +1,299 @@
+"""The parts of a preparation that read no film: texts, trees, lists, cuts, splits, parts of a job array."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mome_dist.data.preparation.clips import SPLITS, TRAIN, VALIDATION, Clip, below, check_clips, hold_out_speakers
+from mome_dist.data.preparation.command import Part, part_of
+from mome_dist.data.preparation.manifests import read_manifest
+from mome_dist.data.preparation.segments import Segment, cut
+from mome_dist.data.preparation.settings import PreparationSettings
+from mome_dist.data.preparation.text import Word, read_transcript, spell
+from mome_dist.data.preparation.trees import LRS3_VALIDATION, lrs2_clips, lrs3_clips
+from mome_dist.data.shards import check_id
+from mome_dist.errors import UserError
+
+# As in LRS3's pretrain folder.
+PRETRAIN_TEXT = """\
+Text:  SO {LG} IT'S WELL-KNOWN <NOISE> THAT
+Conf:  3
+Ref:   abcDEF
+
+WORD START END ASDSCORE
+SO 0.11 0.32 7.1
+{LG} 0.4 0.9 2.0
+IT'S 1.00 1.20 6.6
+WELL-KNOWN 1.20 1.60 5.0
+THAT 1.60 1.90 4.0
+"""
+
+
+def put(path: Path, text: str = "Text:  A\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_spelled_as_errors_are_counted(tmp_path: Path) -> None:
+    transcript = read_transcript(put(tmp_path / "a.txt", PRETRAIN_TEXT))
+    assert transcript.text == "so it's well known that"
+    assert transcript.words is not None
+    assert [word.text for word in transcript.words] == ["so", "", "it's", "well known", "that"]
+    assert transcript.words[0] == Word("so", 0.11, 0.32)
+    assert read_transcript(put(tmp_path / "b.txt", "Text:  THE `CAT\u2019S'\nConf:  4\n")) == ("the 'cat's'", None)
+    assert spell("{LG} <UNK> ...") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("Conf: 4\n", "no line 'Text: ...'"),
+        (f"{PRETRAIN_TEXT}WORD 2.0\n", r"a\.txt:11: 'WORD 2.0' is no WORD START END"),
+        (f"{PRETRAIN_TEXT}WORD 3.0 2.0 1\n", r"a\.txt:11: .* ends before it starts"),
+        (f"{PRETRAIN_TEXT}WORD nan 2.0 1\n", r"a\.txt:11"),
+    ],
+)
+def test_wrong_text_files_are_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        read_transcript(put(tmp_path / "a.txt", text))
+
+
+# --- cuts ----------------------------------------------------------------------------------------------------------
+
+
+def every_half_second(count: int, start: float = 0.0) -> list[Word]:
+    return [Word(f"w{i}", start + i / 2, start + i / 2 + 0.3) for i in range(count)]
+
+
+def test_cuts_are_in_the_middle_between_words() -> None:
+    words = every_half_second(40)  # 20 s at 25 fps
+    segments = cut(words, 500, longest=400)
+    assert [segment.text.split()[0] for segment in segments] == ["w0", "w32"]
+    assert segments[0].start == 0 and segments[1].end == 500
+    assert segments[0].end == segments[1].start == round((15.8 + 16.0) / 2 * 25)  # words end at 15.8, start at 16.0
+    assert " ".join(segment.text for segment in segments) == " ".join(word.text for word in words)
+
+
+@pytest.mark.parametrize("longest", [60, 101, 400])
+def test_every_word_is_in_exactly_one_segment_and_none_is_too_long(longest: int) -> None:
+    words = [*every_half_second(17), *every_half_second(30, 14.0), *every_half_second(9, 33.3)]
+    segments = cut(words, 1000, longest)
+    assert " ".join(segment.text for segment in segments).split() == [word.text for word in words]
+    assert all(0 < segment.end - segment.start <= longest for segment in segments)
+    assert all(a.end <= b.start for a, b in pairwise(segments))
+    for segment in segments:  # all of a word is where its text is
+        inside = [
+            word for word in words if segment.start / 25 - 0.021 <= word.start and word.end <= segment.end / 25 + 0.021
+        ]
+        assert " ".join(word.text for word in inside) == segment.text
+
+
+def test_long_silence_belongs_to_no_segment() -> None:
+    words = [Word("a", 5.0, 5.5), Word("", 9.0, 9.2), Word("b", 20.0, 20.5)]
+    assert cut(words, 750, 400) == [Segment(113, 242, "a"), Segment(488, 524, "b")]
+
+
+def test_words_that_cannot_be_cut_are_named() -> None:
+    with pytest.raises(UserError, match="do not ascend"):
+        cut([Word("a", 2, 3), Word("b", 1, 2)], 500, 400)
+    with pytest.raises(UserError, match=r"'b' starts at 30 s of 20\.00 s"):
+        cut([Word("a", 2, 3), Word("b", 30, 31)], 500, 400)
+    with pytest.raises(UserError, match=r"'a' takes 1[78]\.\d s"):
+        cut([Word("a", 1, 18)], 500, 400)
+
+
+# --- trees ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_lrs3_tree(tmp_path: Path) -> None:
+    for name in ("pretrain/x/00002", "pretrain/x/00001", "trainval/y/50001", "test/z/00001"):
+        put(tmp_path / f"{name}.txt")
+    clips = lrs3_clips(tmp_path)
+    assert [(clip.name, clip.split, clip.speaker) for clip in clips] == [
+        ("pretrain/x/00001", "train", "x"),
+        ("pretrain/x/00002", "train", "x"),
+        ("trainval/y/50001", "train", "y"),
+        ("test/z/00001", "test", "z"),
+    ]
+    assert clips[0].media == tmp_path / "pretrain/x/00001.mp4" and clips[0].id == "pretrain-x-00001"
+    (tmp_path / "test/z/00001.txt").unlink()
+    with pytest.raises(UserError, match=r"test holds no SPEAKER/NNNNN\.txt"):
+        lrs3_clips(tmp_path)
+    with pytest.raises(UserError, match="pretrain is missing"):
+        lrs3_clips(tmp_path / "test")
+
+
+def test_an_lrs2_tree(tmp_path: Path) -> None:
+    put(tmp_path / "pretrain.txt", "1/00001\n")
+    put(tmp_path / "train.txt", "2/00001\n\n2/00002\n")
+    put(tmp_path / "val.txt", "3/00001\n")
+    put(tmp_path / "test.txt", "4/00001 NF\n4/00002 MV\n")
+    with pytest.raises(UserError, match="pretrain is missing"):
+        lrs2_clips(tmp_path)
+    for folder in ("pretrain", "main"):
+        (tmp_path / "mvlrs_v1" / folder).mkdir(parents=True)
+    clips = lrs2_clips(tmp_path)
+    assert [clip.split for clip in clips] == ["train"] * 3 + ["validation"] + ["test"] * 2
+    assert clips[4].media == tmp_path / "mvlrs_v1/main/4/00001.mp4" and clips[4].speaker == "4"
+    put(tmp_path / "val.txt", "../../4/00001\n")
+    with pytest.raises(UserError, match=r"val\.txt:1: .* leads out of"):
+        lrs2_clips(tmp_path)
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+CUT = {
+    "id": "cut.1",
+    "start": 1.0,
+    "duration": 2.5,
+    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "s1/a.mp4"}]},
+    "supervisions": [{"id": "u", "text": "Hello, there", "speaker": "anna"}],
+}
+
+
+def test_a_list_of_auto_avsr(tmp_path: Path) -> None:
+    put(tmp_path / "lrs3/s1/b.wav")
+    rows = "lrs3,s1/a.mp4,75,12 7,hello, well, there\n\nlrs3,s1/b.mp4,50,,x\n"
+    first, second = read_manifest(put(tmp_path / "l.csv", rows), TRAIN, None)
+    assert (first.text, first.media, first.audio) == ("hello, well, there", tmp_path / "lrs3/s1/a.mp4", None)
+    assert (second.audio, second.speaker) == (tmp_path / "lrs3/s1/b.wav", "s1")
+
+
+def test_a_list_of_av_hubert(tmp_path: Path) -> None:
+    rows = f"{tmp_path}\ntest/s/1\tvideo/s/1.mp4\taudio/s/1.wav\t75\t48000\n"
+    path = put(tmp_path / "lists/test.tsv", rows)
+    with pytest.raises(UserError, match=r"test\.wrd is missing"):
+        read_manifest(path, "test", None)
+    put(tmp_path / "lists/test.wrd", "hello there\n")
+    (clip,) = read_manifest(path, "test", None)
+    assert (clip.name, clip.text, clip.split) == ("test/s/1", "hello there", "test")
+    assert (clip.media, clip.audio) == (tmp_path / "video/s/1.mp4", tmp_path / "audio/s/1.wav")
+    put(tmp_path / "lists/test.wrd", "hello\nthere\n")
+    with pytest.raises(UserError, match="2 lines for the 1 clips"):
+        read_manifest(path, "test", None)
+
+
+def test_a_list_of_lhotse(tmp_path: Path) -> None:
+    (clip,) = read_manifest(put(tmp_path / "c.jsonl", json.dumps(CUT)), VALIDATION, tmp_path / "media")
+    assert (clip.name, clip.speaker, clip.text, clip.start, clip.seconds) == ("cut.1", "anna", "Hello, there", 1.0, 2.5)
+    assert clip.media == tmp_path / "media/s1/a.mp4"
+    check_id(clip.id)  # the dot is gone
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["pipe:cat /etc/passwd", "http://host/a.mp4", "../a.mp4", "a/../../b.mp4", "/etc/a.mp4", "cat a |", "fd:3", "a\0b"],
+)
+def test_lists_lead_nowhere_else(tmp_path: Path, named: str) -> None:
+    with pytest.raises(UserError, match="line 1: "):
+        below(tmp_path, named, "line 1")
+    put(tmp_path / "l.csv", f",{named},1,,x\n".replace("\0", "/../../"))
+    put(tmp_path / "l.tsv", f"{tmp_path}\nid\tv.mp4\t{named}\t1\t1\n".replace("\0", "/../../"))
+    put(tmp_path / "l.wrd", "x\n")
+    source = {"type": "file", "source": named}
+    put(tmp_path / "l.jsonl", json.dumps({**CUT, "recording": {"sources": [source]}}))
+    for name in ("l.csv", "l.tsv", "l.jsonl"):
+        with pytest.raises(UserError, match=rf"{name}:[12]: "):
+            read_manifest(tmp_path / name, TRAIN, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["url", "command", "memory"])
+def test_cuts_of_other_than_files_are_refused(tmp_path: Path, kind: str) -> None:
+    source = {"type": kind, "source": "a.mp4"}
+    path = put(tmp_path / "c.jsonl", json.dumps({**CUT, "recording": {"sources": [source]}}))
+    with pytest.raises(UserError, match=rf"c\.jsonl:1: a source of type '{kind}'"):
+        read_manifest(path, TRAIN, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.csv", "lrs3,a.mp4,1\n", r"a\.csv:1: 3 fields, not 5"),
+        ("a.csv", "\n", "names no clip"),
+        ("a.tsv", "/\nid\tv.mp4\n", r"a\.tsv:2: 2 fields, not 5"),
+        ("a.jsonl", "{}\n", r"a\.jsonl:1: no cut with id.*KeyError"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: no cut"),
+        ("a.jsonl", "{\n", r"a\.jsonl:1: no cut"),
+        ("a.parquet", "", r"lists end in \.csv, \.tsv, \.jsonl"),
+    ],
+)
+def test_wrong_lists_are_named(tmp_path: Path, name: str, text: str, named: str) -> None:
+    put(tmp_path / "a.wrd", "x\n")
+    with pytest.raises(UserError, match=named):
+        read_manifest(put(tmp_path / name, text), TRAIN, None)
+    with pytest.raises(UserError, match="no such list"):
+        read_manifest(tmp_path / "absent.csv", TRAIN, None)
+
+
+# --- clips and splits ----------------------------------------------------------------------------------------------
+
+
+def clip(name: str, split: str = TRAIN) -> Clip:
+    return Clip(name, split, name.split("/")[1], Path("/data") / f"{name}.mp4", text="x")
+
+
+def test_ids_are_those_that_shards_can_hold() -> None:
+    assert clip("a/b/c").id == "a-b-c"
+    names = ["a/b.c", "a/b c", "a/b/c", "a/\u00e4", "a/" + "x" * 100, "a/" + "x" * 99 + "y"]
+    ids = [Clip(name, TRAIN, "s", Path(name)).id for name in names]
+    assert len(set(ids)) == len(names)
+    for identity in ids:
+        check_id(f"{identity}-000")
+
+
+def test_a_clip_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="'a/b/1' occurs twice"):
+        check_clips([clip("a/b/1"), clip("a/b/2"), clip("a/b/1")])
+
+
+def test_whole_speakers_are_held_out_until_the_share_is_reached() -> None:
+    clips = [clip(f"{kind}/s{i % 20}/{i}") for kind in ("pretrain", "trainval") for i in range(100)]
+    clips += [clip(f"test/t{i}/{i}", "test") for i in range(9)]
+    kept, left_out = hold_out_speakers(clips, 0.12, LRS3_VALIDATION)
+    speakers = {split: {c.speaker for c in kept if c.split == split} for split in SPLITS}
+    assert len(speakers[VALIDATION]) == 3  # 5 clips each: 12 of 100 need three
+    assert not speakers[VALIDATION] & speakers[TRAIN] and not speakers[VALIDATION] & speakers["test"]
+    assert all(c.name.startswith("trainval/") for c in kept if c.split == VALIDATION)
+    assert {c.speaker for c in left_out} == speakers[VALIDATION]
+    assert len(kept) + len(left_out) == len(clips)
+    again, _ = hold_out_speakers(clips[::-1], 0.12, LRS3_VALIDATION)
+    assert {c for c in again if c.split == VALIDATION} == {c for c in kept if c.split == VALIDATION}
+    with pytest.raises(UserError, match="1 speaker"):
+        hold_out_speakers([clip("trainval/a/1")], 0.1, LRS3_VALIDATION)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_job_array() -> None:
+    assert part_of(None, {}) == Part(0, 1)
+    assert part_of("2/8", {"SLURM_ARRAY_TASK_ID": "5"}) == Part(1, 8)
+    array = {
+        "SLURM_ARRAY_TASK_ID": "7",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_STEP": "2",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
+    assert part_of(None, array) == Part(3, 4)
+    with pytest.raises(UserError, match="without gaps"):
+        part_of(None, {**array, "SLURM_ARRAY_TASK_ID": "9"})
+    for wrong in ("0/4", "5/4", "1", "a/b"):
+        with pytest.raises(UserError, match=f"--part {wrong}"):
+            part_of(wrong, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("validation_share", 1.0), ("longest_seconds", 0), ("longest_gap", -1), ("clips_per_shard", 0), ("limit", 0)],
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
+        PreparationSettings("lrs3", **{name: value})  # type: ignore[arg-type]
