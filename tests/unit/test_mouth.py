@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -38,6 +39,11 @@ def film() -> Video:
 @pytest.fixture(scope="module")
 def points(mesh: FaceMesh, film: Video) -> Points:
     return mesh.track(film)
+
+
+def stacked(images: Iterable[np.ndarray]) -> Video:
+    """Grey pictures as a clip."""
+    return np.stack([np.asarray(image, np.uint8) for image in images])
 
 
 def test_points_are_those_of_mediapipes_own_class(points: Points) -> None:
@@ -140,14 +146,8 @@ def test_the_mouth_is_in_the_middle_of_its_crop(mesh: FaceMesh, film: Video, poi
     lips = np.einsum("fxy,fpy->fpx", similarity.linear_FXY, moved[:, len(STABLE) :])
     lips += 47.5 - lips.mean(1, keepdims=True)
     assert lips.min() > 4 and lips.max() < 91, "the lips are inside the crop"
-    whole = np.stack(
-        [
-            cv2.warpAffine(
-                image, np.column_stack([similarity.linear_FXY[i], similarity.shift_FX[i]]), (256, 256), flags=1
-            )
-            for i, image in enumerate(film)
-        ]
-    )
+    matrices = np.concatenate([similarity.linear_FXY, similarity.shift_FX[..., None]], axis=2)
+    whole = stacked(cv2.warpAffine(image, matrix, (256, 256)) for image, matrix in zip(film, matrices, strict=True))
     again = mesh.track(whole)
     eyes = again[:, : len(STABLE)].mean(0)
     assert np.abs(eyes - MEAN_FACE_PX).max() < 10, "the aligned face is about the mean face"
@@ -163,7 +163,8 @@ def test_the_mouth_is_in_the_middle_of_its_crop(mesh: FaceMesh, film: Video, poi
 def test_the_size_of_the_film_does_not_matter(mesh: FaceMesh, film: Video, factor: float) -> None:
     """A face larger than the mean face is shrunk by averaging, so it gives the same crop as a small one."""
     clip = film[:20]
-    larger = np.stack([cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC) for image in clip])
+    sizes = {"fx": factor, "fy": factor, "interpolation": cv2.INTER_CUBIC}
+    larger = stacked(cv2.resize(image, None, **sizes) for image in clip)
     small, large = crop_mouth(clip, mesh.track(clip)), crop_mouth(larger, mesh.track(larger))
     assert np.abs(small.astype(int) - large).mean() < 2
 
@@ -171,7 +172,7 @@ def test_the_size_of_the_film_does_not_matter(mesh: FaceMesh, film: Video, facto
 def test_a_tilted_face_gives_an_upright_mouth(mesh: FaceMesh, film: Video) -> None:
     clip = film[:20]
     matrix = cv2.getRotationMatrix2D((88, 72), 25, 1.0)
-    tilted = np.stack([cv2.warpAffine(image, matrix, (176, 144), borderMode=cv2.BORDER_REPLICATE) for image in clip])
+    tilted = stacked(cv2.warpAffine(image, matrix, (176, 144), borderMode=cv2.BORDER_REPLICATE) for image in clip)
     upright, turned = crop_mouth(clip, mesh.track(clip)), crop_mouth(tilted, mesh.track(tilted))
     same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(upright, turned, strict=True)]
     assert min(same) > 0.95

@@ -92,11 +92,12 @@ def clips_of(request: Request) -> Preparation:
             raise UserError(f"{request.root}: no such folder; give the root of the data set")
         clips = lrs3_clips(request.root) if settings.source == "lrs3" else lrs2_clips(request.root)
         eligible = LRS3_VALIDATION if settings.source == "lrs3" else ""
+    check_clips(clips)
     left_out: list[Clip] = []
     splits = {clip.split for clip in clips}
     if TRAIN in splits and VALIDATION not in splits and settings.validation_share:
         clips, left_out = hold_out_speakers(clips, settings.validation_share, eligible)
-    check_clips(clips)
+        check_clips(clips)
     if settings.limit is not None:
         clips = [clip for split in SPLITS for clip in [c for c in clips if c.split == split][: settings.limit]]
     return Preparation(request.out, settings, tuple(clips), tuple(held_out(left_out)))
