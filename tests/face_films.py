@@ -94,3 +94,13 @@ def write_lrs2(root: Path) -> Path:
     for name, line in lists.items():
         (root / f"{name}.txt").write_text(f"{line}\n", encoding="utf-8")
     return root
+
+
+def write_lists(root: Path) -> Path:
+    """Two films, each in a list of another kind: ``train.csv`` of auto_avsr, ``test.tsv`` of av_hubert."""
+    write_clip(root / "films/ann/1", "", speech("0880"))
+    write_clip(root / "films/bob/1", "", speech("0930"))
+    (root / "train.csv").write_text(f"films,ann/1.mp4,75,,{TEXTS['0880']}\n", encoding="utf-8")
+    (root / "test.tsv").write_text("/\nbob-1\tfilms/bob/1.mp4\tfilms/bob/1.mp4\t83\t52640\n", encoding="utf-8")
+    (root / "test.wrd").write_text(f"{TEXTS['0930']}\n", encoding="utf-8")
+    return root

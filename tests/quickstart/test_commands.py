@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.face_films import write_lists, write_lrs2, write_lrs3
 from tests.quickstart.newcomer import ROOT, Newcomer
 
 COMMAND = re.compile(r"^(?:\|[^|]*\| `)?(python (?:-m|tools/)[^`#\n]*)", re.MULTILINE)
@@ -21,6 +22,9 @@ SMALL_RUN = ["data.batch_size=8", "training.steps=3", "training.save_every=0", "
 # What makes each documented command small; the key is the start of the command.
 SHRINK = {
     "python tools/fetch_assets.py": [],
+    "python tools/prepare_lrs.py lrs3": ["--workers", "1", "--limit", "2"],
+    "python tools/prepare_lrs.py lrs2": ["--workers", "1", "--limit", "1"],
+    "python tools/prepare_lrs.py manifests": ["--workers", "1", "--validation-share", "0"],
     "python tools/make_corpus.py": ["--train", "48", "--validation", "8", "--test", "6"],
     "python -m launchers.local --nproc 2 --module mome_dist.pretrain_video": ["--steps", "2"],
     "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm": ["--steps", "2"],
@@ -80,6 +84,9 @@ def test_every_documented_command_is_known() -> None:
 def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path)
     corpus = newcomer.default_corpus()
+    write_lrs3(tmp_path / "LRS3")
+    write_lrs2(tmp_path / "LRS2")
+    write_lists(tmp_path / "MINE")
     for command in sorted(documented_commands(), key=_stage):
         arguments = shrunk(command)
         if "tools/make_corpus.py" in arguments:

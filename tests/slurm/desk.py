@@ -31,7 +31,7 @@ class Desk:
     @classmethod
     def set_up(cls, cluster: Cluster, lab: Lab, folder: Path) -> Desk:
         """Lay out the checkout."""
-        for name in ("launchers", "configs", "slurm", "mome_dist"):
+        for name in ("launchers", "configs", "slurm", "mome_dist", "tools"):
             (folder / name).symlink_to(ROOT / name)
         return cls(cluster, lab, folder)
 

@@ -13,7 +13,8 @@ EVALUATE = "sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/eval.sh
 SLURM = "python -m launchers.slurm experiment=lrs3"
 SUBMITIT = "python -m launchers.submitit experiment=lrs3"
 SWEEP = "python -m launchers.submitit --multirun experiment=lrs3"
-ALL = (TRAIN, EVALUATE, SLURM, SUBMITIT, SWEEP)
+PREPARE = "sbatch --array=0-15 --cpus-per-task=16 --time=12:00:00 slurm/prepare.sh"
+ALL = (TRAIN, EVALUATE, SLURM, SUBMITIT, SWEEP, PREPARE)
 
 
 def documented_commands() -> list[str]:
