@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,7 +105,7 @@ class FaceMesh:
         runner = self._runner
         self._found.clear()
         packet = runner._packet_creator._create_image_frame_from_pixel_data(
-            runner.image_frame.ImageFormat.SRGB, np.repeat(image[..., None], 3, axis=2), False
+            runner.image_frame.ImageFormat.SRGB, cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), False
         )
         self._graph.add_packet_to_input_stream("image", packet.at(runner.timestamp.Timestamp(microseconds)))
         self._graph.wait_until_idle()

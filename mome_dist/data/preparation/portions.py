@@ -15,11 +15,11 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.preparation.clips import SPLITS, Clip
@@ -31,8 +31,15 @@ from mome_dist.files import fsync, locked, write_json, write_text
 
 REJECTED = "rejected.jsonl"
 
-Tick = Callable[[int, int], None]
-"""Told after each clip: (clips, frames) since the last time."""
+
+class Watch(Protocol):
+    """Is told how a portion gets on."""
+
+    def starts(self, clip: Clip) -> None:
+        """A clip is next."""
+
+    def ends(self, frames: int) -> None:
+        """That clip is done; it had so many frames."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Preparation:
     def _record(self, portion: Portion) -> Path:
         return self.working / "portions" / f"{portion.name}.json"
 
-    def do(self, portion: Portion, preparer: ClipPreparer, tick: Tick) -> None:
+    def do(self, portion: Portion, preparer: ClipPreparer, watch: Watch) -> None:
         """Prepare a portion. Its record appears when its shards are on disk."""
         rejections: list[Rejection] = []
         record: dict[str, Any] = {"shards": [], "lines": "", "utterances": 0, "seconds": 0.0}
@@ -132,12 +139,13 @@ class Preparation:
             writer = ShardWriter(aside, portion.name, max_utterances=1 << 62)
             try:
                 for clip in portion.clips:
+                    watch.starts(clip)
                     prepared = preparer.prepare(clip)
                     for utterance in prepared.utterances:
                         writer.add(utterance)
                     rejections += prepared.rejections
                     record["utterances"] += len(prepared.utterances)
-                    tick(1, prepared.frames)
+                    watch.ends(prepared.frames)
                 if record["utterances"]:
                     entry = writer.close()
                     record |= {key: entry[key] for key in ("shards", "seconds")}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.sharedctypes import SynchronizedArray
+from pathlib import Path
 
 import cv2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mome_dist.data.preparation.clips import Clip
 from mome_dist.data.preparation.portions import Portion, Preparation
 from mome_dist.data.preparation.utterances import ClipPreparer
 from mome_dist.errors import UserError
@@ -23,22 +26,64 @@ from mome_dist.errors import UserError
 _REFRESH_SECONDS = 0.5
 
 
+class _LocalWatch:
+    """Moves the bar of this process's own work."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.frames = 0
+        self._advance = advance
+
+    def starts(self, clip: Clip) -> None:
+        pass
+
+    def ends(self, frames: int) -> None:
+        self.frames += frames
+        self._advance()
+
+
+class _WorkerWatch:
+    """Counts clips and frames in shared memory, and keeps the clip at hand in a file, which a crash leaves behind."""
+
+    def __init__(self, counts: SynchronizedArray[int], folder: Path) -> None:
+        self._counts = counts
+        self._at_hand = folder / str(os.getpid())
+
+    def starts(self, clip: Clip) -> None:
+        self._at_hand.write_text(f"{clip.name} ({clip.media})", encoding="utf-8")
+
+    def ends(self, frames: int) -> None:
+        self.leave()
+        with self._counts.get_lock():
+            self._counts[0] += 1
+            self._counts[1] += frames
+
+    def leave(self) -> None:
+        self._at_hand.unlink(missing_ok=True)
+
+
 class _Worker:
     """State of a worker process."""
 
     preparation: Preparation
     preparer: ClipPreparer
-    counts: SynchronizedArray[int]  # clips and frames so far, of all workers
+    watch: _WorkerWatch
 
 
-def _start_worker(preparation: Preparation, counts: SynchronizedArray[int]) -> None:
+def _start_worker(preparation: Preparation, counts: SynchronizedArray[int], folder: Path) -> None:
+    _Worker.preparation, _Worker.preparer = preparation, ClipPreparer(preparation.settings)
+    _Worker.watch = _WorkerWatch(counts, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    signal.signal(signal.SIGTERM, _stop)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     cv2.setNumThreads(1)
-    _Worker.preparation, _Worker.counts = preparation, counts
-    _Worker.preparer = ClipPreparer(preparation.settings)
+
+
+def _stop(*_: object) -> None:
+    """End at the pool's request, when another worker has crashed: this one's clip is not to blame."""
+    _Worker.watch.leave()
+    os._exit(1)
 
 
 def _die_with(sentinel: int) -> None:
@@ -47,15 +92,8 @@ def _die_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _tick(clips: int, frames: int) -> None:
-    counts = _Worker.counts
-    with counts.get_lock():
-        counts[0] += clips
-        counts[1] += frames
-
-
 def _do(portion: Portion) -> None:
-    _Worker.preparation.do(portion, _Worker.preparer, _tick)
+    _Worker.preparation.do(portion, _Worker.preparer, _Worker.watch)
 
 
 def do_portions(preparation: Preparation, portions: Sequence[Portion], workers: int, console: Console) -> int:
@@ -69,16 +107,10 @@ def do_portions(preparation: Preparation, portions: Sequence[Portion], workers: 
         bar = progress.add_task("", total=sum(len(portion.clips) for portion in portions))
         if workers > 1:
             return _do_in_workers(preparation, portions, workers, lambda clips: progress.update(bar, completed=clips))
-        preparer, read = ClipPreparer(preparation.settings), 0
-
-        def tick(clips: int, frames: int) -> None:
-            nonlocal read
-            read += frames
-            progress.advance(bar, clips)
-
+        preparer, watch = ClipPreparer(preparation.settings), _LocalWatch(lambda: progress.advance(bar))
         for portion in portions:
-            preparation.do(portion, preparer, tick)
-        return read
+            preparation.do(portion, preparer, watch)
+        return watch.frames
 
 
 def _do_in_workers(
@@ -87,23 +119,28 @@ def _do_in_workers(
     # Spawned: the caller may have threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 2)
-    pool = ProcessPoolExecutor(min(workers, len(portions)), context, _start_worker, (preparation, counts))
-    waiting: set[Future[None]] = set()
-    try:
-        waiting |= {pool.submit(_do, portion) for portion in portions}
-        while waiting:
-            done, waiting = wait(waiting, _REFRESH_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            show(counts[0])
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, which goes on from "
-            "here, with fewer --workers if it happens again"
-        ) from error
-    finally:
-        if waiting:  # what they do is of no use any more
-            for process in multiprocessing.active_children():
-                process.kill()
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory(prefix="mome-prepare-") as scratch:
+        folder = Path(scratch)
+        pool = ProcessPoolExecutor(min(workers, len(portions)), context, _start_worker, (preparation, counts, folder))
+        waiting: set[Future[None]] = set()
+        try:
+            waiting |= {pool.submit(_do, portion) for portion in portions}
+            while waiting:
+                done, waiting = wait(waiting, _REFRESH_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                show(counts[0])
+        except BrokenProcessPool as error:
+            pool.shutdown()  # all workers have ended; only those that crashed have left a file
+            clips = ", ".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
+            raise UserError(
+                f"a worker process was killed, perhaps for want of memory, at {clips or 'no clip'}: run the same "
+                "command again, which goes on from here, with fewer --workers; if it dies at the same clip again, take "
+                "that clip away"
+            ) from error
+        finally:
+            if waiting:  # what they do is of no use any more
+                for process in multiprocessing.active_children():
+                    process.kill()
+            pool.shutdown(cancel_futures=True)
     return int(counts[1])
