@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist.build import build_reference
 from mome_dist.checkpoint.format import CONFIG, Part, describe_part, fingerprint, index_of, merge_parts
@@ -28,6 +27,7 @@ from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape
 from mome_dist.speech.whisper import WhisperAudioEncoder
+from tests.whisper_directory import whisper_directory
 
 WIDTHS = {"audio": 16, "video": 16}
 STEP = 7
@@ -85,25 +85,8 @@ def _frozen_models(root: Path, corpus: Corpus) -> None:
             if "norm" not in name:
                 parameter *= 8  # what a position writes must depend on what it reads
     save_llm(llama, tokenizer, root / "llm")
+    whisper_directory(root / "whisper", WIDTHS["audio"], layers=1)
     torch.manual_seed(0)
-    whisper = WhisperModel(
-        WhisperConfig(
-            vocab_size=64,
-            d_model=WIDTHS["audio"],
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-        )
-    )
-    whisper.save_pretrained(root / "whisper")
-    WhisperFeatureExtractor().save_pretrained(root / "whisper")
     shape = VideoShape(trunk_widths=(4, 8), width=WIDTHS["video"], heads=2, ffn_width=32, position_kernel=5)
     VideoEncoder(shape).save_pretrained(root / "lips")
     assert WhisperAudioEncoder.from_pretrained(root / "whisper").width == WIDTHS["audio"]

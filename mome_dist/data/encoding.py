@@ -14,12 +14,13 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
 from mome_dist.paths import cache_root
-from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.speech.clip_encoder import ClipEncoder
+from mome_dist.speech.video_encoders import load_video_encoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 from mome_dist.training.artefact import manifest_sha256
 
 
-def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
+def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | ClipEncoder:
     """The frozen encoder of a stream ("audio" or "video"), on a device.
 
     Raises:
@@ -28,7 +29,7 @@ def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Whispe
     if stream == "audio":
         padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
         return WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding).to(device)
-    return VideoEncoder.from_pretrained(config.video_encoder.path).to(device)
+    return load_video_encoder(config.video_encoder.path).to(device)
 
 
 def split_features(
@@ -43,7 +44,7 @@ def split_features(
     console: Console | None = None,
 ) -> FeatureStore:
     """The features of a whole split, encoded by all ranks together where they are not in the cache yet."""
-    assert isinstance(encoder, WhisperAudioEncoder | VideoEncoder)
+    assert isinstance(encoder, WhisperAudioEncoder | ClipEncoder)
     device = next(encoder.parameters()).device
     read = corpus.audio if stream == "audio" else corpus.video
 

@@ -30,7 +30,6 @@ from mome_dist.errors import UserError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-LORA_FILE = "lora.safetensors"
 
 
 class ClipShape(Protocol):
@@ -172,11 +171,15 @@ class ClipEncoder(nn.Module):
         document = read_document(directory)
         path = directory / CONFIG_FILE
         if document.get("format") != cls.format:
-            raise UserError(f"{path} does not describe a video encoder of format {cls.format!r}. Make the encoder again.")
+            raise UserError(
+                f"{path} does not describe a video encoder of format {cls.format!r}. Make the encoder again."
+            )
         shape = document.get("encoder")
         known = {field.name for field in fields(cls.shape)}
         if not isinstance(shape, dict) or set(shape) != known:
-            raise UserError(f"{path}: key 'encoder' must have exactly the keys {sorted(known)}. Make the encoder again.")
+            raise UserError(
+                f"{path}: key 'encoder' must have exactly the keys {sorted(known)}. Make the encoder again."
+            )
         encoder = cls(cls.shape(**shape)).to(dtype)
         weights = directory / WEIGHTS_FILE
         try:

@@ -70,9 +70,7 @@ def convert(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], heads: i
     check_settings(settings)
     fine_tuned = any(name.startswith(FINE_TUNED_PREFIX) for name in tensors)
     beside = {name for name in tensors if fine_tuned and not name.startswith(FINE_TUNED_PREFIX)}
-    inside = {
-        name.removeprefix(FINE_TUNED_PREFIX): value for name, value in tensors.items() if name not in beside
-    }
+    inside = {name.removeprefix(FINE_TUNED_PREFIX): value for name, value in tensors.items() if name not in beside}
     config = shape_of(inside, settings, heads)
     names = names_of(config)
     dropped = {name: reason for name in sorted(inside) if (reason := _reason(name, DROPPED)) is not None}

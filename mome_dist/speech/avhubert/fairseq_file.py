@@ -8,6 +8,7 @@ record of the same name, so nothing of the file's choosing is imported or called
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from mome_dist.errors import UserError
 
-_BLOCKED = ("os", "posix", "nt", "sys", "subprocess", "builtins", "shutil", "socket")
+# What only an attack refers to. It would not run either: this is for the message.
+_ATTACKS = re.compile(
+    r"(os|posix|nt|sys|subprocess|shutil|socket|runpy)\..*|builtins\.(eval|exec|compile|open|__import__)"
+)
 _AGAIN = "download it again"
 
 
@@ -33,6 +37,10 @@ class Inert:
 
     def __init__(self, *arguments: Any) -> None:
         self.state = arguments
+
+    def __repr__(self) -> str:
+        """For torch's messages."""
+        return "<object that is not loaded>"
 
     def __setstate__(self, state: Any) -> None:
         """Keep what the object held."""
@@ -71,15 +79,15 @@ def read_fairseq(path: str | Path) -> FairseqFile:
             f"{path} is no file of torch 1.6 or later ({error}); {_AGAIN}, or load and save it with a newer torch."
         ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); {_AGAIN}.") from error
+        raise UserError(f"{path} cannot be read ({_reason(error)}); {_AGAIN}.") from error
     for name in unknown:
-        if name.partition(".")[0] in _BLOCKED:
+        if _ATTACKS.fullmatch(name):
             raise UserError(f"{path} refers to {name}, which no checkpoint needs: do not trust this file.")
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
             content = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); {_AGAIN}.") from error
+        raise UserError(f"{path} cannot be read ({_reason(error)}); {_AGAIN}.") from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
         raise UserError(f"{path} holds no 'model' of tensors: it is no fairseq checkpoint.")
@@ -114,5 +122,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: BaseException) -> str:
+    """The line of torch's message that says what is wrong."""
+    text = str(error).strip()
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return found[1].strip() if found else text.partition("\n")[0]
