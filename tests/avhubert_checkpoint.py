@@ -7,11 +7,13 @@ weight normalisation. ``state_dict()`` has the names of the published files.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TRUNK = (64, 128, 256, 512)
 CLUSTERS = 20  # of pre-training; 2,000 in the published models
 
 
@@ -40,6 +42,9 @@ class Part(nn.Module):
         for name, child in children.items():
             self.add_module(name, child)
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
 
 def _layer(width: int, ffn: int) -> Part:
     projections = {name: nn.Linear(width, width) for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
@@ -61,7 +66,7 @@ class Published(nn.Module):
         layers: int = 12,
         heads: int = 12,
         ffn: int = 3072,
-        trunk: tuple[int, ...] = (64, 128, 256, 512),
+        trunk: tuple[int, ...] = TRUNK,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -109,7 +114,7 @@ class Published(nn.Module):
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
         return self.encoder.layer_norm(x)
 
-    def _attention(self, part: nn.Module, x: Tensor) -> Tensor:
+    def _attention(self, part: Part, x: Tensor) -> Tensor:
         attention = nn.MultiheadAttention(x.shape[1], self.heads, batch_first=True)
         projections = [getattr(part, name) for name in ("q_proj", "k_proj", "v_proj")]
         weights = {

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
 
 def whisper_directory(
     path: Path, width: int = 32, layers: int = 2, heads: int = 2, mel_bins: int = 80, **more: Any
@@ -25,14 +27,7 @@ def whisper_directory(
         num_mel_bins=mel_bins,
         dropout=0.3,
         encoder_layerdrop=0.5,
-        **{
-            "vocab_size": 64,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 1,
-            **more,
-        },
+        **{**IDS, **more},
     )
     WhisperModel(config).save_pretrained(path)
     WhisperFeatureExtractor(feature_size=mel_bins).save_pretrained(path)

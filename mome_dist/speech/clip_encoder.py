@@ -68,12 +68,13 @@ class ClipShape(Protocol):
 
 
 class ClipEncoder(nn.Module):
-    """Base of the video encoders; a subclass names the format of its files and its shape.
+    """Base of the video encoders.
+
+    A subclass names the format of its files, the class of its shape, and its front end, which is made of the shape and
+    maps normalised clips [T_i, crop, crop] to [sum T_i, width], in order; no frame may see a frame of another clip.
 
     Args:
-        config: the shape.
-        front_end: maps normalised clips [T_i, crop, crop] to [sum T_i, width], in order; no frame may see a frame of
-            another clip.
+        config: the shape; by default the one that its class has.
 
     Attributes:
         config: the shape.
@@ -84,15 +85,17 @@ class ClipEncoder(nn.Module):
 
     format: ClassVar[str]
     shape: ClassVar[type[Any]]
+    front_end_class: ClassVar[type[Any]]
 
     frames_per_second = 25
 
-    def __init__(self, config: ClipShape, front_end: nn.Module) -> None:
+    def __init__(self, config: ClipShape | None = None) -> None:
         super().__init__()
+        config = self.shape() if config is None else config
         self.config: Any = config
         self.width = config.width
         self.frozen = False
-        self.front_end = front_end
+        self.front_end = self.front_end_class(config)
         self.transformer = HubertEncoderStableLayerNorm(_hubert_config(config))
 
     def shrink(self, pixels_THW: Tensor) -> Tensor:

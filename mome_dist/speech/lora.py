@@ -48,7 +48,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., out] in the dtype of ``x``; the low-rank term is computed in its parameters' (fp32)."""
+        """Map [..., in] to [..., out] in the dtype of ``x``; the term is computed in its parameters' fp32."""
         low = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
         return F.linear(x, self.weight, self.bias) + (self.scale * low).to(x.dtype)
 
@@ -69,8 +69,8 @@ def attach_lora(
 ) -> list[str]:
     """Adapt every linear layer of a model whose name ends in one of ``targets``.
 
-    The model is frozen but for the new parameters. Initial values depend on the seed and each layer's name only, so that
-    all ranks of a job start alike.
+    The model is frozen but for the new parameters. Initial values depend on the seed and each layer's name only, so
+    that all ranks of a job start alike.
 
     Args:
         model: changed in place; an encoder keeps its mode.

@@ -105,13 +105,14 @@ class VideoEncoder(ClipEncoder):
 
     format = "mome_dist.video_encoder/1"
     shape = VideoEncoderConfig
+    front_end_class = FrontEnd
     config: VideoEncoderConfig
+    front_end: FrontEnd
     feature_mean: Tensor
     feature_std: Tensor
 
     def __init__(self, config: VideoEncoderConfig | None = None) -> None:
-        config = config or VideoEncoderConfig()
-        super().__init__(config, FrontEnd(config))
+        super().__init__(config)
         self.register_buffer("feature_mean", torch.zeros(self.width))
         self.register_buffer("feature_std", torch.ones(self.width))
 

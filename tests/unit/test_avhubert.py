@@ -65,7 +65,7 @@ def test_frames_in_parts_are_the_same(encoder: AVHubertEncoder, monkeypatch: pyt
     ],
 )
 def test_sizes_of_the_paper(shape: AVHubertConfig, millions: int) -> None:
-    """103M and 325M parameters (Shi et al. 2022), with the audio projection and the head of pre-training, 1 % at most."""
+    """103M and 325M parameters (Shi et al. 2022), 1 % of which are the audio projection and the head."""
     with torch.device("meta"):
         encoder = AVHubertEncoder(shape)
     count = sum(parameter.numel() for parameter in encoder.parameters())

@@ -93,9 +93,8 @@ def test_every_form_gives_the_same_encoder(tmp_path: Path, capsys: pytest.Captur
     state = small().state_dict()
     found = {}
     for form, content in forms(state).items():
-        torch.save(
-            content | {"extra_state": {"epoch": 3}, "task_state": {"dictionaries": [Path("x")]}}, tmp_path / "it.pt"
-        )
+        rest = {"extra_state": {"epoch": 3}, "task_state": {"dictionaries": [Path("x")]}}
+        torch.save(content | rest, tmp_path / "it.pt")
         assert main([str(tmp_path / "it.pt"), "--output", str(tmp_path / form)]) == 0, capsys.readouterr().err
         document = json.loads((tmp_path / form / "config.json").read_text())
         assert document["encoder"]["heads"] == 4  # 32 channels over 64 would be one
@@ -168,9 +167,7 @@ def test_nothing_in_the_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     torch.load(inert, weights_only=False)
     assert witness.exists(), "the file would have done it"
     method = save(tmp_path / "method.pt", state, task_state=Attack(Path.touch, witness))  # by way of getattr
-    with pytest.raises(
-        UserError, match=r"method\.pt cannot be read .*unrecognized function <object that is not loaded>"
-    ):
+    with pytest.raises(UserError, match=r"method\.pt cannot be read .*<object that is not loaded>"):
         read_fairseq(method)
     attack = save(tmp_path / "attack.pt", state, task_state=Attack(os.system, "true"))
     assert main([str(attack), "--output", str(tmp_path / "out")]) == 2

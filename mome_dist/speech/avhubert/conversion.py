@@ -79,9 +79,9 @@ def convert(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], heads: i
     unknown = sorted((inside.keys() | beside) - set(names.values()) - dropped.keys())
     for what, found in (("lacks", missing), ("holds unknown tensors:", unknown)):
         if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise UserError(
-                f"The checkpoint {what} {', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}: "
-                "it is no AV-HuBERT of the published form."
+                f"The checkpoint {what} {', '.join(found[:5])}{more}: it is no AV-HuBERT of the published form."
             )
     with torch.device("meta"):
         encoder = AVHubertEncoder(config)

@@ -38,8 +38,6 @@ class AVHubertEncoder(ClipEncoder):
 
     format = "mome_dist.avhubert/1"
     shape = AVHubertConfig
+    front_end_class = VideoAlone
     config: AVHubertConfig
-
-    def __init__(self, config: AVHubertConfig | None = None) -> None:
-        config = config or AVHubertConfig()
-        super().__init__(config, VideoAlone(config))
+    front_end: VideoAlone
