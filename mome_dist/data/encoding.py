@@ -43,7 +43,10 @@ def split_features(
     barrier: Callable[[], None],
     console: Console | None = None,
 ) -> FeatureStore:
-    """The features of a whole split, encoded by all ranks together where they are not in the cache yet."""
+    """The features of a whole split, encoded by all ranks together where the store does not hold them yet.
+
+    The store is in ``data.features_dir``, or in the cache.
+    """
     assert isinstance(encoder, WhisperAudioEncoder | ClipEncoder)
     device = next(encoder.parameters()).device
     read = corpus.audio if stream == "audio" else corpus.video
@@ -54,5 +57,6 @@ def split_features(
 
     path = Path(getattr(config, f"{stream}_encoder").path)
     name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
-    directory = feature_directory(cache_root() / "features", manifest_sha256(corpus.directory), name, split)
+    root = Path(config.data.features_dir or cache_root() / "features")
+    directory = feature_directory(root, manifest_sha256(corpus.directory), name, split)
     return build_features(name, encode, corpus.split(split), directory, rank, world_size, barrier, console=console)
