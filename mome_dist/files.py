@@ -33,6 +33,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def let_all_read(path: Path) -> None:
+    """Open a file to other users, who may share the folder: safetensors writes it for its owner alone."""
+    path.chmod(0o644)
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write; on a clean exit it is on disk and replaces ``path``."""

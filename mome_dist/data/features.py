@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.damage import record_damage, recorded_damage
 from mome_dist.errors import DamagedDataError, UserError
-from mome_dist.files import fsync
+from mome_dist.files import fsync, let_all_read
 
 FORMAT = "mome_dist.features/1"
 SUFFIX = ".safetensors"
@@ -235,6 +235,7 @@ def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], direc
     with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
         written = Path(aside) / f"part-{name}{SUFFIX}"
         save_file(arrays, written, metadata=metadata)
+        let_all_read(written)
         fsync(written)
         written.replace(directory / written.name)
     fsync(directory)

@@ -27,6 +27,7 @@ from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoderStableLayerNorm
 
 from mome_dist.errors import UserError
+from mome_dist.files import let_all_read
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -161,6 +162,7 @@ class ClipEncoder(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         document = {"format": self.format, "encoder": asdict(self.config), **(extra or {})}
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, directory / WEIGHTS_FILE)
+        let_all_read(directory / WEIGHTS_FILE)
         (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
-from mome_dist.files import written_aside
+from mome_dist.files import let_all_read, written_aside
 
 FORMAT = "mome_dist.lora/1"
 QUERY_AND_VALUE = ("q_proj", "v_proj")
@@ -138,6 +138,7 @@ def save_lora(model: nn.Module, path: str | Path) -> None:
     with written_aside(Path(path)) as temporary:
         # One entry of metadata: the order of several is not fixed.
         save_file(tensors, temporary, metadata={"mome_dist": json.dumps(facts, sort_keys=True)})
+        let_all_read(temporary)
 
 
 def load_lora(model: nn.Module, path: str | Path) -> list[str]:

@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mome_dist.checkpoint.export import export_adapter, load_adapter
+from mome_dist.checkpoint.load import load_run
 from mome_dist.errors import UserError
+from mome_dist.evaluation.transcription import transcribe
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder, front_end
 from mome_dist.speech.avhubert.conversion import convert
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoders import load_video_encoder
+from mome_dist.speech.views import View
 from tests.avhubert_checkpoint import Published, small
+from tests.evaluation_run import WIDTHS, make_run
 
 
 def clips(*lengths: int) -> list[Tensor]:
@@ -89,6 +94,21 @@ def test_unfrozen_it_trains(encoder: AVHubertEncoder, tmp_path: Path) -> None:
     model(clips(3, 2))[0].square().mean().backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert model.training and missing == []
+
+
+def test_a_run_with_it_exports_and_transcribes(tiny_corpus_dir: Path, tmp_path: Path) -> None:
+    shape = AVHubertConfig(trunk_widths=(4, 8), width=WIDTHS["video"], layers=1, heads=2, ffn_width=32)
+    run = make_run(tmp_path, tiny_corpus_dir, AVHubertEncoder(shape))
+    export_adapter(run, tmp_path / "export")
+    (tmp_path / "lips").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="video_encoder"):
+        load_adapter(tmp_path / "export")
+    moved = {"video_encoder": tmp_path / "moved"}
+    loaded, view = load_adapter(tmp_path / "export", video_encoder=tmp_path / "moved"), View("vsr", None, 2)
+    assert isinstance(loaded.encoders()["video"], AVHubertEncoder)
+    (video,) = clips(20)
+    text = transcribe(loaded, view, {"video": video})
+    assert text == transcribe(load_run(run, frozen=moved), view, {"video": video})
 
 
 def test_mistakes_are_named(encoder: AVHubertEncoder, tmp_path: Path) -> None:
