@@ -20,6 +20,8 @@ from mome_dist.config import load_config
 from mome_dist.config.validate import check_encoders, check_values
 from mome_dist.quiet import quiet_libraries
 
+WIDTH = 120  # columns where there is no terminal to ask
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is a Hydra override."""
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mome_dist.training.plain_world import open_world
 
     with open_world(config.parallel.timeout_seconds) as world:
-        cache_features(config, options.split, world, Console(quiet=world.rank > 0, highlight=False))
+        console = Console(quiet=world.rank > 0, highlight=False)
+        if not console.is_terminal:
+            console = Console(quiet=world.rank > 0, highlight=False, width=WIDTH)
+        cache_features(config, options.split, world, console)
 
 
 if __name__ == "__main__":

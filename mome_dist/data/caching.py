@@ -94,7 +94,7 @@ def cache_features(config: RunConfig, splits: Sequence[str] | None, world: World
 def _print(results: Sequence[Cached], console: Console) -> None:
     table = Table(title="features")
     for heading in ("stream", "split", "utterances", "new", "damaged", "MB", "speech s", "took s", "x real time"):
-        table.add_column(heading, justify="left" if heading in ("stream", "split") else "right")
+        table.add_column(heading, justify="left" if heading in ("stream", "split") else "right", no_wrap=True)
     for each in results:
         table.add_row(
             each.stream,
