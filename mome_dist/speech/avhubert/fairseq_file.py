@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def read_fairseq(path: str | Path) -> FairseqFile:
     if not path.is_file():
         raise UserError(f"{path} does not exist; download the checkpoint first.")
     try:
-        unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        with _allowed([]):
+            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except ValueError as error:
         raise UserError(
             f"{path} is no file of torch 1.6 or later ({error}); {_AGAIN}, or load and save it with a newer torch."
@@ -84,7 +86,7 @@ def read_fairseq(path: str | Path) -> FairseqFile:
         if _ATTACKS.fullmatch(name):
             raise UserError(f"{path} refers to {name}, which no checkpoint needs: do not trust this file.")
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
+        with _allowed([(Inert, name) for name in unknown]):
             content = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); {_AGAIN}.") from error
@@ -92,6 +94,19 @@ def read_fairseq(path: str | Path) -> FairseqFile:
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
         raise UserError(f"{path} holds no 'model' of tensors: it is no fairseq checkpoint.")
     return FairseqFile({str(name): value for name, value in model.items()}, _settings(content), unknown)
+
+
+@contextmanager
+def _allowed(classes: list[Any]) -> Iterator[None]:
+    """Allow these classes and no others: libraries in this process may have allowed some of their own."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(classes)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
