@@ -34,6 +34,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def let_all_read(path: Path) -> None:
+    """Open a file to other users, who may share the folder: safetensors writes it for its owner alone."""
+    path.chmod(0o644)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` (made if need be); the kernel frees it however the process ends."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist.build import build_reference
 from mome_dist.checkpoint.format import CONFIG, Part, describe_part, fingerprint, index_of, merge_parts
@@ -25,18 +24,24 @@ from mome_dist.config.schema import (
 )
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape
 from mome_dist.speech.whisper import WhisperAudioEncoder
+from tests.whisper_directory import whisper_directory
 
 WIDTHS = {"audio": 16, "video": 16}
 STEP = 7
 
 
-def make_run(root: Path, corpus: Path) -> Path:
-    """Write frozen models and a run into ``root``; return the run directory."""
+def make_run(root: Path, corpus: Path, lips: ClipEncoder | None = None) -> Path:
+    """Write frozen models and a run into ``root``; return the run directory.
+
+    Args:
+        lips: another video encoder than the usual one, as wide as ``WIDTHS`` says.
+    """
     config = _config(root, corpus)
-    _frozen_models(root, Corpus.open(corpus))
+    _frozen_models(root, Corpus.open(corpus), lips)
     model = build_reference(config, WIDTHS)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -77,7 +82,7 @@ def _config(root: Path, corpus: Path) -> RunConfig:
     )
 
 
-def _frozen_models(root: Path, corpus: Corpus) -> None:
+def _frozen_models(root: Path, corpus: Corpus, lips: ClipEncoder | None) -> None:
     tokenizer = word_tokenizer([utterance.text for name in corpus.split_names for utterance in corpus.split(name)])
     llama = tiny_llama(tokenizer, hidden=32, layers=2, heads=2, kv_heads=1, ffn_width=64)
     with torch.no_grad():
@@ -85,25 +90,8 @@ def _frozen_models(root: Path, corpus: Corpus) -> None:
             if "norm" not in name:
                 parameter *= 8  # what a position writes must depend on what it reads
     save_llm(llama, tokenizer, root / "llm")
+    whisper_directory(root / "whisper", WIDTHS["audio"], layers=1)
     torch.manual_seed(0)
-    whisper = WhisperModel(
-        WhisperConfig(
-            vocab_size=64,
-            d_model=WIDTHS["audio"],
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-        )
-    )
-    whisper.save_pretrained(root / "whisper")
-    WhisperFeatureExtractor().save_pretrained(root / "whisper")
     shape = VideoShape(trunk_widths=(4, 8), width=WIDTHS["video"], heads=2, ffn_width=32, position_kernel=5)
-    VideoEncoder(shape).save_pretrained(root / "lips")
+    (lips or VideoEncoder(shape)).save_pretrained(root / "lips")
     assert WhisperAudioEncoder.from_pretrained(root / "whisper").width == WIDTHS["audio"]

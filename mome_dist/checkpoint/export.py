@@ -118,6 +118,8 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
 
 def _portable_config(run: LoadedRun) -> dict[str, Any]:
     values = {name: value for name, value in asdict(run.config).items() if name in _SECTIONS}
+    # Features belong to this machine's cache; an export encodes.
+    values["data"]["features_dir"] = None
     for section, key in (("llm", "path"), ("audio_encoder", "path"), ("video_encoder", "path"), ("data", "corpus")):
         if values[section][key]:
             values[section][key] = _portable(Path(values[section][key]))

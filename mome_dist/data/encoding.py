@@ -14,12 +14,13 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
 from mome_dist.paths import cache_root
-from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.speech.clip_encoder import ClipEncoder
+from mome_dist.speech.video_encoders import load_video_encoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 from mome_dist.training.artefact import manifest_sha256
 
 
-def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
+def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | ClipEncoder:
     """The frozen encoder of a stream ("audio" or "video"), on a device.
 
     Raises:
@@ -28,7 +29,7 @@ def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Whispe
     if stream == "audio":
         padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
         return WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding).to(device)
-    return VideoEncoder.from_pretrained(config.video_encoder.path).to(device)
+    return load_video_encoder(config.video_encoder.path).to(device)
 
 
 def split_features(
@@ -42,8 +43,11 @@ def split_features(
     barrier: Callable[[], None],
     console: Console | None = None,
 ) -> FeatureStore:
-    """The features of a whole split, encoded by all ranks together where they are not in the cache yet."""
-    assert isinstance(encoder, WhisperAudioEncoder | VideoEncoder)
+    """The features of a whole split, encoded by all ranks together where the store does not hold them yet.
+
+    The store is in ``data.features_dir``, or in the cache.
+    """
+    assert isinstance(encoder, WhisperAudioEncoder | ClipEncoder)
     device = next(encoder.parameters()).device
     read = corpus.audio if stream == "audio" else corpus.video
 
@@ -53,5 +57,6 @@ def split_features(
 
     path = Path(getattr(config, f"{stream}_encoder").path)
     name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
-    directory = feature_directory(cache_root() / "features", manifest_sha256(corpus.directory), name, split)
+    root = Path(config.data.features_dir or cache_root() / "features")
+    directory = feature_directory(root, manifest_sha256(corpus.directory), name, split)
     return build_features(name, encode, corpus.split(split), directory, rank, world_size, barrier, console=console)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.damage import record_damage, recorded_damage
 from mome_dist.errors import DamagedDataError, UserError
-from mome_dist.files import fsync
+from mome_dist.files import fsync, let_all_read
 
 FORMAT = "mome_dist.features/1"
 SUFFIX = ".safetensors"
@@ -67,6 +67,7 @@ class FeatureStore:
 
     Attributes:
         damaged: utterances that could not be encoded, with the reason.
+        encoded: ids that `build_features` encoded when it made this store, over all ranks.
 
     Raises:
         UserError: there is no readable part, or parts come from different encoders.
@@ -80,6 +81,7 @@ class FeatureStore:
         self._verified: set[str] = set()
         self.encoder_name = ""
         self.damaged = recorded_damage(self.directory)
+        self.encoded: list[str] = []
         for path, error in _parts(self.directory):
             if error is not None:
                 raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.")
@@ -94,6 +96,10 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def size(self) -> int:
+        """Bytes of all parts."""
+        return sum(path.stat().st_size for path in set(self._parts.values()))
 
     def __contains__(self, utterance_id: str) -> bool:
         return utterance_id in self._parts
@@ -169,13 +175,15 @@ def build_features(
             logger.warning("%s is damaged (%s): removed, its utterances are encoded again.", path, error)
             path.unlink()
     barrier()  # nothing is written before the damaged parts are gone
-    mine = missing[rank::world_size]
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    # Whole batches are dealt out: what is encoded together, and so every bit, is the same with any number of ranks.
+    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)][rank::world_size]
     silent = console is None or rank > 0 or not batches
     progress = track(batches, f"encoding {directory.name}", console=console, disable=silent)
     record_damage(directory, _write_parts(encoder_name, encode, progress, directory))
     barrier()
-    return FeatureStore(directory)
+    store = FeatureStore(directory)
+    store.encoded = [utterance.id for utterance in missing if utterance.id in store]
+    return store
 
 
 def _write_parts(
@@ -227,6 +235,7 @@ def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], direc
     with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
         written = Path(aside) / f"part-{name}{SUFFIX}"
         save_file(arrays, written, metadata=metadata)
+        let_all_read(written)
         fsync(written)
         written.replace(directory / written.name)
     fsync(directory)

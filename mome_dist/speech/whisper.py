@@ -14,6 +14,9 @@ Two paddings are offered:
     attention.
 
 In both a clip's features depend on the clip alone, never on its neighbours in the batch.
+
+Any Whisper fits, English or multilingual, from tiny (80 mel bins, 384 wide) to large-v3 (128 mel bins, 1280 wide): its
+directory says the shape. Of the weights only the encoder's are read.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import WhisperFeatureExtractor, WhisperModel
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames
@@ -52,7 +57,7 @@ class WhisperAudioEncoder(nn.Module):
 
     def __init__(
         self,
-        model: WhisperModel,
+        encoder: WhisperEncoder,
         feature_extractor: WhisperFeatureExtractor,
         padding: Padding = "30s",
         normalize: bool = False,
@@ -60,11 +65,11 @@ class WhisperAudioEncoder(nn.Module):
         super().__init__()
         if padding not in ("30s", "clip"):
             raise UserError(f"padding={padding!r} is not a padding of the Whisper encoder: choose '30s' or 'clip'.")
-        self.encoder = model.get_encoder()
+        self.encoder = encoder
         self.feature_extractor = feature_extractor
         self.padding = padding
         self.normalize = normalize
-        self.width = int(model.config.d_model)
+        self.width = int(encoder.config.d_model)
         self.requires_grad_(False)
         self.train(False)
 
@@ -93,17 +98,17 @@ class WhisperAudioEncoder(nn.Module):
         if (found := _model_type(directory / "config.json")) != "whisper":
             raise UserError(f"{directory} holds a model of type {found!r}, not Whisper: choose another directory.")
         try:
-            model, loaded = WhisperModel.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            config = WhisperConfig.from_pretrained(directory, local_files_only=True)
             extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # transformers raises many types for damaged files
             raise UserError(f"{directory} cannot be read as a Whisper model ({error}). Download it again.") from error
-        if missing := [name for name in loaded["missing_keys"] if name.startswith("encoder.")]:
+        if extractor.feature_size != config.num_mel_bins:
             raise UserError(
-                f"{directory}: the weights lack {missing[0]} and {len(missing) - 1} more. Download it again."
+                f"{directory}: preprocessor_config.json makes {extractor.feature_size} mel bins, config.json asks for "
+                f"{config.num_mel_bins}. Download the model again."
             )
-        return cls(model, extractor, padding, normalize)
+        encoder = _read_encoder(directory, config, dtype)
+        return cls(encoder, extractor, padding, normalize)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,6 +175,35 @@ class WhisperAudioEncoder(nn.Module):
         for layer in self.encoder.layers:
             hidden = layer(hidden, None)
         return self.encoder.layer_norm(hidden)
+
+
+def _read_encoder(directory: Path, config: WhisperConfig, dtype: torch.dtype) -> WhisperEncoder:
+    """The encoder of a Whisper whose weights may be cut into several files; the decoder is never read."""
+    with torch.device("meta"):
+        encoder = WhisperEncoder(config)
+    weights: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dictionary
+                    prefix, found, inside = name.partition("encoder.")
+                    if found and prefix in ("", "model."):
+                        weights[inside] = file.get_tensor(name).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as a Whisper model ({error}). Download it again.") from error
+    expected = {name: value.shape for name, value in encoder.state_dict().items()}
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise UserError(
+            f"{directory}: the weights lack encoder.{missing[0]} and {len(missing) - 1} more. Download it again."
+        )
+    for name, value in weights.items():
+        if value.shape != expected.get(name):
+            raise UserError(
+                f"{directory}: encoder.{name} has shape {list(value.shape)}, config.json asks for "
+                f"{list(expected.get(name, []))}. Download it again."
+            )
+    encoder.load_state_dict(weights, assign=True)
+    return encoder
 
 
 def _model_type(config: Path) -> str:

@@ -12,7 +12,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.avhubert_checkpoint import small
 from tests.face_films import write_lists, write_lrs2, write_lrs3
 from tests.quickstart.newcomer import ROOT, Newcomer
 
@@ -53,6 +55,8 @@ SHRINK = {
     "python -m launchers.local --nproc 2 --module tools.check_cluster": [],
     "python tools/plan_layout.py --measured cluster.json": [],
     "python tools/plan_layout.py --gpu h100": ["--top", "1"],
+    "python tools/convert_avhubert.py CHECKPOINT.pt": ["--output", "avhubert"],
+    "python -m launchers.local --nproc 2 --module tools.cache_features": [],
     "python tools/tune_deepspeed.py": ["--steps", "1", "--rounds", "1", "--most", "1", "data.batch_size=8"],
 }
 
@@ -87,6 +91,7 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
     write_lrs3(tmp_path / "LRS3")
     write_lrs2(tmp_path / "LRS2")
     write_lists(tmp_path / "MINE")
+    torch.save({"model": small().state_dict()}, tmp_path / "CHECKPOINT.pt")
     for command in sorted(documented_commands(), key=_stage):
         arguments = shrunk(command)
         if "tools/make_corpus.py" in arguments:

@@ -59,14 +59,14 @@ def test_ranks_share_the_work_and_anyone_reads_it(tmp_path: Path) -> None:
         barrier.wait(30)
 
     def work(rank: int) -> None:
-        check(build_features("toy", encoders[rank], UTTERANCES, tmp_path, rank, 3, wait))
+        check(build_features("toy", encoders[rank], UTTERANCES, tmp_path, rank, 3, wait, batch_size=4))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(len(encoder.seen) for encoder in encoders) == [7, 8, 8]
+    assert sorted(len(encoder.seen) for encoder in encoders) == [7, 8, 8]  # 6 batches of at most 4
     assert len(list(tmp_path.glob("part-*"))) == 3
     check(FeatureStore(tmp_path))
     alone = Encoder()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
+from mome_dist.speech.clip_encoder import neighbourhoods
 from mome_dist.speech.video_encoder import FrontEnd, VideoEncoder, VideoEncoderConfig
 
 SMALL = VideoEncoderConfig(trunk_widths=(4, 8), width=16, heads=2, ffn_width=32, position_kernel=5, dropout=0.2)
@@ -44,7 +45,7 @@ def test_batchnorm_statistics_see_valid_frames_only() -> None:
     batch = clips(9, 2)
     encoder(batch)
     frames = [encoder._normalise(clip) for clip in batch]
-    stem = torch.cat([encoder.front_end.stem(encoder.front_end._neighbourhoods([clip])) for clip in frames])
+    stem = torch.cat([encoder.front_end.stem(neighbourhoods([clip], 5)) for clip in frames])
     expected = 0.1 * stem.mean((0, 2, 3))  # momentum 0.1 from zero
     torch.testing.assert_close(encoder.front_end.stem_norm.running_mean, expected, rtol=1e-4, atol=1e-6)
 
@@ -52,7 +53,7 @@ def test_batchnorm_statistics_see_valid_frames_only() -> None:
 def test_stem_is_a_3d_convolution() -> None:
     front_end = FrontEnd(SMALL)
     clip = torch.randn(6, 44, 44)
-    as_2d = front_end.stem(front_end._neighbourhoods([clip]))
+    as_2d = front_end.stem(neighbourhoods([clip], 5))
     as_3d = nn.functional.conv3d(clip[None, None], front_end.stem.weight[:, None], stride=(1, 2, 2), padding=(2, 2, 2))[
         0
     ].transpose(0, 1)

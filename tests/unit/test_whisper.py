@@ -9,37 +9,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel
 
 from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
+from tests.whisper_directory import whisper_directory
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Whisper with random weights and dropout, as a plain Hugging Face directory."""
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        vocab_size=64,
-        dropout=0.3,
-        encoder_layerdrop=0.5,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    path = tmp_path_factory.mktemp("whisper")
-    WhisperModel(config).save_pretrained(path)
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(path)
-    return path
+    return whisper_directory(tmp_path_factory.mktemp("whisper"))
 
 
 def speech(samples: int, seed: int = 0) -> torch.Tensor:
@@ -98,6 +78,57 @@ def test_normalize_removes_loudness(directory: Path) -> None:
     torch.testing.assert_close(encoder([clip])[0], encoder([0.2 * clip + 0.1])[0], rtol=0, atol=1e-3)
     plain = WhisperAudioEncoder.from_pretrained(directory, padding="clip")
     assert (plain([clip])[0] - plain([0.2 * clip + 0.1])[0]).abs().max() > 1e-2
+
+
+SIZES = {  # width, heads, mel bins, vocabulary of the published models; a large decoder takes seconds to write
+    "tiny.en": (384, 6, 80, 51_864),
+    "tiny": (384, 6, 80, 51_865),
+    "base": (512, 8, 80, 64),
+    "small": (768, 12, 80, 64),
+    "medium.en": (1024, 16, 80, 64),
+    "large-v2": (1280, 20, 80, 64),
+    "large-v3": (1280, 20, 128, 64),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_whisper_itself(size: str, tmp_path: Path) -> None:
+    """One layer of each published shape, saved in half precision as the large ones are, in a directory of any name."""
+    width, heads, mel_bins, vocabulary = SIZES[size]
+    whisper_directory(tmp_path, width, 1, heads, mel_bins, vocab_size=vocabulary, max_target_positions=4)
+    full = WhisperForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    full.save_pretrained(tmp_path, max_shard_size="2MB")  # model.encoder.*, cut into files; the decoder among them
+    (tmp_path / "model.safetensors").unlink()
+    clip = speech(20_000)
+    encoder = WhisperAudioEncoder.from_pretrained(tmp_path)
+    (features,) = encoder([clip])
+    assert features.shape == (62, width) == (62, encoder.width) and features.dtype == torch.float32
+    mel = WhisperFeatureExtractor(feature_size=mel_bins)(clip.numpy(), sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        expected = full.float().eval().get_encoder()(mel.input_features)[0]
+    torch.testing.assert_close(features, expected[0, :62], rtol=0, atol=1e-5)
+
+
+def test_the_decoder_is_not_read(directory: Path, tmp_path: Path) -> None:
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    encoder_alone = {name: value for name, value in weights.items() if name.startswith("encoder.")}
+    save_file(encoder_alone, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (ours,), (theirs,) = (WhisperAudioEncoder.from_pretrained(path)([speech(9_000)]) for path in (tmp_path, directory))
+    assert torch.equal(ours, theirs)
+
+
+def test_mel_bins_that_do_not_fit_are_named(directory: Path, tmp_path: Path) -> None:
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"128 mel bins, config\.json asks for 80"):
+        WhisperAudioEncoder.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_mel_bins": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"encoder\.conv1\.weight has shape \[32, 80, 3\]"):
+        WhisperAudioEncoder.from_pretrained(tmp_path)
 
 
 def test_mistakes_are_named(directory: Path, tmp_path: Path) -> None:

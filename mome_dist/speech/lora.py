@@ -1,0 +1,191 @@
+"""Low-rank adaptation (LoRA, Hu et al., 2021) of the linear layers of a frozen encoder.
+
+``W x + b + (alpha / rank) * B (A x)``, with A random and B zero at the start, so that an adapted encoder begins as the
+frozen one. Only A and B train. The frozen weights keep their names: an adapted encoder's state is the frozen state and,
+beside each adapted ``weight``, a ``lora_a`` and a ``lora_b``.
+
+Omni-AVSR (arXiv 2511.07253) adapts the query and value projections of AV-HuBERT so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mome_dist.errors import UserError
+from mome_dist.files import let_all_read, written_aside
+
+FORMAT = "mome_dist.lora/1"
+QUERY_AND_VALUE = ("q_proj", "v_proj")
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank term; it takes over the frozen layer's parameters.
+
+    Attributes:
+        rank: of the term.
+        scale: ``alpha / rank``.
+        lora_a: fp32 [rank, in].
+        lora_b: fp32 [out, rank].
+    """
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float) -> None:
+        nn.Module.__init__(self)  # the weights exist already
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.weight, self.bias = frozen.weight, frozen.bias
+        self.rank, self.scale = rank, alpha / rank
+        device = frozen.weight.device
+        self.lora_a = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out] in the dtype of ``x``; the term is computed in its parameters' fp32."""
+        low = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        return F.linear(x, self.weight, self.bias) + (self.scale * low).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer that computes the same; the frozen one's parameters are left as they are."""
+        plain = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
+        )
+        plain.weight.copy_(self.weight.float() + self.scale * self.lora_b @ self.lora_a)
+        if self.bias is not None:
+            plain.bias.copy_(self.bias)
+        return plain.requires_grad_(False)
+
+
+def attach_lora(
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = QUERY_AND_VALUE, seed: int = 0
+) -> list[str]:
+    """Adapt every linear layer of a model whose name ends in one of ``targets``.
+
+    The model is frozen but for the new parameters. Initial values depend on the seed and each layer's name only, so
+    that all ranks of a job start alike.
+
+    Args:
+        model: changed in place; an encoder keeps its mode.
+        rank: of every term, at least 1.
+        alpha: the term is scaled by ``alpha / rank``.
+        targets: last parts of layers' names, e.g. ``("q_proj", "v_proj")``.
+        seed: of the initial values of A.
+
+    Returns:
+        Names of the adapted layers.
+
+    Raises:
+        UserError: if the rank is below 1, a target names no linear layer, or the model is adapted already.
+    """
+    if rank < 1:
+        raise UserError(f"lora rank={rank}: must be at least 1.")
+    if lora_layers(model):
+        raise UserError("The model has a LoRA already: merge it first.")
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets
+    ]
+    if absent := sorted(set(targets) - {name.rpartition(".")[2] for name in names}):
+        raise UserError(f"lora targets: the model has no linear layer named {absent[0]!r}.")
+    model.requires_grad_(False)
+    for name in names:
+        frozen = model.get_submodule(name)
+        assert isinstance(frozen, nn.Linear)
+        layer = LoRALinear(frozen, rank, alpha).train(frozen.training)
+        generator = torch.Generator().manual_seed((zlib.crc32(f"lora.{name}".encode()) << 16) ^ seed)
+        bound = 1 / math.sqrt(layer.in_features)  # as a linear layer starts
+        with torch.no_grad():
+            layer.lora_a.copy_(torch.empty(layer.lora_a.shape).uniform_(-bound, bound, generator=generator))
+        _replace(model, name, layer)
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace every adapted layer by a plain one that computes the same."""
+    for name, layer in lora_layers(model).items():
+        _replace(model, name, layer.merged().train(layer.training))
+
+
+def save_lora(model: nn.Module, path: str | Path) -> None:
+    """Write A and B of every adapted layer, and nothing of the frozen model, as safetensors, atomically.
+
+    Raises:
+        UserError: if the model has no LoRA.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise UserError(f"{path}: the model has no LoRA to save.")
+    tensors = {
+        f"{name}.{kind}": getattr(layer, kind).detach().float().cpu().contiguous()
+        for name, layer in layers.items()
+        for kind in ("lora_a", "lora_b")
+    }
+    facts = {"format": FORMAT, "scales": {name: layer.scale for name, layer in layers.items()}}
+    with written_aside(Path(path)) as temporary:
+        # One entry of metadata: the order of several is not fixed.
+        save_file(tensors, temporary, metadata={"mome_dist": json.dumps(facts, sort_keys=True)})
+        let_all_read(temporary)
+
+
+def load_lora(model: nn.Module, path: str | Path) -> list[str]:
+    """Adapt a model as the file says, frozen but for A and B; return the names of the adapted layers.
+
+    Nothing of the model is changed before the whole file has been found to fit.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another model, or the model is adapted already.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["mome_dist"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+        if facts["format"] != FORMAT:
+            raise UserError(f"{path} has format {facts['format']!r}; this version reads {FORMAT!r}.")
+        scales = {str(name): float(scale) for name, scale in facts["scales"].items()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as a LoRA ({error}). Use another copy.") from error
+    if lora_layers(model):
+        raise UserError(f"{path}: the model has a LoRA already: merge it first.")
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    if set(tensors) != {f"{name}.{kind}" for name in scales for kind in ("lora_a", "lora_b")}:
+        raise UserError(f"{path}: its layers and its tensors differ. Use another copy.")
+    for name in scales:
+        a, b, layer = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], linear.get(name)
+        if layer is None:
+            raise UserError(f"{path} adapts {name}, which the model does not have: it is of another model.")
+        if (b.shape[0], *a.shape[1:]) != (layer.out_features, layer.in_features) or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"{path}: {name} is {layer.in_features} -> {layer.out_features} in the model; A {list(a.shape)} and B "
+                f"{list(b.shape)} are of another one."
+            )
+    model.requires_grad_(False)
+    for name, scale in scales.items():
+        frozen, a, b = linear[name], tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        layer = LoRALinear(frozen, len(a), scale * len(a)).train(frozen.training)
+        with torch.no_grad():
+            layer.lora_a.copy_(a)
+            layer.lora_b.copy_(b)
+        _replace(model, name, layer)
+    return list(scales)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)

@@ -1,0 +1,74 @@
+"""Make a video encoder of a published AV-HuBERT checkpoint, pre-trained or fine-tuned, without fairseq.
+
+    python tools/convert_avhubert.py large_vox_iter5.pt
+    python tools/convert_avhubert.py CHECKPOINT.pt --output DIR
+
+The checkpoint is a pickle; nothing of it but tensors and plain values is loaded, and no code in it runs. What is
+written is this project's format (config.json, model.safetensors). Without --output it goes where
+`video_encoder=avhubert_base` or `avhubert_large` look for it, in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mome_dist.cli import main_guard
+from mome_dist.errors import UserError
+from mome_dist.quiet import quiet_libraries
+
+SIZES = {768: "base", 1024: "large"}  # the published widths
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert and say what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="the published file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory to make; it must not exist")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not say")
+    options = parser.parse_args(arguments)
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from mome_dist.files import published_directory, sha256_of
+    from mome_dist.paths import cache_root
+    from mome_dist.speech.avhubert.conversion import convert
+    from mome_dist.speech.avhubert.fairseq_file import read_fairseq
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status(f"converting {options.checkpoint}"):
+        file = read_fairseq(options.checkpoint)
+        converted = convert(file.tensors, file.settings, options.heads)
+        encoder = converted.encoder
+        target = options.output
+        if target is None:
+            if encoder.width not in SIZES:
+                raise UserError(f"The encoder is {encoder.width} wide, no published size: name a place with --output.")
+            target = cache_root() / "encoders" / f"avhubert-{SIZES[encoder.width]}"
+        if target.exists() or target.is_symlink():
+            raise UserError(f"{target} exists, and a conversion replaces nothing: name another --output or remove it.")
+        source = {
+            "file": options.checkpoint.name,
+            "sha256": sha256_of(options.checkpoint),
+            "model": "fine-tuned" if converted.fine_tuned else "pre-trained",
+        }
+        with published_directory(target, replace=False) as directory:
+            encoder.save_pretrained(directory, {"source": source})
+    for reason in dict.fromkeys(converted.dropped.values()):
+        names = [name for name, why in converted.dropped.items() if why == reason]
+        console.print(f"left out {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+    if file.ignored:
+        console.print(f"not loaded, as no code of the file is: {', '.join(file.ignored)}")
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    console.print(
+        f"{target}: {source['model']} AV-HuBERT, {encoder.config.layers} layers, {encoder.width} wide, "
+        f"{encoder.config.heads} heads, {parameters:,} parameters"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
