@@ -102,6 +102,51 @@ class DataConfig:
     bucket_batches: int = 16
     accumulation: int = 1
     max_damaged_utterances: int = 0
+    features: str = one_of("cached", "online")
+    decode_threads: int = 1
+
+
+@dataclass
+class VideoTimeMaskConfig:
+    width: int = 0
+    stride: int = 25
+
+
+@dataclass
+class AudioTimeMaskConfig:
+    width: int = 0
+    stride: int = 16_000
+
+
+@dataclass
+class NoiseConfig:
+    source: str | None = None
+    talkers: int = 8
+    snr: list[float | None] = field(default_factory=lambda: [-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, None])
+    probability: float = 1.0
+
+
+@dataclass
+class ModalityDropoutConfig:
+    audio: float = 0.0
+    video: float = 0.0
+
+
+@dataclass
+class AugmentationConfig:
+    crop: int | None = None
+    flip: float = 0.0
+    video_time_mask: VideoTimeMaskConfig = field(default_factory=VideoTimeMaskConfig)
+    audio_time_mask: AudioTimeMaskConfig = field(default_factory=AudioTimeMaskConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    modality_dropout: ModalityDropoutConfig = field(default_factory=ModalityDropoutConfig)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is done to a clip or a view at all."""
+        masks = self.video_time_mask.width + self.audio_time_mask.width
+        dropped = self.modality_dropout.audio + self.modality_dropout.video
+        return self.crop is not None or self.flip + masks + dropped > 0 or self.noise.source is not None
 
     def describe_batch(self) -> str:
         """What a global batch holds, in words."""
@@ -171,6 +216,7 @@ class RunConfig:
     mome: MoMEConfig = field(default_factory=MoMEConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -127,6 +128,7 @@ def check_values(config: RunConfig) -> None:
     """
     _check_choices(config, "")
     _check_numbers(config)
+    _check_augmentation(config)
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -191,6 +193,13 @@ def _check_numbers(config: RunConfig) -> None:
         "data.accumulation": (config.data.accumulation, 1),
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
+        "data.decode_threads": (config.data.decode_threads, 1),
+        "augmentation.crop": (config.augmentation.crop or 1, 1),
+        "augmentation.video_time_mask.width": (config.augmentation.video_time_mask.width, 0),
+        "augmentation.video_time_mask.stride": (config.augmentation.video_time_mask.stride, 1),
+        "augmentation.audio_time_mask.width": (config.augmentation.audio_time_mask.width, 0),
+        "augmentation.audio_time_mask.stride": (config.augmentation.audio_time_mask.stride, 1),
+        "augmentation.noise.talkers": (config.augmentation.noise.talkers, 1),
         "training.steps": (config.training.steps, 1),
         "training.epochs": (config.training.epochs, 1),
         "training.save_every": (config.training.save_every, 0),
@@ -235,6 +244,33 @@ def _check_numbers(config: RunConfig) -> None:
     if config.projector.compression == "stack" and not config.projector.per_rate:
         raise UserError(
             "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
+        )
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    augmentation = config.augmentation
+    dropout = augmentation.modality_dropout
+    for key, probability in {
+        "flip": augmentation.flip,
+        "noise.probability": augmentation.noise.probability,
+        "modality_dropout.audio": dropout.audio,
+        "modality_dropout.video": dropout.video,
+    }.items():
+        if not 0 <= probability <= 1:
+            raise UserError(f"augmentation.{key}={probability}: a probability is from 0 to 1.")
+    if dropout.audio + dropout.video > 1:
+        raise UserError(
+            f"augmentation.modality_dropout: audio={dropout.audio} and video={dropout.video} add up to more than 1, "
+            "but a view never loses both streams: lower one."
+        )
+    if augmentation.noise.source is not None and not augmentation.noise.snr:
+        raise UserError("augmentation.noise.snr is empty: give ratios in dB, or set augmentation.noise.source=null.")
+    if not all(snr is None or math.isfinite(snr) for snr in augmentation.noise.snr):
+        raise UserError(f"augmentation.noise.snr={augmentation.noise.snr}: ratios are finite; null is clean.")
+    if augmentation.active and config.data.features != "online":
+        raise UserError(
+            f"data.features={config.data.features} reads features that were made once from clean clips, which no "
+            "augmentation can change: set data.features=online, or augmentation=none."
         )
 
 
