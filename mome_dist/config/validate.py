@@ -16,6 +16,7 @@ from typing import Any
 from mome_dist.config.load import load_config, resolve_deepspeed_file
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
@@ -73,6 +74,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     corpus = Corpus.open(config.data.corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
+    if config.augmentation.noise.source is not None:
+        open_noise(config.augmentation.noise.source, corpus, config.data.train_split)
     return layout
 
 
@@ -160,7 +163,11 @@ def views_of(config: RunConfig) -> list[View]:
 
 def streams_of(config: RunConfig) -> list[str]:
     """The streams that the views of a run use: "audio", "video" or both."""
-    views = views_of(config)
+    return streams_read(views_of(config))
+
+
+def streams_read(views: Sequence[View]) -> list[str]:
+    """The streams that some views use: "audio", "video" or both."""
     audio = any(view.audio_rate is not None for view in views)
     video = any(view.video_rate is not None for view in views)
     return [stream for stream, used in (("audio", audio), ("video", video)) if used]

@@ -18,8 +18,10 @@ from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 from mome_dist.training.artefact import manifest_sha256
 
+Encoder = WhisperAudioEncoder | VideoEncoder
 
-def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | VideoEncoder:
+
+def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Encoder:
     """The frozen encoder of a stream ("audio" or "video"), on a device.
 
     Raises:
@@ -43,7 +45,7 @@ def split_features(
     console: Console | None = None,
 ) -> FeatureStore:
     """The features of a whole split, encoded by all ranks together where they are not in the cache yet."""
-    assert isinstance(encoder, WhisperAudioEncoder | VideoEncoder)
+    assert isinstance(encoder, Encoder)
     device = next(encoder.parameters()).device
     read = corpus.audio if stream == "audio" else corpus.video
 

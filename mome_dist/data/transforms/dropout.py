@@ -28,6 +28,8 @@ class ModalityDropout:
 
     def left_out(self, utterance_id: str, view: str, draw: int) -> str | None:
         """ "audio", "video" or None, for an utterance in an audio-visual view (its name); a pure function."""
+        if self.audio + self.video == 0:
+            return None
         chance = utterance_rng(self.seed, f"modality dropout {view}", utterance_id, draw).random()
         if chance < self.audio:
             return "audio"
