@@ -201,7 +201,7 @@ def _check_numbers(config: RunConfig) -> None:
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
         "data.decode_threads": (config.data.decode_threads, 1),
-        "augmentation.crop": (config.augmentation.crop or 1, 1),
+        "augmentation.crop": (1 if config.augmentation.crop is None else config.augmentation.crop, 1),
         "augmentation.video_time_mask.width": (config.augmentation.video_time_mask.width, 0),
         "augmentation.video_time_mask.stride": (config.augmentation.video_time_mask.stride, 1),
         "augmentation.audio_time_mask.width": (config.augmentation.audio_time_mask.width, 0),

@@ -26,6 +26,7 @@ SHRINK = {
     "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm": ["--steps", "2"],
     "python -m launchers.local --nproc 2 experiment=quickstart": SMALL_RUN,
     "python -m launchers.local --nproc 2 experiment=tiny": SMALL_RUN,
+    "python -m launchers.local --nproc 2 experiment=tiny_noise": SMALL_RUN,
     "python -m launchers.local --nproc 2 --restarts 3 experiment=tiny": [*SMALL_RUN, "output_dir=runs/restarts"],
     "python tools/fault_drill.py --shrink experiment=tiny": ["--only", "kill"],
     "python -m launchers.local --nproc 4 experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],

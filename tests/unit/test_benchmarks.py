@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks import moe_layer, plan_layout, reshard, save_stall, train_step
+from benchmarks import data_speed, moe_layer, plan_layout, reshard, save_stall, train_step
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,10 +103,22 @@ def test_the_benchmark_of_saving_measures_every_form(tmp_path: Path, small_llm: 
     assert set(case["two steps"]) == set(case["wait"]) and all(value > 0 for value in case["two steps"].values())
 
 
+def test_the_benchmark_of_data_times_every_transform(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    sizes = ["--corpus", str(tiny_corpus_dir), "--clips", "2", "--rounds", "1"]
+    figures = _run("benchmarks.data_speed", tmp_path, *sizes)["figures"]
+    assert figures["clips"] == 2 and 2 < figures["seconds of speech"] < 12
+    assert len(figures["seconds"]) == 11 and all(seconds > 0 for seconds in figures["seconds"].values())
+
+
+def test_clips_are_read_and_augmented_faster_than_aimed_at() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())["figures"]
+    assert figures["seconds of speech"] / figures["seconds"][data_speed.EVERYTHING] >= 20
+
+
 def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
-    scripts |= {"save_stall": save_stall, "train_step": train_step}
+    scripts |= {"save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
         scripts[name].parse_arguments(shlex.split(arguments))
