@@ -105,6 +105,10 @@ class DataConfig:
     features: str = one_of("cached", "online")
     decode_threads: int = 1
 
+    def describe_batch(self) -> str:
+        """What a global batch holds, in words."""
+        return f"up to {self.max_frames:,} video frames" if self.max_frames else f"{self.batch_size} utterances"
+
 
 @dataclass
 class VideoTimeMaskConfig:
@@ -147,10 +151,6 @@ class AugmentationConfig:
         masks = self.video_time_mask.width + self.audio_time_mask.width
         dropped = self.modality_dropout.audio + self.modality_dropout.video
         return self.crop is not None or self.flip + masks + dropped > 0 or self.noise.source is not None
-
-    def describe_batch(self) -> str:
-        """What a global batch holds, in words."""
-        return f"up to {self.max_frames:,} video frames" if self.max_frames else f"{self.batch_size} utterances"
 
 
 @dataclass
