@@ -200,8 +200,11 @@ class TrainingConfig:
 @dataclass
 class DecodingConfig:
     num_beams: int = 1
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = 32
     batch_size: int = 16
+    tokens_per_second: float | None = None
+    length_penalty: float = 1.0
+    device_map: Any = None
 
 
 @dataclass

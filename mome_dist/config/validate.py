@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mome_dist.config.load import load_config, resolve_deepspeed_file
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
@@ -71,6 +71,11 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_batches(config, layout)
     _check_deepspeed(config)
     _check_encoders(config)
+    if config.data.validation_split == config.data.test_split:
+        raise UserError(
+            f"data.validation_split and data.test_split are both {config.data.test_split!r}: the best checkpoint would "
+            "be chosen on the test split. Name another validation split."
+        )
     corpus = Corpus.open(config.data.corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
@@ -215,9 +220,6 @@ def _check_numbers(config: RunConfig) -> None:
         "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
         "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),
         "parallel.timeout_seconds": (config.parallel.timeout_seconds, 1),
-        "decoding.num_beams": (config.decoding.num_beams, 1),
-        "decoding.max_new_tokens": (config.decoding.max_new_tokens, 1),
-        "decoding.batch_size": (config.decoding.batch_size, 1),
     }
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
@@ -236,6 +238,7 @@ def _check_numbers(config: RunConfig) -> None:
         factor = getattr(config.mome, key)
         if factor is not None and factor <= 0:
             raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
+    check_decoding(config.decoding)
     if not config.task.tasks:
         raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
     for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
@@ -252,6 +255,27 @@ def _check_numbers(config: RunConfig) -> None:
         raise UserError(
             "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
         )
+
+
+def check_decoding(decoding: DecodingConfig) -> None:
+    """Raise UserError for settings of decoding that make no sense, by key."""
+    for key in ("num_beams", "batch_size", "max_new_tokens"):
+        value = getattr(decoding, key)
+        if value is not None and value < 1:
+            raise UserError(f"decoding.{key}={value}: must be at least 1.")
+    rate = decoding.tokens_per_second
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"decoding.tokens_per_second={rate}: must be above 0, or null for no such limit.")
+    if decoding.max_new_tokens is None and rate is None:
+        raise UserError(
+            "decoding.max_new_tokens=null leaves the length of a transcript without any limit: set it, or "
+            "decoding.tokens_per_second."
+        )
+    if not math.isfinite(decoding.length_penalty):
+        raise UserError(f"decoding.length_penalty={decoding.length_penalty}: must be a finite number.")
+    placement = decoding.device_map
+    if placement is not None and not isinstance(placement, str | Mapping):
+        raise UserError(f"decoding.device_map={placement!r}: give a name such as auto, or map modules to devices.")
 
 
 def _check_augmentation(config: RunConfig) -> None:

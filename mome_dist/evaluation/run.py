@@ -220,8 +220,7 @@ def _write(
     recorder: ActivationRecorder | None,
 ) -> list[list[int]]:
     audio, video = features.get("audio", []), features.get("video", [])
-    beams, length = decoding.num_beams, decoding.max_new_tokens
-    return decode_batch(run.model, run.sequences, view, audio, video, beams, length, recorder)
+    return decode_batch(run.model, run.sequences, view, audio, video, decoding, recorder)
 
 
 def _texts(

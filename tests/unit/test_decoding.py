@@ -39,9 +39,10 @@ def test_batched_equals_single(
     run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], view: View, beams: int
 ) -> None:
     audio, video = clips
-    together = decode_batch(run.model, run.sequences, view, audio, video, beams, 8)
+    config = DecodingConfig(beams, 8)
+    together = decode_batch(run.model, run.sequences, view, audio, video, config)
     alone = [
-        decode_batch(run.model, run.sequences, view, [a], [v], beams, 8)[0] for a, v in zip(audio, video, strict=True)
+        decode_batch(run.model, run.sequences, view, [a], [v], config)[0] for a, v in zip(audio, video, strict=True)
     ]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) > 1, "every clip decodes alike: the test cannot tell them apart"
