@@ -60,9 +60,7 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def build_reference(
-    config: RunConfig, widths: Mapping[str, int], device_map: DeviceMap | None = None
-) -> MoMESpeechLM:
+def build_reference(config: RunConfig, widths: Mapping[str, int], device_map: DeviceMap | None = None) -> MoMESpeechLM:
     """The one-process form of a run's model, untrained; for ``device_map`` see `load_hugging_face`."""
     llm = load_hugging_face(config.llm.path, llm_dtype(config), device_map)
     model = MoMESpeechLM(llm, build_projectors(config, widths), config.mome.placement, **mome_arguments(config))

@@ -108,7 +108,9 @@ def ratios_of(value: Any) -> list[float]:
     values = value if isinstance(value, list) else [value]
     for ratio in values:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio):
-            raise UserError(f"snr={value}: give ratios in dB, such as snr=[-5,0,5]; noise=clean is speech without noise.")
+            raise UserError(
+                f"snr={value}: give ratios in dB, such as snr=[-5,0,5]; noise=clean is speech without noise."
+            )
     return [float(ratio) for ratio in dict.fromkeys(values)]
 
 

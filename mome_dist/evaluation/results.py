@@ -1,9 +1,9 @@
 """Results of an evaluation as files.
 
-    results.json       header and an entry for each view and condition
-    results.md         the tables
-    hypotheses.jsonl   every text
-    noise.jsonl        every mixture: asked and measured ratio, and what the noise was made of
+results.json       header and an entry for each view and condition
+results.md         the tables
+hypotheses.jsonl   every text
+noise.jsonl        every mixture: asked and measured ratio, and what the noise was made of
 """
 
 from __future__ import annotations

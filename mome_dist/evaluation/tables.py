@@ -132,8 +132,8 @@ def rich_table(title: str, columns: Mapping[str, Sequence[str]], caption: str = 
 def notes(views: Sequence[Entry]) -> list[str]:
     """What a reader of the main table must know."""
     lines = [
-        "Rates: frames per token (audio, video). S, D, I: substituted, deleted, inserted words. 95 % CI: bootstrap over "
-        "utterances. Chance: speech shuffled among the utterances."
+        "Rates: frames per token (audio, video). S, D, I: substituted, deleted, inserted words. 95 % CI: bootstrap "
+        "over utterances. Chance: speech shuffled among the utterances."
     ]
     if not all(view["trained"] for view in views):
         lines.append("* not among the views of the training.")
@@ -142,8 +142,8 @@ def notes(views: Sequence[Entry]) -> list[str]:
 
 COST_NOTE = (
     "LLM tokens: read before the text, mean of an utterance. tokens/s (written) and RTF (seconds per second of speech) "
-    "are those of one process, encoders included in RTF; peak: memory while decoding, of the whole process on a CPU and "
-    "of torch's tensors on GPUs."
+    "are those of one process, encoders included in RTF; peak: memory while decoding, of the whole process on a CPU "
+    "and of torch's tensors on GPUs."
 )
 GRID_NOTE = "In brackets: a view that cannot notice the condition has its number without it."
 
@@ -174,7 +174,10 @@ def published_section(results: Mapping[str, Any]) -> str:
     here = [line for line in published if line.corpus == corpus]
     shown = here or published
     names = [name for name in dict.fromkeys(name for line in shown for name in line.wer) if name in views]
-    measured = {"method": [f"**{results['run']}, measured here**"], "from": [f"{results['corpus']}, {results['split']}"]}
+    measured = {
+        "method": [f"**{results['run']}, measured here**"],
+        "from": [f"{results['corpus']}, {results['split']}"],
+    }
     measured |= {_label(name): [_percent(views[name]["wer"])] for name in names}
     columns = {"method": [line.method for line in shown], "from": [f"{line.corpus}; {line.paper}" for line in shown]}
     columns |= {_label(name): [_percent(line.wer.get(name)) for line in shown] for name in names}

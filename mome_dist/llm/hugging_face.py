@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
 
-
 DeviceMap = str | Mapping[str, str | int]
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 

@@ -33,7 +33,9 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         first = output[0] if isinstance(output, tuple) else output
         if mome.router_weight.device != first.device:
-            mome.to(first.device)  # the layers of an LLM that was spread over devices say where each MoME module belongs
+            mome.to(
+                first.device
+            )  # the layers of an LLM that was spread over devices say where each MoME module belongs
         added = first + mome(hidden.to(first.device))
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
