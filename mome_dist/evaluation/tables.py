@@ -88,15 +88,16 @@ def _grid_cell(found: Mapping[tuple[str, str], Entry], condition: Entry, view: s
     entry = found.get((condition["condition"], view))
     if entry is not None:
         return _percent(entry["wer"]) + (f" ({_interval(entry)})" if intervals else "")
-    noticed = [
-        other
-        for (_, name), other in found.items()
-        if name == view
-        and other["snr"] in (None, condition["snr"])
-        and other["noise"] in (None, condition["noise"])
-        and other["video_corruption"] in (None, condition["video_corruption"])
-    ]
-    return f"[{_percent(noticed[0]['wer'])}]" if noticed else "-"
+    for (_, name), other in found.items():
+        heard = other["audio_rate"] is not None
+        noticed = {
+            "noise": condition["noise"] if heard else None,
+            "snr": condition["snr"] if heard else None,
+            "video_corruption": condition["video_corruption"] if other["video_rate"] is not None else None,
+        }
+        if name == view and all(other[key] == value for key, value in noticed.items()):
+            return f"[{_percent(other['wer'])}]"
+    return "-"
 
 
 def markdown(columns: Mapping[str, Sequence[str]]) -> str:
@@ -122,7 +123,7 @@ def rich_table(title: str, columns: Mapping[str, Sequence[str]], caption: str = 
     )
     for name in columns:
         # Two short lines a heading: the table fits 80 columns.
-        heading = name.replace(" ", "\n", 1)
+        heading = "\n".join(name.rsplit(" ", 1))
         table.add_column(heading, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
