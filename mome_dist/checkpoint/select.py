@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mome_dist.checkpoint.adapter import is_adapter, read_adapter
@@ -72,7 +73,12 @@ def best_checkpoint(run: str | Path) -> Path:
             f"{run}: no checkpoint was validated at its step, so none is known to be the best; make "
             "training.validate_every divide training.save_every, or take select=latest."
         )
-    return min(found, key=lambda directory: (found[directory], directory.name))
+    return best_of(found)
+
+
+def best_of(validated: Mapping[Path, float]) -> Path:
+    """The one of the lowest loss; of equal ones the earliest."""
+    return min(validated, key=lambda directory: (validated[directory], directory.name))
 
 
 def validated_checkpoints(run: str | Path) -> dict[Path, float]:

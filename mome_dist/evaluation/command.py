@@ -65,6 +65,7 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
     conditions = conditions_of(
         names_of("noise", request.noise), ratios_of(request.snr), names_of("video_corruption", request.video_corruption)
     )
+    decoding_of(DecodingConfig(), request)  # mistakes in it are told before a model is loaded
     other = None if request.compare is None else read_texts(request.compare)
     if request.device_map is not None and world.size > 1:
         raise UserError(
