@@ -27,8 +27,8 @@ def outcome(directory: Path) -> dict[str, Any]:
         for key in COSTS:
             view.pop(key)
     activations = Activations.load(directory / "activations.safetensors")
-    hypotheses = (directory / "hypotheses.jsonl").read_text()
-    return {"results": results, "activations": activations.counts.tolist(), "hypotheses": hypotheses}
+    texts = {name: (directory / f"{name}.jsonl").read_text() for name in ("hypotheses", "noise")}
+    return {"results": results, "activations": activations.counts.tolist(), **texts}
 
 
 @pytest.mark.parallel
@@ -38,7 +38,11 @@ def test_any_number_of_processes_gives_the_same_results(tmp_path: Path, tiny_cor
     for world in (1, 2, 3):  # the split's 10 utterances make 4 batches of 3: ranks get unequal shares
         out = tmp_path / f"world-{world}"
         arguments = [f"checkpoint={run}", f"output={out}", "split=train", "limit=10", "baselines=[chance,untrained]"]
+        arguments += ["noise=[clean,babble]", "snr=[0]", "video_corruption=[none,blur]"]
         assert run_world(run_command, world, arguments) == [0] * world
         outcomes.append(outcome(out))
     assert outcomes[0] == outcomes[1] == outcomes[2]
-    assert len(outcomes[0]["results"]["views"]) == 5
+    views = outcomes[0]["results"]["views"]
+    # Three views hear, three see, and one does both.
+    assert [len([view for view in views if view["task"] == task]) for task in ("asr", "vsr", "avsr")] == [4, 4, 4]
+    assert outcomes[0]["noise"].count("\n") == 10

@@ -38,6 +38,9 @@ SHRINK = {
     ],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart": ["limit=2"],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/tiny": ["limit=6"],
+    "python -m mome_dist.evaluate checkpoint=runs/tiny noise": ["limit=2", "num_beams=2"],
+    "python -m mome_dist.evaluate checkpoint=runs/tiny select": ["limit=2", "noise=clean"],
+    "python tools/average_checkpoints.py runs/quickstart": ["--last", "1"],
     "python -m mome_dist.report run=runs/quickstart": [],
     "python -m mome_dist.transcribe runs/quickstart": [],
     "python tools/export_adapter.py runs/quickstart": [],
@@ -99,5 +102,5 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
-    needs_a_run = any(f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check"))
+    needs_a_run = any(f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check", "average_check"))
     return 0 if "pretrain" in command or ("tools" in command and not needs_a_run) else 1

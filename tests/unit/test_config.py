@@ -79,6 +79,9 @@ WRONG = [
     (["mome.score=relu"], 2, r"mome.score='relu': choose from softmax, sigmoid"),
     (["mome.bias_rate=-0.1"], 2, r"mome.bias_rate=-0.1: must be at least 0"),
     (["mome.placement=attention"], 2, r"mome.placement='attention': choose from mhsa, ffn, layer"),
+    (["data.validation_split=test"], 2, r"validation_split and data.test_split are both 'test'.*another validation"),
+    (["decoding.max_new_tokens=null"], 2, r"max_new_tokens=null leaves .* without any limit"),
+    (["decoding.num_beams=0"], 2, r"decoding.num_beams=0: must be at least 1"),
     (["task.tasks=[asr,lip]"], 2, r"task.tasks='lip': choose from asr, vsr, avsr"),
     (
         ["parallel.tp=2"],
