@@ -102,5 +102,7 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
-    needs_a_run = any(f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check", "average_check"))
+    needs_a_run = any(
+        f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check", "average_check")
+    )
     return 0 if "pretrain" in command or ("tools" in command and not needs_a_run) else 1

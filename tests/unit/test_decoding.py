@@ -136,10 +136,10 @@ def test_wide_beams_find_the_best_of_all_texts(run: LoadedRun, clips: tuple[list
     """With as many beams as words, two tokens are an exhaustive search: log-probability over length, best of V^2."""
     view, audio, eos = VIEWS[0], clips[0][:4], run.sequences.codec.eos
     words = run.model.llm.config.vocab_size
-    expected = []
+    expected: list[list[int]] = []
     for clip, prefix in zip(audio, prefixes_of(run.sequences, view, audio, []), strict=True):
         first = next_log_probabilities(run, view, clip, prefix, [])[0]
-        scores = {(): float(first[eos])}
+        scores: dict[tuple[int, ...], float] = {(): float(first[eos])}
         for word in set(range(words)) - {eos}:
             second = next_log_probabilities(run, view, clip, prefix, [word])[1]
             for other in range(words):
