@@ -188,8 +188,8 @@ def render(figures: Mapping[str, Any], experiments: Sequence[str]) -> list[str]:
         grid = markdown(grid_columns(results["views"], intervals=True))
         sections += [
             f"## {name}: WER % of {results['utterances']} sentences by unseen speakers",
-            f"Step {results['step']}. In round brackets 95 % bootstrap intervals; in square ones the number without the "
-            "condition, where a view cannot notice it.",
+            f"Step {results['step']}. In round brackets 95 % bootstrap intervals; in square ones the number without "
+            "the condition, where a view cannot notice it.",
             grid,
             f"![{name} in babble]({_noise_figure(name)})",
         ]
