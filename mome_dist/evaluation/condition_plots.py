@@ -62,7 +62,7 @@ def _noise_line(
     deaf = name.startswith("vsr(")
     clean = [entry for entry in entries if entry["snr"] is None]
     if deaf and clean:
-        axes.plot([ratios[0], clean_at], [clean[0]["wer"]] * 2, color=color, linestyle=style, label=name)
+        axes.errorbar([ratios[0], clean_at], [clean[0]["wer"]] * 2, color=color, linestyle=style, label=name)
         return
     ordered = sorted(entries, key=lambda entry: clean_at if entry["snr"] is None else entry["snr"])
     at = [clean_at if entry["snr"] is None else entry["snr"] for entry in ordered]
@@ -96,7 +96,7 @@ def corruption_figure(views: Sequence[Entry]) -> Figure:
             axes.errorbar(at, [entry["wer"] for entry in found], _bars(found), color=INK, linestyle="", linewidth=0.8)
         axes.set_xticks(range(len(kinds)), ["none" if kind is None else kind for kind in kinds])
         axes.set(title="Video as it is, and broken", ylabel="word error rate [%]")
-        axes.legend(ncols=1 + len(names) // 6)
+        figure.legend(loc="outside right upper")
         grid(axes)
         return figure
 

@@ -83,10 +83,13 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
             entries = by_task[task]
             places = np.arange(len(entries))
             rates = [view["wer"] for view in entries]
-            bars = axes.bar(places, rates, 0.62, color=TASK_COLORS[task])
+            axes.bar(places, rates, 0.62, color=TASK_COLORS[task])
             spans = [(view["wer_low"], view["wer_high"]) for view in entries]
             axes.vlines(places, *zip(*spans, strict=True), colors=FAINT, linewidth=2.5)
-            axes.bar_label(bars, labels=[f"{rate:.1f}" for rate in rates], padding=2, color=INK, fontsize=8)
+            for place, rate, (_, high) in zip(places, rates, spans, strict=True):
+                axes.annotate(
+                    f"{rate:.1f}", (place, high), (0, 2), textcoords="offset points", ha="center", color=INK, fontsize=8
+                )
             for place, view in zip(places, entries, strict=True):
                 for key, style, _ in _BASELINES:
                     if view[key] is not None:
