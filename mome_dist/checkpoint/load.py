@@ -63,6 +63,7 @@ def load_run(
     *,
     select: str = "latest",
     device_map: DeviceMap | None = None,
+    precision: str | None = None,
 ) -> LoadedRun:
     """Load a run's newest checkpoint, a given checkpoint, or an export.
 
@@ -76,11 +77,14 @@ def load_run(
             newest); see `mome_dist.checkpoint.select`.
         device_map: where the LLM goes (`mome_dist.llm.hugging_face.load_hugging_face`); None: as the run's
             ``decoding.device_map`` has it.
+        precision: of the LLM, "bf16" or "fp32"; None: as in training.
 
     Raises:
         UserError: for anything missing, damaged or mismatched, or a frozen model that is missing or another one.
     """
-    return assemble(read_saved(path, select), device, weights, frozen, device_map)
+    saved = read_saved(path, select)
+    saved.config.llm.precision = saved.config.llm.precision if precision is None else precision
+    return assemble(saved, device, weights, frozen, device_map)
 
 
 def assemble(

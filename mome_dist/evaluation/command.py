@@ -79,10 +79,20 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
     if "untrained" in request.baselines:
         # Only its trainable parameters are kept: two frozen LLMs would not fit where one does.
         untrained = load_run(
-            request.checkpoint, world.device, weights=False, frozen=frozen, device_map=request.device_map
+            request.checkpoint,
+            world.device,
+            weights=False,
+            frozen=frozen,
+            device_map=request.device_map,
+            precision=request.precision,
         ).model.state_dict()
     run: LoadedRun = load_run(
-        request.checkpoint, world.device, frozen=frozen, select=request.select, device_map=request.device_map
+        request.checkpoint,
+        world.device,
+        frozen=frozen,
+        select=request.select,
+        device_map=request.device_map,
+        precision=request.precision,
     )
     out = output_directory(run, request.output)
     decoding = decoding_of(run.config.decoding, request)
@@ -117,6 +127,7 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
         "utterances": len(utterances),
         "speech_seconds": results[0].speech_seconds,
         "normalizer": NORMALIZER,
+        "precision": run.config.llm.precision,
         "decoding": asdict(decoding),
         "seed": request.seed,
         "intervals": {"method": "percentile bootstrap over utterances", "resamples": RESAMPLES, "level": CONFIDENCE},

@@ -37,6 +37,7 @@ class EvaluationRequest:
         baselines: of "chance" (speech shuffled among utterances) and "untrained" (the model before training).
         limit: only so many utterances, from the start of the split.
         num_beams, max_new_tokens, tokens_per_second, length_penalty, batch_size, device_map: of decoding.
+        precision: of the LLM, bf16 or fp32: in fp32 a text does not depend on the batch size either.
         compare: an earlier evaluation or its run, to compare with on the same utterances.
         output: directory of the results; None for ``evaluation/`` in the run directory.
         seed: of noise, corruptions, the shuffle of the chance baseline and the resamples of the intervals.
@@ -62,6 +63,7 @@ class EvaluationRequest:
     length_penalty: float | None = None
     batch_size: int | None = None
     device_map: Any = None
+    precision: str | None = None
     compare: str | None = None
     output: str | None = None
     seed: int = 0

@@ -152,8 +152,9 @@ def test_two_evaluations_are_compared_on_the_same_utterances(
     run: Path, results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"checkpoint={run}", f"output={tmp_path / 'other'}", *ARGUMENTS, f"compare={run}"]
-    assert evaluate.main([*arguments, "num_beams=3"]) == 0
+    assert evaluate.main([*arguments, "num_beams=3", "precision=bf16"]) == 0
     other = json.loads((tmp_path / "other/results.json").read_text())
+    assert (other["precision"], results["precision"]) == ("bf16", "fp32")
     rows = other["comparison"]["views"]
     assert len(rows) == len(other["views"])
     for row, mine, theirs in zip(rows, other["views"], results["views"], strict=True):
@@ -209,6 +210,7 @@ def test_arguments_of_conditions() -> None:
         ("tokens_per_second=-1", "tokens_per_second=-1"),
         ("select=worst", "latest, best"),
         ("device_map=3", "device_map=3"),
+        ("precision=fp8", "bf16, fp32"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(
