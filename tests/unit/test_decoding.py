@@ -145,7 +145,7 @@ def test_wide_beams_find_the_best_of_all_texts(run: LoadedRun, clips: tuple[list
             for other in range(words):
                 text = (word,) if other == eos else (word, other)
                 scores[text] = float(first[word] + second[other]) / 2
-        expected.append(list(max(scores, key=lambda text: scores[text])))
+        expected.append(list(max(scores.items(), key=lambda entry: entry[1])[0]))
     assert decode_batch(run.model, run.sequences, view, audio, [], DecodingConfig(words, 2)) == expected
 
 
