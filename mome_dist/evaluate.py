@@ -1,12 +1,17 @@
-"""Command: word error rates of a trained model, in any views, against chance and the untrained model.
+"""Command: word error rates of a trained model, in any views and conditions, with intervals and costs.
 
     python -m mome_dist.evaluate checkpoint=runs/quickstart
     python -m mome_dist.evaluate checkpoint=DIR 'rates=[asr(4),avsr(16,5)]' split=test baselines=[chance,untrained]
+    python -m mome_dist.evaluate checkpoint=DIR noise=[clean,babble] snr=[-5,0,5,10] video_corruption=[none,blur]
+    python -m mome_dist.evaluate checkpoint=DIR select=best compare=runs/other
     python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
 
-Further keys: corpus, limit, num_beams, max_new_tokens, batch_size, output, seed, and llm, audio_encoder, video_encoder
-for frozen models that moved. An export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the
-run directory: ``results.json``, ``results.md``, ``hypotheses.jsonl`` and ``activations.safetensors``.
+select is latest, best (lowest validation loss) or average:N. noise names "clean", "babble" and directories of
+recordings; video_corruption "none", occlusion, blur, missing_frames and missing_video, each with or without :severity.
+Further keys: corpus, limit, output, seed; num_beams, max_new_tokens, tokens_per_second, length_penalty, batch_size,
+device_map and precision (bf16, fp32) of decoding; llm, audio_encoder, video_encoder for frozen models that moved. An
+export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the run directory:
+``results.json``, ``results.md``, ``hypotheses.jsonl``, ``noise.jsonl`` and ``activations.safetensors``.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from mome_dist.config.schema import (
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.speech.clip_encoder import ClipEncoder
+from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoder import VideoEncoderConfig as VideoShape
 from mome_dist.speech.whisper import WhisperAudioEncoder
@@ -50,9 +51,16 @@ def make_run(root: Path, corpus: Path, lips: ClipEncoder | None = None) -> Path:
             scale = 0.3 if ".up_" in name or "router" in name else 0.1
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     run = root / "runs" / config.name
+    run.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    add_checkpoint(run, config, model, STEP)
+    return run
+
+
+def add_checkpoint(run: Path, config: RunConfig, model: MoMESpeechLM, step: int) -> Path:
+    """Publish a checkpoint of a run, its newest now."""
     aside = run / "checkpoints/aside"
     aside.mkdir(parents=True)
-    save_config(config, run / "config.yaml")
     save_config(config, aside / CONFIG)
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
     part = aside / "part-00000.safetensors"
@@ -60,9 +68,10 @@ def make_run(root: Path, corpus: Path, lips: ClipEncoder | None = None) -> Path:
     described = {name: describe_part(value, Part(part.name, None, None)) for name, value in tensors.items()}
     frozen = {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")}
     files = {path.name: file_facts(path) for path in (part, aside / CONFIG)}
-    index = index_of({"step": STEP, "frozen": frozen}, files, merge_parts([described]))
-    publish_checkpoint(aside, aside.with_name(f"step-{STEP:06d}"), index)
-    return run
+    index = index_of({"step": step, "frozen": frozen}, files, merge_parts([described]))
+    final = aside.with_name(f"step-{step:06d}")
+    publish_checkpoint(aside, final, index)
+    return final
 
 
 def _config(root: Path, corpus: Path) -> RunConfig:

@@ -13,9 +13,24 @@ import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mome_dist.cli import main_guard
 from mome_dist.quiet import quiet_libraries
+
+
+def _origin(index: dict[str, Any]) -> dict[str, str]:
+    """How a checkpoint came about: by training, or as the mean of others."""
+    if "averaged" in index:
+        return {"mean of": ", ".join(f"step {source['step']:,}" for source in index["averaged"]) + "; no optimiser"}
+    layout = {key: value for key, value in index["written_by"]["layout"].items() if value is not None}
+    layout["zero"], seen = index["written_by"]["zero"], index["data"]["utterances_seen"]
+    return {
+        "steps": f"{index['step']:,} ({index['optimizer_steps']:,} of the optimiser, {index['optimizer']})",
+        "utterances seen": "not known" if seen is None else f"{seen:,}",
+        "order of utterances": ", ".join(f"{name} {value}" for name, value in index["data"]["order"].items()),
+        "written by": ", ".join(f"{name} {value}" for name, value in layout.items()),
+    }
 
 
 @main_guard
@@ -42,15 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = Table(title=str(directory), show_header=False, title_justify="left")
     facts.add_column()
     facts.add_column(overflow="fold")  # hashes are shown whole
-    layout = {key: value for key, value in index["written_by"]["layout"].items() if value is not None}
-    seen = index["data"]["utterances_seen"]
     for key, value in {
-        "steps": f"{index['step']:,} ({index['optimizer_steps']:,} of the optimiser, {index['optimizer']})",
-        "utterances seen": "not known" if seen is None else f"{seen:,}",
-        "order of utterances": ", ".join(f"{name} {value}" for name, value in index["data"]["order"].items()),
-        "written by": ", ".join(
-            f"{name} {value}" for name, value in {**layout, "zero": index["written_by"]["zero"]}.items()
-        ),
+        **_origin(index),
         "versions": ", ".join(f"{name} {value}" for name, value in index["versions"].items()),
         **{f"frozen {name}": value for name, value in index["frozen"].items()},
         "content": index["content"],

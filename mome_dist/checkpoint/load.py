@@ -12,14 +12,15 @@ from torch import Tensor
 
 from mome_dist.assets import ASSETS, assets_root
 from mome_dist.build import build_reference, build_sequences
-from mome_dist.checkpoint.adapter import is_adapter, read_adapter
-from mome_dist.checkpoint.format import find_checkpoint, fingerprint
-from mome_dist.checkpoint.saved import Saved, read_checkpoint
+from mome_dist.checkpoint.format import fingerprint
+from mome_dist.checkpoint.saved import Saved
+from mome_dist.checkpoint.select import read_saved
 from mome_dist.config import RunConfig
 from mome_dist.config.validate import check_values, streams_of, views_of
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
+from mome_dist.llm.hugging_face import DeviceMap
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -38,7 +39,7 @@ class LoadedRun:
         step: optimiser steps that its weights have seen; 0 for the untrained model.
         views: that it was trained on.
         directory: of the checkpoint or export.
-        device: of the model.
+        device: of the projectors and encoders, and of the LLM unless a device map spreads it.
     """
 
     model: MoMESpeechLM
@@ -59,6 +60,10 @@ def load_run(
     device: torch.device | None = None,
     weights: bool = True,
     frozen: Mapping[str, str | Path] | None = None,
+    *,
+    select: str = "latest",
+    device_map: DeviceMap | None = None,
+    precision: str | None = None,
 ) -> LoadedRun:
     """Load a run's newest checkpoint, a given checkpoint, or an export.
 
@@ -68,12 +73,18 @@ def load_run(
         weights: False gives the untrained model that the run started from.
         frozen: directories of frozen models ("llm", "audio_encoder", "video_encoder") that are not where the run had
             them; without one, the place that the run recorded, then the cache of assets.
+        select: which checkpoint of a run: "latest", "best" (lowest validation loss), or "average:N" (mean of the N
+            newest); see `mome_dist.checkpoint.select`.
+        device_map: where the LLM goes (`mome_dist.llm.hugging_face.load_hugging_face`); None: as the run's
+            ``decoding.device_map`` has it.
+        precision: of the LLM, "bf16" or "fp32"; None: as in training.
 
     Raises:
         UserError: for anything missing, damaged or mismatched, or a frozen model that is missing or another one.
     """
-    saved = read_adapter(path) if is_adapter(path) else read_checkpoint(find_checkpoint(path))
-    return assemble(saved, device, weights, frozen)
+    saved = read_saved(path, select)
+    saved.config.llm.precision = saved.config.llm.precision if precision is None else precision
+    return assemble(saved, device, weights, frozen, device_map)
 
 
 def assemble(
@@ -81,6 +92,7 @@ def assemble(
     device: torch.device | None = None,
     weights: bool = True,
     frozen: Mapping[str, str | Path] | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LoadedRun:
     """Put what was trained onto its frozen models; see `load_run`."""
     config, device, given = saved.config, device or torch.device("cpu"), frozen or {}
@@ -92,10 +104,12 @@ def assemble(
     sequences = build_sequences(config)
     _check_tokens(saved, token_identity(config, sequences))
     widths = {stream: load_encoder(config, stream, device).width for stream in streams_of(config)}
-    model = build_reference(config, widths)
+    device_map = config.decoding.device_map if device_map is None else device_map
+    model = build_reference(config, widths, device_map)
     if weights:
         _fill(model, saved)
-    model.llm.to(device)
+    if device_map is None:
+        model.llm.to(device)
     step = saved.step if weights else 0
     return LoadedRun(model.to(device).eval(), sequences, config, step, views_of(config), saved.directory, device)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mome_dist.assets import ASSETS
 from mome_dist.checkpoint.load import LoadedRun
-from mome_dist.evaluation.results import markdown_table
+from mome_dist.evaluation.tables import markdown_report
 from mome_dist.speech.views import View
 from mome_dist.training.artefact import RECORD_FILE
 
@@ -82,7 +82,7 @@ def _error_rates(results: Mapping[str, Any] | None) -> str:
     if results is None:
         return "These weights were not evaluated before they were exported."
     intro = f"Corpus `{results['corpus']}`, {results['split']} split, {results['utterances']} utterances.\n\n"
-    return intro + markdown_table(results["views"]).rstrip("\n")
+    return intro + markdown_report(results).rstrip("\n")
 
 
 def _use(view: View) -> str:

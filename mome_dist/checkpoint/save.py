@@ -24,8 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mome_dist.checkpoint.format import CONFIG, LATEST, Part, complete, describe_part, file_facts, index_of, merge_parts
+from mome_dist.checkpoint.format import (
+    CONFIG,
+    LATEST,
+    Part,
+    checkpoints_of,
+    complete,
+    describe_part,
+    file_facts,
+    index_of,
+    merge_parts,
+    newest_checkpoint,
+)
 from mome_dist.checkpoint.random_state import random_state
+from mome_dist.checkpoint.select import best_of, validated_checkpoints
 from mome_dist.config import RunConfig, save_config
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, write_text
@@ -133,7 +145,7 @@ class CheckpointSaver:
                 files[CONFIG] = file_facts(aside / CONFIG)
                 tensors = merge_parts(part["tensors"] for part in written)
                 publish_checkpoint(aside, final, index_of(snapshot.facts, files, tensors))
-                _prune(self._folder, self._config.training.keep_checkpoints)
+                prune(Path(self._config.output_dir), self._config.training.keep_checkpoints)
 
         try:
             self._together(prepare)
@@ -228,8 +240,10 @@ def publish_checkpoint(aside: Path, final: Path, index: bytes) -> None:
     fsync(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    latest = (folder / LATEST).read_text().strip()
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old.name != latest:
+def prune(run: Path, keep: int) -> None:
+    """Remove old checkpoints of a run: all but the ``keep`` newest, the latest and the best on the validation split."""
+    validated = validated_checkpoints(run)
+    kept = {newest_checkpoint(run), *([best_of(validated)] if validated else [])}
+    for old in checkpoints_of(run)[keep:]:
+        if old not in kept:
             shutil.rmtree(old)

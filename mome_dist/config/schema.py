@@ -102,11 +102,56 @@ class DataConfig:
     bucket_batches: int = 16
     accumulation: int = 1
     max_damaged_utterances: int = 0
+    features: str = one_of("cached", "online")
+    decode_threads: int = 1
     features_dir: str | None = None
 
     def describe_batch(self) -> str:
         """What a global batch holds, in words."""
         return f"up to {self.max_frames:,} video frames" if self.max_frames else f"{self.batch_size} utterances"
+
+
+@dataclass
+class VideoTimeMaskConfig:
+    width: int = 0
+    stride: int = 25
+
+
+@dataclass
+class AudioTimeMaskConfig:
+    width: int = 0
+    stride: int = 16_000
+
+
+@dataclass
+class NoiseConfig:
+    source: str | None = None
+    talkers: int = 8
+    snr: list[float | None] = field(default_factory=lambda: [-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, None])
+    probability: float = 1.0
+
+
+@dataclass
+class ModalityDropoutConfig:
+    audio: float = 0.0
+    video: float = 0.0
+
+
+@dataclass
+class AugmentationConfig:
+    crop: int | None = None
+    flip: float = 0.0
+    video_time_mask: VideoTimeMaskConfig = field(default_factory=VideoTimeMaskConfig)
+    audio_time_mask: AudioTimeMaskConfig = field(default_factory=AudioTimeMaskConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    modality_dropout: ModalityDropoutConfig = field(default_factory=ModalityDropoutConfig)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is done to a clip or a view at all."""
+        masks = self.video_time_mask.width + self.audio_time_mask.width
+        dropped = self.modality_dropout.audio + self.modality_dropout.video
+        return self.crop is not None or self.flip + masks + dropped > 0 or self.noise.source is not None
 
 
 @dataclass
@@ -156,8 +201,11 @@ class TrainingConfig:
 @dataclass
 class DecodingConfig:
     num_beams: int = 1
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = 32
     batch_size: int = 16
+    tokens_per_second: float | None = None
+    length_penalty: float = 1.0
+    device_map: Any = None
 
 
 @dataclass
@@ -172,6 +220,7 @@ class RunConfig:
     mome: MoMEConfig = field(default_factory=MoMEConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mome_dist.config.load import load_config, resolve_deepspeed_file
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
@@ -69,9 +71,16 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_batches(config, layout)
     _check_deepspeed(config)
     check_encoders(config)
+    if config.data.validation_split == config.data.test_split:
+        raise UserError(
+            f"data.validation_split and data.test_split are both {config.data.test_split!r}: the best checkpoint would "
+            "be chosen on the test split. Name another validation split."
+        )
     corpus = Corpus.open(config.data.corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
+    if config.augmentation.noise.source is not None:
+        open_noise(config.augmentation.noise.source, corpus, config.data.train_split)
     return layout
 
 
@@ -127,6 +136,7 @@ def check_values(config: RunConfig) -> None:
     """
     _check_choices(config, "")
     _check_numbers(config)
+    _check_augmentation(config)
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -158,7 +168,11 @@ def views_of(config: RunConfig) -> list[View]:
 
 def streams_of(config: RunConfig) -> list[str]:
     """The streams that the views of a run use: "audio", "video" or both."""
-    views = views_of(config)
+    return streams_read(views_of(config))
+
+
+def streams_read(views: Sequence[View]) -> list[str]:
+    """The streams that some views use: "audio", "video" or both."""
     audio = any(view.audio_rate is not None for view in views)
     video = any(view.video_rate is not None for view in views)
     return [stream for stream, used in (("audio", audio), ("video", video)) if used]
@@ -191,6 +205,13 @@ def _check_numbers(config: RunConfig) -> None:
         "data.accumulation": (config.data.accumulation, 1),
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
+        "data.decode_threads": (config.data.decode_threads, 1),
+        "augmentation.crop": (1 if config.augmentation.crop is None else config.augmentation.crop, 1),
+        "augmentation.video_time_mask.width": (config.augmentation.video_time_mask.width, 0),
+        "augmentation.video_time_mask.stride": (config.augmentation.video_time_mask.stride, 1),
+        "augmentation.audio_time_mask.width": (config.augmentation.audio_time_mask.width, 0),
+        "augmentation.audio_time_mask.stride": (config.augmentation.audio_time_mask.stride, 1),
+        "augmentation.noise.talkers": (config.augmentation.noise.talkers, 1),
         "training.steps": (config.training.steps, 1),
         "training.epochs": (config.training.epochs, 1),
         "training.save_every": (config.training.save_every, 0),
@@ -199,9 +220,6 @@ def _check_numbers(config: RunConfig) -> None:
         "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
         "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),
         "parallel.timeout_seconds": (config.parallel.timeout_seconds, 1),
-        "decoding.num_beams": (config.decoding.num_beams, 1),
-        "decoding.max_new_tokens": (config.decoding.max_new_tokens, 1),
-        "decoding.batch_size": (config.decoding.batch_size, 1),
     }
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
@@ -220,6 +238,7 @@ def _check_numbers(config: RunConfig) -> None:
         factor = getattr(config.mome, key)
         if factor is not None and factor <= 0:
             raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
+    check_decoding(config.decoding)
     if not config.task.tasks:
         raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
     for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
@@ -235,6 +254,54 @@ def _check_numbers(config: RunConfig) -> None:
     if config.projector.compression == "stack" and not config.projector.per_rate:
         raise UserError(
             "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
+        )
+
+
+def check_decoding(decoding: DecodingConfig) -> None:
+    """Raise UserError for settings of decoding that make no sense, by key."""
+    for key in ("num_beams", "batch_size", "max_new_tokens"):
+        value = getattr(decoding, key)
+        if value is not None and value < 1:
+            raise UserError(f"decoding.{key}={value}: must be at least 1.")
+    rate = decoding.tokens_per_second
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"decoding.tokens_per_second={rate}: must be above 0, or null for no such limit.")
+    if decoding.max_new_tokens is None and rate is None:
+        raise UserError(
+            "decoding.max_new_tokens=null leaves the length of a transcript without any limit: set it, or "
+            "decoding.tokens_per_second."
+        )
+    if not math.isfinite(decoding.length_penalty):
+        raise UserError(f"decoding.length_penalty={decoding.length_penalty}: must be a finite number.")
+    placement = decoding.device_map
+    if placement is not None and not isinstance(placement, str | Mapping):
+        raise UserError(f"decoding.device_map={placement!r}: give a name such as auto, or map modules to devices.")
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    augmentation = config.augmentation
+    dropout = augmentation.modality_dropout
+    for key, probability in {
+        "flip": augmentation.flip,
+        "noise.probability": augmentation.noise.probability,
+        "modality_dropout.audio": dropout.audio,
+        "modality_dropout.video": dropout.video,
+    }.items():
+        if not 0 <= probability <= 1:
+            raise UserError(f"augmentation.{key}={probability}: a probability is from 0 to 1.")
+    if dropout.audio + dropout.video > 1:
+        raise UserError(
+            f"augmentation.modality_dropout: audio={dropout.audio} and video={dropout.video} add up to more than 1, "
+            "but a view never loses both streams: lower one."
+        )
+    if augmentation.noise.source is not None and not augmentation.noise.snr:
+        raise UserError("augmentation.noise.snr is empty: give ratios in dB, or set augmentation.noise.source=null.")
+    if not all(snr is None or math.isfinite(snr) for snr in augmentation.noise.snr):
+        raise UserError(f"augmentation.noise.snr={augmentation.noise.snr}: ratios are finite; null is clean.")
+    if augmentation.active and config.data.features != "online":
+        raise UserError(
+            f"data.features={config.data.features} reads features that were made once from clean clips, which no "
+            "augmentation can change: set data.features=online, or augmentation=none."
         )
 
 

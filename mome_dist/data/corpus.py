@@ -93,6 +93,10 @@ class Corpus:
         """Mouth crop as grey uint8 [frames, height, width] at 25 fps. Raises DamagedDataError like `audio`."""
         return decode_video(self._member(utterance, "mp4"), self._source(utterance, "mp4"), utterance.frames)
 
+    def check(self, utterance: Utterance, stream: str) -> None:
+        """Read the bytes of a stream ("audio" or "video") without decoding. Raises DamagedDataError like `audio`."""
+        self._member(utterance, {"audio": "flac", "video": "mp4"}[stream])
+
     def metadata(self, utterance: Utterance) -> dict[str, Any]:
         """Metadata, with ``visemes`` (one class number a video frame) where known."""
         source = self._source(utterance, "json")

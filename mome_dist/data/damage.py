@@ -1,4 +1,5 @@
 """Utterances whose data cannot be read: found when features are encoded, recorded beside the features, left out by all.
+Where training encodes online there is no such record, and every start looks for them.
 
 The record is what makes every rank and every resume leave out the same utterances: once a run has accepted it, nobody
 tries them again, so a passing fault of a disk cannot change the training order later. A run that refuses them forgets
@@ -9,10 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mome_dist.errors import UserError
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+
+from mome_dist.data.corpus import Corpus
+from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import write_json
 
 PATTERN = "damaged-*.json"
@@ -39,6 +45,27 @@ def recorded_damage(directory: Path) -> dict[str, str]:
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.") from error
     return dict(sorted(found.items()))
+
+
+def find_damage(
+    corpus: Corpus, split: str, streams: Sequence[str], rank: int, world_size: int, console: Console
+) -> dict[str, str]:
+    """Read all bytes of a split and compare checksums, the ranks sharing the work; every rank calls it.
+
+    Returns:
+        The reason by utterance id, sorted by id; the same on all ranks.
+    """
+    utterances = corpus.split(split)[rank::world_size]
+    mine: dict[str, str] = {}
+    for utterance in track(utterances, f"checking {split}", console=console, disable=rank > 0):
+        for stream in streams:
+            try:
+                corpus.check(utterance, stream)
+            except DamagedDataError as error:
+                mine[utterance.id] = str(error)
+    found: list[dict[str, str]] = [{}] * world_size
+    dist.all_gather_object(found, mine)
+    return dict(sorted(item for part in found for item in part.items()))
 
 
 def forget_damage(directory: Path) -> None:

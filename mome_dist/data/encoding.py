@@ -19,8 +19,10 @@ from mome_dist.speech.video_encoders import load_video_encoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 from mome_dist.training.artefact import manifest_sha256
 
+Encoder = WhisperAudioEncoder | ClipEncoder
 
-def load_encoder(config: RunConfig, stream: str, device: torch.device) -> WhisperAudioEncoder | ClipEncoder:
+
+def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Encoder:
     """The frozen encoder of a stream ("audio" or "video"), on a device.
 
     Raises:
@@ -47,7 +49,7 @@ def split_features(
 
     The store is in ``data.features_dir``, or in the cache.
     """
-    assert isinstance(encoder, WhisperAudioEncoder | ClipEncoder)
+    assert isinstance(encoder, Encoder)
     device = next(encoder.parameters()).device
     read = corpus.audio if stream == "audio" else corpus.video
 

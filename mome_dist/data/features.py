@@ -194,7 +194,7 @@ def _write_parts(
     damaged: dict[str, str] = {}
     for batch in batches:
         for utterance, features in _encode_sound(encode, batch, damaged):
-            pending[utterance.id] = _to_float16(features, utterance.id, encoder_name)
+            pending[utterance.id] = _array(to_float16(features, utterance.id, encoder_name))
         if sum(array.nbytes for array in pending.values()) >= PART_BYTES:
             _write_part(encoder_name, pending, directory)
             pending = {}
@@ -216,15 +216,24 @@ def _encode_sound(
         return [pair for utterance in batch for pair in _encode_sound(encode, [utterance], damaged)]
 
 
-def _to_float16(features: Tensor, utterance_id: str, encoder_name: str) -> NDArray[np.float16]:
-    values = features.detach().float().cpu()
+def to_float16(features: Tensor, utterance_id: str, encoder_name: str) -> Tensor:
+    """Round the features of an utterance as a store does: float16 [frames, width], on their device.
+
+    Raises:
+        UserError: they have another form, are not finite, or too large.
+    """
+    values = features.detach().float()
     largest = float(values.abs().max()) if values.numel() else 0.0
     if values.ndim != 2 or not largest <= _FLOAT16_MAX:  # also false for NaN
         raise UserError(
             f"Encoder {encoder_name!r} gives {utterance_id!r} features of shape {list(values.shape)} and size "
             f"{largest}; they must be [frames, width], finite and at most {_FLOAT16_MAX:.0f}. Check its weights."
         )
-    return np.ascontiguousarray(values.to(torch.float16).numpy())
+    return values.to(torch.float16)
+
+
+def _array(features: Tensor) -> NDArray[np.float16]:
+    return np.ascontiguousarray(features.cpu().numpy())
 
 
 def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], directory: Path) -> None:

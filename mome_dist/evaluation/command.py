@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ from rich.console import Console
 
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.schema import DecodingConfig
+from mome_dist.config.validate import check_decoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
-from mome_dist.evaluation.request import EvaluationRequest, check_baselines, parse_views
-from mome_dist.evaluation.results import ACTIVATIONS, rich_table, summary_of, write_results
+from mome_dist.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap
+from mome_dist.evaluation.comparison import compare, read_texts, texts_of
+from mome_dist.evaluation.conditions import conditions_of
+from mome_dist.evaluation.request import EvaluationRequest, check_baselines, names_of, parse_views, ratios_of
+from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
+from mome_dist.evaluation.tables import tables_for_terminal
 from mome_dist.evaluation.wer import NORMALIZER, normalize
 from mome_dist.evaluation.world import World
 
@@ -35,12 +40,11 @@ def output_directory(run: LoadedRun, output: str | None) -> Path:
 
 
 def decoding_of(config: DecodingConfig, request: EvaluationRequest) -> DecodingConfig:
-    """The run's decoding settings with those of the request over them."""
-    asked = {key: getattr(request, key) for key in ("num_beams", "max_new_tokens", "batch_size")}
-    for key, value in asked.items():
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value} must be at least 1.")
-    return replace(config, **{key: value for key, value in asked.items() if value is not None})
+    """The run's decoding settings with those of the request over them, checked."""
+    asked = {field.name: getattr(request, field.name) for field in fields(config)}
+    decoding = replace(config, **{key: value for key, value in asked.items() if value is not None})
+    check_decoding(decoding)
+    return decoding
 
 
 def utterances_of(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
@@ -54,49 +58,79 @@ def utterances_of(corpus: Corpus, split: str, limit: int | None) -> list[Utteran
 
 
 def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict[str, Any] | None:
-    """Evaluate, write the results and print the table on rank 0; returns the header and views of ``results.json``."""
+    """Evaluate, write the results and print the table on rank 0; returns the content of ``results.json``."""
     if not request.checkpoint:
         raise UserError("checkpoint is missing: give checkpoint=DIR: a run, one checkpoint of it, or an export.")
     check_baselines(request.baselines)
+    conditions = conditions_of(
+        names_of("noise", request.noise), ratios_of(request.snr), names_of("video_corruption", request.video_corruption)
+    )
+    decoding_of(DecodingConfig(), request)  # mistakes in it are told before a model is loaded
+    other = None if request.compare is None else read_texts(request.compare)
+    if request.device_map is not None and world.size > 1:
+        raise UserError(
+            f"device_map={request.device_map!r} spreads one model over the devices of one process, but there are "
+            f"{world.size} processes, each with a model of its own: start one."
+        )
     asked_views = None if request.rates is None else parse_views(request.rates)
     sections = ("llm", "audio_encoder", "video_encoder")
     frozen = {section: place for section in sections if (place := getattr(request, section)) is not None}
     untrained = None
     if "untrained" in request.baselines:
         # Only its trainable parameters are kept: two frozen LLMs would not fit where one does.
-        untrained = load_run(request.checkpoint, world.device, weights=False, frozen=frozen).model.state_dict()
-    run: LoadedRun = load_run(request.checkpoint, world.device, frozen=frozen)
+        untrained = load_run(
+            request.checkpoint,
+            world.device,
+            weights=False,
+            frozen=frozen,
+            device_map=request.device_map,
+            precision=request.precision,
+        ).model.state_dict()
+    run: LoadedRun = load_run(
+        request.checkpoint,
+        world.device,
+        frozen=frozen,
+        select=request.select,
+        device_map=request.device_map,
+        precision=request.precision,
+    )
     out = output_directory(run, request.output)
     decoding = decoding_of(run.config.decoding, request)
     views = asked_views or list(run.views)
     split = request.split or run.config.data.test_split
     corpus = Corpus.open(request.corpus or run.config.data.corpus)
     utterances = utterances_of(corpus, split, request.limit)
-    outcome = evaluate_run(
+    evaluation = evaluate_run(
         run,
         corpus,
         utterances,
         views,
         decoding,
         world,
-        chance_seed=request.seed if "chance" in request.baselines else None,
+        conditions=conditions,
+        noise_split=run.config.data.train_split,
+        seed=request.seed,
+        chance="chance" in request.baselines,
         untrained_state=untrained,
         console=console,
     )
-    if outcome is None:
+    if evaluation is None:
         return None
-    results, activations = outcome
-    header = {
+    results = evaluation.results
+    document: dict[str, Any] = {
         "run": run.config.name,
         "checkpoint": str(request.checkpoint),
+        "select": request.select,
         "step": run.step,
         "corpus": corpus.manifest.get("name", corpus.directory.name),
         "split": split,
         "utterances": len(utterances),
         "speech_seconds": results[0].speech_seconds,
         "normalizer": NORMALIZER,
-        "decoding": {key: getattr(decoding, key) for key in ("num_beams", "max_new_tokens", "batch_size")},
-        "chance_seed": request.seed,
+        "precision": run.config.llm.precision,
+        "decoding": asdict(decoding),
+        "seed": request.seed,
+        "intervals": {"method": "percentile bootstrap over utterances", "resamples": RESAMPLES, "level": CONFIDENCE},
         "processes": world.size,
         "torch_threads": torch.get_num_threads(),
         "device": world.device.type,
@@ -105,10 +139,17 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
             "projectors": sum(parameter.numel() for parameter in run.model.projectors.parameters()),
         },
     }
-    summaries = [summary_of(result, result.view in run.views) for result in results]
-    activations.save(out / ACTIVATIONS)
-    texts = [utterance.text for utterance in utterances]
-    write_results(out, header, summaries, results, [utterance.id for utterance in utterances], texts)
-    console.print(rich_table(f"{header['run']}, step {run.step}, {split}: {len(utterances)} utterances", summaries))
+    bootstrap = Bootstrap(len(utterances), request.seed)
+    views_of_results = [summary_of(result, result.case.view in run.views, bootstrap) for result in results]
+    document["views"] = views_of_results
+    ids, texts = [utterance.id for utterance in utterances], [utterance.text for utterance in utterances]
+    if other is not None:
+        compared = compare(other, texts_of(results, ids, texts), request.seed)
+        document["comparison"] = {"with": str(request.compare), "views": compared}
+    evaluation.activations.save(out / ACTIVATIONS)
+    write_results(out, document, results, evaluation.mixtures, ids, texts)
+    title = f"{document['run']}, step {document['step']}, {split}: {len(utterances)} utterances"
+    for table in tables_for_terminal(title, document):
+        console.print(table)
     console.print(f"Written to {out}.")
-    return {**header, "views": summaries}
+    return document

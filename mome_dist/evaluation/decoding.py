@@ -1,11 +1,14 @@
 """Speech features to text: deterministic beam search, batched without any effect on the result.
 
-Clips of similar length share a batch, left-padded; masks keep padding out of attention and positions, and MoME in its
-local form drops nothing, so a clip's text does not depend on its neighbours.
+Clips of similar length share a batch, left-padded; masks keep padding out of attention and positions, each clip has its
+own limit of length, and MoME in its local form drops nothing, so a clip's text does not depend on its neighbours. In
+fp32 the texts are identical. In bf16 a matrix product may round another way in a batch of another shape, and a choice
+between two tokens that are equally likely to three digits may then fall the other way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import cast
@@ -13,13 +16,17 @@ from typing import cast
 from torch import Tensor, nn
 
 from mome_dist.config.schema import DecodingConfig
+from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import ActivationRecorder
-from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.matryoshka import SAMPLES_PER_AUDIO_FRAME, compressed_length
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
+
+EXTRA_TOKENS = 8  # beside what the length of a clip allows: for short clips of many words
+AUDIO_FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_AUDIO_FRAME
 
 
 def check_view(projectors: Projectors, view: View) -> None:
@@ -49,34 +56,56 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def token_limit(config: DecodingConfig, seconds: float) -> int:
+    """The most tokens of a clip's text: ``ceil(tokens_per_second * seconds) + EXTRA_TOKENS`` and ``max_new_tokens``,
+    whichever is less; one of them may be None."""
+    limits = [] if config.max_new_tokens is None else [config.max_new_tokens]
+    if config.tokens_per_second is not None:
+        # The product of two rounded numbers must not be the next integer by its last bit.
+        limits.append(math.ceil(config.tokens_per_second * seconds - 1e-9) + EXTRA_TOKENS)
+    return min(limits)
+
+
+def prefixes_of(
+    sequences: SequenceBuilder, view: View, audio: Sequence[Tensor], video: Sequence[Tensor]
+) -> list[list[int]]:
+    """What the LLM reads of each clip before it writes; only the streams of the view count."""
+    heard = [compressed_length(len(clip), view.audio_rate) for clip in audio] if view.audio_rate is not None else None
+    seen = [compressed_length(len(clip), view.video_rate) for clip in video] if view.video_rate is not None else None
+    clips = len(heard or seen or [])
+    return [
+        sequences.prefix(view, audio_tokens, video_tokens)
+        for audio_tokens, video_tokens in zip(heard or [0] * clips, seen or [0] * clips, strict=True)
+    ]
+
+
+def _seconds(view: View, audio: Sequence[Tensor], video: Sequence[Tensor]) -> list[float]:
+    """Length of each clip, of the longer stream where the view has two."""
+    streams = [[len(clip) / AUDIO_FRAMES_PER_SECOND for clip in audio]] if view.audio_rate is not None else []
+    streams += [[len(clip) / FPS for clip in video]] if view.video_rate is not None else []
+    return [max(lengths) for lengths in zip(*streams, strict=True)]
+
+
 def decode_batch(
     model: MoMESpeechLM,
     sequences: SequenceBuilder,
     view: View,
     audio: Sequence[Tensor],
     video: Sequence[Tensor],
-    num_beams: int,
-    max_new_tokens: int,
+    config: DecodingConfig,
     recorder: ActivationRecorder | None = None,
 ) -> list[list[int]]:
     """Decode one batch of clips to token ids, without the end token.
 
     Args:
         audio, video: features of each clip, float [T_i, d]; only the streams of the view are read.
+        config: beams and limits; its batch size plays no part.
         recorder: counts the experts that the prefixes choose.
     """
-    device = model.llm.get_input_embeddings().weight.device
-    clips = max(len(audio) if view.audio_rate is not None else 0, len(video) if view.video_rate is not None else 0)
+    device = next(model.projectors.parameters()).device
     audio = [clip.to(device) for clip in audio] if view.audio_rate is not None else []
     video = [clip.to(device) for clip in video] if view.video_rate is not None else []
-    prefixes = [
-        sequences.prefix(
-            view,
-            compressed_length(len(audio[i]), view.audio_rate) if view.audio_rate is not None else 0,
-            compressed_length(len(video[i]), view.video_rate) if view.video_rate is not None else 0,
-        )
-        for i in range(clips)
-    ]
+    prefixes = prefixes_of(sequences, view, audio, video)
     with recorder.recording(view, prefixes) if recorder is not None else nullcontext():
         return model.generate(
             prefixes,
@@ -84,8 +113,9 @@ def decode_batch(
             audio,
             video,
             eos=sequences.codec.eos,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
+            limits=[token_limit(config, seconds) for seconds in _seconds(view, audio, video)],
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
         )
 
 
@@ -103,7 +133,7 @@ def decode(
         model: in eval mode.
         view: task and rates; see `check_view`.
         audio, video: encoder features of each clip, float [T_i, d]; the stream that a view does not use may be empty.
-        config: beams, the most new tokens, batch size.
+        config: beams, limits of length, batch size.
 
     Returns:
         One text a clip, in the order of the input.
@@ -117,7 +147,7 @@ def decode(
     texts = [""] * len(lengths)
     for batch in batches_by_length(lengths, config.batch_size):
         heard, seen = ([clips[i] for i in batch] if clips else [] for clips in (audio, video))
-        written = decode_batch(model, sequences, view, heard, seen, config.num_beams, config.max_new_tokens)
+        written = decode_batch(model, sequences, view, heard, seen, config)
         for index, ids in zip(batch, written, strict=True):
             texts[index] = sequences.codec.decode(ids)
     return texts

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from mome_dist.evaluation.style import FAINT, INK, LINE_STYLES, MUTED, TASK_COLORS, grid, styled, view_colors
+from mome_dist.evaluation.style import FAINT, INK, MUTED, TASK_COLORS, grid, line_styles, styled, view_colors
 from mome_dist.evaluation.telemetry import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 
 _BASELINES: tuple[tuple[str, Literal["-", ":"], str], ...] = (
@@ -48,7 +48,7 @@ def loss_figure(log: TrainingLog) -> Figure:
         whole.legend()
 
         views = log.views()
-        styles = _line_styles(views)
+        styles = line_styles(views)
         for view, color in view_colors(views).items():
             steps, losses = log.view_series(view)
             if len(losses):
@@ -63,26 +63,15 @@ def loss_figure(log: TrainingLog) -> Figure:
         return figure
 
 
-def _line_styles(views: Sequence[str]) -> dict[str, str]:
-    """Within a task, views differ by stroke as well as by tint."""
-    seen: dict[str, int] = {}
-    styles = {}
-    for view in views:
-        task = view.split("(")[0]
-        styles[view] = LINE_STYLES[seen.get(task, 0) % len(LINE_STYLES)]
-        seen[task] = seen.get(task, 0) + 1
-    return styles
-
-
 def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
-    """Word error rate of every view, a panel a task, with the baselines as marks.
+    """Word error rate of every view with its interval, a panel a task, with the baselines as marks.
 
     Args:
-        views: of ``results.json``.
+        views: of ``results.json``, one entry a view.
     """
     tasks = [task for task in TASK_COLORS if any(view["task"] == task for view in views)]
     by_task = {task: [view for view in views if view["task"] == task] for task in tasks}
-    top = max([5.0, *(view["wer"] for view in views)])
+    top = max([5.0, *(view["wer_high"] for view in views)])
     baselines = [view[key] for view in views for key in ("chance_wer", "untrained_wer") if view[key] is not None]
     # A model that babbles exceeds 100 %; its mark is kept at the edge and its number in the table.
     limit = 1.12 * max(top, min(max(baselines, default=0.0), 110.0))
@@ -93,8 +82,14 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
         for axes, task in zip(panels, tasks, strict=True):
             entries = by_task[task]
             places = np.arange(len(entries))
-            bars = axes.bar(places, [view["wer"] for view in entries], 0.62, color=TASK_COLORS[task])
-            axes.bar_label(bars, labels=[f"{view['wer']:.1f}" for view in entries], padding=2, color=INK, fontsize=8)
+            rates = [view["wer"] for view in entries]
+            axes.bar(places, rates, 0.62, color=TASK_COLORS[task])
+            spans = [(view["wer_low"], view["wer_high"]) for view in entries]
+            axes.vlines(places, *zip(*spans, strict=True), colors=FAINT, linewidth=2.5)
+            for place, rate, (_, high) in zip(places, rates, spans, strict=True):
+                axes.annotate(
+                    f"{rate:.1f}", (place, high), (0, 2), textcoords="offset points", ha="center", color=INK, fontsize=8
+                )
             for place, view in zip(places, entries, strict=True):
                 for key, style, _ in _BASELINES:
                     if view[key] is not None:

@@ -19,10 +19,18 @@ from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.arithmetic import active_and_total_parameters
+from mome_dist.evaluation.condition_plots import (
+    corruption_figure,
+    cost_figure,
+    has_corruption,
+    has_noise,
+    noise_figure,
+)
 from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
-from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, markdown_table, read_results
+from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, read_results
 from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_figure
 from mome_dist.evaluation.style import save_figure
+from mome_dist.evaluation.tables import clean_views, markdown_report
 from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog, imbalance, normalized_entropy
 from mome_dist.files import write_text
 from mome_dist.llm.shape import LLMShape
@@ -206,16 +214,42 @@ def _recognition(files: RunFiles, out: Path) -> Sequence[str]:
     results = files.results
     decoding = results["decoding"]
     text = (
-        f"Step {results['step']}, {results['split']} split of {results['corpus']}: {results['utterances']} utterances, "
-        f"{results['speech_seconds']:.0f} s; beams {decoding['num_beams']}, at most {decoding['max_new_tokens']} new "
-        f"tokens; texts compared in {results['normalizer']}.\n"
+        f"Step {results['step']} ({results['select']}), {results['split']} split of {results['corpus']}: "
+        f"{results['utterances']} utterances, {results['speech_seconds']:.0f} s; beams {decoding['num_beams']}, "
+        f"{_limits(decoding)}, nothing sampled; texts compared in {results['normalizer']}.\n"
     )
     reading = (
         "How to read it: bars are the trained model, one set of weights at every rate; coarser rates are cheaper. A "
         "bar near its chance line has not learned to use that stream."
     )
-    figure = _figure(out, "wer.png", wer_figure(results["views"]), "Word error rates", reading)
-    return ["## Word error rates\n", text, markdown_table(results["views"]), figure]
+    views = results["views"]
+    figures = [_figure(out, "wer.png", wer_figure(clean_views(views)), "Word error rates", reading)]
+    if has_noise(views):
+        reading = (
+            "How to read it: from right to left the noise gets louder; a line that stays low where others rise has "
+            "learned to use the lips. A level line hears nothing."
+        )
+        figures.append(_figure(out, "wer_noise.png", noise_figure(views), "Word error rates in noise", reading))
+    if has_corruption(views):
+        reading = "How to read it: the more a bar grows over its group at the left, the more that view rests on video."
+        figures.append(
+            _figure(out, "wer_video.png", corruption_figure(views), "Word error rates, broken video", reading)
+        )
+    reading = (
+        "How to read it: a point is a view of the one model; down and to the left is better. A line that is level "
+        "means that coarser rates save cost for nothing."
+    )
+    figures.append(_figure(out, "wer_cost.png", cost_figure(clean_views(views)), "Word error rates by cost", reading))
+    return ["## Word error rates\n", text, markdown_report(results), *figures]
+
+
+def _limits(decoding: Mapping[str, Any]) -> str:
+    limits = []
+    if decoding["max_new_tokens"] is not None:
+        limits.append(f"at most {decoding['max_new_tokens']} new tokens")
+    if decoding["tokens_per_second"] is not None:
+        limits.append(f"{decoding['tokens_per_second']:g} for a second of speech and a few more")
+    return " and ".join(limits)
 
 
 def _activations(files: RunFiles, out: Path) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,31 +25,46 @@ class EvaluationRequest:
     """Arguments of ``mome_dist.evaluate``; None means: as the run's own configuration has it.
 
     Attributes:
-        checkpoint: run directory (its latest checkpoint), one checkpoint directory, or an export.
+        checkpoint: run directory, one checkpoint directory, or an export.
+        select: which checkpoint of a run: latest, best (lowest validation loss), average:N (mean of the N newest).
         llm, audio_encoder, video_encoder: directories of frozen models that are not where the run had them.
         rates: views such as ``asr(4)`` and ``avsr(16,5)``; None for those that were trained.
         split: of the corpus.
         corpus: another corpus than the one of the training.
+        noise: of "clean", "babble" (other speakers of the training split), and directories of recordings.
+        snr: ratios of speech to noise in dB, for every noise; 0 is noise as loud as speech.
+        video_corruption: of "none", occlusion, blur, missing_frames and missing_video, each with ``:severity`` up to 1.
         baselines: of "chance" (speech shuffled among utterances) and "untrained" (the model before training).
         limit: only so many utterances, from the start of the split.
-        num_beams, max_new_tokens, batch_size: of decoding.
+        num_beams, max_new_tokens, tokens_per_second, length_penalty, batch_size, device_map: of decoding.
+        precision: of the LLM, bf16 or fp32: in fp32 a text does not depend on the batch size either.
+        compare: an earlier evaluation or its run, to compare with on the same utterances.
         output: directory of the results; None for ``evaluation/`` in the run directory.
-        seed: of the shuffle of the chance baseline.
+        seed: of noise, corruptions, the shuffle of the chance baseline and the resamples of the intervals.
         timeout_seconds: after which a rank that waits for a lost one gives up.
     """
 
     checkpoint: str = ""
+    select: str = "latest"
     llm: str | None = None
     audio_encoder: str | None = None
     video_encoder: str | None = None
     rates: Any = None
     split: str | None = None
     corpus: str | None = None
+    noise: Any = "clean"
+    snr: Any = field(default_factory=lambda: [-5.0, 0.0, 5.0, 10.0])
+    video_corruption: Any = "none"
     baselines: list[str] = field(default_factory=list)
     limit: int | None = None
     num_beams: int | None = None
     max_new_tokens: int | None = None
+    tokens_per_second: float | None = None
+    length_penalty: float | None = None
     batch_size: int | None = None
+    device_map: Any = None
+    precision: str | None = None
+    compare: str | None = None
     output: str | None = None
     seed: int = 0
     timeout_seconds: int = 1800
@@ -71,6 +87,33 @@ def parse_request(kind: type[Request], arguments: Sequence[str]) -> Request:
         return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def names_of(key: str, value: Any) -> list[str]:
+    """One name or a list of names, as strings.
+
+    Raises:
+        UserError: anything else.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in values):
+        raise UserError(f"{key}={value}: give names, such as {key}=[a,b].")
+    return values
+
+
+def ratios_of(value: Any) -> list[float]:
+    """One ratio in dB or a list of them; 0 is a ratio like any other.
+
+    Raises:
+        UserError: anything that is no finite number.
+    """
+    values = value if isinstance(value, list) else [value]
+    for ratio in values:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio):
+            raise UserError(
+                f"snr={value}: give ratios in dB, such as snr=[-5,0,5]; noise=clean is speech without noise."
+            )
+    return [float(ratio) for ratio in dict.fromkeys(values)]
 
 
 def parse_views(value: Any) -> list[View]:

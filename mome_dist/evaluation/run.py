@@ -1,8 +1,8 @@
-"""Evaluation of a trained model on a split, in any views, on any number of processes.
+"""Evaluation of a trained model on a split, in any views and conditions, on any number of processes.
 
 Utterances are put into batches of similar length once, and whole batches are dealt to the ranks: every number is
-computed from the same batch whatever the number of ranks, so the results are identical. A batch's speech is encoded
-once and decoded in every view.
+computed from the same batch whatever the number of ranks, so the results are identical. A batch's sound is encoded once
+for each noise and ratio, its video once for each corruption, and both serve every view.
 
 The chance level is the word error rate with the speech shuffled among the utterances. Decoding depends on an
 utterance's speech alone, so shuffling the hypotheses is the same and costs nothing.
@@ -11,28 +11,28 @@ utterance's speech alone, so shuffling the hypotheses is the same and costs noth
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.data.corpus import Corpus, Utterance
-from mome_dist.data.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from mome_dist.data.media import SAMPLES_PER_FRAME
+from mome_dist.data.noise import NoiseSource
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import ActivationRecorder, Activations
-from mome_dist.evaluation.decoding import batches_by_length, check_view, decode_batch
-from mome_dist.evaluation.wer import WordErrors, corpus_word_errors
+from mome_dist.evaluation.conditions import Case, ClipReader, Condition, cases_of, open_sources
+from mome_dist.evaluation.decoding import batches_by_length, check_view, decode_batch, prefixes_of
+from mome_dist.evaluation.outcome import CaseResult, Share, score
+from mome_dist.evaluation.peak_memory import peak_bytes, reset_peak
 from mome_dist.evaluation.world import World
-from mome_dist.moe.local import LocalMoME
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -56,51 +56,12 @@ class SpeechRun(Protocol):
         """For "audio" and "video" as far as the run has them: raw clips to features [T, d]."""
 
 
-@dataclass
-class ViewResult:
-    """Scores and costs of one view.
+class Evaluation(NamedTuple):
+    """What an evaluation found: a result for each case, expert activations, and a record of each mixture with noise."""
 
-    Attributes:
-        hypotheses: decoded texts in the order of the utterances.
-        errors: of the trained model; chance and untrained: of the baselines, None where not asked for.
-        untrained_hypotheses: likewise.
-        tokens: written, end tokens not counted.
-        decode_seconds, encode_seconds: summed over ranks; encoding counts the streams that the view reads.
-        speech_seconds: length of all clips.
-    """
-
-    view: View
-    hypotheses: list[str]
-    errors: WordErrors
-    chance: WordErrors | None
-    untrained: WordErrors | None
-    untrained_hypotheses: list[str] | None
-    tokens: int
-    decode_seconds: float
-    encode_seconds: float
-    speech_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Text tokens written a second by one process, prefix included in the time."""
-        return self.tokens / self.decode_seconds
-
-    @property
-    def real_time_factor(self) -> float:
-        """Seconds of one process (encoders and LLM) for a second of speech; below 1 is faster than real time."""
-        return (self.encode_seconds + self.decode_seconds) / self.speech_seconds
-
-
-@dataclass
-class _Share:
-    """What one rank found out; texts by (view, utterance index)."""
-
-    texts: dict[tuple[View, int], str] = field(default_factory=dict)
-    untrained: dict[tuple[View, int], str] = field(default_factory=dict)
-    tokens: Counter[View] = field(default_factory=Counter)
-    decode_seconds: defaultdict[View, float] = field(default_factory=partial(defaultdict, float))
-    encode_seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    counts: Tensor | None = None
+    results: list[CaseResult]
+    activations: Activations
+    mixtures: list[dict[str, Any]]
 
 
 def streams_of(view: View) -> list[str]:
@@ -133,33 +94,44 @@ def evaluate_run(
     decoding: DecodingConfig,
     world: World,
     *,
-    chance_seed: int | None = None,
+    conditions: Sequence[Condition] = (Condition(),),
+    noise_split: str = "train",
+    seed: int = 0,
+    chance: bool = False,
     untrained_state: ModelState | None = None,
     console: Console | None = None,
-) -> tuple[list[ViewResult], Activations] | None:
-    """Decode and score utterances in every view.
+) -> Evaluation | None:
+    """Decode and score utterances in every view under every condition that the view notices.
 
     Args:
         run: the trained model with its encoders; the same on every rank.
-        chance_seed: compute the chance level with this shuffle; None leaves it out.
-        untrained_state: parameters of the model before training (its `state_dict`); None leaves that baseline out.
+        conditions: what is done to the clips.
+        noise_split: of the corpus, that babble is made from.
+        seed: of noise, corruptions and the shuffle of the chance level.
+        chance: compute the chance level.
+        untrained_state: parameters of the model before training (its `state_dict`); None leaves that baseline out. It
+            is decoded under the first condition of each view only.
         console: where rank 0 shows progress.
 
     Returns:
-        One result a view, and expert activations; None on ranks other than 0.
+        None on ranks other than 0.
 
     Raises:
         UserError: no utterance, a view that the model or the corpus cannot serve, or too few utterances for chance.
     """
     check_servable(run.model, utterances, views)
-    shuffled = derangement(len(utterances), chance_seed) if chance_seed is not None else None
-    share = _decode_share(run, corpus, utterances, views, decoding, world, untrained_state, console)
+    shuffled = derangement(len(utterances), seed) if chance else None
+    plan = _Plan(corpus, utterances, views, conditions, open_sources(conditions, corpus, noise_split, seed), seed)
+    share = _decode_share(run, plan, decoding, world, untrained_state, console)
     shares = world.gather(share)
     if shares is None:
         return None
     counts = torch.stack([part.counts for part in shares if part.counts is not None]).sum(dim=0)
-    activations = Activations(counts, tuple(map(str, views)), run.model.mome[0].top_k)  # type: ignore[arg-type]
-    return [_score(view, utterances, shares, shuffled, untrained_state is not None) for view in views], activations
+    return Evaluation(
+        score(plan.cases, utterances, shares, shuffled),
+        Activations(counts, tuple(map(str, views)), run.model.momes[0].top_k),
+        [mixture for part in shares for mixture in part.mixtures],
+    )
 
 
 def check_servable(model: MoMESpeechLM, utterances: Sequence[Utterance], views: Sequence[View]) -> None:
@@ -175,59 +147,130 @@ def check_servable(model: MoMESpeechLM, utterances: Sequence[Utterance], views: 
                 raise UserError(f"rates: {view} needs {stream}, which utterance {missing!r} lacks.")
 
 
+class _Plan:
+    """What is decoded: the same on every rank.
+
+    Attributes:
+        cases: in the order of the tables.
+        first: of each view, the case that counts activations and decodes the untrained model.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        utterances: Sequence[Utterance],
+        views: Sequence[View],
+        conditions: Sequence[Condition],
+        sources: Mapping[str, NoiseSource],
+        seed: int,
+    ) -> None:
+        self.corpus, self.utterances, self.sources, self.seed = corpus, utterances, sources, seed
+        self.cases = cases_of(views, conditions)
+        self.views = list(views)
+        self.first = {view: next(case for case in self.cases if case.view == view) for view in views}
+
+    def by_sound(self) -> list[list[Case]]:
+        """Cases that hear the same, together: sound is encoded once for them and then let go."""
+        groups: dict[tuple[str | None, float | None], list[Case]] = {}
+        for case in self.cases:
+            groups.setdefault((case.condition.noise, case.condition.snr), []).append(case)
+        return list(groups.values())
+
+    def readers(self, batch: Sequence[int]) -> list[ClipReader]:
+        """Of the utterances of a batch."""
+        return [ClipReader(self.corpus, self.utterances[index], self.sources, self.seed) for index in batch]
+
+
+class _Features(NamedTuple):
+    """Of one stream of a batch, and how long the encoder took."""
+
+    clips: list[Tensor]
+    seconds: float
+
+
 def _decode_share(
     run: SpeechRun,
-    corpus: Corpus,
-    utterances: Sequence[Utterance],
-    views: Sequence[View],
+    plan: _Plan,
     decoding: DecodingConfig,
     world: World,
     untrained_state: ModelState | None,
     console: Console | None,
-) -> _Share:
+) -> Share:
     """Decode this rank's batches."""
-    # One order for all views, so that a batch's features serve them all.
-    batches = batches_by_length([max(u.samples, u.frames * SAMPLES_PER_FRAME) for u in utterances], decoding.batch_size)
-    mine = batches[world.rank :: world.size]
-    encoders = run.encoders()
-    share, recorder = _Share(), ActivationRecorder(cast("list[LocalMoME]", list(run.model.mome)), views)
-    streams = sorted({stream for view in views for stream in streams_of(view)})
-    with _progress(console, len(mine) * len(views) * (1 if untrained_state is None else 2)) as advance:
+    # One order for all cases, so that a batch's features serve them all.
+    lengths = [max(u.samples, u.frames * SAMPLES_PER_FRAME) for u in plan.utterances]
+    mine = batches_by_length(lengths, decoding.batch_size)[world.rank :: world.size]
+    encoders, share = run.encoders(), Share()
+    recorder = ActivationRecorder(run.model.momes, plan.views)
+    with _progress(console, len(mine) * (len(plan.cases) + (len(plan.views) if untrained_state else 0))) as advance:
         for batch in mine:
-            clips = [utterances[index] for index in batch]
-            features = {name: _encode(encoders[name], name, corpus, clips, share, world.device) for name in streams}
-            for view in views:
-                started = _now(world.device)
-                written = _write(run, view, features, decoding, recorder)
-                share.decode_seconds[view] += _now(world.device) - started
-                share.tokens[view] += sum(map(len, written))
-                share.texts |= _texts(run, view, batch, written)
-                advance()
-            if untrained_state is not None:
-                with _parameters(run.model, untrained_state):
-                    for view in views:
-                        share.untrained |= _texts(run, view, batch, _write(run, view, features, decoding, None))
+            readers, seen = plan.readers(batch), {}  # type: list[ClipReader], dict[str | None, _Features]
+            for cases in plan.by_sound():
+                heard: _Features | None = None
+                for case in cases:
+                    view, condition = case
+                    streams: dict[str, _Features] = {}
+                    if view.audio_rate is not None:
+                        heard = heard or _hear(encoders["audio"], readers, condition, share, world.device)
+                        streams["audio"] = heard
+                    if view.video_rate is not None:
+                        if condition.corruption not in seen:
+                            seen[condition.corruption] = _see(encoders["video"], readers, condition, world.device)
+                        streams["video"] = seen[condition.corruption]
+                    first = case == plan.first[view]
+                    _decode_case(run, case, batch, streams, decoding, recorder if first else None, share, world.device)
+                    advance()
+                    if untrained_state is not None and first:
+                        with _parameters(run.model, untrained_state):
+                            share.untrained |= _texts(run, case, batch, _write(run, view, streams, decoding, None))
                         advance()
     share.counts = recorder.result().counts
     return share
 
 
+def _decode_case(
+    run: SpeechRun,
+    case: Case,
+    batch: Sequence[int],
+    streams: Mapping[str, _Features],
+    decoding: DecodingConfig,
+    recorder: ActivationRecorder | None,
+    share: Share,
+    device: torch.device,
+) -> None:
+    reset_peak(device)
+    started = _now(device)
+    written = _write(run, case.view, streams, decoding, recorder)
+    share.decode_seconds[case] += _now(device) - started
+    peak = peak_bytes(device)
+    if peak is not None:
+        share.peak_memory[case] = max(peak, share.peak_memory.get(case, 0))
+    share.encode_seconds[case] += sum(features.seconds for features in streams.values())
+    audio, video = _clips(streams)
+    share.prefix_tokens[case] += sum(map(len, prefixes_of(run.sequences, case.view, audio, video)))
+    share.tokens[case] += sum(map(len, written))
+    share.texts |= _texts(run, case, batch, written)
+
+
+def _clips(streams: Mapping[str, _Features]) -> tuple[list[Tensor], list[Tensor]]:
+    audio, video = (streams[name].clips if name in streams else [] for name in ("audio", "video"))
+    return audio, video
+
+
 def _write(
     run: SpeechRun,
     view: View,
-    features: Mapping[str, list[Tensor]],
+    streams: Mapping[str, _Features],
     decoding: DecodingConfig,
     recorder: ActivationRecorder | None,
 ) -> list[list[int]]:
-    audio, video = features.get("audio", []), features.get("video", [])
-    beams, length = decoding.num_beams, decoding.max_new_tokens
-    return decode_batch(run.model, run.sequences, view, audio, video, beams, length, recorder)
+    return decode_batch(run.model, run.sequences, view, *_clips(streams), decoding, recorder)
 
 
 def _texts(
-    run: SpeechRun, view: View, batch: Sequence[int], written: Sequence[list[int]]
-) -> dict[tuple[View, int], str]:
-    return {(view, index): run.sequences.codec.decode(ids) for index, ids in zip(batch, written, strict=True)}
+    run: SpeechRun, case: Case, batch: Sequence[int], written: Sequence[list[int]]
+) -> dict[tuple[Case, int], str]:
+    return {(case, index): run.sequences.codec.decode(ids) for index, ids in zip(batch, written, strict=True)}
 
 
 def _now(device: torch.device) -> float:
@@ -236,16 +279,25 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _encode(
-    encoder: Encoder, stream: str, corpus: Corpus, clips: Sequence[Utterance], share: _Share, device: torch.device
-) -> list[Tensor]:
-    read = corpus.audio if stream == "audio" else corpus.video
-    raw = [torch.from_numpy(read(utterance)).to(device) for utterance in clips]
+def _hear(
+    encoder: Encoder, readers: Sequence[ClipReader], condition: Condition, share: Share, device: torch.device
+) -> _Features:
+    sounds = [reader.audio(condition) for reader in readers]
+    if condition.noise is not None:
+        share.mixtures += [reader.mixture(condition, sound) for reader, sound in zip(readers, sounds, strict=True)]
+    return _encode(encoder, sounds, device)
+
+
+def _see(encoder: Encoder, readers: Sequence[ClipReader], condition: Condition, device: torch.device) -> _Features:
+    return _encode(encoder, [reader.video(condition.corruption) for reader in readers], device)
+
+
+def _encode(encoder: Encoder, clips: Sequence[NDArray[Any]], device: torch.device) -> _Features:
+    raw = [torch.from_numpy(clip).to(device) for clip in clips]
     started = _now(device)
     with torch.no_grad():
         features = list(encoder(raw))
-    share.encode_seconds[stream] += _now(device) - started
-    return features
+    return _Features(features, _now(device) - started)
 
 
 @contextmanager
@@ -272,31 +324,3 @@ def _progress(console: Console | None, total: int) -> Iterator[Callable[[], None
     with Progress(*columns, console=console, disable=console is None) as progress:
         bar = progress.add_task("decoding", total=total)
         yield lambda: progress.advance(bar)
-
-
-def _score(
-    view: View,
-    utterances: Sequence[Utterance],
-    shares: Sequence[_Share],
-    shuffled: Sequence[int] | None,
-    with_untrained: bool,
-) -> ViewResult:
-    """Put the ranks' shares of one view together and count errors."""
-    texts = {key: text for share in shares for key, text in share.texts.items()}
-    untrained = {key: text for share in shares for key, text in share.untrained.items()}
-    indices = range(len(utterances))
-    references = [utterance.text for utterance in utterances]
-    hypotheses = [texts[view, index] for index in indices]
-    before = [untrained[view, index] for index in indices] if with_untrained else None
-    return ViewResult(
-        view=view,
-        hypotheses=hypotheses,
-        errors=corpus_word_errors(references, hypotheses),
-        chance=corpus_word_errors(references, [hypotheses[i] for i in shuffled]) if shuffled is not None else None,
-        untrained=corpus_word_errors(references, before) if before is not None else None,
-        untrained_hypotheses=before,
-        tokens=sum(share.tokens[view] for share in shares),
-        decode_seconds=sum(share.decode_seconds[view] for share in shares),
-        encode_seconds=sum(share.encode_seconds[stream] for share in shares for stream in streams_of(view)),
-        speech_seconds=sum(max(u.samples / SAMPLE_RATE, u.frames / FPS) for u in utterances),
-    )

@@ -70,6 +70,17 @@ def view_colors(views: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     return colors
 
 
+def line_styles(views: Sequence[str]) -> dict[str, str]:
+    """Within a task, views differ by stroke as well as by tint."""
+    seen: dict[str, int] = {}
+    styles = {}
+    for view in views:
+        task = view.split("(")[0]
+        styles[view] = LINE_STYLES[seen.get(task, 0) % len(LINE_STYLES)]
+        seen[task] = seen.get(task, 0) + 1
+    return styles
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically; the same figure gives the same bytes."""
     with written_aside(path) as temporary, styled():

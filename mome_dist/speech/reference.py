@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
@@ -31,11 +31,30 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
 
     def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if isinstance(output, tuple):
-            return output[0] + mome(hidden), *output[1:]
-        return output + mome(hidden)
+        first = output[0] if isinstance(output, tuple) else output
+        if mome.router_weight.device != first.device:
+            mome.to(
+                first.device
+            )  # the layers of an LLM that was spread over devices say where each MoME module belongs
+        added = first + mome(hidden.to(first.device))
+        return (added, *output[1:]) if isinstance(output, tuple) else added
 
     targets[placement].register_forward_hook(add, with_kwargs=True)
+
+
+class _ClipLimits(StoppingCriteria):
+    """Ends the text of each clip at its own number of tokens.
+
+    `generate` asks about rows of new tokens, of one clip after the other: one row a clip in greedy search, several in
+    beam search.
+    """
+
+    def __init__(self, limits_B: Tensor) -> None:
+        self._limits_B = limits_B
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        rows, length = input_ids.shape
+        return (self._limits_B <= length).repeat_interleave(rows // len(self._limits_B))
 
 
 class MoMESpeechLM(nn.Module):
@@ -55,6 +74,8 @@ class MoMESpeechLM(nn.Module):
         self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
         for layer, mome in zip(llm.model.layers, self.momes, strict=True):
             _attach(layer, placement, mome)
+        # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
+        llm.generation_config = GenerationConfig()
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -120,8 +141,9 @@ class MoMESpeechLM(nn.Module):
         video: Sequence[Tensor],
         *,
         eos: int,
-        max_new_tokens: int,
+        limits: Sequence[int],
         num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> list[list[int]]:
         """Decode clips without sampling.
 
@@ -130,25 +152,35 @@ class MoMESpeechLM(nn.Module):
             view: task and rates.
             audio, video: features of each clip, [T_i, d]; ignored for streams that the view does not use.
             eos: id that ends a text.
-            max_new_tokens: the most tokens to write.
+            limits: the most tokens to write of each clip, the end token included.
             num_beams: 1 is greedy search.
+            length_penalty: of beam search: hypotheses are compared by log-probability / tokens ** length_penalty.
 
         Returns:
-            New token ids of each clip, up to and without ``eos``.
+            New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
         """
-        device = self.llm.get_input_embeddings().weight.device
+        embed = self.llm.get_input_embeddings()
+        device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
         length = max(map(len, prefixes))
         # Left padding, so that every text starts at the same position.
         ids_BS = torch.tensor([[0] * (length - len(ids)) + ids for ids in prefixes], device=device)
         mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
-        embedded_BSH = self.llm.get_input_embeddings()(ids_BS.clamp(min=0))
+        embedded_BSH = embed(ids_BS.clamp(min=0)).to(device)
         at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
         flat = self._insert(embedded_BSH.flatten(0, 1), view, {"audio": audio, "video": video}, at)
+        # Everything that decides is set here; see `__init__` for what a model brings along.
+        search = GenerationConfig(
+            do_sample=False,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max(limits),
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
         written = self.llm.generate(
             inputs_embeds=flat.view(embedded_BSH.shape),
             attention_mask=mask_BS,
-            generation_config=GenerationConfig(
-                do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
-            ),
+            generation_config=search,
+            stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
         )
         return [row[: row.index(eos)] if eos in row else row for row in written.tolist()]

@@ -22,6 +22,8 @@ from mome_dist.speech.sequence import Example, SequenceBuilder, collate, longest
 from mome_dist.speech.views import View
 
 FeatureReader = Callable[[str], Tensor]
+LeftOut = Callable[[str, View], str | None]
+"""Maps an utterance id and a view to the stream whose features are zeroed there, or None."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,14 @@ class BatchBuilder:
         layout: Layout,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
+        self._left_out: LeftOut | None = None
         self._accumulation, self._dp_rank, self._dp_size = accumulation, dp_rank, dp_size
         self._device, self._layout = device, layout
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
+
+    def read_from(self, features: dict[str, FeatureReader], left_out: LeftOut) -> None:
+        """Read features from elsewhere from now on, and zero those of streams that utterances go without in a view."""
+        self._features, self._left_out = features, left_out
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
@@ -81,6 +88,10 @@ class BatchBuilder:
         ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
+
+    def own(self, batch: Sequence[int]) -> list[Utterance]:
+        """This rank's utterances of a global batch."""
+        return [utterance for chunk in self._share(batch, self._dp_rank) for utterance in chunk]
 
     def ids(self, batch: Sequence[int]) -> list[str]:
         """Names of the utterances of a batch."""
@@ -112,14 +123,16 @@ class BatchBuilder:
         return MicroBatch(
             view=view,
             tokens=collate(examples, length, rows).to(self._device),
-            audio=list(self._read("audio", utterances)) if view.audio_rate is not None else [],
-            video=list(self._read("video", utterances)) if view.video_rate is not None else [],
+            audio=list(self._read("audio", utterances, view)) if view.audio_rate is not None else [],
+            video=list(self._read("video", utterances, view)) if view.video_rate is not None else [],
         )
 
-    def _read(self, stream: str, utterances: Sequence[Utterance]) -> Iterator[Tensor]:
+    def _read(self, stream: str, utterances: Sequence[Utterance], view: View) -> Iterator[Tensor]:
         if self._features is not None:
             for utterance in utterances:
-                yield self._features[stream](utterance.id).to(self._device)
+                features = self._features[stream](utterance.id).to(self._device)
+                absent = self._left_out is not None and self._left_out(utterance.id, view) == stream
+                yield torch.zeros_like(features) if absent else features
 
 
 def speech_lengths(utterance: Utterance, view: View) -> tuple[int, int]:

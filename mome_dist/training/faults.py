@@ -24,10 +24,17 @@ class PreemptedError(Exception):
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks found together: whether every value is finite, and whether any was asked to stop."""
+    """What the ranks found together.
+
+    Attributes:
+        finite: whether every value is.
+        stop: whether any rank was asked to stop.
+        data_wait: seconds that the slowest rank waited for its batch.
+    """
 
     finite: bool
     stop: bool
+    data_wait: float
 
 
 class StepWatch:
@@ -51,12 +58,12 @@ class StepWatch:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def agree(self, finite: bool) -> Agreement:
+    def agree(self, finite: bool, data_wait: float) -> Agreement:
         """Combine what this rank found with all others; every rank calls it at the same point of a step."""
-        found = torch.tensor([not finite, self._asked], dtype=torch.int32, device=self._device)
+        found = torch.tensor([not finite, self._asked, data_wait], dtype=torch.float64, device=self._device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        bad, stop = found.tolist()
-        return Agreement(finite=not bad, stop=bool(stop))
+        bad, stop, longest = found.tolist()
+        return Agreement(finite=not bad, stop=bool(stop), data_wait=longest)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         # Only noted here: a handler runs anywhere, even inside a collective.

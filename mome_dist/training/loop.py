@@ -60,6 +60,8 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
                 losses = _run(config, layout, trainer, metrics, ledger, watch, console)
         finally:
             metrics.close()
+            if trainer.online is not None:
+                trainer.online.close()
         checkpoint = newest_checkpoint(config.output_dir)
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
@@ -105,13 +107,19 @@ def _run(
             report("reading the batch", number)
             batch = trainer.order.batch(number)
             step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
+            waited = 0.0
+            if trainer.online is not None:
+                report("encoding the clips", number)
+                waited = trainer.online.load(number)
+            building = time.monotonic()
             step = trainer.batches["train"].build(batch, step_views)
+            waited += time.monotonic() - building
             report("forward and backward", number)
             with trainer.engine.accumulate():
                 result = forward_backward(trainer.model, step)
                 finite = math.isfinite(result.loss) and trainer.engine.gradients_finite()
                 report("reducing gradients", number)
-            found = watch.agree(finite)
+            found = watch.agree(finite, waited)
             rate = learning_rate(config.optimizer, number, settings.steps)
             done = number + 1
             if found.finite:
@@ -133,6 +141,7 @@ def _run(
                         "gradient_norm": trainer.engine.gradient_norm,
                         "tokens_per_second": tokens / seconds,
                         "seconds": seconds,
+                        "data_wait_seconds": found.data_wait,
                         "views": {str(view): loss for view, loss in result.by_view.items()},
                         **names,
                     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from rich.console import Console
 
 from mome_dist.build import build_sequences
@@ -25,13 +26,15 @@ from mome_dist.checkpoint.restore import (
 )
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig, resolve_deepspeed_file
-from mome_dist.config.validate import settled_order, streams_of, validation_batches, views_of
+from mome_dist.config.validate import settled_order, streams_of, streams_read, validation_batches, views_of
 from mome_dist.data.corpus import Corpus
-from mome_dist.data.damage import check_damage, forget_damage
-from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.data.damage import check_damage, find_damage, forget_damage
+from mome_dist.data.encoding import Encoder, load_encoder, split_features
 from mome_dist.data.evenness import describe_epoch
 from mome_dist.data.features import FeatureStore
 from mome_dist.data.order import Order
+from mome_dist.data.prefetch import ClipLoader
+from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
@@ -41,10 +44,12 @@ from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report
 from mome_dist.paths import cache_root
+from mome_dist.speech.views import views_of_step
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
+from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 
 DESCRIBED_STEPS = 50  # of the first epoch, for the line that describes it
 
@@ -62,6 +67,7 @@ class Trainer:
         saver: of checkpoints.
         start: steps already done.
         left_out: damaged utterances of both splits.
+        online: encodes the clips of training steps; None where features are cached.
     """
 
     config: RunConfig
@@ -73,6 +79,7 @@ class Trainer:
     saver: CheckpointSaver
     start: int
     left_out: int
+    online: OnlineEncoding | None
 
 
 def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
@@ -85,7 +92,8 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     device = current_device()
     corpus = Corpus.open(config.data.corpus)
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
-    features, widths, damaged = _features(config, corpus, device, console)
+    found = _features(config, corpus, device, console, keep_encoders=at.pp == 0)
+    widths, damaged = found.widths, found.damaged
     utterances = {
         purpose: [utterance for utterance in corpus.split(split) if utterance.id not in damaged[purpose]]
         for purpose, split in splits.items()
@@ -95,7 +103,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         purpose: BatchBuilder(
             utterances[purpose],
             sequences,
-            features[purpose] if at.pp == 0 else None,
+            found.readers[purpose] if at.pp == 0 else None,
             config.data.accumulation,
             at.dp,
             layout.dp,
@@ -108,6 +116,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
     validation = validation_batches(config, utterances["validation"], layout)
     console.print(describe_epoch(order, DESCRIBED_STEPS, config.data.accumulation, layout.dp), highlight=False)
+    online = None
+    if config.data.features == "online":
+        online = _online(config, corpus, found.encoders, batches["train"], order, device)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     report("building the model", patient=True)
@@ -132,7 +143,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         restore_random_state(checkpoint, layout)
     saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
     left_out = sum(map(len, damaged.values()))
-    return Trainer(config, model, engine, batches, order, validation, saver, start, left_out)
+    return Trainer(config, model, engine, batches, order, validation, saver, start, left_out, online)
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
@@ -157,28 +168,53 @@ def _order_facts(config: RunConfig, corpus: Corpus, order: Order, damaged: Itera
     }
 
 
+@dataclass(frozen=True)
+class _Features:
+    """Where the features of a run come from.
+
+    Attributes:
+        readers: of the cached features, by purpose and stream.
+        widths: of the features of each stream.
+        damaged: what cannot be read, by purpose and id.
+        encoders: by stream, where training encodes online; none on later pipeline stages.
+    """
+
+    readers: dict[str, dict[str, FeatureReader]]
+    widths: dict[str, int]
+    damaged: dict[str, dict[str, str]]
+    encoders: dict[str, Encoder]
+
+
 def _features(
-    config: RunConfig, corpus: Corpus, device: torch.device, console: Console
-) -> tuple[dict[str, dict[str, FeatureReader]], dict[str, int], dict[str, dict[str, str]]]:
-    """Features of both splits by purpose and stream, the width of each stream, and what is damaged, by purpose and id.
+    config: RunConfig, corpus: Corpus, device: torch.device, console: Console, keep_encoders: bool
+) -> _Features:
+    """Fill the cache of features, as far as the run reads them from there.
+
+    The validation split comes from the cache in any case: it is encoded clean, and again and again.
 
     Raises:
         UserError: if more utterances of a split are damaged than it may have.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, online = dist.get_rank(), dist.get_world_size(), config.data.features == "online"
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
-    features: dict[str, dict[str, FeatureReader]] = {purpose: {} for purpose in splits}
-    damaged: dict[str, dict[str, str]] = {purpose: {} for purpose in splits}
+    found = _Features({purpose: {} for purpose in splits}, {}, {purpose: {} for purpose in splits}, {})
+    damaged = found.damaged
     stores: list[FeatureStore] = []
-    widths: dict[str, int] = {}
     for stream in streams_of(config):
         encoder = load_encoder(config, stream, device)
-        widths[stream] = encoder.width
+        found.widths[stream] = encoder.width
+        if online and keep_encoders:
+            found.encoders[stream] = encoder
         for purpose, split in splits.items():
+            if online and purpose == "train":
+                continue
             store = split_features(config, corpus, split, stream, encoder, rank, world, dist.barrier, console)
-            features[purpose][stream] = store.get
+            found.readers[purpose][stream] = store.get
             damaged[purpose] |= store.damaged
             stores.append(store)
+    if online and config.data.max_damaged_utterances:
+        # Otherwise a damaged clip ends the run when its turn comes, which needs no look at all of them beforehand.
+        damaged["train"] |= find_damage(corpus, splits["train"], streams_of(config), rank, world, console)
     try:
         for purpose, split in splits.items():
             check_damage(split, damaged[purpose], config.data.max_damaged_utterances)
@@ -194,7 +230,33 @@ def _features(
             for store in stores:
                 forget_damage(store.directory)
         raise
-    return features, widths, damaged
+    return found
+
+
+def _online(
+    config: RunConfig,
+    corpus: Corpus,
+    encoders: dict[str, Encoder],
+    builder: BatchBuilder,
+    order: Order,
+    device: torch.device,
+) -> OnlineEncoding:
+    """Encoding inside the step, whose features ``builder`` then reads."""
+    views = views_of(config)
+
+    def plan(step: int) -> StepClips:
+        step_views = views_of_step(views, config.task.views_per_step, step, config.seed)
+        epoch = order.utterances_before(step) // len(order.lengths)
+        return StepClips(builder.own(order.batch(step)), streams_read(step_views), epoch)
+
+    dropout = config.augmentation.modality_dropout
+    held = StepFeatures(ModalityDropout(dropout.audio, dropout.video, config.seed))
+    if encoders:
+        builder.read_from({stream: held.reader(stream) for stream in encoders}, held.left_out)
+    augmentation = Augmentation.open(config.augmentation, corpus, config.data.train_split, config.seed)
+    loader = ClipLoader(corpus, augmentation, config.data.decode_threads)
+    group = parallel_state.get_tensor_model_parallel_group()
+    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device)
 
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:

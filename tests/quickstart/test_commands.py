@@ -32,6 +32,7 @@ SHRINK = {
     "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm": ["--steps", "2"],
     "python -m launchers.local --nproc 2 experiment=quickstart": SMALL_RUN,
     "python -m launchers.local --nproc 2 experiment=tiny": SMALL_RUN,
+    "python -m launchers.local --nproc 2 experiment=tiny_noise": SMALL_RUN,
     "python -m launchers.local --nproc 2 --restarts 3 experiment=tiny": [*SMALL_RUN, "output_dir=runs/restarts"],
     "python tools/fault_drill.py --shrink experiment=tiny": ["--only", "kill"],
     "python -m launchers.local --nproc 4 experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],
@@ -43,6 +44,9 @@ SHRINK = {
     ],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart": ["limit=2"],
     "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/tiny": ["limit=6"],
+    "python -m mome_dist.evaluate checkpoint=runs/tiny noise": ["limit=2", "num_beams=2"],
+    "python -m mome_dist.evaluate checkpoint=runs/tiny select": ["limit=2", "noise=clean"],
+    "python tools/average_checkpoints.py runs/quickstart": ["--last", "1"],
     "python -m mome_dist.report run=runs/quickstart": [],
     "python -m mome_dist.transcribe runs/quickstart": [],
     "python tools/export_adapter.py runs/quickstart": [],
@@ -110,5 +114,7 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 
 def _stage(command: str) -> int:
     """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
-    needs_a_run = any(f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check"))
+    needs_a_run = any(
+        f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check", "average_check")
+    )
     return 0 if "pretrain" in command or ("tools" in command and not needs_a_run) else 1

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks import moe_layer, plan_layout, reshard, save_stall, train_step
+from benchmarks import data_speed, learning, moe_layer, plan_layout, reshard, save_stall, train_step
+from mome_dist import evaluate
+from mome_dist.config import load_config
+from mome_dist.config.validate import views_of
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from tests.evaluation_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, BOTTLENECK, EXPERTS, RANKS = 32, 4, 6, 2
@@ -103,10 +107,48 @@ def test_the_benchmark_of_saving_measures_every_form(tmp_path: Path, small_llm: 
     assert set(case["two steps"]) == set(case["wait"]) and all(value > 0 for value in case["two steps"].values())
 
 
+def test_the_benchmark_of_data_times_every_transform(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    sizes = ["--corpus", str(tiny_corpus_dir), "--clips", "2", "--rounds", "1"]
+    figures = _run("benchmarks.data_speed", tmp_path, *sizes)["figures"]
+    assert figures["clips"] == 2 and 2 < figures["seconds of speech"] < 12
+    assert len(figures["seconds"]) == 11 and all(seconds > 0 for seconds in figures["seconds"].values())
+
+
+def test_clips_are_read_and_augmented_faster_than_aimed_at() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())["figures"]
+    assert figures["seconds of speech"] / figures["seconds"][data_speed.EVERYTHING] >= 20
+
+
+def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    """Its tables from two finished evaluations; trainings are those of the commands that it starts."""
+    arguments = ["--experiments", "tiny", "--runs", str(tmp_path / "runs"), "training.steps=7"]
+    options = learning.parse_arguments(arguments)
+    models = learning.models_of(options)
+    assert [model.directory.name for model in models] == ["tiny", "tiny-asr_16", "tiny-vsr_5", "tiny-avsr_16_5"]
+    assert "28 training steps are left" in learning.plan(models, options)
+    fixed = load_config(learning.training_arguments(models[3]))
+    assert [str(view) for view in views_of(fixed)] == ["avsr(16,5)"] and fixed.task.views_per_step == 1
+    small = make_run(tmp_path / "small", tiny_corpus_dir)
+    for model, beams in zip(models[:2], (1, 3), strict=True):
+        model.directory.mkdir(parents=True)
+        place = [f"output={model.directory / 'evaluation'}", f"checkpoint={small}", "rates=asr(16)"]
+        assert evaluate.main([*learning.evaluation_arguments(model, options)[1:], *place, f"num_beams={beams}"]) == 0
+    figures = learning.figures_of(models[:2], 1)
+    assert [row["condition"] for row in figures["comparisons"]] == [
+        "clean",
+        *(f"babble {x} dB" for x in (-5, 0, 5, 10)),
+    ]
+    text = "\n".join(learning.render(figures, ["tiny"]))
+    learning.draw(figures, ["tiny"], tmp_path)
+    assert all((tmp_path / name).is_file() for name in re.findall(r"\((\w+\.png)\)", text))
+    assert learning.verdict({"low": -2.0, "high": -0.1}) == "one for all"
+    assert learning.verdict({"low": -2.0, "high": 0.1}) == "not told apart"
+
+
 def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
-    scripts |= {"save_stall": save_stall, "train_step": train_step}
+    scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
         scripts[name].parse_arguments(shlex.split(arguments))

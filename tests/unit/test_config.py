@@ -79,6 +79,9 @@ WRONG = [
     (["mome.score=relu"], 2, r"mome.score='relu': choose from softmax, sigmoid"),
     (["mome.bias_rate=-0.1"], 2, r"mome.bias_rate=-0.1: must be at least 0"),
     (["mome.placement=attention"], 2, r"mome.placement='attention': choose from mhsa, ffn, layer"),
+    (["data.validation_split=test"], 2, r"validation_split and data.test_split are both 'test'.*another validation"),
+    (["decoding.max_new_tokens=null"], 2, r"max_new_tokens=null leaves .* without any limit"),
+    (["decoding.num_beams=0"], 2, r"decoding.num_beams=0: must be at least 1"),
     (["task.tasks=[asr,lip]"], 2, r"task.tasks='lip': choose from asr, vsr, avsr"),
     (
         ["parallel.tp=2"],
@@ -147,6 +150,25 @@ WRONG = [
     (["video_encoder.path=/nowhere"], 2, r"video_encoder.path='/nowhere' holds no encoder.*mome_dist.pretrain_video"),
     (["data.corpus=/nowhere"], 2, r"/nowhere"),
     (["data.train_split=dev"], 2, r"'?dev'?"),
+    (["augmentation=paper"], 2, r"data.features=cached reads .* set data.features=online, or augmentation=none"),
+    (["augmentation.flip=0.5"], 2, r"data.features=cached reads .* set data.features=online"),
+    (["data.features=live"], 2, r"data.features='live': choose from cached, online"),
+    (["augmentation.flip=1.5", "data.features=online"], 2, r"augmentation.flip=1.5: a probability is from 0 to 1"),
+    (["augmentation.noise.probability=-1"], 2, r"augmentation.noise.probability=-1.0: a probability"),
+    (["augmentation.crop=0"], 2, r"augmentation.crop=0: must be at least 1"),
+    (["augmentation.video_time_mask.stride=0"], 2, r"augmentation.video_time_mask.stride=0: must be at least 1"),
+    (
+        ["augmentation.modality_dropout.audio=0.6", "augmentation.modality_dropout.video=0.6"],
+        2,
+        r"audio=0.6 and video=0.6 add up to more than 1",
+    ),
+    (["augmentation=paper", "augmentation.noise.snr=[]"], 2, r"augmentation.noise.snr is empty"),
+    (["augmentation.noise.snr=[loud]"], 2, r"'augmentation.noise.snr.*'loud'.*Float"),
+    (
+        ["augmentation=paper", "data.features=online", "augmentation.noise.source=/nowhere"],
+        2,
+        r"/nowhere: no such directory; give one with WAV or FLAC recordings of noise",
+    ),
     (["deepspeed.file=none.json"], 2, r"deepspeed.file='none.json': .*none.json does not exist"),
 ]
 
@@ -213,6 +235,16 @@ def test_every_rank_refuses_by_itself_when_no_launcher_checked(overrides: list[s
 
 def test_a_saved_configuration_is_the_one_that_ran(overrides: list[str], tmp_path: Path) -> None:
     config = load_config([*overrides, "training.steps=7"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_saved_config(tmp_path / "config.yaml") == config
+
+
+def test_ratios_of_zero_and_clean_survive_the_configuration(overrides: list[str], tmp_path: Path) -> None:
+    paper = load_config(["augmentation=paper", "data.features=online"])
+    assert paper.augmentation.noise.snr == [-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, None]
+    config = load_config([*overrides, "augmentation=paper", "data.features=online", "augmentation.noise.snr=[0,null]"])
+    validate(config, 2)
+    assert config.augmentation.noise.snr == [0.0, None] and config.augmentation.noise.snr[0] is not None
     save_config(config, tmp_path / "config.yaml")
     assert load_saved_config(tmp_path / "config.yaml") == config
 

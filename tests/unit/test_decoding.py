@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,19 @@ from torch import Tensor
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.errors import UserError
-from mome_dist.evaluation.decoding import batches_by_length, check_view, decode, decode_batch
+from mome_dist.evaluation.decoding import (
+    EXTRA_TOKENS,
+    batches_by_length,
+    check_view,
+    decode,
+    decode_batch,
+    prefixes_of,
+    token_limit,
+)
+from mome_dist.moe.local import LocalMoME
 from mome_dist.speech.projector import Projectors
+from mome_dist.speech.reference import _attach
+from mome_dist.speech.sequence import Example, collate
 from mome_dist.speech.views import View
 from tests.evaluation_run import WIDTHS, make_run
 
@@ -39,9 +52,10 @@ def test_batched_equals_single(
     run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], view: View, beams: int
 ) -> None:
     audio, video = clips
-    together = decode_batch(run.model, run.sequences, view, audio, video, beams, 8)
+    config = DecodingConfig(beams, 8)
+    together = decode_batch(run.model, run.sequences, view, audio, video, config)
     alone = [
-        decode_batch(run.model, run.sequences, view, [a], [v], beams, 8)[0] for a, v in zip(audio, video, strict=True)
+        decode_batch(run.model, run.sequences, view, [a], [v], config)[0] for a, v in zip(audio, video, strict=True)
     ]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) > 1, "every clip decodes alike: the test cannot tell them apart"
@@ -80,3 +94,126 @@ def test_batches_hold_similar_lengths_longest_first() -> None:
     assert batches_by_length([], 3) == []
     with pytest.raises(UserError, match="batch_size=0"):
         batches_by_length(LENGTHS, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_neighbours_order_and_padding_change_nothing(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], seed: int
+) -> None:
+    draw = random.Random(seed)
+    view = draw.choice(VIEWS)
+    config = DecodingConfig(
+        draw.choice([1, 2, 5]), 7, draw.choice([2, 3, 7]), tokens_per_second=draw.choice([None, 3.0])
+    )
+    order = draw.sample(range(len(LENGTHS)), draw.randint(2, len(LENGTHS)))
+    audio, video = ([stream[i] for i in order] for stream in clips)
+    alone = [decode(run.model, run.sequences, view, [a], [v], config)[0] for a, v in zip(audio, video, strict=True)]
+    assert decode(run.model, run.sequences, view, audio, video, config) == alone
+
+
+def next_log_probabilities(run: LoadedRun, view: View, audio: Tensor, prefix: list[int], text: list[int]) -> Tensor:
+    """Of the token after each of the first ``len(text) + 1`` places of a text: one clip, no cache, no padding."""
+    tokens = collate([Example([*prefix, *text, run.sequences.codec.eos], len(prefix))])
+    with torch.no_grad():
+        return run.model.label_logits(view, tokens, [audio], []).log_softmax(-1)
+
+
+def test_greedy_search_takes_the_likeliest_token_each_time(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]
+) -> None:
+    view, audio, eos = VIEWS[0], clips[0], run.sequences.codec.eos
+    for clip, prefix in zip(audio, prefixes_of(run.sequences, view, audio, []), strict=True):
+        text: list[int] = []
+        while len(text) < 6:
+            token = int(next_log_probabilities(run, view, clip, prefix, text)[-1].argmax())
+            if token == eos:
+                break
+            text.append(token)
+        assert decode_batch(run.model, run.sequences, view, [clip], [], DecodingConfig(1, 6)) == [text]
+
+
+def test_wide_beams_find_the_best_of_all_texts(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]) -> None:
+    """With as many beams as words, two tokens are an exhaustive search: log-probability over length, best of V^2."""
+    view, audio, eos = VIEWS[0], clips[0][:4], run.sequences.codec.eos
+    words = run.model.llm.config.vocab_size
+    expected: list[list[int]] = []
+    for clip, prefix in zip(audio, prefixes_of(run.sequences, view, audio, []), strict=True):
+        first = next_log_probabilities(run, view, clip, prefix, [])[0]
+        scores: dict[tuple[int, ...], float] = {(): float(first[eos])}
+        for word in set(range(words)) - {eos}:
+            second = next_log_probabilities(run, view, clip, prefix, [word])[1]
+            for other in range(words):
+                text = (word,) if other == eos else (word, other)
+                scores[text] = float(first[word] + second[other]) / 2
+        expected.append(list(max(scores.items(), key=lambda entry: entry[1])[0]))
+    assert decode_batch(run.model, run.sequences, view, audio, [], DecodingConfig(words, 2)) == expected
+
+
+def test_each_clip_has_its_own_limit(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]) -> None:
+    audio, _ = clips
+    for beams in (1, 3):
+        limited = DecodingConfig(beams, None, 16, tokens_per_second=2.5)
+        limits = [token_limit(limited, frames / 50) for frames in LENGTHS]
+        written = decode_batch(run.model, run.sequences, VIEWS[0], audio, [], limited)
+        assert len(set(limits)) > 2
+        assert all(len(ids) <= limit for ids, limit in zip(written, limits, strict=True))
+        assert any(len(ids) == limit for ids, limit in zip(written, limits, strict=True)), "no limit was ever reached"
+        for clip, ids, limit in zip(audio, written, limits, strict=True):
+            alone = DecodingConfig(beams, limit)
+            assert decode_batch(run.model, run.sequences, VIEWS[0], [clip], [], alone) == [ids]
+
+
+def test_limits_in_closed_form() -> None:
+    both = DecodingConfig(max_new_tokens=32, tokens_per_second=5.0)
+    assert [token_limit(both, seconds) for seconds in (0.0, 0.2, 0.21, 1.0, 10.0)] == [8, 9, 10, 13, 32]
+    assert token_limit(replace(both, max_new_tokens=None), 23.0) == 115 + EXTRA_TOKENS
+    assert token_limit(DecodingConfig(max_new_tokens=32), 100.0) == 32
+    assert token_limit(DecodingConfig(max_new_tokens=None, tokens_per_second=30.0), 0.1) == 3 + EXTRA_TOKENS
+
+
+def test_bf16_is_deterministic(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]) -> None:
+    """The same batch gives the same texts; another batch may differ where two tokens are equally likely in bf16."""
+    audio, _ = clips
+    run.model.llm.to(torch.bfloat16)
+    try:
+        first, second = (
+            decode(run.model, run.sequences, VIEWS[0], audio, [], DecodingConfig(3, 6, 16)) for _ in range(2)
+        )
+    finally:
+        run.model.llm.to(torch.float32)
+    assert first == second
+
+
+MODULES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize("disk", [(), ("model.layers.1", "model.norm", "lm_head"), ("model.embed_tokens",)], ids=str)
+def test_an_llm_in_pieces_writes_the_same(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], disk: tuple[str, ...]
+) -> None:
+    placement = {name: "disk" if name in disk else "cpu" for name in MODULES} if disk else {"": "cpu"}
+    spread = load_run(run.directory, device_map=placement)
+    kept = {name for name, parameter in spread.model.llm.named_parameters() if parameter.device.type == "meta"}
+    assert bool(kept) == bool(disk)
+    config = DecodingConfig(3, 6, 3)
+    for view in (VIEWS[0], VIEWS[2]):
+        assert decode(spread.model, spread.sequences, view, *clips, config) == decode(
+            run.model, run.sequences, view, *clips, config
+        )
+
+
+def test_mome_goes_where_its_layer_computes() -> None:
+    """The device "meta" stands for a second GPU: it has shapes and no values."""
+    mome = LocalMoME(8, 4, 2, 1, 2)
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Linear(8, 8, device="meta")
+    layer.self_attn = torch.nn.Identity()
+    _attach(layer, "ffn", mome)
+    assert layer.mlp(torch.zeros(2, 8, device="meta")).device.type == "meta"
+    assert {parameter.device.type for parameter in mome.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("placement", "named"), [("everywhere", "everywhere"), ({"": "tpu9"}, "does not fit")])
+def test_maps_that_do_not_fit_are_named(run: LoadedRun, placement: object, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_run(run.directory, device_map=placement)  # type: ignore[arg-type]

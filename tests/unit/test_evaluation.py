@@ -17,8 +17,8 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.decoding import decode
-from mome_dist.evaluation.results import markdown_table, rich_table, table_rows
 from mome_dist.evaluation.run import derangement
+from mome_dist.evaluation.tables import markdown_report, table_columns, tables_for_terminal
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
 from mome_dist.speech.views import View
 from tests.evaluation_run import STEP, make_run
@@ -121,21 +121,23 @@ def test_activations_count_every_prefix_token_once(run: Path, results: dict[str,
 
 
 def test_table(results: dict[str, Any], run: Path) -> None:
-    rows = table_rows(results["views"])
-    assert rows[1][:3] == ["AVSR", "(4,5)", f"{results['views'][1]['wer']:.1f}"]
+    columns = table_columns(results["views"])
+    rows = list(zip(*columns.values(), strict=True))
+    assert rows[1][:3] == ("AVSR", "(4,5)", f"{results['views'][1]['wer']:.1f}")
     assert rows[2][1] == "(10) *"
     markdown = (run / "evaluation" / "results.md").read_text()
     assert markdown.startswith(f"# small, step {STEP}: test split, 4 utterances")
-    assert markdown_table(results["views"]) in markdown
+    assert markdown_report(results) in markdown
     assert "| AVSR | (4,5) |" in markdown
     assert "not among the views of the training" in markdown
     page = io.StringIO()
-    Console(width=80, file=page).print(rich_table("title", results["views"]))
+    Console(width=80, file=page).print(*tables_for_terminal("title", results))
     printed = page.getvalue()
     assert "\u2026" not in printed, "the table does not fit 80 columns"
-    assert all(cell in printed for row in rows for cell in row)
+    columns.pop("words")  # not in the terminal
+    assert all(cell in printed for column in columns.values() for cell in column)
     bare = [{**results["views"][0], "chance_wer": None, "untrained_wer": None}]
-    assert table_rows(bare)[0][7:9] == ["-", "-"]
+    assert {"chance %", "untrained %"} <= columns.keys() - table_columns(bare).keys()
 
 
 def test_beams_limit_and_output(run: Path, results: dict[str, Any], tmp_path: Path) -> None:

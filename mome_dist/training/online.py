@@ -1,0 +1,203 @@
+"""Encoding inside the training step: clips are decoded ahead, augmented, and encoded by the first pipeline stage.
+
+The cached way reads features that were made once from clean clips; what changes from epoch to epoch needs the encoders
+in the loop. Each tensor-parallel rank of the first stage decodes and encodes a share of its data-parallel rank's clips,
+once for all views of the step; the features then travel to the others, so that all hold the same bits. They are rounded
+to float16 as cached ones are: without augmentation, a clip has the features of the cache wherever the encoder sees it
+in a batch of the same shape.
+
+What happens to a clip is a pure function of (seed, utterance id, epoch), whatever the layout, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mome_dist.data.corpus import Utterance
+from mome_dist.data.encoding import Encoder
+from mome_dist.data.features import to_float16
+from mome_dist.data.prefetch import ClipLoader, Wanted
+from mome_dist.data.transforms import ModalityDropout
+from mome_dist.errors import UserError
+from mome_dist.speech.matryoshka import audio_frames
+from mome_dist.speech.views import View
+from mome_dist.training.batches import FeatureReader
+
+CLIPS_TOGETHER = 8  # that an encoder is given at once; bounds its memory
+
+
+@dataclass(frozen=True)
+class StepClips:
+    """What a step needs on this data-parallel rank.
+
+    Attributes:
+        utterances: of its part of the batch, in any order.
+        streams: that the views of the step read.
+        draw: of their augmentation: the epoch in which the step begins.
+    """
+
+    utterances: Sequence[Utterance]
+    streams: Sequence[str]
+    draw: int
+
+
+class StepFeatures:
+    """The features of the clips of the current step, for the batch builder to read.
+
+    Args:
+        dropout: of streams in audio-visual views.
+    """
+
+    def __init__(self, dropout: ModalityDropout) -> None:
+        self._dropout, self._draw = dropout, 0
+        self._features: Mapping[str, Mapping[str, Tensor]] = {}
+
+    def hold(self, features: Mapping[str, Mapping[str, Tensor]], draw: int) -> None:
+        """Take the features of a step, by stream and utterance id."""
+        self._features, self._draw = features, draw
+
+    def reader(self, stream: str) -> FeatureReader:
+        """Reads the features of a stream, float16 [T, width]."""
+        return lambda utterance_id: self._features[stream][utterance_id]
+
+    def left_out(self, utterance_id: str, view: View) -> str | None:
+        """The stream that an utterance goes without in a view, if any."""
+        if view.audio_rate is None or view.video_rate is None:
+            return None
+        return self._dropout.left_out(utterance_id, str(view), self._draw)
+
+
+class OnlineEncoding:
+    """Makes the features of one step after the other; every rank has one, those of later pipeline stages an idle one.
+
+    Args:
+        held: where the features of the current step are put.
+        loader: of raw clips.
+        encoders: frozen, by stream; none on later pipeline stages.
+        plan: what a step needs.
+        steps: of the run; nothing is read ahead beyond them.
+        group: the tensor-parallel ranks.
+        device: of the encoders.
+    """
+
+    def __init__(
+        self,
+        held: StepFeatures,
+        loader: ClipLoader,
+        encoders: Mapping[str, Encoder],
+        plan: Callable[[int], StepClips],
+        steps: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._held, self._loader, self._encoders, self._plan = held, loader, encoders, plan
+        self._steps, self._group, self._device = steps, group, device
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+
+    def load(self, step: int) -> float:
+        """Make the features of a step and begin to read the clips of the next one; every rank of the world calls it.
+
+        Returns:
+            The seconds that clips had to be waited for.
+
+        Raises:
+            UserError: on all ranks, if a clip cannot be read on one of them, or an encoder gives values that float16
+                cannot hold.
+        """
+        waited, error = 0.0, None
+        encoded: dict[str, dict[str, Tensor]] = {}
+        if self._encoders:
+            clips = self._plan(step)
+            try:
+                waited, encoded = self._encoded(clips, step)
+            except UserError as problem:
+                error = problem
+        # Before anything that other ranks would wait for.
+        self._stop_together(error)
+        if self._encoders:
+            if self._size > 1:
+                encoded = {s: self._exchange(s, self._shares(clips, s), mine) for s, mine in encoded.items()}
+            self._held.hold(encoded, clips.draw)
+        return waited
+
+    def _stop_together(self, error: UserError | None) -> None:
+        """Raise an error of this rank, or else the first of another one."""
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=self._device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if not failed.item():
+            return
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, None if error is None else str(error))
+        rank, reason = next((rank, reason) for rank, reason in enumerate(found) if reason is not None)
+        raise error or UserError(f"rank {rank}: {reason}")
+
+    def _encoded(self, clips: StepClips, step: int) -> tuple[float, dict[str, dict[str, Tensor]]]:
+        """Seconds of waiting, and the features of this rank's share, by stream and utterance id."""
+        wanted = self._wanted(clips)
+        taken, waited = self._loader.take(wanted)
+        if step + 1 < self._steps:
+            self._loader.start(self._wanted(self._plan(step + 1)))
+        raw = {(stream, utterance.id): clip for (stream, utterance, _), clip in zip(wanted, taken, strict=True)}
+        features = {}
+        for stream in clips.streams:
+            share = self._shares(clips, stream)[self._rank]
+            # Some transforms give views with negative strides, which torch does not take.
+            own = [torch.from_numpy(np.ascontiguousarray(raw[stream, utterance.id])) for utterance in share]
+            features[stream] = self._encode(stream, share, own)
+        return waited, features
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._loader.close()
+
+    def _wanted(self, clips: StepClips) -> list[Wanted]:
+        return [
+            (stream, utterance, clips.draw)
+            for stream in clips.streams
+            for utterance in self._shares(clips, stream)[self._rank]
+        ]
+
+    def _shares(self, clips: StepClips, stream: str) -> list[list[Utterance]]:
+        """The utterances that each tensor-parallel rank encodes: dealt longest first, each once."""
+        distinct = {utterance.id: utterance for utterance in clips.utterances}.values()
+        ordered = sorted(distinct, key=lambda utterance: (-_rows(utterance, stream), utterance.id))
+        return [ordered[rank :: self._size] for rank in range(self._size)]
+
+    @torch.no_grad()
+    def _encode(self, stream: str, utterances: Sequence[Utterance], clips: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Features of clips by utterance id, float16 [T, width]."""
+        encoder, features = self._encoders[stream], {}
+        for first in range(0, len(clips), CLIPS_TOGETHER):
+            together = slice(first, first + CLIPS_TOGETHER)
+            encoded = encoder([clip.to(self._device) for clip in clips[together]])
+            for utterance, each in zip(utterances[together], encoded, strict=True):
+                assert len(each) == _rows(utterance, stream), "an encoder's frames follow from the clip's length"
+                features[utterance.id] = to_float16(each, utterance.id, f"{stream} encoder")
+        return features
+
+    def _exchange(
+        self, stream: str, shares: Sequence[Sequence[Utterance]], mine: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The features of all shares: every rank sends its own, padded to the longest share."""
+        rows = [[_rows(utterance, stream) for utterance in share] for share in shares]
+        longest = max(map(sum, rows))
+        block = torch.zeros((longest, self._encoders[stream].width), dtype=torch.float16, device=self._device)
+        if mine:  # there may be fewer clips than ranks
+            block[: sum(rows[self._rank])] = torch.cat([mine[utterance.id] for utterance in shares[self._rank]])
+        gathered = block.new_empty((self._size * longest, block.shape[1]))
+        dist.all_gather_into_tensor(gathered, block, group=self._group)
+        features: dict[str, Tensor] = {}
+        for part, share, lengths in zip(gathered.split(longest), shares, rows, strict=True):
+            features |= dict(zip((each.id for each in share), part[: sum(lengths)].split(lengths), strict=True))
+        return features
+
+
+def _rows(utterance: Utterance, stream: str) -> int:
+    """Feature frames of a clip."""
+    return audio_frames(utterance.samples) if stream == "audio" else utterance.frames

@@ -1,0 +1,228 @@
+"""Encoding inside the step: without augmentation the features of the cache, with it the same ones at every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mome_dist.assets import asset_dir
+from mome_dist.checkpoint.load import load_run
+from mome_dist.config import load_config, validate
+from mome_dist.config.schema import AugmentationConfig, RunConfig
+from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.encoding import load_encoder
+from mome_dist.data.features import build_features
+from mome_dist.data.prefetch import ClipLoader
+from mome_dist.data.transforms import Augmentation, ModalityDropout
+from mome_dist.errors import UserError
+from mome_dist.training import online
+from mome_dist.training.loop import train
+from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
+from tests.parallel.runs import Lab, lines, validation_step
+from tests.parallel.worlds import run_world
+
+ONLINE = ["data.features=online", "training.log_utterances=true", "data.bucket_batches=1"]
+AUGMENTED = [
+    *ONLINE,
+    "augmentation=paper",
+    "augmentation.flip=0.5",
+    "augmentation.modality_dropout.audio=0.3",
+    "augmentation.modality_dropout.video=0.3",
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def augmented(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
+    """Losses and directory of a run in one process, with a checkpoint halfway."""
+    output = tmp_path_factory.mktemp("augmented")
+    return lab.train(1, output, *AUGMENTED, "training.save_every=3", "training.validate_every=5"), output
+
+
+def test_without_augmentation_training_is_that_of_the_cache(lab: Lab, tmp_path: Path) -> None:
+    cached = lab.train(2, tmp_path / "cached", "data.bucket_batches=1", ep=2)
+    losses = lab.train(2, tmp_path / "online", *ONLINE, ep=2)
+    # An encoder's sums depend on the shape of its batch, in the last bits of fp32 (about 1e-6 of a feature). Where such
+    # a difference lies across a boundary of float16, one in 1e-6 / 2^-11, about 1 in 500, the feature moves by 2^-11:
+    # over the thousands of independent features of a step that is sqrt(1 / 500) * 2^-11 / sqrt(1000) < 1e-6.
+    np.testing.assert_allclose(losses, cached, rtol=5e-6)
+    assert len(losses) == 5
+
+
+def test_augmentation_is_felt(augmented: tuple[list[float], Path], lab: Lab, tmp_path: Path) -> None:
+    clean = lab.train(1, tmp_path, *ONLINE)
+    assert np.abs(np.array(clean) / augmented[0] - 1).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "ep", "more"),
+    [
+        (2, 2, 1, 1, ()),
+        (2, 1, 2, 1, ("parallel.virtual=2",)),
+        (2, 1, 1, 2, ("data.decode_threads=3",)),
+        (4, 2, 2, 1, ()),
+    ],
+)
+def test_every_layout_trains_on_the_same_augmented_clips(
+    augmented: tuple[list[float], Path], lab: Lab, tmp_path: Path, world: int, tp: int, pp: int, ep: int, more: tuple
+) -> None:
+    losses = lab.train(world, tmp_path, *AUGMENTED, *more, tp=tp, pp=pp, ep=ep)
+    np.testing.assert_allclose(losses, augmented[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2)])
+def test_a_resume_continues_with_the_same_augmented_clips(
+    augmented: tuple[list[float], Path], lab: Lab, tmp_path: Path, world: int, tp: int
+) -> None:
+    losses, whole = augmented
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step-000005")
+    (broken / "checkpoints/latest").write_text("step-000003")
+    rest = lab.train(world, broken, *AUGMENTED, tp=tp)
+    if world == 1:
+        assert rest == losses[3:]
+    np.testing.assert_allclose(rest, losses[3:], rtol=1e-5)
+
+
+def test_the_wait_for_data_is_logged(augmented: tuple[list[float], Path]) -> None:
+    records = [record for record in lines(augmented[1] / "metrics.jsonl") if "loss" in record]
+    assert len(records) == 5
+    assert all(0 <= record["data_wait_seconds"] < record["seconds"] for record in records)
+
+
+def _clean_validation(run: Path, cache: Path) -> dict[str, float]:
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    loaded = load_run(run)
+    step = validation_step(loaded)
+    with torch.no_grad():
+        return {
+            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
+            / step.label_tokens
+            for batch in step.microbatches
+        }
+
+
+def test_validation_stays_clean(augmented: tuple[list[float], Path], lab: Lab) -> None:
+    validation = lines(augmented[1] / "metrics.jsonl")[-1]["validation"]
+    expected = run_world(_clean_validation, 1, augmented[1], lab.cache)[0]
+    assert validation == pytest.approx(expected, rel=1e-5)
+
+
+def _made(
+    corpus_dir: Path, video_encoder: Path, clips_together: int, utterances: int
+) -> tuple[dict[tuple[str, str], np.ndarray], bool]:
+    """The clean features of a step on a tensor-parallel rank of a world that has no other axis."""
+    dist.init_process_group("gloo")
+    online.CLIPS_TOGETHER = clips_together
+    corpus, config = Corpus.open(corpus_dir), RunConfig()
+    config.audio_encoder.path, config.audio_encoder.padding = str(asset_dir("whisper-tiny.en")), "clip"
+    config.video_encoder.path = str(video_encoder)
+    encoders = {stream: load_encoder(config, stream, torch.device("cpu")) for stream in ("audio", "video")}
+    loader = ClipLoader(corpus, Augmentation.open(AugmentationConfig(), corpus, "train", 0), 1)
+    chosen = corpus.split("train")[:utterances]
+    held, group = StepFeatures(ModalityDropout(0, 0, 0)), dist.group.WORLD
+    assert group is not None
+
+    def plan(step: int) -> StepClips:
+        return StepClips(chosen, ["audio", "video"], 0)
+
+    encoding = OnlineEncoding(held, loader, encoders, plan, 1, group, torch.device("cpu"))
+    encoding.load(0)
+    encoding.close()
+    dist.destroy_process_group()
+    training = any(module.training for encoder in encoders.values() for module in encoder.modules())
+    features = {(s, u.id): held.reader(s)(u.id).numpy() for s in encoders for u in chosen}
+    return features, training
+
+
+def _cached_one_by_one(
+    corpus_dir: Path, video_encoder: Path, directory: Path, utterances: int
+) -> dict[tuple[str, str], np.ndarray]:
+    """Of the feature store, where every clip was encoded by itself."""
+    corpus, config = Corpus.open(corpus_dir), RunConfig()
+    found: dict[tuple[str, str], np.ndarray] = {}
+    config.audio_encoder.path, config.audio_encoder.padding = str(asset_dir("whisper-tiny.en")), "clip"
+    config.video_encoder.path = str(video_encoder)
+    chosen = corpus.split("train")[:utterances]
+    for stream in ("audio", "video"):
+        encoder = load_encoder(config, stream, torch.device("cpu"))
+        read = corpus.audio if stream == "audio" else corpus.video
+
+        def encode(batch: list[Utterance], encoder=encoder, read=read) -> list[Tensor]:  # type: ignore[no-untyped-def]
+            with torch.no_grad():
+                return encoder([torch.from_numpy(read(each)) for each in batch])
+
+        store = build_features("encoder", encode, chosen, directory / stream, batch_size=1)
+        found |= {(stream, each.id): store.get(each.id).numpy() for each in chosen}
+    return found
+
+
+def _digest(features: dict[tuple[str, str], np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(features[key].tobytes() for key in sorted(features))).hexdigest()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_features_are_the_bits_of_the_cache_on_every_tensor_parallel_rank(lab: Lab, tmp_path: Path, world: int) -> None:
+    """Of clips encoded one by one; two and three ranks share five clips of unequal lengths unevenly."""
+    expected = run_world(_cached_one_by_one, 1, lab.corpus, lab.video_encoder, tmp_path, 5)[0]
+    for features, training in run_world(_made, world, lab.corpus, lab.video_encoder, 1, 5):
+        assert not training, "frozen encoders stay in eval mode"
+        assert features.keys() == expected.keys() and len(expected) == 10
+        for key, value in features.items():
+            assert value.dtype == np.float16
+            np.testing.assert_array_equal(value, expected[key], str(key))
+
+
+def test_more_ranks_than_clips(lab: Lab, tmp_path: Path) -> None:
+    one, two = (run_world(_made, world, lab.corpus, lab.video_encoder, 8, 1) for world in (1, 2))
+    assert _digest(one[0][0]) == _digest(two[0][0]) == _digest(two[1][0])
+
+
+@pytest.fixture(scope="module")
+def damaged(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
+    """A copy of the corpus with one training video overwritten, and the utterance's id."""
+    folder = tmp_path_factory.mktemp("damaged")
+    corpus = Corpus.open(shutil.copytree(lab.corpus, folder / "corpus"))
+    utterance = corpus.split("train")[7]
+    offset, size = utterance.members["mp4"]
+    with (folder / "corpus" / utterance.shard).open("r+b") as shard:
+        shard.seek(offset + size // 2)
+        shard.write(bytes(64))
+    return Lab(folder / "corpus", lab.llm, lab.video_encoder, folder / "cache"), utterance.id
+
+
+def _refusal(overrides: list[str], cache: Path) -> str:
+    """What a rank says when it stops."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    config = load_config(overrides)
+    with pytest.raises(UserError) as error:
+        train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+    return str(error.value)
+
+
+def test_a_damaged_clip_stops_every_rank_by_name(damaged: tuple[Lab, str], tmp_path: Path) -> None:
+    """One of two tensor-parallel ranks of the first of two pipeline stages meets it."""
+    lab, name = damaged
+    overrides = lab.overrides(tmp_path, *AUGMENTED, "task=vsr", "parallel.ep=1", "parallel.tp=2", "parallel.pp=2")
+    refusals = run_world(_refusal, 4, overrides, lab.cache)
+    assert all(f"{name}.mp4: its bytes have changed" in refusal for refusal in refusals), refusals
+
+
+def test_damaged_clips_may_be_left_out(damaged: tuple[Lab, str], tmp_path: Path) -> None:
+    lab, name = damaged
+    losses = lab.train(2, tmp_path, *AUGMENTED, "task=vsr", "data.max_damaged_utterances=1", tp=2)
+    used = [each for record in lines(tmp_path / "metrics.jsonl") for each in record["utterances"]]
+    assert len(losses) == 5 and len(set(used)) == 23 and name not in used
