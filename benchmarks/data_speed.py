@@ -24,7 +24,7 @@ import torch
 from benchmarks.measuring import WARM_UP_ROUNDS, machine
 from benchmarks.results import RESULTS, table, write_results
 from mome_dist.cli import main_guard
-from mome_dist.config.schema import AudioTimeMaskConfig, AugmentationConfig, NoiseConfig, VideoTimeMaskConfig
+from mome_dist.config.schema import AugmentationConfig, NoiseConfig, TimeMaskConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.media import SAMPLE_RATE
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
@@ -54,8 +54,8 @@ def candidates(corpus: Corpus, recordings: Path) -> dict[str, Callable[[Utteranc
     paper = AugmentationConfig(
         crop=88,
         flip=0.5,
-        video_time_mask=VideoTimeMaskConfig(width=10),
-        audio_time_mask=AudioTimeMaskConfig(width=6400),
+        video_time_mask=TimeMaskConfig(10, 25),
+        audio_time_mask=TimeMaskConfig(6400, 16_000),
         noise=NoiseConfig("babble", snr=[0.0]),
     )
     recorded = AugmentationConfig(noise=NoiseConfig(str(recordings), snr=[0.0]))

@@ -112,15 +112,9 @@ class DataConfig:
 
 
 @dataclass
-class VideoTimeMaskConfig:
+class TimeMaskConfig:
     width: int = 0
     stride: int = 25
-
-
-@dataclass
-class AudioTimeMaskConfig:
-    width: int = 0
-    stride: int = 16_000
 
 
 @dataclass
@@ -141,8 +135,8 @@ class ModalityDropoutConfig:
 class AugmentationConfig:
     crop: int | None = None
     flip: float = 0.0
-    video_time_mask: VideoTimeMaskConfig = field(default_factory=VideoTimeMaskConfig)
-    audio_time_mask: AudioTimeMaskConfig = field(default_factory=AudioTimeMaskConfig)
+    video_time_mask: TimeMaskConfig = field(default_factory=TimeMaskConfig)
+    audio_time_mask: TimeMaskConfig = field(default_factory=lambda: TimeMaskConfig(stride=16_000))
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     modality_dropout: ModalityDropoutConfig = field(default_factory=ModalityDropoutConfig)
 

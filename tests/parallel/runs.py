@@ -7,8 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mome_dist.assets import asset_dir
-from mome_dist.checkpoint.load import LoadedRun
+from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config import load_config, validate
 from mome_dist.config.validate import streams_of
 from mome_dist.data.corpus import Corpus
@@ -89,6 +91,19 @@ def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
     utterances, layout = corpus.split("validation"), Layout.for_world(1)
     builder = BatchBuilder(utterances, run.sequences, features, 1, dp_rank, dp_size, run.device, layout)
     return builder.build(range(len(utterances)), run.views)
+
+
+def reference_validation(run: Path, cache: Path) -> dict[str, float]:
+    """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    loaded = load_run(run)
+    step = validation_step(loaded)
+    with torch.no_grad():
+        return {
+            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
+            / step.label_tokens
+            for batch in step.microbatches
+        }
 
 
 def lines(path: Path) -> list[dict]:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mome_dist.assets import asset_dir
-from mome_dist.checkpoint.load import load_run
 from mome_dist.config import load_config, validate
 from mome_dist.config.schema import AugmentationConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
@@ -26,7 +25,7 @@ from mome_dist.errors import UserError
 from mome_dist.training import online
 from mome_dist.training.loop import train
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
-from tests.parallel.runs import Lab, lines, validation_step
+from tests.parallel.runs import Lab, lines, reference_validation
 from tests.parallel.worlds import run_world
 
 ONLINE = ["data.features=online", "training.log_utterances=true", "data.bucket_batches=1"]
@@ -82,6 +81,12 @@ def test_every_layout_trains_on_the_same_augmented_clips(
     np.testing.assert_allclose(losses, augmented[0], rtol=1e-5)
 
 
+def test_batches_by_frames_are_augmented_alike_too(lab: Lab, tmp_path: Path) -> None:
+    frames = [*AUGMENTED, "data.batch_size=null", "data.max_frames=500", "training.steps=3"]
+    one = lab.train(1, tmp_path / "one", *frames)
+    np.testing.assert_allclose(lab.train(2, tmp_path / "two", *frames, tp=2), one, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2)])
 def test_a_resume_continues_with_the_same_augmented_clips(
     augmented: tuple[list[float], Path], lab: Lab, tmp_path: Path, world: int, tp: int
@@ -103,21 +108,9 @@ def test_the_wait_for_data_is_logged(augmented: tuple[list[float], Path]) -> Non
     assert all(0 <= record["data_wait_seconds"] < record["seconds"] for record in records)
 
 
-def _clean_validation(run: Path, cache: Path) -> dict[str, float]:
-    os.environ["MOME_DIST_CACHE"] = str(cache)
-    loaded = load_run(run)
-    step = validation_step(loaded)
-    with torch.no_grad():
-        return {
-            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
-            / step.label_tokens
-            for batch in step.microbatches
-        }
-
-
 def test_validation_stays_clean(augmented: tuple[list[float], Path], lab: Lab) -> None:
     validation = lines(augmented[1] / "metrics.jsonl")[-1]["validation"]
-    expected = run_world(_clean_validation, 1, augmented[1], lab.cache)[0]
+    expected = run_world(reference_validation, 1, augmented[1], lab.cache)[0]
     assert validation == pytest.approx(expected, rel=1e-5)
 
 

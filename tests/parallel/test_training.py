@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
-from mome_dist.checkpoint.load import load_run
 from mome_dist.errors import UserError
-from tests.parallel.runs import Lab, lines, validation_step
+from tests.parallel.runs import Lab, lines, reference_validation
 from tests.parallel.worlds import run_world
 
 
@@ -89,24 +87,11 @@ def test_frozen_projectors_stay_those_of_the_run_that_trained_them(lab: Lab, tmp
             assert same == name.startswith("model/projectors"), name
 
 
-def _reference_validation(run: Path, cache: Path) -> dict[str, float]:
-    """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
-    os.environ["MOME_DIST_CACHE"] = str(cache)
-    loaded = load_run(run)
-    step = validation_step(loaded)
-    with torch.no_grad():
-        return {
-            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
-            / step.label_tokens
-            for batch in step.microbatches
-        }
-
-
 @pytest.mark.parametrize("placement", ["mhsa", "ffn", "layer"])
 def test_the_decoding_model_has_the_losses_of_the_training_model(lab: Lab, tmp_path: Path, placement: str) -> None:
     lab.train(4, tmp_path, f"mome={placement}", "mome.routed_experts=8", "training.validate_every=5", tp=2, pp=1, ep=2)
     validation = lines(tmp_path / "metrics.jsonl")[-1]["validation"]
-    expected = run_world(_reference_validation, 1, tmp_path, lab.cache)[0]
+    expected = run_world(reference_validation, 1, tmp_path, lab.cache)[0]
     assert validation.keys() == expected.keys() and len(expected) == 8
     for view, loss in validation.items():
         assert loss == pytest.approx(expected[view], rel=1e-5)

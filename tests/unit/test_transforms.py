@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mome_dist.config.schema import AudioTimeMaskConfig, AugmentationConfig, NoiseConfig, VideoTimeMaskConfig
+from mome_dist.config.schema import AugmentationConfig, NoiseConfig, TimeMaskConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.noise import measure_snr
 from mome_dist.data.transforms import (
@@ -23,8 +23,8 @@ from mome_dist.errors import UserError
 PAPER = AugmentationConfig(
     crop=88,
     flip=0.5,
-    video_time_mask=VideoTimeMaskConfig(width=10),
-    audio_time_mask=AudioTimeMaskConfig(width=6400),
+    video_time_mask=TimeMaskConfig(10, 25),
+    audio_time_mask=TimeMaskConfig(6400, 16_000),
     noise=NoiseConfig(source="babble"),
 )
 
