@@ -44,9 +44,12 @@ class ExpertStack(nn.Module):
         return ExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        """Sum of all experts' outputs for every token: [T, H] -> [T, H], in the same dtype."""
-        gates_TN = torch.ones(hidden_TH.shape[0], self.down_weight.shape[0], device=hidden_TH.device)
-        return dense_experts(hidden_TH, self.weights(), gates_TN)
+        """Sum of all experts' outputs for every token: [T, H] -> [T, H], in the same dtype. Together they are one wide
+        expert."""
+        dtype = hidden_TH.dtype
+        down_NH, up_HN = self.down_weight.flatten(0, 1), self.up_weight.transpose(0, 1).flatten(1)
+        narrow_TN = F.gelu(F.linear(hidden_TH, down_NH.to(dtype), self.down_bias.flatten().to(dtype)))
+        return F.linear(narrow_TN, up_HN.to(dtype), self.up_bias.sum(dim=0).to(dtype))
 
 
 def dense_experts(
