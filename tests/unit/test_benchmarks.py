@@ -166,11 +166,12 @@ def test_committed_layer_tables_hold_what_is_aimed_at(precision: str) -> None:
     cases = json.loads((ROOT / f"benchmarks/results/moe_layer_{precision}.json").read_text())["figures"]
     sizes = {(case["processes"], case["hidden_size"], case["bottleneck"]) for case in cases}
     assert sizes == set(itertools.product((1, 2, 4), (576, 2048), (12, 128))) and len(cases) == 2 * len(sizes)
-    for case in cases:
-        if precision == "bf16":  # the precision of training; the fp32 table has a near tie that went the wrong way
-            assert moe_layer.excess(case) <= 0.10, "auto takes little longer than the best"
-        if case["bottleneck"] == 12:
-            assert moe_layer.speed_up(case, case["auto"]) >= 2, "MoME's own experts, at least twice as fast"
+    assert max(map(moe_layer.excess, cases)) <= 0.10, "auto takes little longer than the best"
+    ratios = [moe_layer.speed_up(case, case["auto"]) for case in cases if case["bottleneck"] == 12]
+    text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
+    below = sum(ratio < 2 for ratio in ratios)
+    told = f"{precision}: {min(ratios):.2f} to {max(ratios):.2f} times, {below} of {len(ratios)} cases below 2"
+    assert told in text, f"the README does not tell the table's figures: {told}"
 
 
 def test_the_readme_of_the_benchmarks_tells_what_the_committed_step_table_says() -> None:
