@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.errors import UserError
 
 CHUNK = 4 << 20  # bytes that are read at once
-_OPEN_FILES = 64
+_OPEN_FILES = 64  # of a thread
 STRUCTURE = ("format", "content", "files", "tensors")  # of an index: what depends on how it is cut into files
 
 
@@ -109,32 +110,35 @@ class Source:
 
 
 class OpenFiles:
-    """Descriptors of the files in use, a limited number of them."""
+    """Descriptors of the files in use, a limited number of them for each thread: what one thread closes, to make room,
+    no other can be reading from."""
 
     def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._threads: dict[int, OrderedDict[Path, int]] = {}
 
     def descriptor(self, path: Path) -> int:
-        """Of a file open for reading.
+        """Of a file open for reading; the calling thread's own, until it asks for other files.
 
         Raises:
             UserError: if it cannot be opened.
         """
-        if path in self._descriptors:
-            self._descriptors.move_to_end(path)
+        mine = self._threads.setdefault(threading.get_ident(), OrderedDict())
+        if path in mine:
+            mine.move_to_end(path)
         else:
             try:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                mine[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error}); use an older checkpoint.") from error
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        return self._descriptors[path]
+            if len(mine) > _OPEN_FILES:
+                os.close(mine.popitem(last=False)[1])
+        return mine[path]
 
     def close(self) -> None:
-        """Close all."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close all, of all threads; none may be reading."""
+        for descriptors in self._threads.values():
+            while descriptors:
+                os.close(descriptors.popitem()[1])
 
 
 def open_canonical(directory: Path) -> Source:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from mome_dist.checkpoint.format import merge_parts
 from mome_dist.checkpoint.hashes import StreamedHash, raw_bytes, tensor_hash
 from mome_dist.checkpoint.parts import parts_of, write_part
 from mome_dist.checkpoint.pieces import Constant, Piece, Range, TensorFacts
-from mome_dist.checkpoint.source import Source
+from mome_dist.checkpoint.source import OpenFiles, Source
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.projector import Projectors
@@ -231,6 +233,23 @@ def test_the_hash_of_a_stream_is_that_of_the_tensor(by_row: bool) -> None:
     assert (len(digests) == 6) == by_row
     whole = InMemory({"x.routed." if by_row else "x": tensor})
     assert whole.digests(next(iter(whole.facts))) == digests
+
+
+def test_threads_that_read_many_files_read_the_right_ones(tmp_path: Path) -> None:
+    """More files than stay open: a descriptor that one thread closes is the next one's that another opens."""
+    paths = [tmp_path / str(number) for number in range(200)]
+    for number, path in enumerate(paths):
+        path.write_bytes(number.to_bytes(8, "little"))
+    files = OpenFiles()
+
+    def wrong(seed: int) -> int:
+        chosen = np.random.default_rng(seed).integers(len(paths), size=20_000)
+        read = (int.from_bytes(os.pread(files.descriptor(paths[n]), 8, 0), "little") for n in chosen)
+        return sum(found != number for found, number in zip(read, chosen, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(wrong, range(4))) == 0
+    files.close()
 
 
 def test_the_tool_imports_neither_megatron_nor_a_process_group() -> None:
