@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mome_dist.moe.dispatch.exchange import gathered, summed_share
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 
 PRODUCTS = 3  # forward, and the gradients of input and weight
@@ -218,8 +219,8 @@ def _link_bytes(load: LayerLoad, group: dist.ProcessGroup, dtype: torch.dtype, d
     mine, gradients = torch.zeros(numbers, dtype=dtype, device=device), torch.zeros(ep * numbers, device=device)
 
     def travel() -> None:
-        dist.all_gather_into_tensor(mine.new_empty(ep * numbers), mine, group=group)
-        dist.reduce_scatter_tensor(gradients.new_empty(numbers), gradients, group=group)
+        gathered(mine, group).land()
+        summed_share(gradients, group).land()
 
     return sent / statistics.median(_slowest(travel, device) for _ in range(1 + TIMINGS))
 

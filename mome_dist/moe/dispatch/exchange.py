@@ -20,16 +20,18 @@ Launch = Callable[[Tensor], "Flight"]
 
 @dataclass
 class Flight:
-    """A collective under way: what it will have written when ``work`` is done; ``source`` must live until then."""
+    """A collective under way: what it will have written when ``work`` is done; ``source`` must live until then.
+    ``parts`` of equal size are summed when it has landed."""
 
     result: Tensor
     source: Tensor
     work: dist.Work
+    parts: int = 1
 
     def land(self) -> Tensor:
         """Wait, and return the result."""
         self.work.wait()
-        return self.result
+        return self.result if self.parts == 1 else self.result.view(self.parts, -1).sum(dim=0)
 
 
 class Exchange:
@@ -110,16 +112,33 @@ def all_to_all(group: dist.ProcessGroup, sent: list[int], received: list[int]) -
 
 def all_gather(group: dist.ProcessGroup, dtype: torch.dtype) -> Exchange:
     """[N] fp32 on each of R ranks -> [R * N] in ``dtype`` on all; gradients are summed over the ranks in fp32."""
+    return Exchange(
+        lambda source: gathered(source.to(dtype), group),
+        lambda gradient: summed_share(gradient.float().contiguous(), group),
+    )
+
+
+def gathered(source_N: Tensor, group: dist.ProcessGroup) -> Flight:
+    """[N] on each of R ranks -> [R * N] on all.
+
+    gloo's own gather goes round a ring: with four ranks it takes three times as long as sending N to each.
+    """
     ranks = dist.get_world_size(group)
+    result = source_N.new_empty(ranks * source_N.numel())
+    if dist.get_backend(group) != "gloo":
+        return Flight(result, source_N, dist.all_gather_into_tensor(result, source_N, group=group, async_op=True))
+    copies = source_N.repeat(ranks)
+    return Flight(result, copies, dist.all_to_all_single(result, copies, group=group, async_op=True))
 
-    def gather(source: Tensor) -> Flight:
-        source = source.to(dtype)
-        result = source.new_empty(ranks * source.numel())
-        return Flight(result, source, dist.all_gather_into_tensor(result, source, group=group, async_op=True))
 
-    def scatter(gradient: Tensor) -> Flight:
-        gradient = gradient.float().contiguous()
-        result = gradient.new_empty(gradient.numel() // ranks)
-        return Flight(result, gradient, dist.reduce_scatter_tensor(result, gradient, group=group, async_op=True))
+def summed_share(source_N: Tensor, group: dist.ProcessGroup) -> Flight:
+    """[R * N] on each of R ranks -> [N], a rank's own part of the sum over ranks.
 
-    return Exchange(gather, scatter)
+    gloo's own reduction takes three times as long as sending every rank its parts, to be summed there.
+    """
+    ranks = dist.get_world_size(group)
+    if dist.get_backend(group) != "gloo":
+        result = source_N.new_empty(source_N.numel() // ranks)
+        return Flight(result, source_N, dist.reduce_scatter_tensor(result, source_N, group=group, async_op=True))
+    result = torch.empty_like(source_N)
+    return Flight(result, source_N, dist.all_to_all_single(result, source_N, group=group, async_op=True), ranks)
