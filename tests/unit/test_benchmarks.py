@@ -196,3 +196,24 @@ def test_committed_plans_hold_what_is_aimed_at() -> None:
         assert stage["predicted"] == pytest.approx(stage["measured"], rel=0.10)
     measured = [case["seconds"] for case in cases]
     assert spearmanr(measured, [case["predicted seconds"]["total"] for case in cases]).statistic >= 0.8
+
+
+def test_the_readme_of_the_benchmarks_tells_what_was_learned() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/learning.json").read_text())["figures"]
+    by_case = {
+        name: {(view["view"], view["snr"]): view for view in evaluation["views"]}
+        for name, evaluation in figures["evaluations"].items()
+    }
+    gains = []
+    for audio, video, snr in itertools.product((4, 16), (2, 5), (-5, 0)):
+        for name in ("tiny", "tiny_noise"):
+            both, alone = by_case[name][f"avsr({audio},{video})", snr], by_case[name][f"asr({audio})", snr]
+            assert both["wer_high"] < alone["wer_low"], "lips help in babble, outside both intervals"
+        if snr == -5:
+            gains.append(by_case["tiny"][both["view"], snr]["wer"] - by_case["tiny_noise"][both["view"], snr]["wer"])
+    text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
+    assert f"takes off another {min(gains):.0f} to {max(gains):.0f} points at -5 dB" in text
+    together = [case for case in figures["comparisons"] if case["view"] == "avsr(16,5)"]
+    assert len(together) == 5 and all(case["low"] <= 0 <= case["high"] for case in together)
+    (lips,) = [case for case in figures["comparisons"] if case["view"] == "vsr(5)"]
+    assert lips["low"] > 0
