@@ -92,10 +92,20 @@ class Job:
     def restarts(self) -> int:
         return int(self.show()["Restarts"])
 
-    def accounted(self) -> list[str]:
-        """States of all its starts in the accounting, oldest first."""
-        told = self.desk.cluster.run(["sacct", "-D", "-X", "-n", "-P", "--format=State", "-j", self.id]).stdout
-        return [line.split()[0] for line in told.splitlines() if line]
+    def accounted(self, starts: int = 1) -> list[str]:
+        """States of its starts (or array tasks) in the accounting, oldest first, once there are so many and all have
+        ended: the accounting hears of an end after those who wait for the job."""
+
+        def states() -> list[str]:
+            told = self.desk.cluster.run(["sacct", "-D", "-X", "-n", "-P", "--format=State", "-j", self.id]).stdout
+            return [line.split()[0] for line in told.splitlines() if line]
+
+        def ended() -> bool:
+            found = states()
+            return len(found) >= starts and not {"PENDING", "RUNNING"} & set(found)
+
+        self.wait(ended, 30, f"end of {starts} starts in the accounting")
+        return states()
 
     def saved_step(self) -> int:
         """The newest step that it has saved."""

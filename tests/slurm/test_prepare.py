@@ -21,7 +21,7 @@ def test_a_job_array_makes_one_corpus(desk: Desk) -> None:
     command[1:3] = ["--parsable", "--wait", "--array=1-3:2", "--cpus-per-task=1"]
     words = [{"lrs3": "lrs2", "LRS3": "LRS2", "corpora/lrs3": "corpora/lrs2"}.get(word, word) for word in command]
     job = desk.run([*words, "--clips-per-shard", "1"], timeout=120).stdout.strip()
-    assert Job(desk, job, desk.folder).accounted() == ["COMPLETED", "COMPLETED"]
+    assert Job(desk, job, desk.folder).accounted(2) == ["COMPLETED", "COMPLETED"]
     told = [(desk.folder / f"slurm-{job}_{task}.out").read_text() for task in (1, 3)]
     assert all("2/2" in text for text in told), "each task has done two of the four shards"
     corpus = Corpus.open(desk.folder / "corpora/lrs2")

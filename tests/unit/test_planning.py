@@ -217,21 +217,22 @@ def test_the_cheaper_dispatch_is_the_one_that_was_measured(tmp_path: Path) -> No
     measured = json.loads((results / "plan_layout.json").read_text())["figures"]["rates"]
     record = {"device": "cpu", "nodes": 1, "ranks_per_node": 2, "cores": 2, "memory_bytes": 20e9, **measured}
     (tmp_path / "cluster.json").write_text(json.dumps(record))
-    checked = 0
-    # More processes than cores are in that table too; what they do in turns is no dispatch's cost.
+    decided = set()
     for case in json.loads((results / "moe_layer_bf16.json").read_text())["figures"]:
         processes, weights = case["processes"], "gather" if case["processes"] > 1 else "local"
-        took = {name: case["candidates"][name]["milliseconds"] for name in ("alltoall", weights)}
-        if processes > 2 or max(took.values()) < 1.25 * min(took.values()):
+        if processes > 2:  # more than cores: what they do in turns is no dispatch's cost
             continue
+        took = {name: case["candidates"][name]["milliseconds"] for name in ("alltoall", weights)}
         job = _job(precision="bf16", experts=case["experts"], bottleneck=case["bottleneck"], top_k=4, shared=1)
         job = replace(job, shape=replace(job.shape, hidden_size=case["hidden_size"]))
         cluster = measured_cluster(tmp_path / "cluster.json", 1, processes)
         ways = {name: _candidate(processes, dispatch=name, ep=processes) for name in took}
         predicted = {name: expert_seconds(job, way, cluster, 704) for name, way in ways.items()}
-        assert min(predicted, key=predicted.__getitem__) == min(took, key=took.__getitem__), case
-        checked += 1
-    assert checked >= 12
+        chosen, best = (min(seconds, key=seconds.__getitem__) for seconds in (predicted, took))
+        assert took[chosen] < 1.25 * took[best], case
+        if took[best] * 1.25 <= max(took.values()):
+            decided.add((processes, best))
+    assert decided >= {(1, "alltoall"), (2, "alltoall"), (2, "gather")}, "the table decides too little to test anything"
 
 
 def test_clips_have_the_lengths_of_real_sequences() -> None:
