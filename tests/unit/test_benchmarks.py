@@ -169,10 +169,8 @@ def test_committed_layer_tables_hold_what_is_aimed_at(precision: str) -> None:
     assert max(map(moe_layer.excess, cases)) <= 0.10, "auto takes little longer than the best"
     ratios = [moe_layer.speed_up(case, case["auto"]) for case in cases if case["bottleneck"] == 12]
     text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
-    if precision == "bf16":  # that of training
-        assert min(ratios) >= 2, "MoME's own experts, at least twice as fast"
-    below = sum(ratio < 2 for ratio in ratios)
-    told = f"{precision}: {min(ratios):.2f} to {max(ratios):.2f} times, {below} of {len(ratios)} cases below 2"
+    assert min(ratios) >= 2, "MoME's own experts, at least twice as fast"
+    told = f"{precision}: {min(ratios):.2f} to {max(ratios):.2f} times"
     assert told in text, f"the README does not tell the table's figures: {told}"
 
 
