@@ -88,6 +88,8 @@ def _run_child(module: str, arguments: Sequence[str], rendezvous: dict[str, str]
             time.sleep(_POLL_SECONDS)
     finally:
         signal.signal(_WARNING, submitits)
+    if rank.returncode == -signal.SIGUSR1:
+        return PREEMPTED  # told before it listened: it had not begun to train
     return rank.returncode if rank.returncode >= 0 else 128 - rank.returncode
 
 

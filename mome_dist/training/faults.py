@@ -40,6 +40,9 @@ class Agreement:
 class StepWatch:
     """Notes stop signals while it is open, and lets the ranks agree once a step.
 
+    When it closes because the run stops as asked, the process ignores such signals from there on: one rank may be told
+    a moment after the ranks have agreed to stop, and would otherwise die of it with everything saved.
+
     Args:
         device: of this rank's collectives.
     """
@@ -56,7 +59,7 @@ class StepWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if isinstance(error, PreemptedError) else handler)
 
     def agree(self, finite: bool, data_wait: float) -> Agreement:
         """Combine what this rank found with all others; every rank calls it at the same point of a step."""

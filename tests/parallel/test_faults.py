@@ -45,6 +45,7 @@ def _train_until_told(overrides: list[str], cache: Path, number: int, at_step: i
     try:
         loop.train(config, validate(config, int(os.environ["WORLD_SIZE"])))
     except PreemptedError as stop:
+        os.kill(os.getpid(), number)  # the other rank was told, and this one hears of it only now
         return str(stop)
     return ""
 
