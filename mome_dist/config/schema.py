@@ -123,6 +123,7 @@ class NoiseConfig:
     talkers: int = 8
     snr: list[float | None] = field(default_factory=lambda: [-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, None])
     probability: float = 1.0
+    log: bool = True
 
 
 @dataclass

@@ -7,8 +7,9 @@ pure function of what was asked for: the number of threads and their order chang
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.media import Audio, Video
@@ -16,6 +17,18 @@ from mome_dist.data.transforms import Augmentation
 
 Wanted = tuple[str, Utterance, int]
 """A stream ("audio" or "video"), an utterance and a draw (see `mome_dist.data.seeding`)."""
+
+
+class Clip(NamedTuple):
+    """A clip as it is trained on.
+
+    Attributes:
+        samples: audio, float32 [samples], or video, uint8 [T, H, W].
+        noise: what `mome_dist.data.noise.add` says of it; None without a source of noise, and for video.
+    """
+
+    samples: Audio | Video
+    noise: Mapping[str, Any] | None = None
 
 
 class ClipLoader:
@@ -30,7 +43,7 @@ class ClipLoader:
     def __init__(self, corpus: Corpus, augmentation: Augmentation, threads: int) -> None:
         self._corpus, self._augmentation = corpus, augmentation
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="clips")
-        self._started: dict[Wanted, Future[Audio | Video]] = {}
+        self._started: dict[Wanted, Future[Clip]] = {}
 
     def start(self, wanted: Sequence[Wanted]) -> None:
         """Begin to read clips that will be taken next, and give up those that were begun and are not among them."""
@@ -40,7 +53,7 @@ class ClipLoader:
         for future in before.values():
             future.cancel()
 
-    def take(self, wanted: Sequence[Wanted]) -> tuple[list[Audio | Video], float]:
+    def take(self, wanted: Sequence[Wanted]) -> tuple[list[Clip], float]:
         """The clips, and the seconds that they had to be waited for.
 
         Raises:
@@ -52,15 +65,15 @@ class ClipLoader:
         self._started = {}
         return clips, time.monotonic() - began
 
-    def read(self, stream: str, utterance: Utterance, draw: int) -> Audio | Video:
-        """One clip, transformed: audio float32 [samples], video uint8 [T, H, W].
+    def read(self, stream: str, utterance: Utterance, draw: int) -> Clip:
+        """One clip, transformed.
 
         Raises:
             DamagedDataError: if it cannot be read.
         """
         if stream == "audio":
-            return self._augmentation.audio(self._corpus.audio(utterance), utterance, draw)
-        return self._augmentation.video(self._corpus.video(utterance), utterance, draw)
+            return Clip(*self._augmentation.audio(self._corpus.audio(utterance), utterance, draw))
+        return Clip(self._augmentation.video(self._corpus.video(utterance), utterance, draw))
 
     def close(self) -> None:
         """Give up what was begun."""

@@ -40,7 +40,7 @@ class Metrics:
             return
         self._folder = Path(config.output_dir)
         for name in ("metrics.jsonl", "routing.jsonl"):
-            _keep_until(self._folder / name, start)
+            keep_until(self._folder / name, start)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
         if config.training.wandb_project:
             self._wandb = _start_wandb(config)
@@ -136,7 +136,7 @@ def _routing_scalars(record: dict[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run trains again, and a last line that a killed run left unfinished.
 
     Raises:

@@ -28,6 +28,7 @@ from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.views import View
 from mome_dist.training.batches import FeatureReader
+from mome_dist.training.noise_log import NoiseLog
 
 CLIPS_TOGETHER = 8  # that an encoder is given at once; bounds its memory
 
@@ -84,6 +85,7 @@ class OnlineEncoding:
         steps: of the run; nothing is read ahead beyond them.
         group: the tensor-parallel ranks.
         device: of the encoders.
+        noise_log: of the noise that clips are heard in; None keeps none.
     """
 
     def __init__(
@@ -95,9 +97,11 @@ class OnlineEncoding:
         steps: int,
         group: dist.ProcessGroup,
         device: torch.device,
+        noise_log: NoiseLog | None = None,
     ) -> None:
         self._held, self._loader, self._encoders, self._plan = held, loader, encoders, plan
         self._steps, self._group, self._device = steps, group, device
+        self._noise_log = noise_log
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     def load(self, step: int) -> float:
@@ -143,7 +147,9 @@ class OnlineEncoding:
         taken, waited = self._loader.take(wanted)
         if step + 1 < self._steps:
             self._loader.start(self._wanted(self._plan(step + 1)))
-        raw = {(stream, utterance.id): clip for (stream, utterance, _), clip in zip(wanted, taken, strict=True)}
+        if self._noise_log is not None:
+            self._noise_log.step(step + 1, [clip.noise for clip in taken if clip.noise is not None])
+        raw = {(stream, utterance.id): clip.samples for (stream, utterance, _), clip in zip(wanted, taken, strict=True)}
         features = {}
         for stream in clips.streams:
             share = self._shares(clips, stream)[self._rank]

@@ -49,6 +49,7 @@ from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine
+from mome_dist.training.noise_log import NoiseLog
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 
 DESCRIBED_STEPS = 50  # of the first epoch, for the line that describes it
@@ -116,9 +117,6 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
     validation = validation_batches(config, utterances["validation"], layout)
     console.print(describe_epoch(order, DESCRIBED_STEPS, config.data.accumulation, layout.dp), highlight=False)
-    online = None
-    if config.data.features == "online":
-        online = _online(config, corpus, found.encoders, batches["train"], order, device)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     report("building the model", patient=True)
@@ -141,6 +139,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)
+    online = None
+    if config.data.features == "online":
+        online = _online(config, corpus, found.encoders, batches["train"], order, device, start)
     saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
     left_out = sum(map(len, damaged.values()))
     return Trainer(config, model, engine, batches, order, validation, saver, start, left_out, online)
@@ -240,6 +241,7 @@ def _online(
     builder: BatchBuilder,
     order: Order,
     device: torch.device,
+    start: int,
 ) -> OnlineEncoding:
     """Encoding inside the step, whose features ``builder`` then reads."""
     views = views_of(config)
@@ -256,7 +258,9 @@ def _online(
     augmentation = Augmentation.open(config.augmentation, corpus, config.data.train_split, config.seed)
     loader = ClipLoader(corpus, augmentation, config.data.decode_threads)
     group = parallel_state.get_tensor_model_parallel_group()
-    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device)
+    logged = augmentation.noise is not None and config.augmentation.noise.log
+    noise_log = NoiseLog(Path(config.output_dir), start) if logged else None
+    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device, noise_log)
 
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:

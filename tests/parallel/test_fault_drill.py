@@ -104,14 +104,14 @@ def _rank_of(launcher: int, rank: int) -> int:
 
 
 def test_half_a_line_of_metrics_is_dropped_and_damage_is_not(tmp_path: Path) -> None:
-    from mome_dist.training.metrics import _keep_until
+    from mome_dist.training.metrics import keep_until
 
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step}) for step in (1, 2, 3)]
     path.write_text("\n".join(whole) + '\n{"step": 4, "lo')
-    _keep_until(path, 2)
+    keep_until(path, 2)
     assert path.read_text().splitlines() == whole[:2]
     path.write_text("\n".join([whole[0], "half a li", whole[1]]) + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is no record"):
-        _keep_until(path, 2)
+        keep_until(path, 2)
     assert "half a li" in path.read_text()

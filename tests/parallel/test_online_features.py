@@ -79,6 +79,7 @@ def test_every_layout_trains_on_the_same_augmented_clips(
 ) -> None:
     losses = lab.train(world, tmp_path, *AUGMENTED, *more, tp=tp, pp=pp, ep=ep)
     np.testing.assert_allclose(losses, augmented[0], rtol=1e-5)
+    assert noise_heard(tmp_path) == noise_heard(augmented[1])
 
 
 def test_batches_by_frames_are_augmented_alike_too(lab: Lab, tmp_path: Path) -> None:
@@ -100,6 +101,36 @@ def test_a_resume_continues_with_the_same_augmented_clips(
     if world == 1:
         assert rest == losses[3:]
     np.testing.assert_allclose(rest, losses[3:], rtol=1e-5)
+    assert noise_heard(broken) == noise_heard(whole)
+
+
+def noise_heard(run: Path) -> list[dict]:
+    """What the ranks of a run wrote about noise, in the order of steps and utterances."""
+    written = [line for path in (run / "noise").glob("rank-*.jsonl") for line in lines(path)]
+    return sorted(written, key=lambda line: (line["step"], line["id"]))
+
+
+def test_the_noise_of_every_clip_is_written_down(augmented: tuple[list[float], Path]) -> None:
+    heard = noise_heard(augmented[1])
+    steps = [record for record in lines(augmented[1] / "metrics.jsonl") if "loss" in record]
+    assert [(line["step"], line["id"]) for line in heard] == [
+        (step["step"], name) for step in steps for name in sorted(step["utterances"])
+    ]
+    for line in heard:
+        if line["snr"] is None:
+            assert line["measured"] is None and line["origins"] == []
+        else:
+            assert line["measured"] == pytest.approx(line["snr"], abs=0.1) and len(line["origins"]) == 8
+    assert len({line["snr"] for line in heard}) > 3, "several ratios are among them"
+
+
+def test_a_fresh_start_forgets_the_noise_of_a_larger_world(lab: Lab, tmp_path: Path) -> None:
+    steps = [*AUGMENTED, "training.steps=1"]
+    lab.train(2, tmp_path, *steps, ep=2)
+    lab.train(1, tmp_path, *steps, "training.resume=false")
+    assert len(noise_heard(tmp_path)) == 8 == len(lines(tmp_path / "noise/rank-0.jsonl"))
+    lab.train(1, tmp_path / "unlogged", *steps, "augmentation.noise.log=false")
+    assert not (tmp_path / "unlogged/noise").exists()
 
 
 def test_the_wait_for_data_is_logged(augmented: tuple[list[float], Path]) -> None:

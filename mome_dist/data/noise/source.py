@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.media import Audio
-from mome_dist.data.noise.mixing import mix_at_snr
+from mome_dist.data.noise.mixing import measure_snr, mix_at_snr
 
 
 class Origin(NamedTuple):
@@ -28,10 +28,24 @@ class NoiseSource(Protocol):
         """What `noise` is made of for the same arguments."""
 
 
-def add(source: NoiseSource, speech: Audio, utterance: Utterance, snr: float | None, draw: int = 0) -> Audio:
+def add(
+    source: NoiseSource, speech: Audio, utterance: Utterance, snr: float | None, draw: int = 0
+) -> tuple[Audio, Mapping[str, Any]]:
     """``speech`` of ``utterance``, float32 [samples], with noise at ``snr`` dB; None leaves it clean. See `mix_at_snr`.
+
+    Returns:
+        The mixture, and what is known of it as JSON values: ``id``, ``draw``, ``snr`` (asked, dB; None for clean),
+        ``measured`` (in the mixture, dB; None for clean), ``origins`` (a list of [utterance id or file, offset]).
 
     Raises:
         UserError: if the source has no noise for the utterance.
     """
-    return speech if snr is None else mix_at_snr(speech, source.noise(utterance, draw), snr)
+    record: dict[str, Any] = {"id": utterance.id, "draw": draw, "snr": snr, "measured": None, "origins": []}
+    if snr is None:
+        return speech, record
+    noise = source.noise(utterance, draw)
+    mixed = mix_at_snr(speech, noise, snr)
+    measured = measure_snr(speech, noise, mixed)
+    record["measured"] = None if measured is None else round(measured, 3)
+    record["origins"] = [list(origin) for origin in source.origins(utterance, draw)]
+    return mixed, record

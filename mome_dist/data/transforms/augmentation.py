@@ -6,7 +6,9 @@ flip, time mask. Everything is a pure function of (seed, utterance id, draw).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.data.corpus import Corpus, Utterance
@@ -50,11 +52,13 @@ class Augmentation:
             return None
         return settings.snr[rng.integers(len(settings.snr))]
 
-    def audio(self, audio: Audio, utterance: Utterance, draw: int) -> Audio:
-        """The speech that is trained on, float32 [samples]."""
+    def audio(self, audio: Audio, utterance: Utterance, draw: int) -> tuple[Audio, Mapping[str, Any] | None]:
+        """The speech that is trained on, float32 [samples], and what `mome_dist.data.noise.add` says of its noise."""
         mask = TimeMask(self.config.audio_time_mask.width, self.config.audio_time_mask.stride)
         masked = mask.audio(audio, utterance_rng(self.seed, "audio time mask", utterance.id, draw))
-        return masked if self.noise is None else add(self.noise, masked, utterance, self.snr(utterance, draw), draw)
+        if self.noise is None:
+            return masked, None
+        return add(self.noise, masked, utterance, self.snr(utterance, draw), draw)
 
     def video(self, video_THW: Video, utterance: Utterance, draw: int) -> Video:
         """The mouth that is trained on, uint8 [T, H, W]: cropped, or of the stored size where ``crop`` is null."""
