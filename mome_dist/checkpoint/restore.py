@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.random_state import set_random_state
+from mome_dist.config.load import load_saved_config
+from mome_dist.config.schema import LoRAConfig
+from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME
@@ -93,6 +96,32 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
                 f"{directory} was trained with optimizer.name={reader.index['optimizer']}, now it is {optimizer}: set "
                 f"it back, {ANEW}."
             )
+
+
+def check_lora(directory: Path, lora: Mapping[str, LoRAConfig]) -> None:
+    """Refuse a checkpoint that was trained with other low-rank terms of the encoders than configured.
+
+    Args:
+        lora: by stream, none of an encoder that stays as it is. The scale is nowhere but in the configuration.
+
+    Raises:
+        UserError: naming the configuration key.
+    """
+    with CheckpointReader(directory) as reader:
+        reader.verify([CONFIG])
+    saved = lora_of(load_saved_config(directory / CONFIG))
+    for stream in ("audio", "video"):
+        if saved.get(stream) != lora.get(stream):
+            raise UserError(
+                f"{directory} was trained with {stream}_encoder.lora={_words(saved.get(stream))}, now it is "
+                f"{_words(lora.get(stream))}: set it back, {ANEW}."
+            )
+
+
+def _words(lora: LoRAConfig | None) -> str:
+    if lora is None:
+        return "null"
+    return f"{{rank: {lora.rank}, alpha: {lora.alpha:g}, targets: [{', '.join(lora.targets)}]}}"
 
 
 @torch.no_grad()
