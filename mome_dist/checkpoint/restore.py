@@ -113,15 +113,9 @@ def check_lora(directory: Path, lora: Mapping[str, LoRAConfig]) -> None:
     for stream in ("audio", "video"):
         if saved.get(stream) != lora.get(stream):
             raise UserError(
-                f"{directory} was trained with {stream}_encoder.lora={_words(saved.get(stream))}, now it is "
-                f"{_words(lora.get(stream))}: set it back, {ANEW}."
+                f"{directory} was trained with {stream}_encoder.lora={saved.get(stream, 'null')}, now it is "
+                f"{lora.get(stream, 'null')}: set it back, {ANEW}."
             )
-
-
-def _words(lora: LoRAConfig | None) -> str:
-    if lora is None:
-        return "null"
-    return f"{{rank: {lora.rank}, alpha: {lora.alpha:g}, targets: [{', '.join(lora.targets)}]}}"
 
 
 @torch.no_grad()

@@ -43,6 +43,10 @@ class LoRAConfig:
     alpha: float = 32.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
+    def __str__(self) -> str:
+        """As a command line writes it."""
+        return f"{{rank: {self.rank}, alpha: {self.alpha:g}, targets: [{', '.join(self.targets)}]}}"
+
 
 @dataclass
 class AudioEncoderConfig:

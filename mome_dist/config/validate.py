@@ -36,8 +36,8 @@ RESERVED_DEEPSPEED_KEYS = {
 }
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-LORA_TARGETS = {"audio": (*_ATTENTION, "fc1", "fc2"), "video": (*_ATTENTION, "intermediate_dense", "output_dense")}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA_TARGETS = {"audio": (*ATTENTION, "fc1", "fc2"), "video": (*ATTENTION, "intermediate_dense", "output_dense")}
 
 
 def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> None:

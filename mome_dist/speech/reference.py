@@ -99,6 +99,13 @@ class MoMESpeechLM(nn.Module):
         """The MoME modules, first layer first."""
         return cast(list[LocalMoME], list(self.mome))
 
+    def part_sizes(self) -> dict[str, int]:
+        """Numbers of parameters of "mome", "projectors" and, where encoders have any, "lora"."""
+        parts: dict[str, nn.Module] = {"mome": self.mome, "projectors": self.projectors}
+        if self.lora is not None:
+            parts["lora"] = self.lora
+        return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
     def initialize(self, seed: int, embedding_scale: float) -> None:
         """The same initial values as every parallel layout."""
         self.projectors.initialize(seed, embedding_scale)

@@ -54,7 +54,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
             save_config(config, Path(config.output_dir) / CONFIG)
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
-        ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config))
+        ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config), trainer.encoders)
         try:
             with StepWatch(current_device()) as watch:
                 losses = _run(config, layout, trainer, metrics, ledger, watch, console)

@@ -73,6 +73,7 @@ class Trainer:
         left_out: damaged utterances of both splits.
         online: encodes the clips of training steps; None where features are cached.
         validation_online: encodes the clips of a validation's batches for encoders that train; None if none does.
+        encoders: that encode while the run trains, by stream; none on later pipeline stages.
     """
 
     config: RunConfig
@@ -86,6 +87,7 @@ class Trainer:
     left_out: int
     online: OnlineEncoding | None
     validation_online: OnlineEncoding | None
+    encoders: dict[str, Encoder]
 
 
 def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
@@ -155,7 +157,20 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         restore_random_state(checkpoint, layout)
     saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
     left_out = sum(map(len, damaged.values()))
-    return Trainer(config, model, engine, batches, order, validation, saver, start, left_out, online, validation_online)
+    return Trainer(
+        config,
+        model,
+        engine,
+        batches,
+        order,
+        validation,
+        saver,
+        start,
+        left_out,
+        online,
+        validation_online,
+        found.encoders,
+    )
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
