@@ -69,7 +69,7 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     if not run.config.projector.trainable:
         parts = f"MoME; the {counts['projectors']:,} of the projectors were taken from another run and kept"
     if "lora" in counts:
-        parts += f"; {counts['lora']:,} LoRA of the encoders"
+        parts += f", {counts['lora']:,} LoRA of the encoders"
     rows = {
         "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,32 +98,46 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
             )
 
 
-def check_lora(directory: Path, lora: Mapping[str, LoRAConfig]) -> None:
-    """Refuse a checkpoint that was trained with other low-rank terms of the encoders than configured.
+def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = False) -> list[str]:
+    """Refuse a checkpoint whose encoders have other low-rank terms than configured.
 
     Args:
-        lora: by stream, none of an encoder that stays as it is. The scale is nowhere but in the configuration.
+        lora: by stream, none of an encoder that stays as it is. Alpha is nowhere but in the configuration.
+        init: whether a new run starts from the checkpoint's weights; then an encoder that was frozen may learn.
+
+    Returns:
+        The streams of such encoders.
 
     Raises:
         UserError: naming the configuration key.
     """
     with CheckpointReader(directory) as reader:
         reader.verify([CONFIG])
-    saved = lora_of(load_saved_config(directory / CONFIG))
+    saved, begin = lora_of(load_saved_config(directory / CONFIG)), []
     for stream in ("audio", "video"):
-        if saved.get(stream) != lora.get(stream):
+        before, now = saved.get(stream), lora.get(stream)
+        if init and before is None and now is not None:
+            begin.append(stream)
+        elif before != now:
             raise UserError(
-                f"{directory} was trained with {stream}_encoder.lora={saved.get(stream, 'null')}, now it is "
-                f"{lora.get(stream, 'null')}: set it back, {ANEW}."
+                f"{directory} was trained with {stream}_encoder.lora={before or 'null'}, now it is {now or 'null'}: "
+                f"set it back, {'or name another training.init_from' if init else ANEW}."
             )
+    return begin
 
 
 @torch.no_grad()
-def restore_weights(directory: Path, model: DistributedMoME) -> int:
-    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done."""
+def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[str] = ()) -> int:
+    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done.
+
+    Args:
+        without: streams whose encoder had no LoRA; here it keeps its initial values.
+    """
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
         for part in model.own_parts():
+            if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
+                continue
             value = reader.read(f"model/{part.name}", part.index)
             if value.shape != part.shape:
                 raise UserError(

@@ -144,10 +144,11 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         start = restore_weights(checkpoint, model)
     elif config.training.init_from is not None:
         source = find_checkpoint(config.training.init_from)
-        check_lora(source, lora_of(config))
-        # Projectors fit an encoder like any other of its width; LoRA is of one encoder.
-        check_frozen(source, {name: frozen[name] for name in ("llm", *(f"{s}_encoder" for s in lora_of(config)))})
-        restore_weights(source, model)
+        begin = check_lora(source, lora_of(config), init=True)
+        # Projectors suit any encoder of their width, LoRA the one that it was trained on.
+        adapted = [f"{stream}_encoder" for stream in lora_of(config) if stream not in begin]
+        check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
+        restore_weights(source, model, begin)
         console.print(f"starts from the weights of {source}", highlight=False)
     engine = Engine(
         model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel

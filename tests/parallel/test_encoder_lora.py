@@ -87,7 +87,6 @@ def one_graph(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Reference:
         (2, "sgd", 1, ["parallel.pp=2", "parallel.virtual=2", "deepspeed=zero0"]),
         (4, "sgd", 1, ["parallel.tp=2", "deepspeed=zero2", "parallel.recompute=full"]),
         (4, "adamw", 1, ["parallel.ep=2", "parallel.pp=2"]),
-        (2, "adamw", 1, ["parallel.tp=2", "deepspeed=zero0"]),
     ],
 )
 def test_every_layout_trains_as_one_graph_does(
@@ -205,13 +204,24 @@ def test_other_terms_are_refused(
 ) -> None:
     run = whole[1] if key.endswith("true") else tmp_path
     more = [] if key.endswith("true") else [f"{key}={whole[1]}"]
-    with pytest.raises(RuntimeError, match=r"was trained with video_encoder\.lora=\{rank: 4, alpha: 8, .*set it back"):
+    refusal = r"was trained with video_encoder\.lora=\{rank: 4, alpha: 8, .*set it back, or "
+    with pytest.raises(RuntimeError, match=refusal + (r"name another training\.init_from" if more else "start anew")):
         lab.train(1, run, *LIPS, other, *more)
 
 
 def test_a_run_may_start_from_the_weights_of_another(lab: Lab, whole: tuple[list[float], Path], tmp_path: Path) -> None:
-    losses = lab.train(1, tmp_path, *LIPS, VIDEO, f"training.init_from={whole[1]}", "training.steps=1")
-    assert losses[0] < whole[0][0]
+    """Of one with the same terms, and of the same encoder; or of one without any, its projectors kept."""
+    start = [*LIPS, VIDEO, "training.steps=3"]
+    assert lab.train(1, tmp_path / "same", *start, f"training.init_from={whole[1]}")[0] < whole[0][0]
+    save_lively_encoder(Corpus.open(lab.corpus), tmp_path / "encoder", seed=1)
+    other = [f"training.init_from={whole[1]}", f"video_encoder.path={tmp_path / 'encoder'}"]
+    with pytest.raises(RuntimeError, match="was trained with another video_encoder"):
+        lab.train(1, tmp_path / "other", *start, *other)
+    frozen = lab.train(1, tmp_path / "frozen", *LIPS, "training.steps=2")
+    kept = ["projector.trainable=false", f"training.init_from={tmp_path / 'frozen'}"]
+    assert lab.train(1, tmp_path / "adapted", *start, *kept)[0] < frozen[0]
+    with CheckpointReader(find_checkpoint(tmp_path / "adapted")) as reader:
+        assert all(reader.read(name).any() for name in reader.names("model/lora."))
 
 
 def test_evaluation_has_no_untrained_encoder(
