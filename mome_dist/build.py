@@ -13,6 +13,7 @@ from mome_dist.config.validate import views_of
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import embedding_scale
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder, TextCodec
@@ -60,9 +61,16 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def build_reference(config: RunConfig, widths: Mapping[str, int], device_map: DeviceMap | None = None) -> MoMESpeechLM:
-    """The one-process form of a run's model, untrained; for ``device_map`` see `load_hugging_face`."""
+def build_reference(
+    config: RunConfig,
+    widths: Mapping[str, int],
+    device_map: DeviceMap | None = None,
+    lora: LoRATerms | None = None,
+) -> MoMESpeechLM:
+    """The one-process form of a run's model, untrained; for ``device_map`` see `load_hugging_face`, for ``lora``
+    `MoMESpeechLM`."""
     llm = load_hugging_face(config.llm.path, llm_dtype(config), device_map)
-    model = MoMESpeechLM(llm, build_projectors(config, widths), config.mome.placement, **mome_arguments(config))
+    projectors = build_projectors(config, widths)
+    model = MoMESpeechLM(llm, projectors, config.mome.placement, lora, **mome_arguments(config))
     model.initialize(config.seed, embedding_scale(config.llm.path))
     return model

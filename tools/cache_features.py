@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
-from mome_dist.config.validate import check_encoders, check_values
+from mome_dist.config.validate import check_encoders, check_values, refuse_lora
 from mome_dist.quiet import quiet_libraries
 
 WIDTH = 120  # columns where there is no terminal to ask
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_config(options.overrides)
     check_values(config)
     check_encoders(config)
+    refuse_lora(config, "the features of an encoder that trains change with every step")
     if options.output is not None:
         config.data.features_dir = str(options.output)
 

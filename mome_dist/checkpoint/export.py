@@ -84,10 +84,6 @@ def export_adapter(
 
 def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
     model, mome = run.model, run.config.mome
-    counts = {
-        "mome": sum(parameter.numel() for parameter in model.mome.parameters()),
-        "projectors": sum(parameter.numel() for parameter in model.projectors.parameters()),
-    }
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden_size, layers = model.llm.config.hidden_size, len(model.momes)
     active = active_and_total_parameters(
@@ -106,7 +102,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
             "vocabulary": model.llm.config.vocab_size,
             "parameters": model.llm.num_parameters(),
         },
-        "parameters": {"trained": trained, **counts, "mome_active_per_token": active},
+        "parameters": {"trained": trained, **model.part_sizes(), "mome_active_per_token": active},
         "frozen": {
             section: {"name": Path(getattr(run.config, section).path).name, "fingerprint": fingerprint}
             for section, fingerprint in saved.frozen.items()

@@ -21,6 +21,7 @@ from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
 from mome_dist.llm.hugging_face import DeviceMap
+from mome_dist.speech.lora import LoRATerms, merge_lora
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -51,8 +52,14 @@ class LoadedRun:
     device: torch.device
 
     def encoders(self) -> dict[str, Encoder]:
-        """The frozen encoders by stream: raw clips (float32 [samples] or uint8 [T, 96, 96]) to features [T, d]."""
-        return {stream: load_encoder(self.config, stream, self.device) for stream in streams_of(self.config)}
+        """The encoders by stream, frozen, what was trained of them merged in: raw clips (float32 [samples] or uint8
+        [T, 96, 96]) to features [T, d]."""
+        encoders = {stream: load_encoder(self.config, stream, self.device) for stream in streams_of(self.config)}
+        if self.model.lora is not None:
+            LoRATerms(encoders).load_state_dict(self.model.lora.state_dict())
+            for encoder in encoders.values():
+                merge_lora(encoder)
+        return dict(encoders)
 
 
 def load_run(
@@ -103,9 +110,10 @@ def assemble(
         getattr(config, section).path = str(_find_frozen(saved, section, given.get(section)))
     sequences = build_sequences(config)
     _check_tokens(saved, token_identity(config, sequences))
-    widths = {stream: load_encoder(config, stream, device).width for stream in streams_of(config)}
+    encoders = {stream: load_encoder(config, stream, device) for stream in streams_of(config)}
+    widths = {stream: encoder.width for stream, encoder in encoders.items()}
     device_map = config.decoding.device_map if device_map is None else device_map
-    model = build_reference(config, widths, device_map)
+    model = build_reference(config, widths, device_map, LoRATerms.of(encoders))
     if weights:
         _fill(model, saved)
     if device_map is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mome_dist.assets import ASSETS
 from mome_dist.checkpoint.load import LoadedRun
+from mome_dist.config.validate import lora_of
 from mome_dist.evaluation.tables import markdown_report
 from mome_dist.speech.views import View
 from mome_dist.training.artefact import RECORD_FILE
@@ -55,6 +56,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
         f"bottleneck {mome.bottleneck}, beside each layer's `{mome.placement}`.",
         *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
+        *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
         "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",
     ]
@@ -66,6 +68,8 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     parts = f"{counts['mome']:,} MoME, {counts['projectors']:,} projectors"
     if not run.config.projector.trainable:
         parts = f"MoME; the {counts['projectors']:,} of the projectors were taken from another run and kept"
+    if "lora" in counts:
+        parts += f", {counts['lora']:,} LoRA of the encoders"
     rows = {
         "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",

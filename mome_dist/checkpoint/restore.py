@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.random_state import set_random_state
+from mome_dist.config.load import load_saved_config
+from mome_dist.config.schema import LoRAConfig
+from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME
@@ -95,12 +98,46 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
             )
 
 
+def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = False) -> list[str]:
+    """Refuse a checkpoint whose encoders have other low-rank terms than configured.
+
+    Args:
+        lora: by stream, none of an encoder that stays as it is. Alpha is nowhere but in the configuration.
+        init: whether a new run starts from the checkpoint's weights; then an encoder that was frozen may learn.
+
+    Returns:
+        The streams of such encoders.
+
+    Raises:
+        UserError: naming the configuration key.
+    """
+    with CheckpointReader(directory) as reader:
+        reader.verify([CONFIG])
+    saved, begin = lora_of(load_saved_config(directory / CONFIG)), []
+    for stream in ("audio", "video"):
+        before, now = saved.get(stream), lora.get(stream)
+        if init and before is None and now is not None:
+            begin.append(stream)
+        elif before != now:
+            raise UserError(
+                f"{directory} was trained with {stream}_encoder.lora={before or 'null'}, now it is {now or 'null'}: "
+                f"set it back, {'or name another training.init_from' if init else ANEW}."
+            )
+    return begin
+
+
 @torch.no_grad()
-def restore_weights(directory: Path, model: DistributedMoME) -> int:
-    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done."""
+def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[str] = ()) -> int:
+    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done.
+
+    Args:
+        without: streams whose encoder had no LoRA; here it keeps its initial values.
+    """
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
         for part in model.own_parts():
+            if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
+                continue
             value = reader.read(f"model/{part.name}", part.index)
             if value.shape != part.shape:
                 raise UserError(

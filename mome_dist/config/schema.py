@@ -36,14 +36,29 @@ class LLMConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank terms of an encoder; the linear layers that may be named are those of its Transformer."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def __str__(self) -> str:
+        """As a command line writes it."""
+        return f"{{rank: {self.rank}, alpha: {self.alpha:g}, targets: [{', '.join(self.targets)}]}}"
+
+
+@dataclass
 class AudioEncoderConfig:
     path: str = ""
     padding: str = one_of("30s", "clip")
+    lora: LoRAConfig | None = None
 
 
 @dataclass
 class VideoEncoderConfig:
     path: str = ""
+    lora: LoRAConfig | None = None
 
 
 @dataclass

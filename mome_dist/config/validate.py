@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.config.load import load_config, resolve_deepspeed_file
-from mome_dist.config.schema import DecodingConfig, RunConfig
+from mome_dist.config.schema import DecodingConfig, LoRAConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
@@ -34,6 +34,10 @@ RESERVED_DEEPSPEED_KEYS = {
     "bf16": "llm.precision (what trains is always fp32)",
     "fp16": "llm.precision (what trains is always fp32)",
 }
+
+# Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA_TARGETS = {"audio": (*ATTENTION, "fc1", "fc2"), "video": (*ATTENTION, "intermediate_dense", "output_dense")}
 
 
 def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> None:
@@ -137,6 +141,7 @@ def check_values(config: RunConfig) -> None:
     _check_choices(config, "")
     _check_numbers(config)
     _check_augmentation(config)
+    _check_lora(config)
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -176,6 +181,18 @@ def streams_read(views: Sequence[View]) -> list[str]:
     audio = any(view.audio_rate is not None for view in views)
     video = any(view.video_rate is not None for view in views)
     return [stream for stream, used in (("audio", audio), ("video", video)) if used]
+
+
+def lora_of(config: RunConfig) -> dict[str, LoRAConfig]:
+    """The low-rank terms of a run's encoders by stream; none of an encoder that stays as it is."""
+    terms = {"audio": config.audio_encoder.lora, "video": config.video_encoder.lora}
+    return {stream: lora for stream, lora in terms.items() if lora is not None}
+
+
+def refuse_lora(config: RunConfig, reason: str) -> None:
+    """Raise UserError if an encoder trains; for what cannot take that into account."""
+    for stream in lora_of(config):
+        raise UserError(f"{stream}_encoder.lora is set, but {reason}: set {stream}_encoder.lora=null.")
 
 
 def _check_choices(section: Any, prefix: str) -> None:
@@ -303,6 +320,25 @@ def _check_augmentation(config: RunConfig) -> None:
             f"data.features={config.data.features} reads features that were made once from clean clips, which no "
             "augmentation can change: set data.features=online, or augmentation=none."
         )
+
+
+def _check_lora(config: RunConfig) -> None:
+    for stream, lora in lora_of(config).items():
+        key = f"{stream}_encoder.lora"
+        if lora.rank < 1:
+            raise UserError(f"{key}.rank={lora.rank}: must be at least 1.")
+        if not 0 < lora.alpha < math.inf:
+            raise UserError(f"{key}.alpha={lora.alpha}: must be above 0; terms are scaled by alpha / rank.")
+        unknown = [name for name in lora.targets if name not in LORA_TARGETS[stream]]
+        if unknown or not lora.targets:
+            raise UserError(f"{key}.targets={lora.targets}: choose from {', '.join(LORA_TARGETS[stream])}.")
+        if stream not in streams_of(config):
+            raise UserError(f"{key} is set, but task.tasks={config.task.tasks} reads no {stream}: set {key}=null.")
+        if config.data.features != "online":
+            raise UserError(
+                f"{key} is set, but data.features={config.data.features} reads features that were made once, which no "
+                f"training of the encoder can change: set data.features=online, or {key}=null."
+            )
 
 
 def _check_batches(config: RunConfig, layout: Layout) -> None:

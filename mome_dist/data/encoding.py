@@ -11,10 +11,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import lora_of
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
 from mome_dist.paths import cache_root
 from mome_dist.speech.clip_encoder import ClipEncoder
+from mome_dist.speech.lora import attach_lora
 from mome_dist.speech.video_encoders import load_video_encoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 from mome_dist.training.artefact import manifest_sha256
@@ -23,15 +25,20 @@ Encoder = WhisperAudioEncoder | ClipEncoder
 
 
 def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Encoder:
-    """The frozen encoder of a stream ("audio" or "video"), on a device.
+    """The frozen encoder of a stream ("audio" or "video"), on a device, with LoRA at its initial values if it trains.
 
     Raises:
         UserError: if its directory is missing or incomplete.
     """
+    encoder: Encoder
     if stream == "audio":
         padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
-        return WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding).to(device)
-    return load_video_encoder(config.video_encoder.path).to(device)
+        encoder = WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding)
+    else:
+        encoder = load_video_encoder(config.video_encoder.path)
+    if (lora := lora_of(config).get(stream)) is not None:
+        attach_lora(encoder, lora.rank, lora.alpha, lora.targets, config.seed)
+    return encoder.to(device)
 
 
 def split_features(

@@ -78,14 +78,20 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
     untrained = None
     if "untrained" in request.baselines:
         # Only its trainable parameters are kept: two frozen LLMs would not fit where one does.
-        untrained = load_run(
+        before = load_run(
             request.checkpoint,
             world.device,
             weights=False,
             frozen=frozen,
             device_map=request.device_map,
             precision=request.precision,
-        ).model.state_dict()
+        )
+        if before.model.lora is not None:
+            raise UserError(
+                f"baselines=untrained: clips are encoded once, with the LoRA that {request.checkpoint} trained: leave "
+                "out this baseline."
+            )
+        untrained = before.model.state_dict()
     run: LoadedRun = load_run(
         request.checkpoint,
         world.device,
@@ -134,10 +140,7 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
         "processes": world.size,
         "torch_threads": torch.get_num_threads(),
         "device": world.device.type,
-        "trainable_parameters": {
-            "mome": sum(parameter.numel() for parameter in run.model.mome.parameters()),
-            "projectors": sum(parameter.numel() for parameter in run.model.projectors.parameters()),
-        },
+        "trainable_parameters": run.model.part_sizes(),
     }
     bootstrap = Bootstrap(len(utterances), request.seed)
     views_of_results = [summary_of(result, result.case.view in run.views, bootstrap) for result in results]

@@ -15,6 +15,7 @@ import numpy as np
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import RunConfig
+from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
@@ -91,6 +92,7 @@ def _summary(files: RunFiles) -> str:
     rows = [
         ("frozen LLM", f"{Path(config.llm.path).name}, {config.llm.precision}"),
         ("frozen encoders", ", ".join(_encoders(config)) or "-"),
+        *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
         (
             "MoME",
             f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared, "

@@ -14,6 +14,7 @@ from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.llm.weights import load_weights
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
+from mome_dist.speech.lora import LoRATerms
 
 
 def build_distributed(
@@ -23,6 +24,7 @@ def build_distributed(
     dispatch: str,
     device: torch.device,
     slice_cache: SliceCache | None = None,
+    lora: LoRATerms | None = None,
 ) -> DistributedMoME:
     """Build this rank's part with frozen weights loaded and trainables at their initial values.
 
@@ -30,6 +32,7 @@ def build_distributed(
         widths: the encoders' feature widths by stream.
         dispatch: "alltoall", "gather" or "local": ``mome.dispatch`` with "auto" settled.
         slice_cache: of the LLM's weights; None reads the LLM's own files.
+        lora: of the encoders that this rank has, on the first stage.
 
     Raises:
         UserError: for missing or wrong files of the LLM.
@@ -55,4 +58,4 @@ def build_distributed(
         )
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
         chunks.append(Chunk(llm, projectors, momes))
-    return DistributedMoME(chunks, layout.ep)
+    return DistributedMoME(chunks, layout.ep, lora)

@@ -1,4 +1,5 @@
-"""The distributed model: this rank's part of the frozen LLM, its MoME modules, and on the first stage the projectors.
+"""The distributed model: this rank's part of the frozen LLM, its MoME modules, and on the first stage the projectors
+and the encoders' LoRA.
 
 Parallelism is applied here, from outside: the model code knows hidden states and slots; this module knows process
 groups, which ranks hold which experts, and what every local parameter is called in the layout-free model.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import TokenBatch
 from mome_dist.speech.views import View
@@ -147,16 +149,18 @@ class DistributedMoME(nn.Module):
         chunks: in the order of their layers.
         momes: the MoME modules of all chunks by global layer number.
         projectors: None on ranks without the first layers.
+        lora: of the encoders; None on ranks without them, and where they stay as they are.
         idle: a MoME module of one unit that no token visits, on a rank whose stages have no layers: the engine wants
             shared and expert parameters on every rank. It is trained by nothing, named by nothing, saved by nothing.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], ep: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], ep: int, lora: LoRATerms | None = None) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
         self.config = chunks[0].config
         self.momes = {number: mome for chunk in chunks for number, mome in chunk.momes.items()}
         self.projectors = chunks[0].projectors
+        self.lora = lora
         self.idle: ExpertParallelMoME | None = None
         if not self.momes:
             self.idle = ExpertParallelMoME(1, ep, 1, 0, 1, ep_size=ep)
@@ -175,6 +179,8 @@ class DistributedMoME(nn.Module):
             modules["idle"] = self.idle
         if self.projectors is not None and any(p.requires_grad for p in self.projectors.parameters()):
             modules["projectors"] = self.projectors
+        if self.lora is not None:
+            modules["lora"] = self.lora
         return nn.ModuleDict(modules)
 
     def trained_parts(self) -> Iterator[NamedPart]:
@@ -186,6 +192,9 @@ class DistributedMoME(nn.Module):
         if self.projectors is not None:
             for name, parameter in self.projectors.named_parameters():
                 yield NamedPart.whole(f"projectors.{name}", parameter)
+        if self.lora is not None:
+            for name, parameter in self.lora.named_parameters():
+                yield NamedPart.whole(f"lora.{name}", parameter)
         for number, mome in self.momes.items():
             prefix = f"mome.{number}"
             yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight)

@@ -5,17 +5,22 @@ No torch here: a plan is arithmetic.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mome_dist.config.schema import DataConfig, RunConfig
-from mome_dist.config.validate import streams_of, views_of
+from mome_dist.config.validate import ATTENTION, lora_of, streams_of, views_of
+from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.speech.views import View
 
 BYTES = {"bf16": 2, "fp32": 4}
 FRAMES_PER_SECOND = {"audio": 50, "video": 25}
+# Of an encoder's config.json: layers, width and feed-forward width of its Transformer.
+ENCODER_KEYS = {"audio": ("encoder_layers", "d_model", "encoder_ffn_dim"), "video": ("layers", "width", "ffn_width")}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Job:
         views_per_step: views that a step trains on.
         moments: fp32 running averages that the optimiser keeps of each parameter.
         pad_heads: whether attention heads may be padded to a multiple of tp.
+        lora_parameters: of the encoders together.
     """
 
     shape: LLMShape
@@ -85,6 +91,7 @@ class Job:
     views_per_step: int
     moments: int
     pad_heads: bool
+    lora_parameters: int = 0
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -119,7 +126,12 @@ class Job:
     def trained_parameters(self) -> int:
         """Of the whole model."""
         mome = (self.experts + self.shared) * self.expert_parameters + self.experts * self.shape.hidden_size
-        return self.shape.layers * mome + self.projector_parameters * self.projectors_train
+        return self.shape.layers * mome + self.first_stage_parameters
+
+    @property
+    def first_stage_parameters(self) -> int:
+        """Of what trains on the first stage beside its layers."""
+        return self.projector_parameters * self.projectors_train + self.lora_parameters
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,7 @@ def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, 
         views_per_step=min(config.task.views_per_step or len(views), len(views)),
         moments=2 if config.optimizer.name == "adamw" else 0,
         pad_heads=config.llm.pad_heads,
+        lora_parameters=sum(_lora_parameters(config, stream) for stream in lora_of(config)),
     )
 
 
@@ -208,3 +221,25 @@ def _projector_parameters(config: RunConfig, hidden_size: int, widths: Mapping[s
             width = widths[stream] * (rate if config.projector.compression == "stack" else 1)
             total += (width + 1) * wide + (wide + 1) * hidden_size + 2 * hidden_size
     return total
+
+
+def _lora_parameters(config: RunConfig, stream: str) -> int:
+    """A and B of every adapted layer of an encoder, whose shape its directory says.
+
+    Raises:
+        UserError: if it does not.
+    """
+    lora = lora_of(config)[stream]
+    path = Path(getattr(config, f"{stream}_encoder").path) / "config.json"
+    layers_key, width_key, wide_key = ENCODER_KEYS[stream]
+    try:
+        shape = json.loads(path.read_text(encoding="utf-8"))
+        shape = shape["encoder"] if stream == "video" else shape
+        layers, width, wide = (int(shape[key]) for key in (layers_key, width_key, wide_key))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not say how large the encoder is ({error!r}), and {stream}_encoder.lora trains a part of it: "
+            f"set {stream}_encoder.path to the encoder, or {stream}_encoder.lora=null."
+        ) from error
+    sides = (2 * width if target in ATTENTION else width + wide for target in lora.targets)
+    return layers * lora.rank * sum(sides)

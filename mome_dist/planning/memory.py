@@ -27,7 +27,7 @@ class Memory:
 
     Attributes:
         frozen: weights of the LLM.
-        trained: fp32 weights of MoME and projectors, with ZeRO's copy of this rank's partition.
+        trained: fp32 weights of MoME, projectors and LoRA, with ZeRO's copy of this rank's partition.
         gradients: of what trains.
         moments: the optimiser's running averages.
         activations: of the frozen layers, for all microbatches in flight.
@@ -121,7 +121,7 @@ def _trained(job: Job, candidate: Candidate, stage: int, layers: int) -> tuple[f
     """Trained parameters of a rank: those that all data-parallel ranks hold, and routed experts."""
     router = job.experts * job.shape.hidden_size
     shared = layers * (router + job.shared * job.expert_parameters)
-    shared += job.projector_parameters * (stage == 0 and job.projectors_train)
+    shared += job.first_stage_parameters * (stage == 0)
     return shared, layers * job.experts * job.expert_parameters / candidate.layout.ep
 
 

@@ -185,7 +185,7 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     layout, hidden = candidate.layout, job.shape.hidden_size
     layers = max(layout.stages(job.shape.layers))
     shared = layers * (job.experts * hidden + job.shared * job.expert_parameters)
-    shared += job.projector_parameters * job.projectors_train
+    shared += job.first_stage_parameters
     routed = layers * job.experts / layout.ep * job.expert_parameters
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)

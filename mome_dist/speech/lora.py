@@ -4,7 +4,8 @@
 frozen one. Only A and B train. The frozen weights keep their names: an adapted encoder's state is the frozen state and,
 beside each adapted ``weight``, a ``lora_a`` and a ``lora_b``.
 
-Omni-AVSR (arXiv 2511.07253) adapts the query and value projections of AV-HuBERT so.
+Omni-AVSR (arXiv 2511.07253) adapts the query and value projections of AV-HuBERT so. `mome_dist.training.adaptation`
+trains the terms.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -112,6 +113,42 @@ def attach_lora(
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of a model by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+class LoRATerms(nn.Module):
+    """A and B of adapted encoders, and nothing of what is frozen: the encoders' own parameters.
+
+    A parameter is called ``STREAM.LAYER.lora_a`` or ``.lora_b``, with the layer's name in its encoder. They are in the
+    order of the names, numbers by value, so that the order follows from the names alone.
+
+    Args:
+        encoders: by stream; those without LoRA add nothing.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        layers = {
+            f"{stream}.{name}": layer
+            for stream, encoder in encoders.items()
+            for name, layer in lora_layers(encoder).items()
+        }
+        for path in sorted(layers, key=_by_number):
+            place: nn.Module = self
+            for name in path.split("."):
+                if name not in place._modules:
+                    place.add_module(name, nn.Module())
+                place = place.get_submodule(name)
+            place.register_parameter("lora_a", layers[path].lora_a)
+            place.register_parameter("lora_b", layers[path].lora_b)
+
+    @classmethod
+    def of(cls, encoders: Mapping[str, nn.Module]) -> LoRATerms | None:
+        """The terms of encoders, None if they have none."""
+        return cls(encoders) if any(map(lora_layers, encoders.values())) else None
+
+
+def _by_number(path: str) -> list[tuple[int, int | str]]:
+    return [(0, int(name)) if name.isdigit() else (1, name) for name in path.split(".")]
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 It decodes with transformers' `generate`, is what an export loads into, and is what the distributed model is proven
 against: it shares no layer code with Megatron-Core and keeps all experts in one place. Parameter names are the
-layout-free names of checkpoints (``projectors.*``, ``mome.N.*``).
+layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``lora.*``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, TokenBatch
 from mome_dist.speech.views import View
@@ -64,12 +65,21 @@ class MoMESpeechLM(nn.Module):
         llm: Hugging Face model (see `mome_dist.llm.hugging_face`); its parameters are frozen here.
         projectors: of the streams in use.
         placement: "mhsa", "ffn" or "layer".
+        lora: of the encoders, which are no part of the model; None if they stay as they are.
         mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
     """
 
-    def __init__(self, llm: PreTrainedModel, projectors: Projectors, placement: str, **mome_arguments: Any) -> None:
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        projectors: Projectors,
+        placement: str,
+        lora: LoRATerms | None = None,
+        **mome_arguments: Any,
+    ) -> None:
         super().__init__()
         self.projectors = projectors
+        self.lora = lora
         hidden_size = llm.config.hidden_size
         self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
         for layer, mome in zip(llm.model.layers, self.momes, strict=True):
@@ -88,6 +98,13 @@ class MoMESpeechLM(nn.Module):
     def momes(self) -> list[LocalMoME]:
         """The MoME modules, first layer first."""
         return cast(list[LocalMoME], list(self.mome))
+
+    def part_sizes(self) -> dict[str, int]:
+        """Numbers of parameters of "mome", "projectors" and, where encoders have any, "lora"."""
+        parts: dict[str, nn.Module] = {"mome": self.mome, "projectors": self.projectors}
+        if self.lora is not None:
+            parts["lora"] = self.lora
+        return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
     def initialize(self, seed: int, embedding_scale: float) -> None:
         """The same initial values as every parallel layout."""

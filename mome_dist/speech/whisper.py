@@ -119,7 +119,6 @@ class WhisperAudioEncoder(nn.Module):
         """Stay in eval mode whatever ``mode`` says: a frozen encoder has no dropout and no layer drop."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Encode clips.
 

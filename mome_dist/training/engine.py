@@ -29,6 +29,8 @@ from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 
+WHOLE_SEQUENCES = ("projectors", "lora")  # modules that see them on every rank, also under sequence parallelism
+
 
 def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
     """One group of shared parameters and one of experts.
@@ -95,10 +97,10 @@ class Engine:
             self.deepspeed.allreduce_gradients()
 
     def _sum_over_sequence(self) -> None:
-        """Under sequence parallelism, add up the gradients of what saw parts of sequences: all but the projectors."""
+        """Under sequence parallelism, add up the gradients of what saw parts of sequences: of the MoME modules."""
         if not self._sequence_parallel:
             return
-        split = (module for name, module in self._modules.items() if name != "projectors")
+        split = (module for name, module in self._modules.items() if name not in WHOLE_SEQUENCES)
         gradients = [p.grad for module in split for p in module.parameters() if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())

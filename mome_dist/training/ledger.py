@@ -8,7 +8,7 @@ after the first steps, and at the end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,14 +29,17 @@ class Ledger:
     Args:
         model, engine: of this rank.
         watched_steps: steps after which every parameter must have had a gradient and moved: enough that every view was
-            trained on, and that the gradient has passed the expert weights that start at zero.
+            trained on, and that the gradient has passed the weights that start at zero.
+        encoders: that encode while the run trains, by stream: all of them but their LoRA is frozen.
 
     Raises:
         UserError: from each method, naming the parameters at fault, on all ranks.
     """
 
-    def __init__(self, model: DistributedMoME, engine: Engine, watched_steps: int) -> None:
-        self._model, self._engine, self._watched_steps = model, engine, watched_steps
+    def __init__(
+        self, model: DistributedMoME, engine: Engine, watched_steps: int, encoders: Mapping[str, nn.Module]
+    ) -> None:
+        self._model, self._engine, self._watched_steps, self._encoders = model, engine, watched_steps, encoders
         self._trainable = {part.label: part for part in model.trained_parts()}
         self._steps = 0
         self._visits: dict[int, Tensor] = {}
@@ -111,8 +114,8 @@ class Ledger:
         layer, expert = int(prefix.removeprefix("mome.")), int(rest.partition("[")[2].rstrip("]"))
         return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][expert] >= 2)
 
-    def _frozen(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Name, the parameter that holds it, and its numbers."""
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, the parameter (of an encoder maybe a buffer: statistics move too) that holds it, and its numbers."""
         for number, chunk in enumerate(self._model.parts()):
             for name, parameter in chunk.llm.named_parameters():
                 if not parameter.requires_grad:
@@ -120,6 +123,10 @@ class Ledger:
         for part in self._model.own_parts():
             if not part.parameter.requires_grad:
                 yield part.label, part.parameter, part.value
+        for stream, encoder in self._encoders.items():
+            for name, value in encoder.state_dict(keep_vars=True).items():
+                if value.is_floating_point() and not value.requires_grad:
+                    yield f"{stream}_encoder: {name}", value, value
 
     def _frozen_checksums(self) -> dict[str, int]:
         return {name: checksum(values) for name, _, values in self._frozen()}

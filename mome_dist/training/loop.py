@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
-from mome_dist.config.validate import views_of
+from mome_dist.config.validate import lora_of, views_of
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.initialize import current_device, parallel_world
@@ -54,14 +54,15 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
             save_config(config, Path(config.output_dir) / CONFIG)
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
-        ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config))
+        ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config), trainer.encoders)
         try:
             with StepWatch(current_device()) as watch:
                 losses = _run(config, layout, trainer, metrics, ledger, watch, console)
         finally:
             metrics.close()
-            if trainer.online is not None:
-                trainer.online.close()
+            for online in (trainer.online, trainer.validation_online):
+                if online is not None:
+                    online.close()
         checkpoint = newest_checkpoint(config.output_dir)
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
@@ -83,9 +84,10 @@ def _describe(trainer: Trainer, console: Console) -> None:
 
 def _watched_steps(config: RunConfig) -> int:
     """Steps until every view was trained on, and two more: the gradient of what lies before the zero-initialised expert
-    weights appears once these have moved."""
-    views = len(views_of(config))
-    return math.ceil(views / (config.task.views_per_step or views)) + 2
+    weights appears once these have moved. Likewise of LoRA's A, before its B that starts at zero, but only a step that
+    reads the encoder's stream moves B: so every view twice."""
+    views, rounds = len(views_of(config)), 2 if lora_of(config) else 1
+    return math.ceil(rounds * views / (config.task.views_per_step or views)) + 2
 
 
 def _run(
@@ -117,6 +119,8 @@ def _run(
             report("forward and backward", number)
             with trainer.engine.accumulate():
                 result = forward_backward(trainer.model, step)
+                if trainer.online is not None:
+                    trainer.online.backward()
                 finite = math.isfinite(result.loss) and trainer.engine.gradients_finite()
                 report("reducing gradients", number)
             found = watch.agree(finite, waited)
@@ -180,7 +184,9 @@ def _validate(config: RunConfig, trainer: Trainer) -> dict[str, float]:
     totals: dict[str, float] = {}
     tokens = 0
     trainer.model.eval()
-    for batch in trainer.validation:
+    for number, batch in enumerate(trainer.validation):
+        if trainer.validation_online is not None:
+            trainer.validation_online.load(number)
         step = trainer.batches["validation"].build(batch, views_of(config))
         with torch.no_grad():
             result = forward_backward(trainer.model, step, forward_only=True)

@@ -6,6 +6,8 @@ once for all views of the step; the features then travel to the others, so that 
 to float16 as cached ones are: without augmentation, a clip has the features of the cache wherever the encoder sees it
 in a batch of the same shape.
 
+Of encoders with LoRA, `mome_dist.training.adaptation` takes the gradients of the features on into A and B.
+
 What happens to a clip is a pure function of (seed, utterance id, epoch), whatever the layout, and after a resume.
 """
 
@@ -27,6 +29,7 @@ from mome_dist.data.transforms import ModalityDropout
 from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.views import View
+from mome_dist.training.adaptation import Adaptation, StreamFeatures
 from mome_dist.training.batches import FeatureReader
 from mome_dist.training.noise_log import NoiseLog
 
@@ -57,14 +60,14 @@ class StepFeatures:
 
     def __init__(self, dropout: ModalityDropout) -> None:
         self._dropout, self._draw = dropout, 0
-        self._features: Mapping[str, Mapping[str, Tensor]] = {}
+        self._features: StreamFeatures = {}
 
-    def hold(self, features: Mapping[str, Mapping[str, Tensor]], draw: int) -> None:
+    def hold(self, features: StreamFeatures, draw: int) -> None:
         """Take the features of a step, by stream and utterance id."""
         self._features, self._draw = features, draw
 
     def reader(self, stream: str) -> FeatureReader:
-        """Reads the features of a stream, float16 [T, width]."""
+        """Reads the features of a stream, [T, width]: float16, or fp32 leaves of an adapted encoder."""
         return lambda utterance_id: self._features[stream][utterance_id]
 
     def left_out(self, utterance_id: str, view: View) -> str | None:
@@ -80,11 +83,12 @@ class OnlineEncoding:
     Args:
         held: where the features of the current step are put.
         loader: of raw clips.
-        encoders: frozen, by stream; none on later pipeline stages.
+        encoders: by stream, frozen but for their LoRA; none on later pipeline stages.
         plan: what a step needs.
         steps: of the run; nothing is read ahead beyond them.
         group: the tensor-parallel ranks.
         device: of the encoders.
+        adaptation: trains their LoRA; None leaves the encoders as they are.
         noise_log: of the noise that clips are heard in; None keeps none.
     """
 
@@ -97,11 +101,12 @@ class OnlineEncoding:
         steps: int,
         group: dist.ProcessGroup,
         device: torch.device,
+        adaptation: Adaptation | None = None,
         noise_log: NoiseLog | None = None,
     ) -> None:
         self._held, self._loader, self._encoders, self._plan = held, loader, encoders, plan
         self._steps, self._group, self._device = steps, group, device
-        self._noise_log = noise_log
+        self._adaptation, self._noise_log = adaptation, noise_log
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     def load(self, step: int) -> float:
@@ -115,9 +120,11 @@ class OnlineEncoding:
                 cannot hold.
         """
         waited, error = 0.0, None
-        encoded: dict[str, dict[str, Tensor]] = {}
+        encoded: StreamFeatures = {}
         if self._encoders:
             clips = self._plan(step)
+            if self._adaptation is not None:
+                self._adaptation.begin()
             try:
                 waited, encoded = self._encoded(clips, step)
             except UserError as problem:
@@ -127,8 +134,15 @@ class OnlineEncoding:
         if self._encoders:
             if self._size > 1:
                 encoded = {s: self._exchange(s, self._shares(clips, s), mine) for s, mine in encoded.items()}
+            if self._adaptation is not None:
+                encoded = self._adaptation.watch(encoded)
             self._held.hold(encoded, clips.draw)
         return waited
+
+    def backward(self) -> None:
+        """After the backward passes of a step: go on into the LoRA of the encoders, where they train."""
+        if self._adaptation is not None:
+            self._adaptation.backward()
 
     def _stop_together(self, error: UserError | None) -> None:
         """Raise an error of this rank, or else the first of another one."""
@@ -181,6 +195,8 @@ class OnlineEncoding:
         encoder, features = self._encoders[stream], {}
         for first in range(0, len(clips), CLIPS_TOGETHER):
             together = slice(first, first + CLIPS_TOGETHER)
+            if self._adaptation is not None:
+                self._adaptation.keep(stream, [utterance.id for utterance in utterances[together]], clips[together])
             encoded = encoder([clip.to(self._device) for clip in clips[together]])
             for utterance, each in zip(utterances[together], encoded, strict=True):
                 assert len(each) == _rows(utterance, stream), "an encoder's frames follow from the clip's length"

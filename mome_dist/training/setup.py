@@ -19,6 +19,7 @@ from mome_dist.checkpoint.format import find_checkpoint, fingerprint
 from mome_dist.checkpoint.restore import (
     check_continues,
     check_frozen,
+    check_lora,
     checkpoint_to_resume,
     restore_optimizer,
     restore_random_state,
@@ -26,7 +27,8 @@ from mome_dist.checkpoint.restore import (
 )
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig, resolve_deepspeed_file
-from mome_dist.config.validate import settled_order, streams_of, streams_read, validation_batches, views_of
+from mome_dist.config.schema import AugmentationConfig
+from mome_dist.config.validate import lora_of, settled_order, streams_of, streams_read, validation_batches, views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
 from mome_dist.data.encoding import Encoder, load_encoder, split_features
@@ -44,7 +46,9 @@ from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report
 from mome_dist.paths import cache_root
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.views import views_of_step
+from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
@@ -69,6 +73,8 @@ class Trainer:
         start: steps already done.
         left_out: damaged utterances of both splits.
         online: encodes the clips of training steps; None where features are cached.
+        validation_online: encodes the clips of a validation's batches for encoders that train; None if none does.
+        encoders: that encode while the run trains, by stream; none on later pipeline stages.
     """
 
     config: RunConfig
@@ -81,6 +87,8 @@ class Trainer:
     start: int
     left_out: int
     online: OnlineEncoding | None
+    validation_online: OnlineEncoding | None
+    encoders: dict[str, Encoder]
 
 
 def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
@@ -121,17 +129,22 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
     report("building the model", patient=True)
     frozen = _fingerprints(config)
-    model = build_distributed(config, layout, widths, dispatch, device, _slice_cache(config, frozen["llm"]))
+    slice_cache, lora = _slice_cache(config, frozen["llm"]), LoRATerms.of(found.encoders)
+    model = build_distributed(config, layout, widths, dispatch, device, slice_cache, lora)
     order_facts = _order_facts(config, corpus, order, damaged["train"])
     checkpoint = _checkpoint_to_resume(config, console)
     start = 0
     if checkpoint is not None:
         check_continues(checkpoint, frozen, order_facts, config.optimizer.name)
+        check_lora(checkpoint, lora_of(config))
         start = restore_weights(checkpoint, model)
     elif config.training.init_from is not None:
         source = find_checkpoint(config.training.init_from)
-        check_frozen(source, {"llm": frozen["llm"]})
-        restore_weights(source, model)
+        begin = check_lora(source, lora_of(config), init=True)
+        # Projectors suit any encoder of their width, LoRA the one that it was trained on.
+        adapted = [f"{stream}_encoder" for stream in lora_of(config) if stream not in begin]
+        check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
+        restore_weights(source, model, begin)
         console.print(f"starts from the weights of {source}", highlight=False)
     engine = Engine(
         model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel
@@ -139,12 +152,27 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)
-    online = None
+    online = validation_online = None
     if config.data.features == "online":
         online = _online(config, corpus, found.encoders, batches["train"], order, device, start)
+    if lora_of(config):
+        validation_online = _validation_online(config, corpus, found, batches["validation"], validation, device)
     saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
     left_out = sum(map(len, damaged.values()))
-    return Trainer(config, model, engine, batches, order, validation, saver, start, left_out, online)
+    return Trainer(
+        config,
+        model,
+        engine,
+        batches,
+        order,
+        validation,
+        saver,
+        start,
+        left_out,
+        online,
+        validation_online,
+        found.encoders,
+    )
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
@@ -191,31 +219,36 @@ def _features(
 ) -> _Features:
     """Fill the cache of features, as far as the run reads them from there.
 
-    The validation split comes from the cache in any case: it is encoded clean, and again and again.
+    The validation split comes from the cache in any case, since it is encoded clean, and again and again: but not
+    through an encoder that trains.
 
     Raises:
         UserError: if more utterances of a split are damaged than it may have.
     """
     rank, world, online = dist.get_rank(), dist.get_world_size(), config.data.features == "online"
+    streams = streams_of(config)
+    # Of which streams the clips are encoded whenever they are needed.
+    anew = {"train": streams if online else [], "validation": list(lora_of(config))}
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
     found = _Features({purpose: {} for purpose in splits}, {}, {purpose: {} for purpose in splits}, {})
     damaged = found.damaged
     stores: list[FeatureStore] = []
-    for stream in streams_of(config):
+    for stream in streams:
         encoder = load_encoder(config, stream, device)
         found.widths[stream] = encoder.width
         if online and keep_encoders:
             found.encoders[stream] = encoder
         for purpose, split in splits.items():
-            if online and purpose == "train":
+            if stream in anew[purpose]:
                 continue
             store = split_features(config, corpus, split, stream, encoder, rank, world, dist.barrier, console)
             found.readers[purpose][stream] = store.get
             damaged[purpose] |= store.damaged
             stores.append(store)
-    if online and config.data.max_damaged_utterances:
-        # Otherwise a damaged clip ends the run when its turn comes, which needs no look at all of them beforehand.
-        damaged["train"] |= find_damage(corpus, splits["train"], streams_of(config), rank, world, console)
+    for purpose, split in splits.items():
+        # Without leave a damaged clip ends the run when its turn comes, which needs no look at all of them beforehand.
+        if anew[purpose] and config.data.max_damaged_utterances:
+            damaged[purpose] |= find_damage(corpus, split, anew[purpose], rank, world, console)
     try:
         for purpose, split in splits.items():
             check_damage(split, damaged[purpose], config.data.max_damaged_utterances)
@@ -258,9 +291,35 @@ def _online(
     augmentation = Augmentation.open(config.augmentation, corpus, config.data.train_split, config.seed)
     loader = ClipLoader(corpus, augmentation, config.data.decode_threads)
     group = parallel_state.get_tensor_model_parallel_group()
+    adaptation = Adaptation(encoders, group, device) if lora_of(config) else None
     logged = augmentation.noise is not None and config.augmentation.noise.log
     noise_log = NoiseLog(Path(config.output_dir), start) if logged else None
-    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device, noise_log)
+    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device, adaptation, noise_log)
+
+
+def _validation_online(
+    config: RunConfig,
+    corpus: Corpus,
+    found: _Features,
+    builder: BatchBuilder,
+    validation: list[list[int]],
+    device: torch.device,
+) -> OnlineEncoding:
+    """Encoding of clean clips through the encoders that train, batch by batch of a validation; ``builder`` then reads
+    their features, and those of other streams from the cache."""
+    encoders = {stream: encoder for stream, encoder in found.encoders.items() if stream in lora_of(config)}
+
+    def plan(number: int) -> StepClips:
+        return StepClips(builder.own(validation[number]), list(encoders), 0)
+
+    held = StepFeatures(ModalityDropout(0, 0, config.seed))
+    if encoders:
+        readers = {stream: held.reader(stream) for stream in encoders}
+        builder.read_from({**found.readers["validation"], **readers}, held.left_out)
+    clean = Augmentation.open(AugmentationConfig(), corpus, config.data.train_split, config.seed)
+    loader = ClipLoader(corpus, clean, config.data.decode_threads)
+    group = parallel_state.get_tensor_model_parallel_group()
+    return OnlineEncoding(held, loader, encoders, plan, len(validation), group, device)
 
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mome_dist.config.load import load_config, resolve_deepspeed_file
-from mome_dist.config.validate import check_values, layout_of, validate
+from mome_dist.config.validate import check_values, layout_of, refuse_lora, validate
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
 from mome_dist.files import write_json
@@ -39,6 +39,7 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
         from mome_dist.verification.probe import write_random_llama
 
         check_values(config)
+        refuse_lora(config, "--shrink runs steps on random features, which no encoder made")
         layout_of(config, options.nproc)
         llm = write_random_llama(scratch / "llm")
         runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config, resolve_deepspeed_file
-from mome_dist.config.validate import check_values, layout_of, views_of
+from mome_dist.config.validate import check_values, layout_of, refuse_lora, views_of
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.verification.cases import standard_cases
@@ -36,6 +36,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
         console = Console(width=LOG_WIDTH)
     config = load_config(options.overrides)
     check_values(config)
+    refuse_lora(config, "layouts are verified on random features, which no encoder made")
     if options.shrink:
         config = shrunk(config, scratch / "llm")
     cases = [_own_case(config, options.nproc)] if options.nproc else standard_cases()

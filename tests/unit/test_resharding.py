@@ -81,7 +81,7 @@ def test_fragments_put_every_element_into_one_partition() -> None:
 
 
 def test_groups_of_experts_are_split_as_deepspeed_splits_them() -> None:
-    parameters = engine_parameters(model_tensors(), [0, 1, 2], 2, 1, with_projectors=True)
+    parameters = engine_parameters(model_tensors(), [0, 1, 2], 2, 1, first_stage=True)
     theirs, names = [], {}
     for parameter in parameters:
         held = nn.Parameter(torch.empty(parameter.shape, device="meta"))
@@ -105,7 +105,7 @@ def test_projectors_are_in_the_order_of_the_module() -> None:
     projectors = Projectors({"audio": 4, "video": 3}, {"audio": [2, 4, 16], "video": [1, 10]}, 8, 5, True, "stack")
     named = {f"projectors.{name}": tuple(p.shape) for name, p in projectors.named_parameters()}
     model = ModelTensors({"mome.0.router_weight": (2, 8), **dict(sorted(named.items()))})
-    assert [parameter.local for parameter in model.projectors()] == list(named)
+    assert [parameter.local for parameter in model.whole_modules()] == list(named)
 
 
 def test_layers_of_chunks() -> None:
@@ -154,7 +154,7 @@ def test_a_model_with_missing_layers_is_refused() -> None:
 
 
 def test_experts_of_a_group_are_whole() -> None:
-    parameters = engine_parameters(model_tensors(), [0], 2, 1, with_projectors=True)
+    parameters = engine_parameters(model_tensors(), [0], 2, 1, first_stage=True)
     (packed,) = [parameter for parameter in parameters if parameter.is_expert]
     assert packed.shape[0] * packed.shape[1] == packed.count == sum(tensor.count for tensor in packed.tensors)
     held = model_tensors().routed_experts // 2

@@ -1,8 +1,8 @@
 """Which parameters the engine of a rank has, in which order, and what they are in the layout-free model.
 
 The engine is given a ``ModuleDict`` (`DistributedMoME.trainable_modules`): ``layer_N`` in layer order, ``idle`` on a
-rank without layers, ``projectors`` on the first stage. DeepSpeed numbers parameters in the order of that dictionary,
-shared ones first, then those of experts.
+rank without layers, ``projectors`` and ``lora`` on the first stage. DeepSpeed numbers parameters in the order of that
+dictionary, shared ones first, then those of experts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ EXPERT_PARTS = {
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
+# Modules whose parameters are called in the engine as in the layout-free model.
+WHOLE_MODULES = ("projectors", "lora")
 # `split_params_into_different_moe_groups_for_optimizer` starts a new group of experts beyond this many elements.
 LARGEST_EXPERT_GROUP = 178_956_971
 
@@ -129,10 +131,13 @@ class ModelTensors:
         name = f"mome.{number}.router_bias"
         return StateTensor(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
 
-    def projectors(self) -> list[Parameter]:
-        """The parameters of the projectors."""
-        names = sorted((name for name in self.shapes if name.startswith("projectors.")), key=_module_order)
-        return [_single(StateTensor(name, self.shapes[name], name)) for name in names]
+    def whole_modules(self) -> list[Parameter]:
+        """The parameters of the modules that the first stage has beside its layers."""
+        found = []
+        for module in WHOLE_MODULES:
+            names = sorted((name for name in self.shapes if name.startswith(f"{module}.")), key=_module_order)
+            found += [_single(StateTensor(name, self.shapes[name], name)) for name in names]
+        return found
 
 
 def _module_order(name: str) -> list[tuple[int, int | str]]:
@@ -154,19 +159,19 @@ def idle_module(ep: int) -> list[Parameter]:
 
 
 def engine_parameters(
-    model: ModelTensors, layers: Sequence[int], ep: int, ep_rank: int, with_projectors: bool
+    model: ModelTensors, layers: Sequence[int], ep: int, ep_rank: int, first_stage: bool
 ) -> list[Parameter]:
     """The parameters of a rank's engine, in its order.
 
     Args:
         layers: numbers of the rank's layers, in its order.
         ep, ep_rank: expert-parallel ranks, and which of them it is.
-        with_projectors: whether the rank is of the first stage.
+        first_stage: whether the rank is of it.
     """
     held = model.routed_experts // ep
     experts = range(ep_rank * held, (ep_rank + 1) * held)
     found = [parameter for number in layers for parameter in model.layer(number, experts)]
-    return found + ([] if layers else idle_module(ep)) + (model.projectors() if with_projectors else [])
+    return found + ([] if layers else idle_module(ep)) + (model.whole_modules() if first_stage else [])
 
 
 def largest_group(counts: Iterable[int], largest: int = LARGEST_EXPERT_GROUP) -> int:

@@ -87,7 +87,7 @@ class Plan:
         """All files, model-parallel rank by rank."""
         for pp in range(self.layout.pp):
             by_expert_rank = [
-                engine_parameters(self.model, self.stages[pp], self.layout.ep, rank, with_projectors=pp == 0)
+                engine_parameters(self.model, self.stages[pp], self.layout.ep, rank, first_stage=pp == 0)
                 for rank in range(self.layout.ep)
             ]
             for tp in range(self.layout.tp):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
+from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, WHOLE_MODULES, ModelTensors
 from mome_dist.checkpoint.deepspeed.plan import Path as Place
 from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
@@ -169,7 +169,8 @@ class _Directory:
                 if module != "idle":
                     layer = f"mome.{module.removeprefix('layer_')}"
                     renamed = {f"{GATE}.wg.weight": f"{layer}.router_weight", f"{GATE}.bias_E": f"{layer}.router_bias"}
-                    shapes[key if module == "projectors" else renamed.get(rest, f"{layer}.{rest}")] = tuple(value.shape)
+                    name = key if module in WHOLE_MODULES else renamed.get(rest, f"{layer}.{rest}")
+                    shapes[name] = tuple(value.shape)
             for module_number, number in enumerate(layers):
                 expert = self._load(f"layer_{module_number}_expert_0_{rank}")
                 experts = shapes[f"mome.{number}.router_weight"][0]
