@@ -135,7 +135,7 @@ class LoRATerms(nn.Module):
         for path in sorted(layers, key=_by_number):
             place: nn.Module = self
             for name in path.split("."):
-                if name not in place._modules:
+                if name not in dict(place.named_children()):
                     place.add_module(name, nn.Module())
                 place = place.get_submodule(name)
             place.register_parameter("lora_a", layers[path].lora_a)

@@ -44,7 +44,7 @@ Padding = Literal["30s", "clip"]
 
 
 class WhisperAudioEncoder(nn.Module):
-    """Whisper's encoder, frozen and always in eval mode.
+    """Whisper's encoder, frozen and always in eval mode; an attached LoRA takes gradients.
 
     Attributes:
         width: size of a feature vector.

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
 
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.format import CheckpointReader
@@ -18,6 +20,7 @@ from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter
+from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import Engine
 from mome_dist.training.optimizer import learning_rate
@@ -31,16 +34,26 @@ TAG = "saved"
 def _build(probe: Probe, layout: Layout, zero: int, scratch: Path) -> tuple[DistributedMoME, Engine]:
     deepspeed_file = scratch / f"zero{zero}-{dist.get_rank()}.json"
     deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
-    model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device()).train()
+    lora = _lora() if parallel_state.is_pipeline_first_stage() else None
+    model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device(), lora=lora).train()
     named = [(part.name, part.index, part.value) for part in model.trained_parts()]
     wake([each for each in named if ".routed." in each[0] or ".shared." in each[0]], probe.config.seed)
     return model, Engine(model.trainable_modules(), probe.config.optimizer, deepspeed_file, layout.sequence_parallel)
+
+
+def _lora() -> LoRATerms | None:
+    """Of an encoder that encodes nothing; its layers have numbers of one and of two digits."""
+    encoder = nn.Sequential(*(nn.ModuleDict({name: nn.Linear(6, 5) for name in QUERY_AND_VALUE}) for _ in range(11)))
+    attach_lora(encoder, rank=2, alpha=4)
+    return LoRATerms.of({"video": encoder})
 
 
 def _step(probe: Probe, layout: Layout, at: Coordinates, model: DistributedMoME, engine: Engine, number: int) -> float:
     step = probe.step(number, at.dp, layout)
     with engine.accumulate():
         loss = forward_backward(model, step).loss
+        for term in model.lora.parameters() if model.lora is not None else ():
+            term.grad = term.detach() + 1
     engine.step(learning_rate(probe.config.optimizer, number, probe.config.training.steps))
     update_router_biases(model)
     return loss

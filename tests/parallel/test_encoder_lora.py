@@ -123,6 +123,22 @@ def test_a_stream_that_is_dropped_everywhere_trains_nothing(lab: Lab, tmp_path: 
         assert len(terms) == 8 and not any(reader.read(name).any() for name in terms)
 
 
+def test_a_damaged_validation_clip_is_left_out(lab: Lab, tmp_path: Path) -> None:
+    """Though no cache of features met it before."""
+    corpus = Corpus.open(shutil.copytree(lab.corpus, tmp_path / "corpus"))
+    utterance = corpus.split("validation")[1]
+    offset, size = utterance.members["mp4"]
+    with (corpus.directory / utterance.shard).open("r+b") as shard:
+        shard.seek(offset + size // 2)
+        shard.write(bytes(64))
+    damaged = dataclasses.replace(lab, corpus=corpus.directory)
+    more = ["training.steps=1", "training.validate_every=1"]
+    with pytest.raises(RuntimeError, match=rf"{utterance.id}\.mp4: its bytes have changed"):
+        damaged.train(1, tmp_path / "strict", *LIPS, VIDEO, *more)
+    damaged.train(1, tmp_path / "lenient", *LIPS, VIDEO, *more, "data.max_damaged_utterances=1")
+    assert lines(tmp_path / "lenient/metrics.jsonl")[-1]["validation"]
+
+
 @pytest.fixture(scope="module")
 def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
     """Losses and directory of a run, with a checkpoint halfway."""
