@@ -10,22 +10,16 @@ trains the terms.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
-from mome_dist.files import let_all_read, written_aside
 
-FORMAT = "mome_dist.lora/1"
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 
 
@@ -155,72 +149,6 @@ def merge_lora(model: nn.Module) -> None:
     """Replace every adapted layer by a plain one that computes the same."""
     for name, layer in lora_layers(model).items():
         _replace(model, name, layer.merged().train(layer.training))
-
-
-def save_lora(model: nn.Module, path: str | Path) -> None:
-    """Write A and B of every adapted layer, and nothing of the frozen model, as safetensors, atomically.
-
-    Raises:
-        UserError: if the model has no LoRA.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise UserError(f"{path}: the model has no LoRA to save.")
-    tensors = {
-        f"{name}.{kind}": getattr(layer, kind).detach().float().cpu().contiguous()
-        for name, layer in layers.items()
-        for kind in ("lora_a", "lora_b")
-    }
-    facts = {"format": FORMAT, "scales": {name: layer.scale for name, layer in layers.items()}}
-    with written_aside(Path(path)) as temporary:
-        # One entry of metadata: the order of several is not fixed.
-        save_file(tensors, temporary, metadata={"mome_dist": json.dumps(facts, sort_keys=True)})
-        let_all_read(temporary)
-
-
-def load_lora(model: nn.Module, path: str | Path) -> list[str]:
-    """Adapt a model as the file says, frozen but for A and B; return the names of the adapted layers.
-
-    Nothing of the model is changed before the whole file has been found to fit.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another model, or the model is adapted already.
-    """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["mome_dist"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
-        if facts["format"] != FORMAT:
-            raise UserError(f"{path} has format {facts['format']!r}; this version reads {FORMAT!r}.")
-        scales = {str(name): float(scale) for name, scale in facts["scales"].items()}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read as a LoRA ({error}). Use another copy.") from error
-    if lora_layers(model):
-        raise UserError(f"{path}: the model has a LoRA already: merge it first.")
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    if set(tensors) != {f"{name}.{kind}" for name in scales for kind in ("lora_a", "lora_b")}:
-        raise UserError(f"{path}: its layers and its tensors differ. Use another copy.")
-    for name in scales:
-        a, b, layer = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], linear.get(name)
-        if layer is None:
-            raise UserError(f"{path} adapts {name}, which the model does not have: it is of another model.")
-        if (b.shape[0], *a.shape[1:]) != (layer.out_features, layer.in_features) or a.shape[0] != b.shape[1]:
-            raise UserError(
-                f"{path}: {name} is {layer.in_features} -> {layer.out_features} in the model; A {list(a.shape)} and B "
-                f"{list(b.shape)} are of another one."
-            )
-    model.requires_grad_(False)
-    for name, scale in scales.items():
-        frozen, a, b = linear[name], tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        layer = LoRALinear(frozen, len(a), scale * len(a)).train(frozen.training)
-        with torch.no_grad():
-            layer.lora_a.copy_(a)
-            layer.lora_b.copy_(b)
-        _replace(model, name, layer)
-    return list(scales)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -13,9 +13,8 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.caching import cache_features
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.features import FeatureStore
-from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder
 from mome_dist.training.plain_world import World
-from tests.whisper_directory import whisper_directory
+from tests.encoder_directories import encoder_directories
 from tools.cache_features import main
 
 
@@ -23,15 +22,7 @@ from tools.cache_features import main
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a small Whisper and a small AV-HuBERT."""
     folder = tmp_path_factory.mktemp("encoders")
-    whisper_directory(folder / "whisper")
-    shape = AVHubertConfig(trunk_widths=(4, 8), width=32, layers=1, heads=2, ffn_width=32)
-    AVHubertEncoder(shape).save_pretrained(folder / "avhubert")
-    return [
-        f"audio_encoder.path={folder / 'whisper'}",
-        "audio_encoder.padding=clip",
-        "video_encoder=avhubert_base",
-        f"video_encoder.path={folder / 'avhubert'}",
-    ]
+    return ["audio_encoder.padding=clip", "video_encoder=avhubert_base", *encoder_directories(folder, layers=1)]
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Candidate, Clip, job_of
 from mome_dist.planning.llms import find_shape
 from mome_dist.planning.memory import FP32, memory
-from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder
 from mome_dist.speech.lora import LoRATerms
-from tests.whisper_directory import whisper_directory
+from tests.encoder_directories import encoder_directories
 from tools import cache_features, tune_deepspeed, verify_layouts
 
 ONLINE = ["experiment=tiny", "data.features=online"]
@@ -79,11 +78,7 @@ def test_commands_on_features_of_no_encoder_refuse_it(
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a small Whisper and a small AV-HuBERT."""
-    folder = tmp_path_factory.mktemp("encoders")
-    whisper_directory(folder / "whisper")
-    shape = AVHubertConfig(trunk_widths=(4, 8), width=32, layers=11, heads=2, ffn_width=48)
-    AVHubertEncoder(shape).save_pretrained(folder / "avhubert")
-    return [f"audio_encoder.path={folder / 'whisper'}", f"video_encoder.path={folder / 'avhubert'}"]
+    return encoder_directories(tmp_path_factory.mktemp("encoders"), layers=11)
 
 
 @pytest.fixture
