@@ -28,7 +28,7 @@ class SpeechTags:
 @dataclass
 class LLMConfig:
     path: str = ""
-    precision: str = one_of("bf16", "fp32")
+    precision: str = one_of("bf16", "fp32", "auto")
     attention: str = one_of("auto", "eager", "sdpa")
     pad_heads: bool = False
     cache_slices: bool = False

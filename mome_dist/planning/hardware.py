@@ -109,6 +109,11 @@ class Cluster:
         """FLOP/s of wide products in a precision."""
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
+    @property
+    def fast_precision(self) -> str:
+        """What ``llm.precision=auto`` comes to."""
+        return "bf16" if self.bf16_flops > self.fp32_flops else "fp32"
+
     def link(self, span: int) -> Link:
         """The slowest link of a group that lies within ``span`` consecutive ranks, which start at a multiple of it."""
         return self.inside if self.ranks_per_node % span == 0 else self.between

@@ -173,15 +173,18 @@ def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, 
     Args:
         clip: a typical utterance.
         widths: the encoders' feature widths by stream.
-        on_gpu: where it will run; it settles ``llm.attention=auto``.
+        on_gpu: where it will run; it settles ``llm.attention=auto``, and ``llm.precision=auto`` if nobody has.
     """
     mome, views = config.mome, views_of(config)
     attention = config.llm.attention
     if attention == "auto":
         attention = "sdpa" if on_gpu else "eager"
+    precision = config.llm.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
     return Job(
         shape=shape,
-        precision=config.llm.precision,
+        precision=precision,
         attention=attention,
         placement=mome.placement,
         experts=mome.routed_experts,

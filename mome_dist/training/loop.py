@@ -28,6 +28,7 @@ from mome_dist.training.faults import PreemptedError, StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.optimizer import learning_rate
+from mome_dist.training.precision import settle_precision
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
 
@@ -48,6 +49,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         console = rank_console()
         console.print(f"[bold]{config.name}[/]: {layout.describe()}", highlight=False)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        config = settle_precision(config, console)
         trainer = prepare(config, layout, at, console)
         config = trainer.config
         if dist.get_rank() == 0:

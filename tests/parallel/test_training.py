@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, find_checkpoint
+from mome_dist.config import load_config, validate
+from mome_dist.config.load import load_saved_config
 from mome_dist.errors import UserError
+from mome_dist.training.loop import train
 from tests.parallel.runs import Lab, lines, reference_validation
 from tests.parallel.worlds import run_world
 
@@ -40,6 +44,31 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_does_not(lab: Lab,
     first = lab.train(2, tmp_path / "first", "mome.capacity_factor=1.25", ep=2)
     assert lab.train(2, tmp_path / "second", "mome.capacity_factor=1.25", ep=2) == first
     assert lab.train(2, tmp_path / "third", "mome.capacity_factor=1.25", "seed=1", ep=2) != first
+
+
+def _train_where(overrides: list[str], cache: Path, with_bf16: list[int]) -> list[float]:
+    """Train on CPUs of which those of some ranks multiply bf16 in hardware."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    can = int(os.environ["RANK"]) in with_bf16
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": can}  # type: ignore[assignment]
+    config = load_config(overrides)
+    return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+
+
+@pytest.mark.parametrize(("with_bf16", "precision"), [([0, 1], "bf16"), ([0], "fp32")])
+def test_all_ranks_train_in_what_all_have_hardware_for(
+    lab: Lab, tmp_path: Path, with_bf16: list[int], precision: str
+) -> None:
+    """And go on in it, wherever the run is resumed."""
+    steps, run = ["training.steps=4", "training.save_every=2"], tmp_path / "auto"
+    explicit = lab.train(2, tmp_path / "explicit", *steps, f"llm.precision={precision}", ep=2)
+    automatic = [*lab.overrides(run), *steps, "llm.precision=auto", "parallel.ep=2"]
+    assert run_world(_train_where, 2, automatic, lab.cache, with_bf16) == [explicit] * 2
+    assert load_saved_config(run / CONFIG).llm.precision == precision
+    shutil.rmtree(run / "checkpoints/step-000004")
+    (run / "checkpoints/latest").write_text("step-000002")
+    elsewhere = [] if precision == "bf16" else [0, 1]
+    assert run_world(_train_where, 2, automatic, lab.cache, elsewhere) == [explicit[2:]] * 2
 
 
 @pytest.mark.parametrize(
