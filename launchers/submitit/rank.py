@@ -52,7 +52,7 @@ def run_rank(module: str, arguments: Sequence[str], max_tries: int) -> None:
     if job.global_rank == 0:
         record.close_unfinished(commands.earlier_ends(job.job_id), tries.saved_steps(module, run))
         record.begin(list(job.hostnames), tries.saved_steps(module, run))
-    code = _run_child(module, arguments, {"MASTER_ADDR": job.hostnames[0], "MASTER_PORT": _port(job, folder)})
+    code = run_child(module, arguments, {"MASTER_ADDR": job.hostnames[0], "MASTER_PORT": _port(job, folder)})
     known = {} if code == 0 else commands.show_job(job.raw_job_id)
     final = code in (0, USER_ERROR, INTERRUPTED) or known.get("JobState") == "CANCELLED"
     if job.global_rank == 0:
@@ -69,7 +69,7 @@ def run_rank(module: str, arguments: Sequence[str], max_tries: int) -> None:
     _requeue(job, known)
 
 
-def _run_child(module: str, arguments: Sequence[str], rendezvous: dict[str, str]) -> int:
+def run_child(module: str, arguments: Sequence[str], rendezvous: dict[str, str]) -> int:
     """Run the rank, pass Submitit's warning on as SIGUSR1, and return the exit code. Submitit's handler comes back."""
     warnings: list[int] = []
     submitits = signal.signal(_WARNING, lambda number, _: warnings.append(number))

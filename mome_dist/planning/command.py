@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,8 @@ def job_of_options(options: argparse.Namespace, config: RunConfig, cluster: Clus
     """The job of a configuration, its LLM maybe known by name only."""
     clip = Clip(options.seconds, options.text_tokens, options.prompt_tokens)
     widths = {"audio": options.audio_width, "video": options.video_width}
-    if config.llm.precision == "auto":
-        config = replace(config, llm=replace(config.llm, precision=cluster.fast_precision))
-    return job_of(config, find_shape(options.llm or config.llm.path), clip, widths, cluster.on_gpu)
+    shape = find_shape(options.llm or config.llm.path)
+    return job_of(config, shape, clip, widths, cluster.on_gpu, cluster.fast_precision)
 
 
 def _console() -> Console:

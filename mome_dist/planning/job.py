@@ -167,24 +167,29 @@ class Candidate:
         return f"{' '.join(parts)}, accumulation {self.accumulation}"
 
 
-def job_of(config: RunConfig, shape: LLMShape, clip: Clip, widths: Mapping[str, int], on_gpu: bool) -> Job:
+def job_of(
+    config: RunConfig,
+    shape: LLMShape,
+    clip: Clip,
+    widths: Mapping[str, int],
+    on_gpu: bool,
+    fast_precision: str = "bf16",
+) -> Job:
     """The job that a configuration describes.
 
     Args:
         clip: a typical utterance.
         widths: the encoders' feature widths by stream.
-        on_gpu: where it will run; it settles ``llm.attention=auto``, and ``llm.precision=auto`` if nobody has.
+        on_gpu: where it will run; it settles ``llm.attention=auto``.
+        fast_precision: of the devices there; it settles ``llm.precision=auto``.
     """
     mome, views = config.mome, views_of(config)
     attention = config.llm.attention
     if attention == "auto":
         attention = "sdpa" if on_gpu else "eager"
-    precision = config.llm.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
     return Job(
         shape=shape,
-        precision=precision,
+        precision=fast_precision if config.llm.precision == "auto" else config.llm.precision,
         attention=attention,
         placement=mome.placement,
         experts=mome.routed_experts,

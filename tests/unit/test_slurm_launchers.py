@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from launchers.slurm.job import Job, free_port
 from launchers.slurm.preflight import NodesError, compare, describe_node
 from launchers.slurm.rank import task_environment
 from launchers.slurm.tries import Record
+from launchers.submitit.rank import run_child
 from launchers.submitit.sweep import combinations
 from mome_dist.errors import UserError
+from mome_dist.exit_codes import PREEMPTED
 from mome_dist.paths import configs_dir
 
 NODES = ["node1", "node2"]
@@ -172,3 +177,27 @@ def test_a_sweep_is_every_combination_in_hydras_order() -> None:
         *(["a=1", "b=[3,4]", "c=x"], ["a=1", "b=[3,4]", "c=y"]),
         *(["a=2", "b=[3,4]", "c=x"], ["a=2", "b=[3,4]", "c=y"]),
     ]
+
+
+@pytest.mark.parametrize(("warned", "code"), [(True, PREEMPTED), (False, 128 + signal.SIGKILL)])
+def test_a_rank_that_is_warned_before_it_listens_is_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: bool, code: int
+) -> None:
+    """Like one that has saved; what kills it otherwise is a failure."""
+    task = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+
+    def act() -> None:
+        started = tmp_path / "0.pid"
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        if warned:
+            os.kill(os.getpid(), signal.SIGUSR2)  # as Slurm warns every process of a task
+        else:
+            os.kill(int(started.read_text()), signal.SIGKILL)
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    assert run_child("tests.unit.launcher_probe", [f"0:write-pid={tmp_path}", "0:sleep=60"], {}) == code
+    thread.join()
