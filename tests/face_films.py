@@ -11,7 +11,8 @@ import numpy as np
 import soundfile
 
 from mome_dist.assets import asset_dir
-from mome_dist.data.media import SAMPLE_RATE, Audio, Video, frames_for_samples, read_media_file, write_media_file
+from mome_dist.data.films import Film
+from mome_dist.data.media import SAMPLE_RATE, Audio, Video, frames_for_samples, write_media_file
 
 SPEECH = Path(__file__).parent / "data" / "librivox"
 TEXTS: dict[str, str] = json.loads((SPEECH / "transcripts.json").read_text(encoding="utf-8"))
@@ -20,9 +21,7 @@ PAUSE = 2.0  # seconds between recordings that are joined
 
 @cache
 def _film() -> Video:
-    video = read_media_file(asset_dir("face-video") / "carphone_pristine.mp4").video
-    assert video is not None
-    return video
+    return Film(asset_dir("face-video") / "carphone_pristine.mp4").video()
 
 
 def face_video(frames: int) -> Video:

@@ -1,0 +1,6 @@
+"""Films and recordings of a user's own, of any container and codec, read by their own clock and metadata."""
+
+from mome_dist.data.films.film import Film
+from mome_dist.data.films.sound import resample_audio
+
+__all__ = ["Film", "resample_audio"]
