@@ -27,10 +27,13 @@ from mome_dist.assets.registry import ASSETS, FACE_MESH
 from mome_dist.data.media import FPS, Video
 from mome_dist.errors import UserError
 
-# Numbers of the mesh's points. The outer ring of the lips, and what hardly moves in speech: corners of the eyes (the
-# viewer's left eye first), and the point under the nose.
-STABLE = (33, 133, 362, 263, 2)
-LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185)
+# Numbers of the mesh's points that stand for those of the 68-point scheme that the field aligns with. What hardly moves
+# in speech: the base of the nose (33 there) and the corners of the eyes (36, 39, 42, 45), the viewer's left eye first.
+STABLE = (2, 33, 133, 362, 263)
+# Both contours of the lips (48 to 67 there): what is averaged must be the same points, or the crop's centre is another.
+OUTER_LIPS = (61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181)
+INNER_LIPS = (78, 82, 13, 312, 308, 317, 14, 87)
+LIPS = (*OUTER_LIPS, *INNER_LIPS)
 POINTS = (*STABLE, *LIPS)
 
 _MESH_POINTS = 468
