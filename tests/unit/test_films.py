@@ -55,6 +55,7 @@ def test_sound_before_the_first_picture_is_kept(tmp_path: Path) -> None:
     pictures, sound = film.video(), film.audio()
     np.testing.assert_allclose(sound, audio, atol=1e-6)
     assert film.picture_delay == pytest.approx(1.0) and film.frames == 75
+    assert film.notes == ["its first picture comes after 1.00 s and stands for those before"]
     assert pictures[:, 0, 0].tolist() == [0] * 25 + list(range(50))  # the first one stands in for what is missing
     alone = Film(film.path, ["video"])
     assert alone.picture_delay == 0 and alone.video()[:, 0, 0].tolist() == list(range(50))
@@ -250,7 +251,7 @@ def test_sound_above_full_scale_is_turned_down_and_noted(tmp_path: Path, scale: 
     soundfile.write(tmp_path / "a.wav", audio * np.float32(scale), 16_000, "FLOAT")
     film = Film(tmp_path / "a.wav")
     np.testing.assert_allclose(film.audio(), audio, atol=1e-6)
-    assert film.notes == [f"its sound is up to {scale:.3g} times full scale and was turned down"]
+    assert film.notes == [f"its sound, up to {scale:.3g} times full scale, was turned down"]
 
 
 def test_channels_that_cancel_each_other_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from av.stream import Discard, Disposition
 from mome_dist.data.films.pictures import Picture, at_25_fps, stacked
 from mome_dist.data.films.sound import SoundTrack, sound_range
 from mome_dist.data.media import FPS, SAMPLES_PER_FRAME, Audio, Video
-from mome_dist.errors import UserError
+from mome_dist.errors import FilmError
 
 # Containers that store the time of every frame and an index, and say how long they are: in these a part is found
 # without decoding what is before it, and an end that is missing is noticed.
@@ -56,10 +56,10 @@ class Film:
     Attributes:
         frames: pictures of the part at 25 a second; 0 without video.
         picture_delay: seconds of the part before its first picture.
-        notes: what was done to the sound beyond decoding, in words; known after `audio`.
+        notes: what was done to it beyond decoding, in words; of the sound after `audio`.
 
     Raises:
-        UserError: the path is no file, cannot be read, holds neither audio nor video, or ends before its own length.
+        FilmError: the path is no file, cannot be read, holds neither audio nor video, or ends before its own length.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Film:
         self.path = Path(path)
         if not self.path.is_file():
             wrong = "is no file" if self.path.exists() else "no such file"
-            raise UserError(f"{path}: {wrong}; give the path of one audio or video file")
+            raise FilmError(f"{path}: {wrong}; give the path of one audio or video file")
         self.notes: list[str] = []
         found = _scan(self.path, streams)
         self._sound, self._video = found.get("audio"), found.get("video")
@@ -85,6 +85,10 @@ class Film:
             total = max(math.ceil((self._video.end - origin) * FPS - 0.5), 1)
             self.frames = max((total if last is None else min(total, last)) - first, 0)
             self.picture_delay = max(self._video.start - self._start, 0.0)
+            if self.picture_delay > 1 / FPS:
+                self.notes.append(
+                    f"its first picture comes after {self.picture_delay:.2f} s and stands for what is before"
+                )
 
     @property
     def has_audio(self) -> bool:
@@ -102,7 +106,7 @@ class Film:
         Sound above full scale, as float recordings and lossy codecs may hold, is turned down as a whole, and noted.
 
         Raises:
-            UserError: it cannot be decoded, samples are no numbers, or its time stamps are those of no recording.
+            FilmError: it cannot be decoded, samples are no numbers, or its time stamps are those of no recording.
         """
         if self._sound is None:
             return np.zeros(0, np.float32)
@@ -110,14 +114,14 @@ class Film:
         audio = SoundTrack(self._start, self._samples, str(self.path)).read(frames)
         if (loudest := sound_range(audio, str(self.path))) > 1.0:
             audio /= np.float32(loudest)
-            self.notes.append(f"its sound is up to {loudest:.3g} times full scale and was turned down")
+            self.notes.append(f"its sound, up to {loudest:.3g} times full scale, was turned down")
         return audio
 
     def pictures(self) -> Iterator[Picture]:
         """Grey levels of the part, ``frames`` pictures of uint8 [height, width], one after the other.
 
         Raises:
-            UserError: they cannot be decoded, or fewer than the file promises.
+            FilmError: they cannot be decoded, or fewer than the file promises.
         """
         if self._video is None:
             return
@@ -129,7 +133,7 @@ class Film:
             yield picture
             given += 1
         if given < self.frames:
-            raise UserError(
+            raise FilmError(
                 f"{self.path}: only {given} of {self.frames} pictures can be decoded; it is damaged, fetch it again"
             )
 
@@ -146,7 +150,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
             yield container
     except (av.FFmpegError, OSError) as error:
-        raise UserError(
+        raise FilmError(
             f"{path}: cannot be read as audio or video ({error}); convert it to MP4, WAV or FLAC"
         ) from error
 
@@ -171,12 +175,12 @@ def _scan(path: Path, wanted: Collection[str]) -> dict[str, _Stream]:
     """What the packets of the wanted streams tell, by kind; a stream without any is left out.
 
     Raises:
-        UserError: the file has neither audio nor video, or ends before the length that it promises.
+        FilmError: the file has neither audio nor video, or ends before the length that it promises.
     """
     with _opened(path) as container:
         chosen = _chosen(container)
         if not chosen:
-            raise UserError(f"{path}: holds neither an audio nor a video stream; give a file with speech in it")
+            raise FilmError(f"{path}: holds neither an audio nor a video stream; give a file with speech in it")
         # Matroska promises a length for the whole file, others for each stream.
         whole = container.duration if container.format.name.startswith(_MATROSKA) else None
         streams = {kind: stream for kind, stream in chosen.items() if whole or kind in wanted}
@@ -192,7 +196,7 @@ def _scan(path: Path, wanted: Collection[str]) -> dict[str, _Stream]:
             promised = {max(found, key=lambda kind: found[kind].end): whole / av.time_base}
     for kind, end in promised.items():
         if end - found[kind].end > _MISSING_SECONDS:
-            raise UserError(
+            raise FilmError(
                 f"{path}: its {kind} ends at {found[kind].end:.2f} s, though it should be {end:.2f} s long; it was cut "
                 "off, fetch it again"
             )

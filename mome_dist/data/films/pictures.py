@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mome_dist.data.films.sound import LONGEST_HOLE_SECONDS, LONGEST_OVERLAP_SECONDS, REMUX
 from mome_dist.data.media import FPS, Video, grey_levels
-from mome_dist.errors import UserError
+from mome_dist.errors import FilmError
 
 Picture = NDArray[np.uint8]
 """Grey levels of one picture, uint8 [height, width]."""
@@ -36,7 +36,7 @@ def at_25_fps(frames: Iterable[av.VideoFrame], origin: float, pixel_shape: float
         source: names the file in errors.
 
     Raises:
-        UserError: the size changes on the way, the time stamps are those of no film, or a metadatum cannot be followed.
+        FilmError: the size changes on the way, the time stamps are those of no film, or a metadatum cannot be followed.
     """
     shown: Picture | None = None
     taken, end, interval = 0, origin, 1.0 / FPS
@@ -44,7 +44,7 @@ def at_25_fps(frames: Iterable[av.VideoFrame], origin: float, pixel_shape: float
     for frame in frames:
         start = end if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
         if last is not None and not -LONGEST_OVERLAP_SECONDS <= start - last <= LONGEST_HOLE_SECONDS:
-            raise UserError(
+            raise FilmError(
                 f"{source}: the time stamps of its pictures jump by {start - last:+.2f} s at {last - origin:.2f} s; "
                 f"{REMUX}"
             )
@@ -53,7 +53,7 @@ def at_25_fps(frames: Iterable[av.VideoFrame], origin: float, pixel_shape: float
             taken += 1
         picture = _upright(_of_square_pixels(grey_levels(frame), pixel_shape, source), frame, source)
         if shown is not None and picture.shape != shown.shape:
-            raise UserError(f"{source}: the picture size changes within the film; convert it to one size")
+            raise FilmError(f"{source}: the picture size changes within the film; convert it to one size")
         shown, last = picture, start
         end = start + (float(frame.duration * frame.time_base) if frame.duration and frame.time_base else interval)
     while shown is not None and origin + (taken + 0.5) * interval < end:
@@ -65,7 +65,7 @@ def _of_square_pixels(picture: Picture, pixel_shape: float, source: str) -> Pict
     if abs(pixel_shape - 1.0) < 0.01:  # less than a pixel of a mouth crop
         return picture
     if not 1 / _WIDEST_PIXEL <= pixel_shape <= _WIDEST_PIXEL:
-        raise UserError(f"{source}: its pixels are {pixel_shape:g} times as wide as high; mend its aspect ratio")
+        raise FilmError(f"{source}: its pixels are {pixel_shape:g} times as wide as high; mend its aspect ratio")
     height, width = picture.shape
     size = (max(round(width * pixel_shape), 1), height)
     method = cv2.INTER_AREA if pixel_shape < 1 else cv2.INTER_LINEAR
@@ -88,7 +88,7 @@ def _upright(picture: Picture, frame: av.VideoFrame, source: str) -> Picture:
         picture = picture.T
         x, y = c, b
     else:
-        raise UserError(
+        raise FilmError(
             f"{source}: its display matrix turns pictures by other than a quarter turn "
             f"({', '.join(f'{value / _UNIT:g}' for value in (a, b, c, d))}); write them upright, such as with "
             "'ffmpeg -i OLD NEW.mp4'"

@@ -15,7 +15,7 @@ import numpy as np
 from av.audio.resampler import AudioResampler
 
 from mome_dist.data.media import SAMPLE_RATE, Audio
-from mome_dist.errors import UserError
+from mome_dist.errors import FilmError
 
 # A hole: so many frames in a row are off the run by more than a picture, all on the same side.
 _OFF_SECONDS = 0.04
@@ -54,7 +54,7 @@ class SoundTrack:
         """All sound of these frames.
 
         Raises:
-            UserError: the time stamps are those of no recording, or the channels cancel each other.
+            FilmError: the time stamps are those of no recording, or the channels cancel each other.
         """
         for frame, start in _runs(frames):
             if start is not None:
@@ -65,7 +65,7 @@ class SoundTrack:
                 break
         self._flush()
         if self._power_of_mean < _CANCELLED * self._power_of_channels:
-            raise UserError(
+            raise FilmError(
                 f"{self._source}: its channels cancel each other, and their mean is silence; turn one of them round or "
                 "keep one alone"
             )
@@ -75,7 +75,7 @@ class SoundTrack:
         """Continue at a time: after silence, or leaving out what is before it."""
         gap = round((start - self._origin) * SAMPLE_RATE) - len(self)
         if gap > LONGEST_HOLE_SECONDS * SAMPLE_RATE or (len(self) and gap < -LONGEST_OVERLAP_SECONDS * SAMPLE_RATE):
-            raise UserError(
+            raise FilmError(
                 f"{self._source}: the time stamps of its sound jump by {gap / SAMPLE_RATE:+.2f} s at "
                 f"{len(self) / SAMPLE_RATE:.2f} s; {REMUX}"
             )
@@ -148,13 +148,13 @@ def sound_range(audio: Audio, source: str) -> float:
     """Check that all samples are numbers; return the largest magnitude. The same for every kind of recording.
 
     Raises:
-        UserError: some are NaN or infinite.
+        FilmError: some are NaN or infinite.
     """
     if not len(audio):
         return 0.0
     if not np.isfinite(audio.sum(dtype=np.float64)):  # one bad sample makes the sum bad; no copy of the whole
         bad = len(audio) - int(np.isfinite(audio).sum())
-        raise UserError(f"{source}: {bad} of {len(audio)} samples are NaN or infinite; write the recording anew")
+        raise FilmError(f"{source}: {bad} of {len(audio)} samples are NaN or infinite; write the recording anew")
     return max(float(audio.max()), -float(audio.min()))
 
 
@@ -162,7 +162,7 @@ def resample_audio(audio: Audio, rate: int, source: str) -> Audio:
     """Resample float32 [samples] from ``rate`` Hz to 16 kHz with libswresample; ``source`` names it in errors.
 
     Raises:
-        UserError: some samples are NaN or infinite.
+        FilmError: some samples are NaN or infinite.
     """
     sound_range(audio, source)
     if rate == SAMPLE_RATE:

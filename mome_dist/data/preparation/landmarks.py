@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from mome_dist.assets import asset_dir
 from mome_dist.assets.face_mesh import GRAPH, runner_path
 from mome_dist.assets.registry import ASSETS, FACE_MESH
-from mome_dist.data.media import FPS, Video
+from mome_dist.data.films import Picture
+from mome_dist.data.media import FPS
 from mome_dist.errors import UserError
 
 # Numbers of the mesh's points that stand for those of the 68-point scheme that the field aligns with. What hardly moves
@@ -50,6 +52,9 @@ Points = NDArray[np.float32]
 """[frames, points, 2]: x and y in pixels, NaN where no face was found."""
 
 
+_NO_POINTS: Points = np.full((len(POINTS), 2), np.nan, np.float32)
+
+
 class FaceMesh:
     """The face mesh. Making one loads the networks; a process may use it for any number of clips.
 
@@ -72,19 +77,18 @@ class FaceMesh:
         self._found: dict[str, Any] = {}
         self._graph.observe_output_stream(_OUTPUT, self._found.__setitem__, True)
 
-    def track(self, video: Video) -> Points:
+    def track(self, pictures: Iterable[Picture]) -> Points:
         """Points of the most visible face in a clip of one shot.
 
         Args:
-            video: grey uint8 [frames, height, width].
+            pictures: of one size, one at least; they are gone through once, and none is kept.
 
         Returns:
-            float32 [frames, len(POINTS), 2], NaN in frames without a face. The result depends on this clip alone: what
-            was seen in another one is forgotten.
+            float32 [pictures, len(POINTS), 2], NaN in pictures without a face. The result depends on this clip alone:
+            what was seen in another one is forgotten.
         """
         packets = self._runner._packet_creator
-        points_FPX = np.full((len(video), len(POINTS), 2), np.nan, np.float32)
-        size_X = np.array(video.shape[:0:-1], np.float32)
+        found: list[Points] = []
         with _without_stderr():
             self._graph.start_run(
                 {
@@ -94,14 +98,16 @@ class FaceMesh:
                 }
             )
             try:
-                # Points get better while they are followed: the first frame is looked at a few times before it counts.
-                for number, image in enumerate((*video[:1].repeat(_LOOKS_BEFORE, axis=0), *video), -_LOOKS_BEFORE):
-                    mesh = self._process(image, (number + _LOOKS_BEFORE + 1) * _MICROSECONDS_PER_FRAME)
-                    if mesh is not None and number >= 0:
-                        points_FPX[number] = mesh[list(POINTS)] * size_X
+                clock = count(_MICROSECONDS_PER_FRAME, _MICROSECONDS_PER_FRAME)
+                for picture in pictures:
+                    if not found:  # points get better while they are followed: it is looked at before it counts
+                        for _ in range(_LOOKS_BEFORE):
+                            self._process(picture, next(clock))
+                    mesh = self._process(picture, next(clock))
+                    found.append(_NO_POINTS if mesh is None else mesh[list(POINTS)] * _size(picture))
             finally:
                 self._graph.close()
-        return points_FPX
+        return np.stack(found)
 
     def _process(self, image: NDArray[np.uint8], microseconds: int) -> Points | None:
         """All points of one frame, x and y relative to its size: float32 [468, 2]; None without a face."""
@@ -116,6 +122,10 @@ class FaceMesh:
         if found is None or found.is_empty():
             return None
         return parse_landmarks(runner._packet_getter._get_serialized_proto_list(found)[0])
+
+
+def _size(picture: Picture) -> Points:
+    return np.array(picture.shape[::-1], np.float32)
 
 
 def parse_landmarks(serialised: bytes) -> Points:
