@@ -157,7 +157,8 @@ class TokenTable:
             return next((char for piece in pieces for char in piece if char not in self.ids), None)
         encoding = self._backend.encode(text, add_special_tokens=False)
         number = self.ids.get(unknown)
-        return next((text[slice(*at)] for id_, at in zip(encoding.ids, encoding.offsets) if id_ == number), None)
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return next((text[start:end] for token, (start, end) in found if token == number), None)
 
     @cached_property
     def _missing_bytes(self) -> frozenset[int] | None:
@@ -189,8 +190,8 @@ class TokenTable:
                 token = key.removesuffix("_id")
                 raise UserError(
                     f"llm.path: {token} of {self.directory / SETTINGS} has id {number}, but {MODEL} and {GENERATION} "
-                    f"give {key}={', '.join(map(str, sorted(named, key=str)))}: use the tokenizer that belongs to these "
-                    f"weights, or correct {token}."
+                    f"give {key}={', '.join(map(str, sorted(named, key=str)))}: use the tokenizer that belongs to "
+                    f"these weights, or correct {token}."
                 )
 
 
@@ -227,7 +228,9 @@ class _Settings:
                 {_text(value): int(key) for key, value in (settings.get("added_tokens_decoder") or {}).items()},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"llm.path: {directory / SETTINGS} names tokens in no known form; fetch it again.") from error
+            raise UserError(
+                f"llm.path: {directory / SETTINGS} names tokens in no known form; fetch it again."
+            ) from error
 
 
 def check_rows(directory: Path, ids: Mapping[str, int]) -> None:
@@ -286,7 +289,7 @@ def _template_ids(processor: dict[str, Any] | None) -> dict[str, int]:
     ids: dict[str, int] = {}
     for part in _parts(processor):
         for token, facts in (part.get("special_tokens") or {}).items():
-            ids |= {token: number for number in facts["ids"]}
+            ids[token] = max(facts["ids"])
         for token, number in (part[role] for role in ("cls", "sep") if role in part):
             ids[token] = number
     return ids

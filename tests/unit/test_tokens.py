@@ -74,7 +74,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         r"gives '<newer>' the id 64, but the model has 64 embeddings \(vocab_size in config.json\): use the tokenizer "
         r"that belongs to these weights, or .*resize_token_embeddings",
     ),
-    "a smaller model": (lambda llm: edit_config(llm, vocab_size=60), r"the id 62, .* 60 .*\(3 tokens are beyond them\)"),
+    "a smaller model": (
+        lambda llm: edit_config(llm, vocab_size=60),
+        r"the id 62, .* 60 .*\(3 tokens are beyond them\)",
+    ),
     "added tokens of transformers": (decoder, r"gives '<late>' the id 64"),
     "a pad token that no file has": (
         lambda llm: edit(llm, "tokenizer_config.json", pad_token="[PAD]", extra_special_tokens=["<a>"]),
@@ -169,7 +172,9 @@ def test_prompts_that_do_not_work_are_named(llm: Path, prompt: str, message: str
 
 
 def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 

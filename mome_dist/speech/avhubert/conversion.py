@@ -58,7 +58,9 @@ class Converted:
     settings: dict[str, Setting]
 
 
-def convert(tensors: Mapping[str, Tensor], told: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Converted:
+def convert(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> Converted:
     """Make an encoder of a published checkpoint.
 
     Args:
