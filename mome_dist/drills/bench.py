@@ -137,7 +137,8 @@ def _rank(overrides: list[str], cache: Path, injections: Sequence[Injection], no
 def _shrinking(folder: Path) -> list[str]:
     """Make a small corpus and random models; return the overrides that use them."""
     corpus = generate_corpus(CORPUS, folder / "corpora" / "whole", workers=1)
-    tokenizer = word_tokenizer([utterance.text for utterance in Corpus.open(corpus).split("train")])
+    opened = Corpus.open(corpus)
+    tokenizer = word_tokenizer(utterance.text for name in opened.split_names for utterance in opened.split(name))
     save_llm(tiny_llama(tokenizer, hidden=64, layers=4, ffn_width=96), tokenizer, folder / "llm")
     VideoEncoder().save_pretrained(folder / "video")
     return [
