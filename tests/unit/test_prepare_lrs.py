@@ -24,7 +24,7 @@ from mome_dist.data.media import encode_flac, encode_video
 from mome_dist.data.preparation import utterances
 from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.data.preparation.mouth import crop_mouth
-from mome_dist.evaluation.wer import normalize
+from mome_dist.text import normalize
 from tests.face_films import TEXTS, face_video, speech, write_clip, write_lrs2, write_lrs3
 from tools.prepare_lrs import main
 
@@ -212,7 +212,7 @@ def test_every_clip_that_cannot_be_used_is_named_with_the_reason(
         "gone": (utterances.UNREADABLE, "gone.mp4: no such file"),
         "deaf": (utterances.NO_AUDIO, "deaf.mp4 has no audio stream"),
         "blind": (utterances.NO_VIDEO, "blind.mp4 has no video stream"),
-        "other": (utterances.NO_TEXT, "other.txt cannot be read as text"),
+        "other": (utterances.NO_TEXT, "other.txt:1: column 6: byte 0xff is not UTF-8"),
     }
     for name, (reason, detail) in expected.items():
         assert found[name][0] == reason and detail in found[name][1], (name, found[name])

@@ -1,8 +1,8 @@
 """Cuts of lhotse, one JSON object each. A cut is read whole, or what is not understood of it is named.
 
 What changes the sound, the pictures or the text and is not applied here (transforms, a part of the channels, mixtures)
-is an error, and so is a key that this reader does not know: whoever made the list has to decide. A cut whose own figures
-or texts do not fit together is left out by name.
+is an error, and so is a key that this reader does not know: whoever made the list has to decide. A cut whose own
+figures or texts do not fit together is left out by name.
 
 Format: https://github.com/lhotse-speech/lhotse, its ``MonoCut``, ``MultiCut``, ``Recording``, ``AudioSource`` and
 ``SupervisionSegment``. Times are seconds: of a cut, from the start of its recording; of a supervision, from the start
