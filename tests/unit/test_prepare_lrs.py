@@ -157,7 +157,7 @@ def test_lists_of_films_and_of_crops_become_a_corpus(tmp_path: Path) -> None:
     (train,), (valid,), (test,) = (corpus.split(name) for name in ("train", "validation", "test"))
     assert (train.id, train.speaker, train.text) == ("films-ann-1", "ann", "well he was not")
     assert np.abs(corpus.video(valid).astype(int) - crops).mean() < 4, "crops are taken as they are"
-    assert (test.id, test.frames, test.samples) == ("cut-7", 38, 38 * 640)
+    assert test.id.startswith("cut-7--") and (test.frames, test.samples) == (38, 38 * 640)
     expected = speech("0930")[16_000 : 16_000 + test.samples]
     assert np.corrcoef(corpus.audio(test), expected)[0, 1] > 0.98
 

@@ -40,7 +40,9 @@ def test_normaliser(text: str, expected: str) -> None:
     assert normalize(expected) == expected
 
 
-@pytest.mark.parametrize("apostrophe", "`\u00b4\u02b9\u02bb\u02bc\u02ca\u02cb\u1ffd\u2018\u2019\u201b\u2032\uff07\uff40")
+@pytest.mark.parametrize(
+    "apostrophe", "`\u00b4\u02b9\u02bb\u02bc\u02ca\u02cb\u1ffd\u2018\u2019\u201b\u2032\uff07\uff40"
+)
 def test_whatever_stands_for_an_apostrophe_is_one(apostrophe: str) -> None:
     text = f"IT{apostrophe}S"
     assert normalize(text) == spell(text) == "it's"

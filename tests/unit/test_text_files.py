@@ -84,11 +84,13 @@ def test_json_is_read_whole_or_refused(text: str, named: str) -> None:
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    assert read_json(put(tmp_path / "a.json", b'\xef\xbb\xbf{\r\n"train_batch_size": 1}\r\n')) == {"train_batch_size": 1}
+    assert read_json(put(tmp_path / "a.json", b'\xef\xbb\xbf{\r\n"train_batch_size": 1}\r\n')) == {
+        "train_batch_size": 1
+    }
 
 
 def test_texts_of_lrs_may_have_a_byte_order_mark(tmp_path: Path) -> None:
-    path = put(tmp_path / "a.txt", f"\ufeffText:  HELLO\u2028THERE\r\nConf:  4\r\n".encode())
+    path = put(tmp_path / "a.txt", "\ufeffText:  HELLO\u2028THERE\r\nConf:  4\r\n".encode())
     assert read_transcript(path).text == "hello there"
     with pytest.raises(UserError, match=r"a\.txt:2: column 5: byte 0xff"):
         read_transcript(put(path, b"Text: A\nRef:\xff\n"))

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mome_dist.errors import UserError
@@ -93,9 +94,11 @@ def check_clips(clips: Sequence[Clip]) -> None:
         if clip.id in seen:
             raise UserError(f"clip {clip.name!r} occurs twice (as {seen[clip.id]!r} before); keep one of them")
         seen[clip.id] = clip.name
-    test = {clip.media for clip in clips if clip.split == TEST}
-    for clip in clips:
-        if clip.split != TEST and clip.media in test:
+    resolve = cache(Path.resolve)  # lists may write one folder differently; there are fewer folders than clips
+    files = [resolve(clip.media.parent) / clip.media.name for clip in clips]
+    test = {file for clip, file in zip(clips, files, strict=True) if clip.split == TEST}
+    for clip, file in zip(clips, files, strict=True):
+        if clip.split != TEST and file in test:
             raise UserError(
                 f"{clip.media} is in the {clip.split} split and in the test split; a test must be unseen: "
                 "take it out of one of the lists"
