@@ -85,5 +85,5 @@ def parse_json(text: str, where: str) -> Any:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+        raise UserError(f"{where} is not JSON ({error})") from error
     return value
