@@ -144,6 +144,7 @@ def test_sound_may_be_in_a_file_of_its_own(tmp_path: Path) -> None:
         (cut(supervisions__0__start=-0.5), BAD_CUT, "1: supervision 'u' is from -0.5 to 1.5 s of a cut of 2.5 s"),
         (cut(start=2.0), BAD_CUT, "1: recording 'r' lasts 4 s, and the cut ends at 4.5 s"),
         (cut(start=7.0), BAD_CUT, "1: recording 'r' lasts 4 s, and the cut ends at 9.5 s"),
+        (cut(start=7.0, recording__duration=None), BAD_CUT, "1: recording 'r' lasts 4 s, and the cut ends at 9.5 s"),
         (cut(recording__num_samples=96000), BAD_CUT, "1: recording 'r' has a duration of 4 s, but samples for 2 s"),
         (
             cut(supervisions=[supervision(0, "a", speaker="x"), supervision(1, "b", speaker="y")]),
@@ -179,8 +180,8 @@ def test_rounded_times_fit(tmp_path: Path) -> None:
         (cut(recording__speed=1.1), "recording 'r' has 'speed', which is not understood"),
         (cut(recording__sources__0__offset=1), "source has 'offset', which is not understood"),
         (cut(supervisions__0__translation="x"), "supervision 'u' has 'translation', which is not understood"),
-        (cut(recording__transforms=[{"name": "Speed", "kwargs": {"factor": 0.5}}]), r"transforms \['Speed'\]"),
-        (cut(recording__transforms=["Resample"]), r"transforms \['Resample'\]"),
+        (cut(recording__transforms=[{"name": "Speed", "kwargs": {"factor": 0.5}}]), r"transforms=\[.*'Speed'"),
+        (cut(recording__transforms=["Resample"]), r"transforms=\['Resample'\]"),
         (cut(type="MixedCut"), "a cut of type 'MixedCut'; only MonoCut and MultiCut"),
         (cut(type="PaddingCut"), "a cut of type 'PaddingCut'"),
         (cut(type=["MonoCut"]), r"a cut of type \['MonoCut'\]"),

@@ -167,9 +167,8 @@ def _files(cut: _Object, recording: _Object, where: str, root: Path) -> tuple[Pa
     The sound of a file is the mean of its channels, so a cut must have all of them.
     """
     if transforms := recording.get("transforms"):
-        names = [each.get("name") if isinstance(each, dict) else each for each in transforms]
         raise UserError(
-            f"{recording.where} has transforms {names}, which are not applied to films: take such cuts out, or save "
+            f"{recording.where} has transforms={transforms!r:.80}, which are not applied to films: take such cuts out, or save "
             "the transformed film as a file of its own"
         )
     sources = [_Object(value, "source", where) for value in recording.items("sources")]
@@ -200,17 +199,19 @@ def _files(cut: _Object, recording: _Object, where: str, root: Path) -> tuple[Pa
 
 def _check_times(recording: _Object, end: float) -> None:
     """Leave out a cut that ends at ``end`` seconds if its recording does not last as long, or contradicts itself."""
-    if "duration" not in recording:
-        return
-    duration = recording.number("duration", 0, above=True)
+    told = []
+    if "duration" in recording:
+        told.append(recording.number("duration", 0, above=True))
     if "num_samples" in recording and "sampling_rate" in recording:
-        sampled = recording.number("num_samples", 0) / recording.number("sampling_rate", 1)
-        if abs(sampled - duration) > _TOLERANCE:
-            raise _LeftOutError(
-                BAD_CUT, f"{recording.where} has a duration of {duration:g} s, but samples for {sampled:g} s"
-            )
-    if end > duration + _TOLERANCE:
-        raise _LeftOutError(BAD_CUT, f"{recording.where} lasts {duration:g} s, and the cut ends at {end:g} s")
+        told.append(recording.number("num_samples", 0) / recording.number("sampling_rate", 1))
+    if not told:
+        return
+    if max(told) - min(told) > _TOLERANCE:
+        raise _LeftOutError(
+            BAD_CUT, f"{recording.where} has a duration of {told[0]:g} s, but samples for {told[1]:g} s"
+        )
+    if end > told[0] + _TOLERANCE:
+        raise _LeftOutError(BAD_CUT, f"{recording.where} lasts {told[0]:g} s, and the cut ends at {end:g} s")
 
 
 def _said(cut: _Object, recording: _Object, where: str, seconds: float) -> list[_Supervision]:
