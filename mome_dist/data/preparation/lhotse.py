@@ -168,7 +168,7 @@ def _files(cut: _Object, recording: _Object, where: str, root: Path) -> tuple[Pa
     """
     if transforms := recording.get("transforms"):
         raise UserError(
-            f"{recording.where} has transforms={transforms!r:.80}, which are not applied to films: take such cuts out, or save "
+            f"{recording.where} has transforms={transforms!r:.80}, which are not applied: take such cuts out, or save "
             "the transformed film as a file of its own"
         )
     sources = [_Object(value, "source", where) for value in recording.items("sources")]
