@@ -6,7 +6,6 @@ No torch here: a launcher runs this before it starts anything, in a second.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from mome_dist.llm.directory import check_directory
 from mome_dist.llm.tokens import TokenTable
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import View, all_views
+from mome_dist.text_files import read_json
 
 # Keys of a DeepSpeed file that the project sets itself or that would break its arithmetic.
 RESERVED_DEEPSPEED_KEYS = {
@@ -366,9 +366,9 @@ def _check_deepspeed(config: RunConfig) -> None:
     if not path.is_file():
         raise UserError(f"deepspeed.file={config.deepspeed.file!r}: {path} does not exist.")
     try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed.file: {path} is not JSON ({error}).") from error
+        settings = read_json(path)
+    except UserError as error:
+        raise UserError(f"deepspeed.file: {error}") from error
     for key, instead in RESERVED_DEEPSPEED_KEYS.items():
         if key in settings:
             raise UserError(f"deepspeed.file: {path} sets {key!r}; remove it and use {instead}.")

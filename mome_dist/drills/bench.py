@@ -20,6 +20,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.text_files import lines_of
 
 STEPS, SAVE_EVERY = 6, 2
 WORLD_SECONDS = 300.0  # only a world that hangs reaches it
@@ -159,4 +160,4 @@ def _shrinking(folder: Path) -> list[str]:
 
 def records(path: Path) -> list[dict]:
     """The records of a JSON-lines file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in lines_of(path)] if path.is_file() else []
