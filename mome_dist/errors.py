@@ -15,6 +15,10 @@ class DamagedDataError(UserError):
     """An utterance cannot be read as its corpus says; a run may be allowed to leave it out."""
 
 
+class FilmError(UserError):
+    """A user's own film or recording cannot be read, or its clock, length or samples are those of no recording."""
+
+
 class RankLostError(RuntimeError):
     """A collective failed or timed out because of another rank, which the message names.
 

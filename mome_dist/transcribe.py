@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     from mome_dist.checkpoint.load import load_run
-    from mome_dist.data.media import FPS, SAMPLE_RATE, read_media_file
+    from mome_dist.data.media import FPS, SAMPLE_RATE
     from mome_dist.evaluation.decoding import check_view
     from mome_dist.evaluation.transcription import clips_of, transcribe
 
-    clips = clips_of(read_media_file(options.file), view, options.file)  # before the model is loaded: it is quick
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    clips = clips_of(options.file, view, console.print)  # before the model is loaded: it is quick
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(options.run, device, frozen=frozen_of(options))
     check_view(run.model.projectors, view)

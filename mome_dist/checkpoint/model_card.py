@@ -105,13 +105,12 @@ The same in Python:
 from pathlib import Path
 
 from mome_dist.checkpoint.export import load_adapter
-from mome_dist.data.media import read_media_file
 from mome_dist.evaluation.transcription import clips_of, transcribe
 from mome_dist.speech.views import View
 
 run = load_adapter(".")  # run.model is a torch module around transformers' model, run.model.llm
 view, file = View("{view.task}", {view.audio_rate}, {view.video_rate}), Path("{file}")
-text = transcribe(run, view, clips_of(read_media_file(file), view, file))
+text = transcribe(run, view, clips_of(file, view))
 ```
 
 Audio is resampled to 16 kHz; video must be 96x96 mouth crops. The frozen models are looked for where they were at the

@@ -1,24 +1,21 @@
-"""Audio and video codecs: FLAC speech and full-range grey H.264, in memory, plus one reader for a user's own file.
+"""The codecs of a corpus: FLAC speech and full-range grey H.264, in memory.
 
 Corpora hold speech as 16 kHz mono 16-bit FLAC and mouth crops as 25 fps grey H.264 in MP4. H.264 stores luma either in
 "limited" range (16-235) or "full" range (0-255); a stream that does not say is taken as limited, and every grey value
 comes back scaled. So the writer hands the luma plane over untouched and marks the stream as full range, and the reader
 takes the luma plane as it is, expanding it only where a foreign stream is of limited range.
 
-Nothing here unpickles, and files are opened from local paths only, never by URL.
+Files of a user's own are read by `mome_dist.data.films`. Nothing here unpickles.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
 import soundfile
-from av.audio.resampler import AudioResampler
 from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
@@ -32,17 +29,11 @@ VIDEO_CRF = 18
 VIDEO_PRESET = "superfast"
 _FULL_SCALE = 32768.0
 _NEUTRAL_CHROMA = 128
-_LIMITED_BLACK, _LIMITED_SPAN = 16.0, 219.0
+# Luma of limited range (16 to 235) as full grey levels.
+_EXPANDED = np.rint(np.clip((np.arange(256) - 16.0) * (255.0 / 219.0), 0.0, 255.0)).astype(np.uint8)
 
 Audio = NDArray[np.float32]
 Video = NDArray[np.uint8]
-
-
-class Media(NamedTuple):
-    """What a media file holds: ``audio`` float32 [samples] at 16 kHz, ``video`` uint8 [T, H, W] at 25 fps; or None."""
-
-    audio: Audio | None
-    video: Video | None
 
 
 def frames_for_samples(samples: int) -> int:
@@ -116,8 +107,8 @@ def encode_video(video: Video, crf: int = VIDEO_CRF, preset: str = VIDEO_PRESET)
     return buffer.getvalue()
 
 
-def _grey(frame: av.VideoFrame) -> Video:
-    """Grey levels 0-255 of a frame: uint8 [H, W]."""
+def grey_levels(frame: av.VideoFrame) -> Video:
+    """Grey levels 0-255 of a frame, whatever its format and range: uint8 [H, W]."""
     name = frame.format.name
     if not (
         name == "gray" or (name.startswith("yuv") and frame.format.components[0].bits == 8 and len(frame.planes) == 3)
@@ -129,8 +120,7 @@ def _grey(frame: av.VideoFrame) -> Video:
     full_range = name == "gray" or name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
     if full_range:
         return luma
-    expanded = (luma.astype(np.float32) - _LIMITED_BLACK) * (255.0 / _LIMITED_SPAN)
-    return np.rint(np.clip(expanded, 0.0, 255.0)).astype(np.uint8)
+    return _EXPANDED[luma]
 
 
 def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:
@@ -143,7 +133,7 @@ def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:
         with av.open(io.BytesIO(data), "r", format="mp4") as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # a mouth crop is too small to split over threads
-            images = [_grey(frame) for frame in container.decode(stream)]
+            images = [grey_levels(frame) for frame in container.decode(stream)]
     except (av.FFmpegError, IndexError) as error:
         raise DamagedDataError(f"{source}: cannot decode H.264 video ({error}); make the shard again") from error
     if not images or (frames is not None and len(images) != frames):
@@ -164,98 +154,3 @@ def write_media_file(path: Path, audio: Audio, video: Video) -> None:
         frame.sample_rate, frame.pts = SAMPLE_RATE, 0
         container.mux(sound.encode(frame))
         container.mux(sound.encode(None))
-
-
-def _seconds(frame: av.AudioFrame | av.VideoFrame) -> float | None:
-    return None if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
-
-
-def resample_audio(audio: Audio, rate: int) -> Audio:
-    """Resample float32 [samples] from ``rate`` Hz to 16 kHz with libswresample."""
-    if rate == SAMPLE_RATE:
-        return audio
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None], np.float32), format="fltp", layout="mono")
-    frame.sample_rate = rate
-    return _resampled([frame])
-
-
-def _resampled(frames: list[av.AudioFrame]) -> Audio:
-    """Frames of any format to 16 kHz mono: the mean of the channels (libswresample's own down-mix is louder)."""
-    resampler = AudioResampler(format="fltp", rate=SAMPLE_RATE)
-    pieces = []
-    for frame in [*frames, None]:
-        if frame is not None:
-            frame.pts = None  # the resampler must not stretch or drop anything over uneven timestamps
-        pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)]
-    return np.concatenate(pieces).astype(np.float32) if pieces else np.zeros(0, np.float32)
-
-
-def _read_audio(container: av.container.InputContainer, origin: float) -> Audio | None:
-    """The first audio stream from time ``origin`` (seconds) on, with silence where it starts later."""
-    frames = list(container.decode(container.streams.audio[0]))
-    if not frames:
-        return None
-    start = _seconds(frames[0])
-    audio = _resampled(frames)
-    shift = 0 if start is None else round((start - origin) * SAMPLE_RATE)
-    return np.pad(audio, (shift, 0)) if shift > 0 else audio[-shift:] if shift < 0 else audio
-
-
-def _at_25_fps(frames: Iterable[av.VideoFrame], origin: float) -> Video | None:
-    """Sample a stream at the middle of every 40 ms from ``origin`` on, holding a picture until the next one."""
-    images: list[Video] = []
-    shown: Video | None = None
-    end, interval = origin, 1.0 / FPS
-    for frame in frames:
-        start = _seconds(frame)
-        start = end if start is None else start
-        if shown is not None:
-            while origin + (len(images) + 0.5) * interval < start:
-                images.append(shown)
-        shown = _grey(frame)
-        end = start + (float(frame.duration * frame.time_base) if frame.duration and frame.time_base else interval)
-    if shown is None:
-        return None
-    while origin + (len(images) + 0.5) * interval < end or not images:
-        images.append(shown)
-    if len({image.shape for image in images}) > 1:
-        raise UserError("the picture size changes within the video; convert it to one size")
-    return np.stack(images)
-
-
-def _start(stream: av.stream.Stream) -> float:
-    return 0.0 if stream.start_time is None or stream.time_base is None else float(stream.start_time * stream.time_base)
-
-
-def read_media_file(path: str | Path) -> Media:
-    """Read one file of any container and codec that FFmpeg knows: its first audio and first video stream.
-
-    Both streams are put on one clock that starts with the video (with the audio where there is no video), so that a
-    delay between them in the file survives. Grey levels are full range whatever the file's own range.
-    Raises UserError when the path is no file, cannot be read, or holds neither audio nor video.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of one audio or video file")
-    audio: Audio | None = None
-    video: Video | None = None
-    try:
-        # Opened as a stream of bytes: no name in the path or in a playlist can make FFmpeg open anything else.
-        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
-            clock = [*container.streams.video[:1], *container.streams.audio[:1]]
-            if not clock:
-                raise UserError(f"{path}: holds neither an audio nor a video stream; give a file with speech in it")
-            origin = _start(clock[0])
-            if container.streams.video:
-                video = _at_25_fps(container.decode(container.streams.video[0]), origin)
-            if container.streams.audio:
-                if container.streams.video:
-                    container.seek(0)
-                audio = _read_audio(container, origin)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as audio or video ({error}); convert it to MP4, WAV or FLAC"
-        ) from error
-    if audio is None and video is None:
-        raise UserError(f"{path}: its streams are empty; give a file with speech in it")
-    return Media(audio, video)

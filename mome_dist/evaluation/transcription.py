@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,33 +10,39 @@ import torch
 from torch import Tensor
 
 from mome_dist.checkpoint.load import LoadedRun
-from mome_dist.data.media import Media
+from mome_dist.data.films import Film
+from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import NoFaceError, crop_mouth, is_mouth_crop
+from mome_dist.data.preparation.mouth import NoFaceError
 from mome_dist.errors import UserError
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import streams_of
 from mome_dist.speech.views import View
 
 
-def clips_of(media: Media, view: View, file: Path) -> dict[str, Tensor]:
+def clips_of(path: Path, view: View, tell: Callable[[str], object] = lambda note: None) -> dict[str, Tensor]:
     """The raw clip of each stream that the view reads; of video, the mouth, cropped as for a corpus.
 
+    Args:
+        tell: is given what was done to the file beyond decoding it, a line each.
+
     Raises:
-        UserError: the file lacks a stream, or its video shows no face for too long.
+        UserError: the file cannot be read, lacks a stream, or its video shows no face for too long.
     """
+    film = Film(path, streams_of(view))
+    for stream, there in (("audio", film.has_audio), ("video", film.has_video)):
+        if stream in streams_of(view) and not there:
+            raise UserError(f"{path} has no {stream} stream: leave out --{stream}-rate, or give a file that has one.")
     clips = {}
-    for stream in streams_of(view):
-        values = getattr(media, stream)
-        option = f"--{stream}-rate"
-        if values is None:
-            raise UserError(f"{file} has no {stream} stream: leave out {option}, or give a file that has one.")
-        if stream == "video" and not is_mouth_crop(values):
-            try:
-                values = crop_mouth(values, FaceMesh().track(values))
-            except NoFaceError as error:
-                raise UserError(f"{file}: {error}: show one face throughout, or leave out {option}.") from error
-        clips[stream] = torch.from_numpy(values)
+    if film.has_audio:
+        clips["audio"] = torch.from_numpy(film.audio())
+    if film.has_video:
+        (mouth,) = mouth_crops(film, [(0, film.frames)], FaceMesh)
+        if isinstance(mouth, NoFaceError):
+            raise UserError(f"{path}: {mouth}: show one face throughout, or leave out --video-rate.") from mouth
+        clips["video"] = torch.from_numpy(mouth)
+    for note in film.notes:
+        tell(f"{path}: {note}")
     return clips
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mome_dist.data.corpus import Corpus
-from mome_dist.data.media import read_media_file
+from mome_dist.data.films import Film
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir, generate_corpus
 from mome_dist.data.synthetic.grammar import SLOTS, VOCABULARY, draw_sentences
 from mome_dist.data.synthetic.render import render
@@ -100,11 +100,9 @@ def test_contact_sheets_and_samples(tiny_corpus_dir: Path, tiny_corpus: Corpus) 
     samples = sorted((tiny_corpus_dir / "samples").glob("*.mp4"))
     assert [path.stem for path in samples] == [u.id for u in tiny_corpus.split("test")[:3]]
     for path, utterance in zip(samples, tiny_corpus.split("test"), strict=False):
-        media = read_media_file(path)
-        assert media.video is not None
-        assert media.audio is not None
-        assert media.video.shape == (utterance.frames, 96, 96)
-        assert len(media.audio) >= utterance.samples
+        film = Film(path)
+        assert film.video().shape == (utterance.frames, 96, 96)
+        assert len(film.audio()) >= utterance.samples
         assert path.with_suffix(".txt").read_text().strip() == utterance.text
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 
 from mome_dist.data.corpus import Utterance
-from mome_dist.data.media import SAMPLE_RATE, Audio, resample_audio
+from mome_dist.data.films import resample_audio
+from mome_dist.data.media import SAMPLE_RATE, Audio
 from mome_dist.data.noise.source import Origin
 from mome_dist.data.seeding import utterance_rng
 from mome_dist.errors import UserError
@@ -80,7 +81,7 @@ class NoiseFiles:
             raise UserError(f"{path}: cannot be read ({error}); remove or replace it") from error
         if not len(sound):
             raise UserError(f"{path}: ends before sample {offset}, which its header promises; remove or replace it")
-        return resample_audio(sound.mean(1), rate)
+        return resample_audio(sound.mean(1), rate, str(path))
 
 
 def _described(path: Path) -> tuple[int, int]:

@@ -30,6 +30,8 @@ class Clip:
         text: what is said, as written; None where ``text_file`` holds it.
         text_file: text file in the layout of LRS2 and LRS3.
         start, seconds: the part of the file that is meant; to its end where ``seconds`` is None.
+        listed_frames, listed_samples: pictures at 25 fps and samples at 16 kHz that its list says this part has; None
+            where the list does not say.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Clip:
     text_file: Path | None = None
     start: float = 0.0
     seconds: float | None = None
+    listed_frames: int | None = None
+    listed_samples: int | None = None
 
     @property
     def id(self) -> str:

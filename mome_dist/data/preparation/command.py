@@ -15,7 +15,7 @@ from rich.console import Console
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.preparation.clips import SPLITS, TRAIN, VALIDATION, Clip, check_clips, hold_out_speakers
 from mome_dist.data.preparation.manifests import read_manifest
-from mome_dist.data.preparation.portions import REJECTED, Preparation
+from mome_dist.data.preparation.portions import NOTED, REJECTED, Preparation
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.trees import LRS3_VALIDATION, lrs2_clips, lrs3_clips
 from mome_dist.data.preparation.utterances import held_out
@@ -165,4 +165,6 @@ def _tell(out: Path, console: Console) -> None:
         console.print(f"left out   {number:>7} {reason}")
     if reasons:
         console.print(f"           each by name: {out / REJECTED}", soft_wrap=True)
+    if noted := (out / NOTED).read_bytes().count(b"\n"):
+        console.print(f"noted      {noted:>7} by name: {out / NOTED}", soft_wrap=True)
     console.print(str(out), soft_wrap=True)

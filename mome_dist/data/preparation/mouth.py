@@ -1,8 +1,9 @@
 """From points of a face to a steady 96x96 crop of its mouth, as published lip readers know it.
 
 The recipe is AV-HuBERT's (Shi et al., 2022: ``align_mouth.py``). Rotation and scale of a frame are those of the
-similarity that brings its stable points, averaged over 12 frames from this one on (the last 12 ones at the end), closest to the field's mean face in a frame of 256x256; the crop is cut there around the mean of this frame's own
-lip points. Stable points are points that speech hardly moves, so that an open mouth does not shrink the face.
+similarity that brings its stable points, averaged over 12 frames from this one on (the last 12 ones at the end),
+closest to the field's mean face in a frame of 256x256; the crop is cut there around the mean of this frame's own lip
+points. Stable points are points that speech hardly moves, so that an open mouth does not shrink the face.
 
 What differs from the recipe, in pixels of the crop:
 
@@ -49,8 +50,8 @@ def fill_gaps(points: Points, longest: int = LONGEST_GAP, least: float = LEAST_F
     """Points of frames without a face, on a straight line between the frames around them (or as in the nearest one).
 
     Raises:
-        NoFaceError: less than a share of ``least`` of the frames has a face, or more than ``longest`` in a row have none;
-            the message has the counts.
+        NoFaceError: less than a share of ``least`` of the frames has a face, or more than ``longest`` in a row have
+            none; the message has the counts.
     """
     found = np.isfinite(points[:, 0, 0])
     if found.all():

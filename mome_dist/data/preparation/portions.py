@@ -24,12 +24,12 @@ from typing import Any, Protocol
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.preparation.clips import SPLITS, Clip
 from mome_dist.data.preparation.settings import PreparationSettings
-from mome_dist.data.preparation.utterances import ClipPreparer, Rejection
+from mome_dist.data.preparation.utterances import ClipPreparer, Note, Rejection
 from mome_dist.data.shards import MANIFEST, ShardWriter, manifest_text
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, locked, write_json, write_text
 
-REJECTED = "rejected.jsonl"
+REJECTED, NOTED = "rejected.jsonl", "noted.jsonl"
 
 
 class Watch(Protocol):
@@ -133,6 +133,7 @@ class Preparation:
     def do(self, portion: Portion, preparer: ClipPreparer, watch: Watch) -> None:
         """Prepare a portion. Its record appears when its shards are on disk."""
         rejections: list[Rejection] = []
+        notes: list[Note] = []
         record: dict[str, Any] = {"shards": [], "lines": "", "utterances": 0, "seconds": 0.0}
         with tempfile.TemporaryDirectory(prefix=f".{portion.name}.", dir=self.working) as scratch:
             aside = Path(scratch)
@@ -144,6 +145,7 @@ class Preparation:
                     for utterance in prepared.utterances:
                         writer.add(utterance)
                     rejections += prepared.rejections
+                    notes += prepared.notes
                     record["utterances"] += len(prepared.utterances)
                     watch.ends(prepared.frames)
                 if record["utterances"]:
@@ -155,7 +157,8 @@ class Preparation:
             for shard in record["shards"]:
                 (aside / shard["file"]).rename(self.corpus / shard["file"])
         fsync(self.corpus)
-        write_json(self._record(portion), {**record, "rejections": [rejection._asdict() for rejection in rejections]})
+        told = {"rejections": [rejection._asdict() for rejection in rejections], "notes": [n._asdict() for n in notes]}
+        write_json(self._record(portion), {**record, **told})
 
     def finish(self) -> bool:
         """Join all portions and publish the corpus; return whether that was possible (or done by someone else).
@@ -177,7 +180,7 @@ class Preparation:
 
     def _join(self) -> None:
         splits: dict[str, dict[str, Any]] = {}
-        rejections = [rejection._asdict() for rejection in self.left_out]
+        rejections, notes = [rejection._asdict() for rejection in self.left_out], []
         for split in SPLITS:
             records = [
                 json.loads(self._record(portion).read_text(encoding="utf-8"))
@@ -186,6 +189,7 @@ class Preparation:
             ]
             rejected = [rejection for record in records for rejection in record["rejections"]]
             rejections += rejected
+            notes += [note for record in records for note in record["notes"]]
             if not records:
                 continue
             if not any(record["utterances"] for record in records):
@@ -200,8 +204,8 @@ class Preparation:
                 "seconds": round(sum(record["seconds"] for record in records), 3),
                 "shards": [shard for record in records for shard in record["shards"]],
             }
-        lines = (json.dumps(rejection, ensure_ascii=False) for rejection in rejections)
-        write_text(self.corpus / REJECTED, "".join(f"{line}\n" for line in lines))
+        for name, entries in ((REJECTED, rejections), (NOTED, notes)):
+            write_text(self.corpus / name, "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries))
         write_text(self.corpus / MANIFEST, manifest_text(self.out.name, self.description, splits))
         Corpus.open(self.corpus)  # what cannot be read is not published
         fsync(self.corpus)

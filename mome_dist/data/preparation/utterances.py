@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from mome_dist.data.media import (
-    FPS,
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    Audio,
-    Media,
-    Video,
-    encode_flac,
-    encode_video,
-    read_media_file,
-)
+from mome_dist.data.films import Film
+from mome_dist.data.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Audio, Video, encode_flac, encode_video
 from mome_dist.data.preparation.clips import TEST, Clip
+from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import NoFaceError, crop_mouth, is_mouth_crop
+from mome_dist.data.preparation.mouth import NoFaceError
 from mome_dist.data.preparation.segments import Segment, cut
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.text import Transcript, read_transcript, spell
 from mome_dist.data.shards import EncodedUtterance
-from mome_dist.errors import UserError
+from mome_dist.errors import FilmError, UserError
 
-UNREADABLE, NO_AUDIO, NO_VIDEO, NO_TEXT, LENGTHS, TOO_LONG, NO_FACE, BAD_TIMES, HELD_OUT = (
+UNREADABLE, NO_AUDIO, NO_VIDEO, NO_TEXT, LENGTHS, LISTED, TOO_LONG, NO_FACE, BAD_TIMES, HELD_OUT = (
     "unreadable",
     "no audio",
     "no video",
     "no text",
     "lengths differ",
+    "not as listed",
     "too long",
     "no face",
     "bad word times",
     "held-out speaker",
 )
+
+_COUNTED_FRAMES = 2  # by how many pictures (and their sound) a film may differ from its list: codecs pad
 
 
 class Rejection(NamedTuple):
@@ -53,12 +48,21 @@ class Rejection(NamedTuple):
     detail: str
 
 
+class Note(NamedTuple):
+    """What was done to a clip that is in the corpus, beyond decoding it."""
+
+    name: str
+    split: str
+    note: str
+
+
 @dataclass
 class Prepared:
     """What became of one clip. ``frames`` counts those that were read."""
 
     utterances: list[EncodedUtterance] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     frames: int = 0
 
 
@@ -82,43 +86,36 @@ class ClipPreparer:
             UserError: MediaPipe is missing.
         """
         prepared = Prepared()
-
-        def reject(name: str, reason: str, detail: str) -> None:
-            prepared.rejections.append(Rejection(name, clip.split, reason, detail))
-
         try:
-            transcript = _transcript(clip)
-            audio, video = _streams(clip, self.settings.tolerance_seconds)
-            prepared.frames = len(video)
-            segments = _segments(clip, transcript, len(video), self.settings.longest_frames(clip.split))
-        except _RejectedError as error:
-            reject(clip.name, error.reason, str(error))
-            return prepared
-        crop = self._cropper(video)
-        for number, segment in enumerate(segments):
-            whole = len(segments) == 1 and segment.end - segment.start == len(video)
+            self._prepare(clip, prepared)
+        except (_RejectedError, FilmError) as error:
+            reason = UNREADABLE if isinstance(error, FilmError) else error.reason
+            return Prepared(rejections=[Rejection(clip.name, clip.split, reason, str(error))], frames=prepared.frames)
+        return prepared
+
+    def _prepare(self, clip: Clip, prepared: Prepared) -> None:
+        transcript = _transcript(clip)
+        film = _film(clip)
+        audio, notes = _sound(clip, film)
+        prepared.frames = film.frames
+        _check_lengths(clip, film, audio, self.settings.tolerance_seconds)
+        frames = min(film.frames, round(len(audio) / SAMPLES_PER_FRAME)) or 1
+        audio = np.pad(audio, (0, max(frames * SAMPLES_PER_FRAME - len(audio), 0)))
+        segments = _segments(clip, transcript, frames, self.settings.longest_frames(clip.split))
+        mouths = mouth_crops(film, [segment[:2] for segment in segments], self._face_mesh, self.settings.longest_gap)
+        for number, (segment, mouth) in enumerate(zip(segments, mouths, strict=True)):
+            whole = len(segments) == 1 and segment[:2] == (0, frames)
             name, identity = (clip.name, clip.id) if whole else (f"{clip.name}#{number}", f"{clip.id}-{number:03d}")
-            try:
-                mouth = crop(segment)
-            except NoFaceError as error:
-                reject(name, NO_FACE, str(error))
+            if isinstance(mouth, NoFaceError):
+                prepared.rejections.append(Rejection(name, clip.split, NO_FACE, str(mouth)))
                 continue
             sound = audio[segment.start * SAMPLES_PER_FRAME : segment.end * SAMPLES_PER_FRAME]
             prepared.utterances.append(_encode(clip, identity, segment, sound, mouth))
-        return prepared
+        prepared.notes += [Note(clip.name, clip.split, note) for note in notes if prepared.utterances]
 
-    def _cropper(self, video: Video) -> Callable[[Segment], Video]:
-        """What crops a segment's mouth. The face is followed through the whole clip first."""
-        if is_mouth_crop(video):
-            return lambda segment: video[segment.start : segment.end]
+    def _face_mesh(self) -> FaceMesh:
         self._mesh = self._mesh or FaceMesh()
-        points = self._mesh.track(video)
-
-        def crop(segment: Segment) -> Video:
-            here = slice(segment.start, segment.end)
-            return crop_mouth(video[here], points[here], self.settings.longest_gap)
-
-        return crop
+        return self._mesh
 
 
 def _encode(clip: Clip, identity: str, segment: Segment, audio: Audio, mouth: Video) -> EncodedUtterance:
@@ -148,37 +145,39 @@ def _transcript(clip: Clip) -> Transcript:
     return transcript
 
 
-def _streams(clip: Clip, tolerance_seconds: float) -> tuple[Audio, Video]:
-    """Sound and picture of a clip, of one length."""
-    media = _read(clip)
-    if media.video is None:
+def _film(clip: Clip) -> Film:
+    """The pictures of a clip, and its sound where that is in the same file."""
+    streams = ("video",) if clip.audio is not None else ("audio", "video")
+    film = Film(clip.media, streams, clip.start, clip.seconds)
+    if not film.has_video:
         raise _RejectedError(NO_VIDEO, f"{clip.media} has no video stream")
-    if media.audio is None:
-        raise _RejectedError(NO_AUDIO, f"{clip.media} has no audio stream, and no other file has it")
-    first = round(clip.start * FPS)
-    last = None if clip.seconds is None else first + round(clip.seconds * FPS)
-    video = media.video[first:last]
-    audio = media.audio[first * SAMPLES_PER_FRAME : None if last is None else last * SAMPLES_PER_FRAME]
-    difference = len(audio) / SAMPLE_RATE - len(video) / FPS
-    if abs(difference) > tolerance_seconds or not len(video):
+    return film
+
+
+def _sound(clip: Clip, film: Film) -> tuple[Audio, list[str]]:
+    """The sound of a clip, and what was done to it."""
+    source = film if clip.audio is None else Film(clip.audio, ("audio",), clip.start, clip.seconds)
+    if not source.has_audio:
+        raise _RejectedError(NO_AUDIO, f"{source.path} has no audio stream, and no other file has it")
+    return source.audio(), list(dict.fromkeys([*film.notes, *source.notes]))
+
+
+def _check_lengths(clip: Clip, film: Film, audio: Audio, tolerance_seconds: float) -> None:
+    """Refuse what belongs to no text as a whole: sound and picture of unlike length, or other than the list says."""
+    sound, picture = len(audio) / SAMPLE_RATE, film.frames / FPS
+    told = f"{clip.media}: {sound:.2f} s of sound and {picture:.2f} s of picture"
+    if abs(sound - picture) > tolerance_seconds or not film.frames:
+        raise _RejectedError(LENGTHS, f"{told} (they may differ by {tolerance_seconds} s)")
+    if film.picture_delay > tolerance_seconds:
         raise _RejectedError(
-            LENGTHS,
-            f"{clip.media}: {len(audio) / SAMPLE_RATE:.2f} s of sound and {len(video) / FPS:.2f} s of picture "
-            f"(they may differ by {tolerance_seconds} s)",
+            LENGTHS, f"{told}, whose first one comes after {film.picture_delay:.2f} s (at most {tolerance_seconds} s)"
         )
-    frames = min(len(video), round(len(audio) / SAMPLES_PER_FRAME)) or 1
-    video, audio = video[:frames], audio[: frames * SAMPLES_PER_FRAME]
-    return np.pad(audio, (0, frames * SAMPLES_PER_FRAME - len(audio))), video
-
-
-def _read(clip: Clip) -> Media:
-    try:
-        media = read_media_file(clip.media)
-        if clip.audio is not None:
-            media = Media(read_media_file(clip.audio).audio, media.video)
-    except UserError as error:
-        raise _RejectedError(UNREADABLE, str(error)) from error
-    return media
+    for listed, found, unit, slack in (
+        (clip.listed_frames, film.frames, "pictures", _COUNTED_FRAMES),
+        (clip.listed_samples, len(audio), "samples", _COUNTED_FRAMES * SAMPLES_PER_FRAME),
+    ):
+        if listed is not None and abs(listed - found) > slack:
+            raise _RejectedError(LISTED, f"{clip.media}: {found} {unit}, its list says {listed}")
 
 
 def _segments(clip: Clip, transcript: Transcript, frames: int, longest: int) -> list[Segment]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mome_dist.data.media import resample_audio
+from mome_dist.data.films import resample_audio
 from mome_dist.data.synthetic import espeak_process
 from mome_dist.data.synthetic.speakers import Voice
 from mome_dist.data.synthetic.speech import Speech, split_segment
@@ -57,7 +57,7 @@ class Espeak:
         answer = json.loads(header)
         audio = np.frombuffer(pcm, np.int16).astype(np.float32) / np.float32(32768)
         segments = self._segments(answer["phones"], len(audio) / answer["rate"])
-        return Speech(resample_audio(audio, answer["rate"]), segments)
+        return Speech(resample_audio(audio, answer["rate"], "espeak-ng"), segments)
 
     @staticmethod
     def _segments(phones: list[tuple[float, str]], duration: float) -> list[Segment]:

@@ -1,0 +1,87 @@
+"""Mouth crops of a film, part by part, in bounded memory: the face is followed through it, then the mouth is cut out.
+
+A film is gone through twice, since what turns a picture upright depends on pictures after it. A small one is kept in
+between, a large one is decoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mome_dist.data.films import Film, Picture
+from mome_dist.data.media import Video
+from mome_dist.data.preparation.alignment import Linear, Points, align, averaged, centers
+from mome_dist.data.preparation.landmarks import FaceMesh
+from mome_dist.data.preparation.mouth import CROP, LONGEST_GAP, ZOOM, NoFaceError, crop_frame, fill_gaps
+from mome_dist.speech.geometry import AVHUBERT
+
+_KEPT_BYTES = 128 << 20  # of pictures: 100 s of 224 x 224
+
+Part = tuple[int, int]
+"""Pictures of a film, from the first to before the last."""
+
+
+class _Plan(NamedTuple):
+    """How to cut each picture of a part, see `crop_frame`; of a film of crops, nothing is cut."""
+
+    linear_FXY: Linear
+    center_FX: NDArray[np.float32]
+
+
+def mouth_crops(
+    film: Film,
+    parts: Sequence[Part],
+    mesh: Callable[[], FaceMesh],
+    longest_gap: int = LONGEST_GAP,
+    geometry: str = AVHUBERT,
+) -> Iterator[Video | NoFaceError]:
+    """The mouth in each part: uint8 [pictures, 96, 96], or why there is none. A film of crops is taken as it is.
+
+    Args:
+        film: one with pictures.
+        parts: ascending; they do not overlap.
+        mesh: gives the face mesh, where it is needed.
+        longest_gap: pictures in a row that may lack a face.
+        geometry: of the crops, see `mome_dist.speech.geometry`.
+
+    Raises:
+        UserError: the film cannot be decoded, or MediaPipe is missing.
+    """
+    first_picture = next(film.pictures())
+    pictures = _pictures(film, first_picture.nbytes)
+    plans: list[_Plan | NoFaceError | None] = [None] * len(parts)
+    if first_picture.shape != (CROP, CROP):
+        points = mesh().track(pictures())
+        plans = [_plan(points[first:last], longest_gap, geometry) for first, last in parts]
+    numbered = enumerate(pictures())
+    for (first, last), plan in zip(parts, plans, strict=True):
+        if isinstance(plan, NoFaceError):
+            yield plan
+            continue
+        crops = np.empty((last - first, CROP, CROP), np.uint8)
+        for number, picture in numbered:
+            if (here := number - first) >= 0:
+                crops[here] = picture if plan is None else crop_frame(picture, *(of[here] for of in plan))
+            if number == last - 1:
+                break
+        yield crops
+
+
+def _pictures(film: Film, picture_bytes: int) -> Callable[[], Iterable[Picture]]:
+    """What gives all pictures of a film, more than once."""
+    if film.frames * picture_bytes > _KEPT_BYTES:
+        return film.pictures
+    video = film.video()
+    return lambda: video
+
+
+def _plan(points: Points, longest_gap: int, geometry: str) -> _Plan | NoFaceError:
+    try:
+        points = fill_gaps(points, longest_gap)
+    except NoFaceError as error:
+        return error
+    return _Plan(align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points))
