@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mome_dist.paths import cache_root
     from mome_dist.speech.avhubert.conversion import convert
     from mome_dist.speech.avhubert.fairseq_file import read_fairseq
+    from mome_dist.speech.geometry import AVHUBERT
 
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"converting {options.checkpoint}"):
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "model": "fine-tuned" if converted.fine_tuned else "pre-trained",
         }
         with published_directory(target, replace=False) as directory:
-            encoder.save_pretrained(directory, {"source": source})
+            encoder.save_pretrained(directory, {"geometry": AVHUBERT, "source": source})
     for reason in dict.fromkeys(converted.dropped.values()):
         names = [name for name, why in converted.dropped.items() if why == reason]
         console.print(f"left out {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")

@@ -21,6 +21,7 @@ from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
 from mome_dist.parallel.layout import Layout
+from mome_dist.speech.geometry import geometry_of
 from mome_dist.speech.views import View, all_views
 
 # Keys of a DeepSpeed file that the project sets itself or that would break its arithmetic.
@@ -81,6 +82,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "be chosen on the test split. Name another validation split."
         )
     corpus = Corpus.open(config.data.corpus)
+    if "video" in streams_of(config):
+        check_geometry(config.video_encoder.path, corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
     if config.augmentation.noise.source is not None:
@@ -390,3 +393,19 @@ def check_encoders(config: RunConfig) -> None:
                 f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): {commands[stream]}, or give "
                 "another directory."
             )
+
+
+def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
+    """Check that a corpus has mouths of the size and place that a video encoder was trained on.
+
+    Raises:
+        UserError: naming both, and the fix.
+    """
+    expected = geometry_of(json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8")))
+    if corpus.geometry == expected:
+        return
+    found = "crops of no known geometry, as older versions made them" if corpus.geometry is None else corpus.geometry
+    raise UserError(
+        f"{corpus.directory} has {found}, but video_encoder.path={str(encoder)!r} expects the geometry {expected}: "
+        f"prepare the corpus again with tools/prepare_lrs.py --geometry {expected}, or choose an encoder of such crops."
+    )
