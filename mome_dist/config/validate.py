@@ -404,8 +404,8 @@ def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
     expected = geometry_of(json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8")))
     if corpus.geometry == expected:
         return
-    found = "crops of no known geometry, as older versions made them" if corpus.geometry is None else corpus.geometry
+    found = "an unknown one, as older versions made it" if corpus.geometry is None else repr(corpus.geometry)
     raise UserError(
-        f"{corpus.directory} has {found}, but video_encoder.path={str(encoder)!r} expects the geometry {expected}: "
-        f"prepare the corpus again with tools/prepare_lrs.py --geometry {expected}, or choose an encoder of such crops."
+        f"{corpus.directory}: the geometry of its crops is {found}, but video_encoder.path={str(encoder)!r} expects "
+        f"{expected!r}: prepare it again with tools/prepare_lrs.py --geometry {expected}, or choose another encoder."
     )

@@ -18,6 +18,7 @@ from mome_dist.errors import UserError
 from mome_dist.speech.avhubert import AVHubertConfig
 from mome_dist.speech.avhubert.conversion import DROPPED, convert, names_of, shape_of
 from mome_dist.speech.avhubert.fairseq_file import read_fairseq
+from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.video_encoders import load_video_encoder
 from tests.avhubert_checkpoint import Published, fine_tuned, small
 from tools.convert_avhubert import main
@@ -97,6 +98,7 @@ def test_every_form_gives_the_same_encoder(tmp_path: Path, capsys: pytest.Captur
         torch.save(content | rest, tmp_path / "it.pt")
         assert main([str(tmp_path / "it.pt"), "--output", str(tmp_path / form)]) == 0, capsys.readouterr().err
         document = json.loads((tmp_path / form / "config.json").read_text())
+        assert document["geometry"] == AVHUBERT
         assert document["encoder"]["heads"] == 4  # 32 channels over 64 would be one
         assert document["source"]["model"] == ("fine-tuned" if form == "fine-tuned" else "pre-trained")
         found[form] = features(tmp_path / form)

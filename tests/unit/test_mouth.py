@@ -29,7 +29,7 @@ from mome_dist.data.preparation.alignment import (
 from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.data.preparation.mouth import NoFaceError, crop_mouth, fill_gaps
 from mome_dist.errors import UserError
-from mome_dist.speech.geometry import RENDERED
+from mome_dist.speech.geometry import AVHUBERT, RENDERED
 from tests.face_films import face_video
 
 FRAMES = 100
@@ -168,7 +168,7 @@ def test_the_mouth_is_in_the_middle_of_its_crop(mesh: FaceMesh, film: Video, poi
 
 def test_mouths_like_the_drawn_ones_are_larger(film: Video, points: Points) -> None:
     """A film is cropped for an encoder of the synthetic corpus with mouths as wide as the drawn ones."""
-    plain, larger = (crop_mouth(film[:1], points[:1], **how)[0] for how in ({}, {"geometry": RENDERED}))
+    (plain,), (larger,) = (crop_mouth(film[:1], points[:1], geometry=name) for name in (AVHUBERT, RENDERED))
     zoom = 53 / 45
     matrix = np.array([[zoom, 0, 48 - zoom * 48], [0, zoom, 48 - zoom * 48]])
     expected = cv2.warpAffine(plain, matrix, (96, 96))
