@@ -78,6 +78,7 @@ class FaceMesh:
             runner.resource_util.set_resource_dir(str(directory))
         self._mesh = _Graph(runner, "multi_face_landmarks", binary_graph_path=str(directory / GRAPH))
         self._detector = _Graph(runner, "faces", graph_config=_DETECTOR)
+        self._detector.start({})  # for good: it remembers nothing
 
     def track(self, pictures: Iterable[Picture]) -> Points:
         """Points of the most visible face in a clip of one shot.
@@ -98,7 +99,8 @@ class FaceMesh:
         }
         found: list[Points] = []
         trusted = 0  # pictures until the next second look
-        with self._mesh.running(sides), self._detector.running({}):
+        self._mesh.start(sides)
+        try:
             for picture in pictures:
                 if not found:  # points get better while they are followed: it is looked at before it counts
                     for _ in range(_LOOKS_BEFORE):
@@ -113,6 +115,8 @@ class FaceMesh:
                 else:
                     points_PX = np.full_like(points_PX, np.inf)
                 found.append(points_PX)
+        finally:
+            self._mesh.stop()
         return np.stack(found)
 
     def _look(self, picture: Picture) -> Points:
@@ -145,17 +149,16 @@ class _Graph:
             self._graph = runner.calculator_graph.CalculatorGraph(**source)
         self._graph.observe_output_stream(output, self._found.__setitem__, True)
 
-    @contextmanager
-    def running(self, sides: dict[str, Any]) -> Iterator[None]:
-        """Start with input side packets and without any memory; stop at the end."""
+    def start(self, sides: dict[str, Any]) -> None:
+        """Start with input side packets and without any memory."""
+        self._microseconds = 0
         with _without_stderr():
             self._graph.start_run(sides)
-        self._microseconds = 0
-        try:
-            yield
-        finally:
-            with _without_stderr():
-                self._graph.close()
+
+    def stop(self) -> None:
+        """End what `start` began; it may be started again."""
+        with _without_stderr():
+            self._graph.close()
 
     def process(self, picture: MatLike) -> list[bytes]:
         """What is found in the next picture."""
