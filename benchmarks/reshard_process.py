@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
 
+from benchmarks.resident import peak_resident
 from mome_dist.files import fsync
 from mome_dist.quiet import quiet_libraries
 
@@ -28,13 +28,6 @@ def copy(source: Path, target: Path) -> None:
                 write.write(piece)
         fsync(target / path.name)
     fsync(target)
-
-
-def _peak() -> int:
-    """Bytes of the largest resident memory since this program began; `resource` would count the parent's memory too."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def main() -> None:
@@ -58,7 +51,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     written = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     shutil.rmtree(options.target)
-    print(json.dumps({"seconds": seconds, "bytes": written, "peak": _peak()}))
+    print(json.dumps({"seconds": seconds, "bytes": written, "peak": peak_resident()}))
 
 
 if __name__ == "__main__":

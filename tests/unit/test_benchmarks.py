@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks import data_speed, learning, moe_layer, plan_layout, reshard, save_stall, train_step
+from benchmarks import data_speed, learning, long_film, moe_layer, plan_layout, reshard, save_stall, train_step
 from mome_dist import evaluate
 from mome_dist.config import load_config
 from mome_dist.config.validate import views_of
@@ -35,6 +35,14 @@ def _run(module: str, results: Path, *arguments: str) -> dict[str, Any]:
     assert markdown in done.stdout
     assert str(ROOT) not in markdown.replace(str(results), "")
     return json.loads(path.read_text())
+
+
+def test_a_long_film_takes_less_memory_than_its_pictures(tmp_path: Path) -> None:
+    cases = _run("benchmarks.long_film", tmp_path, "--minutes", "0.1")["figures"]["cases"]
+    assert set(cases) == set(long_film.WORK)
+    assert cases["sound"]["film seconds"] == pytest.approx(6, abs=0.2)
+    assert cases["mouths"]["pictures"] == 150 and cases["mouths"]["utterances"] == 1
+    assert all(case["peak"] < 500e6 for case in cases.values())
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ class Film:
             self.picture_delay = max(self._video.start - self._start, 0.0)
             if self.picture_delay > 1 / FPS:
                 self.notes.append(
-                    f"its first picture comes after {self.picture_delay:.2f} s and stands for what is before"
+                    f"its first picture comes after {self.picture_delay:.2f} s and stands for those before"
                 )
 
     @property

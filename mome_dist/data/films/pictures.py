@@ -7,6 +7,7 @@ that lie on their side), the shape of its pixels, the range of its grey levels, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import av
 import cv2
@@ -40,7 +41,8 @@ def at_25_fps(frames: Iterable[av.VideoFrame], origin: float, pixel_shape: float
     """
     shown: Picture | None = None
     taken, end, interval = 0, origin, 1.0 / FPS
-    last = None
+    last: float | None = None
+    turns: dict[int, _Turn] = {}
     for frame in frames:
         start = end if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
         if last is not None and not -LONGEST_OVERLAP_SECONDS <= start - last <= LONGEST_HOLE_SECONDS:
@@ -51,7 +53,9 @@ def at_25_fps(frames: Iterable[av.VideoFrame], origin: float, pixel_shape: float
         while shown is not None and origin + (taken + 0.5) * interval < start:
             yield shown
             taken += 1
-        picture = _upright(_of_square_pixels(grey_levels(frame), pixel_shape, source), frame, source)
+        if frame.rotation not in turns:  # looked at once: a frame whose side data was asked for is freed late
+            turns[frame.rotation] = _turn(frame, source)
+        picture = turns[frame.rotation](_of_square_pixels(grey_levels(frame), pixel_shape, source))
         if shown is not None and picture.shape != shown.shape:
             raise FilmError(f"{source}: the picture size changes within the film; convert it to one size")
         shown, last = picture, start
@@ -72,28 +76,34 @@ def _of_square_pixels(picture: Picture, pixel_shape: float, source: str) -> Pict
     return cv2.resize(picture, size, interpolation=method).astype(np.uint8, copy=False)
 
 
-def _upright(picture: Picture, frame: av.VideoFrame, source: str) -> Picture:
-    """Turn a picture as the display matrix of its frame says: x' = a x + c y, y' = b x + d y, y pointing down."""
+class _Turn(NamedTuple):
+    """How a stored picture becomes upright: transposed first or not, then its rows and columns in these steps."""
+
+    transposed: bool
+    rows: int
+    columns: int
+
+    def __call__(self, picture: Picture) -> Picture:
+        picture = picture.T if self.transposed else picture
+        return np.ascontiguousarray(picture[:: self.rows, :: self.columns])
+
+
+def _turn(frame: av.VideoFrame, source: str) -> _Turn:
+    """What the display matrix of a frame says: x' = a x + c y, y' = b x + d y, y pointing down."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if not isinstance(matrix, SideData):
-        return picture
+        return _Turn(False, 1, 1)
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
-    largest = max(abs(value) for value in (a, b, c, d))
-    if largest == 0:
-        return picture  # no direction at all, as some editors write
-    small = largest / 100
-    if abs(b) < small and abs(c) < small:
-        x, y = a, d
-    elif abs(a) < small and abs(d) < small:
-        picture = picture.T
-        x, y = c, b
-    else:
-        raise FilmError(
-            f"{source}: its display matrix turns pictures by other than a quarter turn "
-            f"({', '.join(f'{value / _UNIT:g}' for value in (a, b, c, d))}); write them upright, such as with "
-            "'ffmpeg -i OLD NEW.mp4'"
-        )
-    return np.ascontiguousarray(picture[:: 1 if y > 0 else -1, :: 1 if x > 0 else -1])
+    small = max(abs(value) for value in (a, b, c, d)) / 100
+    if abs(b) <= small and abs(c) <= small:
+        return _Turn(False, -1 if d < 0 else 1, -1 if a < 0 else 1)
+    if abs(a) <= small and abs(d) <= small:
+        return _Turn(True, -1 if b < 0 else 1, -1 if c < 0 else 1)
+    raise FilmError(
+        f"{source}: its display matrix turns pictures by other than a quarter turn "
+        f"({', '.join(f'{value / _UNIT:g}' for value in (a, b, c, d))}); write them upright, such as with "
+        "'ffmpeg -i OLD NEW.mp4'"
+    )
 
 
 def stacked(pictures: Iterable[Picture], count: int) -> Video:

@@ -100,7 +100,6 @@ class ClipPreparer:
         prepared.frames = film.frames
         _check_lengths(clip, film, audio, self.settings.tolerance_seconds)
         frames = min(film.frames, round(len(audio) / SAMPLES_PER_FRAME)) or 1
-        audio = np.pad(audio, (0, max(frames * SAMPLES_PER_FRAME - len(audio), 0)))
         segments = _segments(clip, transcript, frames, self.settings.longest_frames(clip.split))
         parts, how = [segment[:2] for segment in segments], self.settings
         mouths = mouth_crops(film, parts, self._face_mesh, how.longest_gap, how.least_faces, how.geometry)
@@ -111,6 +110,7 @@ class ClipPreparer:
                 prepared.rejections.append(Rejection(name, clip.split, NO_FACE, str(mouth)))
                 continue
             sound = audio[segment.start * SAMPLES_PER_FRAME : segment.end * SAMPLES_PER_FRAME]
+            sound = np.pad(sound, (0, len(mouth) * SAMPLES_PER_FRAME - len(sound)))
             prepared.utterances.append(_encode(clip, identity, segment, sound, mouth))
         prepared.notes += [Note(clip.name, clip.split, note) for note in notes if prepared.utterances]
 
