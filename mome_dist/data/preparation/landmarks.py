@@ -154,6 +154,7 @@ class _Graph:
         self._microseconds = 0
         with _without_stderr():
             self._graph.start_run(sides)
+            self._graph.wait_until_idle()  # its threads open the networks, which tell of it
 
     def stop(self) -> None:
         """End what `start` began; it may be started again."""
