@@ -62,8 +62,9 @@ def fill_gaps(points: Points, longest: int = LONGEST_GAP, least: float = LEAST_F
     if gap > longest or faces < max(least * len(found), 1):
         denied = int(np.isinf(points[:, 0, 0]).sum())
         how = f" ({denied} show something that was taken for one, such as a face upside down)" if denied else ""
-        missing = f"no face in {len(found) - faces} of {len(found)} frames{how}, {gap} of them in a row"
-        raise NoFaceError(f"{missing} (at most {longest} are bridged, and at least {least:.0%} must show one)")
+        limit = f"at most {longest} are bridged" if gap > longest else f"at least {least:.0%} must show one"
+        missing = f"{len(found) - faces} of {len(found)} frames{how}"
+        raise NoFaceError(f"no face in {missing}, {gap} of them in a row ({limit})")
     frames, known = np.arange(len(found)), np.flatnonzero(found)
     flat = points.reshape(len(points), -1)
     filled = np.stack([np.interp(frames, known, column[found]) for column in flat.T], axis=1)
