@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 TRUNK = (64, 128, 256, 512)
 CLUSTERS = 20  # of pre-training; 2,000 in the published models
+PRETRAINING = ("label_embs_concat", "final_proj.weight", "final_proj.bias")  # what fine-tuning leaves out
 
 
 class Block(nn.Module):
@@ -140,6 +141,11 @@ def small(seed: int = 0) -> Published:
 
 def fine_tuned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of a fine-tuned model that holds this pre-trained one, and a text decoder."""
-    pretraining = ("label_embs_concat", "final_proj.weight", "final_proj.bias")
-    inside = {f"encoder.w2v_model.{name}": value for name, value in state.items() if name not in pretraining}
+    inside = {f"encoder.w2v_model.{name}": value for name, value in state.items() if name not in PRETRAINING}
     return inside | {"decoder.embed_tokens.weight": torch.zeros(10, 4), "decoder.layers.0.fc1.bias": torch.zeros(4)}
+
+
+def fine_tuned_ctc(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Likewise of a model that was fine-tuned with CTC: letters of the features."""
+    inside = {f"w2v_encoder.w2v_model.{name}": value for name, value in state.items() if name not in PRETRAINING}
+    return inside | {"w2v_encoder.proj.weight": torch.zeros(10, 4), "w2v_encoder.proj.bias": torch.zeros(10)}

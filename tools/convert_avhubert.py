@@ -2,10 +2,12 @@
 
     python tools/convert_avhubert.py large_vox_iter5.pt
     python tools/convert_avhubert.py CHECKPOINT.pt --output DIR
+    python tools/convert_avhubert.py STRIPPED.pt --heads 16 --pre-norm
 
 The checkpoint is a pickle; nothing of it but tensors and plain values is loaded, and no code in it runs. What is
 written is this project's format (config.json, model.safetensors). Without --output it goes where
-`video_encoder=avhubert_base` or `avhubert_large` look for it, in the cache.
+`video_encoder=avhubert_base` or `avhubert_large` look for it, in the cache. What no tensor tells and a checkpoint
+without its settings does not say has to be given, and config.json records where each setting is from.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mome_dist.cli import main_guard
@@ -29,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="the published file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="directory to make; it must not exist")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not say")
+    parser.add_argument(
+        "--pre-norm",
+        action="store_true",
+        default=None,
+        help="layer norms come first in each layer, as in every published model, where the checkpoint does not say",
+    )
     options = parser.parse_args(arguments)
 
     quiet_libraries()
@@ -38,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mome_dist.paths import cache_root
     from mome_dist.speech.avhubert.conversion import convert
     from mome_dist.speech.avhubert.fairseq_file import read_fairseq
+    from mome_dist.speech.avhubert.settings import HEADS, PRE_NORM
     from mome_dist.speech.geometry import AVHUBERT
 
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"converting {options.checkpoint}"):
         file = read_fairseq(options.checkpoint)
-        converted = convert(file.tensors, file.settings, options.heads)
+        given = {HEADS: options.heads, PRE_NORM: options.pre_norm}
+        converted = convert(file.tensors, file.settings, given)
         encoder = converted.encoder
         target = options.output
         if target is None:
@@ -56,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "file": options.checkpoint.name,
             "sha256": sha256_of(options.checkpoint),
             "model": "fine-tuned" if converted.fine_tuned else "pre-trained",
+            "settings": {key: asdict(setting) for key, setting in converted.settings.items()},
         }
         with published_directory(target, replace=False) as directory:
             encoder.save_pretrained(directory, {"geometry": AVHUBERT, "source": source})
@@ -64,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"left out {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
     if file.ignored:
         console.print(f"not loaded, as no code of the file is: {', '.join(file.ignored)}")
+    for key, setting in converted.settings.items():
+        console.print(f"{key}={setting.value}: {setting.source}")
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     console.print(
         f"{target}: {source['model']} AV-HuBERT, {encoder.config.layers} layers, {encoder.width} wide, "

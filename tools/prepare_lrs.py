@@ -38,7 +38,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         tree = sources.add_parser(name, help=what)
         tree.add_argument("root", type=Path, help="folder of the data set")
         _add_options(tree)
-    lists = sources.add_parser("manifests", help="lists of auto_avsr (.csv), av_hubert (.tsv) or lhotse (.jsonl)")
+    lists = sources.add_parser(
+        "manifests", help="lists: auto_avsr's .csv, av_hubert's .tsv, lhotse's .jsonl or .jsonl.gz"
+    )
     _add_options(lists)
     lists.add_argument(
         "--root", type=Path, help="folder that the lists' paths are below (default: as the lists have it)"

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from launchers.options import DEFAULT_MODULE, SubmititOptions
 from mome_dist.config.load import register_resolvers
 from mome_dist.paths import configs_dir
+from mome_dist.text_files import lines_of
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
@@ -108,6 +109,5 @@ def table(folder: Path, combined: Sequence[Sequence[str]]) -> str:
 
 
 def _last_loss(run: Path) -> Any:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
+    records = [record for record in map(json.loads, lines_of(run / "metrics.jsonl")) if "loss" in record]
     return f"step {records[-1]['step']}: loss {records[-1]['loss']:.4f}" if records else "no step"

@@ -6,9 +6,9 @@ No torch here: a launcher runs this before it starts anything, in a second.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
+from mome_dist.llm.tokens import TokenTable
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.geometry import geometry_of
 from mome_dist.speech.views import View, all_views
+from mome_dist.text_files import read_json
 
 # Keys of a DeepSpeed file that the project sets itself or that would break its arithmetic.
 RESERVED_DEEPSPEED_KEYS = {
@@ -59,9 +61,9 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     """
     check_values(config)
     layout = layout_of(config, world_size)
-    shape = check_directory(config.llm.path)
-    if not (Path(config.llm.path) / "tokenizer.json").is_file():
-        raise UserError(f"llm.path: {config.llm.path} has no tokenizer.json; fetch it, or save it with transformers.")
+    shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
+    tokens.check_tags(tags)
+    tokens.check_prompts(config.task.prompts, tags)
     if config.mome.dispatch == "local" and layout.ep > 1:
         raise UserError(
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
@@ -86,6 +88,9 @@ def validate(config: RunConfig, world_size: int) -> Layout:
         check_geometry(config.video_encoder.path, corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
+    for split in (config.data.train_split, config.data.validation_split):
+        place = f"{corpus.directory}, split {split!r}, utterance"
+        tokens.check_texts((f"{place} {utterance.id!r}", utterance.text) for utterance in corpus.split(split))
     if config.augmentation.noise.source is not None:
         open_noise(config.augmentation.noise.source, corpus, config.data.train_split)
     return layout
@@ -364,9 +369,9 @@ def _check_deepspeed(config: RunConfig) -> None:
     if not path.is_file():
         raise UserError(f"deepspeed.file={config.deepspeed.file!r}: {path} does not exist.")
     try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed.file: {path} is not JSON ({error}).") from error
+        settings = read_json(path)
+    except UserError as error:
+        raise UserError(f"deepspeed.file: {error}") from error
     for key, instead in RESERVED_DEEPSPEED_KEYS.items():
         if key in settings:
             raise UserError(f"deepspeed.file: {path} sets {key!r}; remove it and use {instead}.")

@@ -24,6 +24,7 @@ from mome_dist.data.shards import FORMAT, MANIFEST
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import sha256_of
 from mome_dist.speech.geometry import RENDERED
+from mome_dist.text_files import lines_of
 
 _AGAIN = "make or fetch the corpus again"
 
@@ -219,10 +220,9 @@ def _read_split(directory: Path, name: str, entry: dict[str, Any]) -> list[Utter
     path = directory / entry["index"]
     if not path.is_file():
         raise UserError(f"{path}: the index of split {name!r} is missing; {_AGAIN}")
-    utterances = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            utterances.append(_parse_line(f"{path}:{number}", line, directory, sizes))
+    utterances = [
+        _parse_line(f"{path}:{number}", line, directory, sizes) for number, line in enumerate(lines_of(path), 1)
+    ]
     if not utterances:
         raise UserError(f"{path}: split {name!r} is empty; {_AGAIN}")
     if len(utterances) != entry.get("utterances"):

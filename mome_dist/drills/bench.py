@@ -20,6 +20,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.speech.video_encoder import VideoEncoder
+from mome_dist.text_files import lines_of
 
 STEPS, SAVE_EVERY = 6, 2
 WORLD_SECONDS = 300.0  # only a world that hangs reaches it
@@ -137,7 +138,8 @@ def _rank(overrides: list[str], cache: Path, injections: Sequence[Injection], no
 def _shrinking(folder: Path) -> list[str]:
     """Make a small corpus and random models; return the overrides that use them."""
     corpus = generate_corpus(CORPUS, folder / "corpora" / "whole", workers=1)
-    tokenizer = word_tokenizer([utterance.text for utterance in Corpus.open(corpus).split("train")])
+    opened = Corpus.open(corpus)
+    tokenizer = word_tokenizer(utterance.text for name in opened.split_names for utterance in opened.split(name))
     save_llm(tiny_llama(tokenizer, hidden=64, layers=4, ffn_width=96), tokenizer, folder / "llm")
     VideoEncoder().save_pretrained(folder / "video")
     return [
@@ -158,4 +160,4 @@ def _shrinking(folder: Path) -> list[str]:
 
 def records(path: Path) -> list[dict]:
     """The records of a JSON-lines file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in lines_of(path)] if path.is_file() else []

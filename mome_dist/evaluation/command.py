@@ -21,8 +21,8 @@ from mome_dist.evaluation.request import EvaluationRequest, check_baselines, nam
 from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
 from mome_dist.evaluation.tables import tables_for_terminal
-from mome_dist.evaluation.wer import NORMALIZER, normalize
 from mome_dist.evaluation.world import World
+from mome_dist.text import NORMALIZER, normalize
 
 
 def output_directory(run: LoadedRun, output: str | None) -> Path:

@@ -12,6 +12,7 @@ from mome_dist.evaluation.bootstrap import Bootstrap
 from mome_dist.evaluation.outcome import CaseResult
 from mome_dist.evaluation.results import HYPOTHESES
 from mome_dist.evaluation.wer import WordErrors, total, word_errors
+from mome_dist.text_files import lines_of
 
 Texts = Mapping[tuple[str, str], Mapping[str, tuple[str, str]]]
 
@@ -31,7 +32,7 @@ def read_texts(place: str | Path) -> Texts:
     if path is None:
         raise UserError(f"{place}: no {HYPOTHESES} there or in evaluation/: evaluate that run first.")
     found: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         try:
             record = json.loads(line)
             texts = found.setdefault((record["view"], record["condition"]), {})

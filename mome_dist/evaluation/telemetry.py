@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mome_dist.text_files import split_lines
+
 Floats = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(split_lines(path.read_text(encoding="utf-8", errors="replace")), 1):
         try:
             record = json.loads(line)
         except ValueError:

@@ -7,26 +7,12 @@ per-utterance rates is another quantity. Alignment is Levenshtein's, by jiwer.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
 
-NORMALIZER = "lower case, no punctuation, apostrophes kept"
-"""Name of what `normalize` does, as written into results."""
-
-_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "`": "'"})
-
-
-def normalize(text: str) -> str:
-    """Lower-case, punctuation and symbols replaced by spaces, apostrophes kept in one spelling, single spaces.
-
-    This is how LRS2 and LRS3 results are scored. A word of apostrophes alone is no word.
-    """
-    folded = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
-    kept = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in folded)
-    return " ".join(word for word in kept.split() if word.strip("'"))
+from mome_dist.text import normalize
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ Public figures are peaks. What a run reaches of them is assumed below and no mor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
+from mome_dist.text_files import read_json
 
 # Shares of the published peaks that are counted on: of matrix products, of memory traffic, of links.
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.75
@@ -153,7 +153,7 @@ def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int |
         UserError: if the file is missing or holds no such measurement.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return _cluster_of(found, path.name, nodes, ranks_per_node)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

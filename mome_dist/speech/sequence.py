@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError
+from mome_dist.llm.tokens import TokenTable, check_rows
 from mome_dist.speech.views import View
 
 AUDIO, VIDEO = -1, -2  # placeholders of speech tokens in a sequence of token ids
@@ -28,28 +28,19 @@ class TextCodec:
         directory: plain Hugging Face directory with a tokenizer.
         tags: the texts of the four tokens around speech: audio_open, audio_close, video_open, video_close.
 
+    Every id that a codec gives has a row in the LLM's embeddings: layers look ids up unchecked.
+
     Raises:
-        UserError: if the tokenizer is missing, or a tag or special token is not one token of it.
+        UserError: if the tokenizer is missing or does not fit its model (`mome_dist.llm.tokens`), or a tag is none.
     """
 
     def __init__(self, directory: str | Path, tags: Mapping[str, str]) -> None:
         from transformers import AutoTokenizer
 
-        if not (Path(directory) / "tokenizer.json").is_file():
-            raise UserError(f"llm.path: {directory} has no tokenizer.json.")
+        table = TokenTable.read(directory)
+        self.tags, self.bos, self.eos = table.check_tags(tags), table.bos, table.eos
         self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        vocabulary = self._tokenizer.get_vocab()
-        self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if self.eos is None:
-            raise UserError(f"llm.path: the tokenizer in {directory} defines no eos_token.")
-        self.tags: dict[str, int] = {}
-        for name, text in tags.items():
-            if text not in vocabulary:
-                raise UserError(
-                    f"llm.tags.{name}={text!r} is not one token of the tokenizer in {directory}: name an unused one, "
-                    "such as a reserved special token."
-                )
-            self.tags[name] = vocabulary[text]
+        check_rows(Path(directory), self._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a transcript, which follows the prompt after a space; without special tokens."""

@@ -7,7 +7,6 @@ experts, clips by the global norm, and steps the (ZeRO-partitioned) optimiser. T
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from mome_dist.checkpoint.deepspeed.names import largest_group
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.model import NamedPart
 from mome_dist.parallel.mpu import MegatronMPU
+from mome_dist.text_files import read_json
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 
@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         self._modules, self._config, self._sequence_parallel = modules, config, sequence_parallel
         groups = _parameter_groups(modules)
-        settings = deepspeed_settings(json.loads(deepspeed_file.read_text()), config)
+        settings = deepspeed_settings(read_json(deepspeed_file), config)
         self.zero_stage = zero_stage(settings)
         self.deepspeed, *_ = deepspeed.initialize(
             model=modules, optimizer=make_optimizer(groups, config), config=settings, mpu=MegatronMPU()

@@ -27,6 +27,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.moe.statistics import RoutingCounts
 from mome_dist.parallel.model import DistributedMoME
+from mome_dist.text_files import split_lines
 
 
 class Metrics:
@@ -147,7 +148,7 @@ def keep_until(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole, _, _torn = text.rpartition("\n")
     kept = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(split_lines(whole), 1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from mome_dist.evaluation.style import save_figure
 from mome_dist.files import write_json
 from mome_dist.planning.command import cluster_of, job_of_options
 from mome_dist.planning.hardware import cluster_of_gpus
+from mome_dist.text_files import read_json
 from mome_dist.tuning.report import figure_of, record_of, table_of
 from mome_dist.tuning.search import Measured, tune
 from mome_dist.tuning.space import Trial, hand_picked, neighbours, read_trials, refusal
@@ -85,6 +85,6 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
 
 def _own_settings(name: str, path: Path) -> dict[str, object]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.file={name!r}: {path} cannot be read ({error}).") from error

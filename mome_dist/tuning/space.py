@@ -22,6 +22,7 @@ from mome_dist.parallel.layout import divisors
 from mome_dist.planning.hardware import Cluster
 from mome_dist.planning.job import Candidate, Job
 from mome_dist.planning.memory import memory
+from mome_dist.text_files import read_json
 
 BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # elements; the middle one is that of configs/deepspeed
 
@@ -89,7 +90,7 @@ def read_trials(path: Path) -> list[Trial]:
         UserError: if the file is not like that.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return [
             Trial(
                 dict(each["deepspeed"]),

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from mome_dist.config.load import load_config
 from mome_dist.files import write_json
+from mome_dist.text_files import lines_of
 from mome_dist.tuning.space import Trial
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc", re.I)
@@ -77,8 +78,7 @@ class LaunchedRunner:
             code, text = _run(command, self.timeout + 30)
             if code:
                 return Outcome(failure=explain(code, text))
-            lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in lines_of(output / "metrics.jsonl")]
         seconds = [record["seconds"] for record in records if "seconds" in record]
         return Outcome(tuple(seconds[WARM_UP_STEPS:]))
 

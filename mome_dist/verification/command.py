@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from itertools import product
 from pathlib import Path
@@ -15,6 +14,7 @@ from mome_dist.config import RunConfig, load_config, resolve_deepspeed_file
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, views_of
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
+from mome_dist.text_files import read_json
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, explain
 from mome_dist.verification.probe import Probe, shrunk
@@ -72,7 +72,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
 
 def _own_case(config: RunConfig, world_size: int) -> Case:
     layout = layout_of(config, world_size)
-    stage = json.loads(resolve_deepspeed_file(config).read_text()).get("zero_optimization", {}).get("stage", 0)
+    stage = read_json(resolve_deepspeed_file(config)).get("zero_optimization", {}).get("stage", 0)
     dispatch = config.mome.dispatch
     if dispatch == "auto":  # chosen by speed at the start of a run; both forms are in the standard list
         dispatch = "gather" if layout.ep > 1 else "local"

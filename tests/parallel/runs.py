@@ -38,8 +38,8 @@ class Lab:
     @classmethod
     def make(cls, corpus: Path, folder: Path) -> Lab:
         """Random frozen models: what is tested is the machinery, not what it learns."""
-        texts = [utterance.text for utterance in Corpus.open(corpus).split("train")]
-        tokenizer = word_tokenizer(texts)
+        opened = Corpus.open(corpus)
+        tokenizer = word_tokenizer(utterance.text for name in opened.split_names for utterance in opened.split(name))
         save_llm(tiny_llama(tokenizer, hidden=64, layers=4, ffn_width=96), tokenizer, folder / "llm")
         VideoEncoder().save_pretrained(folder / "video")
         return cls(corpus, folder / "llm", folder / "video", folder / "cache")

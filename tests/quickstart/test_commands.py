@@ -95,7 +95,8 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
     write_lrs3(tmp_path / "LRS3")
     write_lrs2(tmp_path / "LRS2")
     write_lists(tmp_path / "MINE")
-    torch.save({"model": small().state_dict()}, tmp_path / "CHECKPOINT.pt")
+    settings = {"encoder_attention_heads": 4, "layer_norm_first": True}
+    torch.save({"model": small().state_dict(), "cfg": {"model": settings}}, tmp_path / "CHECKPOINT.pt")
     for command in sorted(documented_commands(), key=_stage):
         arguments = shrunk(command)
         if "tools/make_corpus.py" in arguments:

@@ -28,7 +28,8 @@ def clips(*lengths: int) -> list[Tensor]:
 
 
 def converted(published: Published) -> AVHubertEncoder:
-    return convert(published.state_dict(), {}, published.heads).encoder
+    settings = {"encoder_attention_heads": published.heads, "layer_norm_first": True}
+    return convert(published.state_dict(), settings).encoder
 
 
 @pytest.fixture(scope="module")

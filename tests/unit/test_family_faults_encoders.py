@@ -174,11 +174,12 @@ def test_fault_11_the_converter_knows_two_sizes_only(monkeypatch: pytest.MonkeyP
     published = small()
 
     def check() -> None:
-        found = conversion.shape_of(published.state_dict(), {"encoder_attention_heads": published.heads})
+        told = {"encoder_attention_heads": published.heads, "layer_norm_first": True}
+        found, _ = conversion.shape_of(published.state_dict(), told, {})
         assert (found.width, found.layers, found.heads, found.ffn_width) == (32, 2, 4, 64)
         assert found.trunk_widths == (4, 8, 8, 16)
 
-    plant = lambda: monkeypatch.setattr(conversion, "shape_of", lambda *_: AVHubertConfig())  # noqa: E731
+    plant = lambda: monkeypatch.setattr(conversion, "shape_of", lambda *_: (AVHubertConfig(), {}))  # noqa: E731
     passes_and_fails_planted(check, plant)
 
 

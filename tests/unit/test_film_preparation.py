@@ -85,6 +85,7 @@ def test_a_short_delay_is_bridged_and_noted(tmp_path: Path, preparer: ClipPrepar
     [
         ({"listed_frames": FRAMES + 35}, f"{FRAMES} pictures, its list says {FRAMES + 35}"),
         ({"listed_samples": 48_000}, f"{FRAMES * 640} samples, its list says 48000"),
+        ({"start": 1.0, "seconds": 2.0}, "15 pictures, its list says 50"),
         ({"listed_frames": FRAMES - 1, "listed_samples": FRAMES * 640 + 900}, None),
     ],
 )

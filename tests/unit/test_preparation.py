@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,6 +61,7 @@ def test_texts_are_spelled_as_errors_are_counted(tmp_path: Path) -> None:
         (f"{PRETRAIN_TEXT}WORD 2.0\n", r"a\.txt:11: 'WORD 2.0' is no WORD START END"),
         (f"{PRETRAIN_TEXT}WORD 3.0 2.0 1\n", r"a\.txt:11: .* ends before it starts"),
         (f"{PRETRAIN_TEXT}WORD nan 2.0 1\n", r"a\.txt:11"),
+        (f"{PRETRAIN_TEXT}WORD 2.0 inf 1\n", r"a\.txt:11: .* or never"),
     ],
 )
 def test_wrong_text_files_are_named(tmp_path: Path, text: str, named: str) -> None:
@@ -150,21 +153,14 @@ def test_an_lrs2_tree(tmp_path: Path) -> None:
 
 # --- lists ---------------------------------------------------------------------------------------------------------
 
-CUT = {
-    "id": "cut.1",
-    "start": 1.0,
-    "duration": 2.5,
-    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "s1/a.mp4"}]},
-    "supervisions": [{"id": "u", "text": "Hello, there", "speaker": "anna"}],
-}
-
 
 def test_a_list_of_auto_avsr(tmp_path: Path) -> None:
     put(tmp_path / "lrs3/s1/b.wav")
     rows = "lrs3,s1/a.mp4,75,12 7,hello, well, there\n\nlrs3,s1/b.mp4,50,,x\n"
-    first, second = read_manifest(put(tmp_path / "l.csv", rows), TRAIN, None)
+    (first, second), left_out = read_manifest(put(tmp_path / "l.csv", rows), TRAIN, None)
     assert (first.text, first.media, first.audio) == ("hello, well, there", tmp_path / "lrs3/s1/a.mp4", None)
     assert (second.audio, second.speaker) == (tmp_path / "lrs3/s1/b.wav", "s1")
+    assert (first.listed_frames, second.listed_frames, first.listed_samples, left_out) == (75, 50, None, [])
 
 
 def test_a_list_of_av_hubert(tmp_path: Path) -> None:
@@ -173,19 +169,28 @@ def test_a_list_of_av_hubert(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"test\.wrd is missing"):
         read_manifest(path, "test", None)
     put(tmp_path / "lists/test.wrd", "hello there\n")
-    (clip,) = read_manifest(path, "test", None)
+    (clip,), _ = read_manifest(path, "test", None)
     assert (clip.name, clip.text, clip.split) == ("test/s/1", "hello there", "test")
     assert (clip.media, clip.audio) == (tmp_path / "video/s/1.mp4", tmp_path / "audio/s/1.wav")
+    assert (clip.listed_frames, clip.listed_samples) == (75, 48000)
     put(tmp_path / "lists/test.wrd", "hello\nthere\n")
     with pytest.raises(UserError, match="2 lines for the 1 clips"):
         read_manifest(path, "test", None)
 
 
-def test_a_list_of_lhotse(tmp_path: Path) -> None:
-    (clip,) = read_manifest(put(tmp_path / "c.jsonl", json.dumps(CUT)), VALIDATION, tmp_path / "media")
-    assert (clip.name, clip.speaker, clip.text, clip.start, clip.seconds) == ("cut.1", "anna", "Hello, there", 1.0, 2.5)
-    assert clip.media == tmp_path / "media/s1/a.mp4"
-    check_id(clip.id)  # the dot is gone
+def test_a_root_in_a_list_is_relative_to_the_list(tmp_path: Path) -> None:
+    path = put(tmp_path / "lists/l.tsv", "\ufeff../media\r\n1\ta.mp4\ta.mp4\t25\t16000\r\n")
+    put(tmp_path / "lists/l.wrd", "\ufeffhello\u2028there\r\n")
+    (clip,), _ = read_manifest(path, TRAIN, None)
+    assert (clip.media, clip.audio) == (tmp_path / "lists/../media/a.mp4", None)
+    assert clip.text is not None and spell(clip.text) == "hello there"
+
+
+def test_texts_stay_with_their_rows(tmp_path: Path) -> None:
+    rows = "".join(f"{name}\t{name}.mp4\t{name}.mp4\t25\t16000\n" for name in "abc")
+    put(tmp_path / "l.wrd", "one\n\nthree\n")
+    clips, _ = read_manifest(put(tmp_path / "l.tsv", f".\n{rows}"), TRAIN, None)
+    assert [(clip.name, clip.text) for clip in clips] == [("a", "one"), ("b", ""), ("c", "three")]
 
 
 @pytest.mark.parametrize(
@@ -199,18 +204,11 @@ def test_lists_lead_nowhere_else(tmp_path: Path, named: str) -> None:
     put(tmp_path / "l.tsv", f"{tmp_path}\nid\tv.mp4\t{named}\t1\t1\n".replace("\0", "/../../"))
     put(tmp_path / "l.wrd", "x\n")
     source = {"type": "file", "source": named}
-    put(tmp_path / "l.jsonl", json.dumps({**CUT, "recording": {"sources": [source]}}))
+    cut = {"id": "c", "start": 0, "duration": 1, "recording": {"sources": [source]}, "supervisions": [{"text": "x"}]}
+    put(tmp_path / "l.jsonl", json.dumps(cut))
     for name in ("l.csv", "l.tsv", "l.jsonl"):
         with pytest.raises(UserError, match=rf"{name}:[12]: "):
             read_manifest(tmp_path / name, TRAIN, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["url", "command", "memory"])
-def test_cuts_of_other_than_files_are_refused(tmp_path: Path, kind: str) -> None:
-    source = {"type": kind, "source": "a.mp4"}
-    path = put(tmp_path / "c.jsonl", json.dumps({**CUT, "recording": {"sources": [source]}}))
-    with pytest.raises(UserError, match=rf"c\.jsonl:1: a source of type '{kind}'"):
-        read_manifest(path, TRAIN, None)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +216,21 @@ def test_cuts_of_other_than_files_are_refused(tmp_path: Path, kind: str) -> None
     [
         ("a.csv", "lrs3,a.mp4,1\n", r"a\.csv:1: 3 fields, not 5"),
         ("a.csv", "\n", "names no clip"),
+        ("a.csv", ",a.mp4,1,,x\ndataset,path,frames,tokens,text\n", r"a\.csv:2: 'tokens' where the tokens should be"),
+        ("a.csv", ",a,b.mp4,1,1 2,x\n", r"a\.csv:1: 'b\.mp4' where the number of frames should be"),
+        ("a.csv", ",a.mp4,1,hello, there\n", r"a\.csv:1: 'hello' where the tokens should be"),
+        ("a.csv", ",a.mp4,-1,,x\n", r"a\.csv:1: '-1' where the number of frames should be"),
+        ("a.csv", ",a.mp4,1.5,,x\n", r"a\.csv:1: '1\.5' where the number of frames should be"),
+        ("a.csv", ",a.mp4,\u0661,,x\n", r"a\.csv:1: '\u0661' where the number of frames should be"),
+        ("a.csv", ',"a.mp4",1,,x\n', r"a\.csv:1: a quoted path"),
+        ("a.csv", ',a.mp4,1,,"x\ny"\n', r"a\.csv:1: .* quoted text of several lines"),
+        ("a.tsv", "", "its first line must be the root folder"),
+        ("a.tsv", "id\tv.mp4\tv.mp4\t1\t1\n", "its first line must be the root folder"),
         ("a.tsv", "/\nid\tv.mp4\n", r"a\.tsv:2: 2 fields, not 5"),
-        ("a.jsonl", "{}\n", r"a\.jsonl:1: no cut with id.*KeyError"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl:1: no cut"),
-        ("a.jsonl", "{\n", r"a\.jsonl:1: no cut"),
-        ("a.parquet", "", r"lists end in \.csv, \.tsv, \.jsonl"),
+        ("a.tsv", ".\nid\tv.mp4\tv.mp4\t1\t1\t\n", r"a\.tsv:2: 6 fields, not 5"),
+        ("a.tsv", ".\nid\tv.mp4\tv.mp4\tall\t1\n", r"a\.tsv:2: 'all' where the number of frames should be"),
+        ("a.tsv", ".\nid\tv.mp4\tv.mp4\t1\t1e4\n", r"a\.tsv:2: '1e4' where the number of samples should be"),
+        ("a.parquet", "", r"lists end in \.csv, \.tsv, \.jsonl, \.jsonl\.gz; see README, 'Data'$"),
     ],
 )
 def test_wrong_lists_are_named(tmp_path: Path, name: str, text: str, named: str) -> None:
@@ -249,9 +257,39 @@ def test_ids_are_those_that_shards_can_hold() -> None:
         check_id(f"{identity}-000")
 
 
+def test_no_two_names_have_one_id() -> None:
+    """Nor has a segment of one the id of another."""
+    known = ["pretrain/0Fi83BHQsMA/00001", "trainval/x_y/50001", "main/5535415699068794046/00001", "c1"]
+    assert [Clip(name, TRAIN, "s", Path(name)).id for name in known] == [name.replace("/", "-") for name in known]
+    rng = random.Random(0)
+    names = {"a/b-c", "a-b/c", "a-b-c", "a/b/c", "a", "a/000", "a-000", "a--000", "", "-", "--", "a//b"}
+    names |= {"".join(rng.choice("ab1/--._ \u00e4") for _ in range(rng.randint(1, 8))) for _ in range(3000)}
+    names |= {f"{name}{end}" for name in rng.sample(sorted(names), 500) for end in ("/000", "-001", "/1000", "x" * 90)}
+    names |= {Clip(name, TRAIN, "s", Path(name)).id for name in names}  # what looks like an id already
+    taken: set[str] = set()
+    for name in names:
+        identity = Clip(name, TRAIN, "s", Path(name)).id
+        check_id(f"{identity}-1000")
+        segments = {identity, *(f"{identity}-{number:03d}" for number in (0, 1, 1000))}
+        assert not segments & taken, name
+        taken |= segments
+
+
+def test_names_that_are_no_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"clip 'a/\\udce9/1': the name of a file or folder is not UTF-8"):
+        check_clips([clip("a/\udce9/1")])
+
+
 def test_a_clip_twice_is_refused() -> None:
     with pytest.raises(UserError, match="'a/b/1' occurs twice"):
         check_clips([clip("a/b/1"), clip("a/b/2"), clip("a/b/1")])
+
+
+def test_a_test_clip_is_unseen_however_its_path_is_written(tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to("/data")
+    for media in ("/data/lists/../a/b/1.mp4", f"{tmp_path}/linked/a/b/1.mp4"):
+        with pytest.raises(UserError, match="a test must be unseen"):
+            check_clips([clip("a/b/1"), replace(clip("a/b/2", "test"), media=Path(media))])
 
 
 def test_whole_speakers_are_held_out_until_the_share_is_reached() -> None:

@@ -30,6 +30,7 @@ def codec(tmp_path: Path) -> TextCodec:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"})
     )
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(words)}))
     return TextCodec(tmp_path, TAGS)
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mome_dist.evaluation.wer import WordErrors, corpus_word_errors, normalize, word_errors
+from mome_dist.evaluation.wer import WordErrors, corpus_word_errors, word_errors
 
 
 @pytest.mark.parametrize(
@@ -47,22 +47,6 @@ def test_rate_without_words() -> None:
     assert WordErrors().rate == 0
     assert math.isinf(word_errors("...", "hello").rate)
     assert word_errors("hello", "well hello there again you").rate == pytest.approx(400.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hello, World!", "hello world"),
-        ("DON'T  stop", "don't stop"),
-        ("don\u2019t", "don't"),
-        ("well-known \u2014 or \u201cso\u201d", "well known or so"),
-        ("' '' \n", ""),
-        ("\u00c9t\u00e9 50% $3", "\u00e9t\u00e9 50 3"),
-    ],
-)
-def test_normaliser(text: str, expected: str) -> None:
-    assert normalize(text) == expected
-    assert normalize(expected) == expected
 
 
 def test_case_and_punctuation_are_no_errors_but_apostrophes_are() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mome_dist.errors import UserError
@@ -15,6 +16,9 @@ SPLITS = (TRAIN, VALIDATION, TEST)
 
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]+")
 _LONGEST_ID = 80  # a segment's number comes after it
+
+# Names that can be told from their ids: no "-" of their own, and no end like the number of another clip's segment.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(/(?![0-9]{3,4}$)[A-Za-z0-9_]+)*")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """The name in the form that shards can hold. Where that changes it, a hash keeps it unique."""
-        plain = _NOT_IN_IDS.sub("-", self.name.replace("/", "-")).strip("-")
-        if self.name.replace("/", "-") == plain and len(plain) <= _LONGEST_ID:
-            return plain
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:10]
-        return f"{plain[: _LONGEST_ID - 11]}-{digest}"
+        """The name in the form that shards can hold, ``/`` as ``-``. Where another name or a segment of another clip
+        could have the same, a hash comes after ``--``, so that different names have different ids."""
+        if _PLAIN_NAME.fullmatch(self.name) and len(self.name) <= _LONGEST_ID:
+            return self.name.replace("/", "-")
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:16]
+        return f"{_NOT_IN_IDS.sub('-', self.name).strip('-')[: _LONGEST_ID - 18]}--{digest}"
 
 
 def below(root: Path, named: str, where: str) -> Path:
@@ -81,16 +85,20 @@ def check_clips(clips: Sequence[Clip]) -> None:
     """Refuse clips that would spoil each other or an evaluation.
 
     Raises:
-        UserError: an id occurs twice, or a file of the test split is also in another one.
+        UserError: a name is no text, an id occurs twice, or a file of the test split is also in another one.
     """
     seen: dict[str, str] = {}
     for clip in clips:
+        if any("\ud800" <= character <= "\udfff" for character in f"{clip.name}{clip.speaker}"):
+            raise UserError(f"clip {clip.name!a}: the name of a file or folder is not UTF-8; rename it")
         if clip.id in seen:
             raise UserError(f"clip {clip.name!r} occurs twice (as {seen[clip.id]!r} before); keep one of them")
         seen[clip.id] = clip.name
-    test = {clip.media for clip in clips if clip.split == TEST}
-    for clip in clips:
-        if clip.split != TEST and clip.media in test:
+    resolve = cache(Path.resolve)  # lists may write one folder differently; there are fewer folders than clips
+    files = [resolve(clip.media.parent) / clip.media.name for clip in clips]
+    test = {file for clip, file in zip(clips, files, strict=True) if clip.split == TEST}
+    for clip, file in zip(clips, files, strict=True):
+        if clip.split != TEST and file in test:
             raise UserError(
                 f"{clip.media} is in the {clip.split} split and in the test split; a test must be unseen: "
                 "take it out of one of the lists"

@@ -18,7 +18,7 @@ from mome_dist.data.preparation.manifests import read_manifest
 from mome_dist.data.preparation.portions import NOTED, REJECTED, Preparation
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.trees import LRS3_VALIDATION, lrs2_clips, lrs3_clips
-from mome_dist.data.preparation.utterances import held_out
+from mome_dist.data.preparation.utterances import Rejection, held_out
 from mome_dist.data.preparation.workers import do_portions
 from mome_dist.errors import UserError
 
@@ -77,15 +77,18 @@ def part_of(text: str | None, environment: Mapping[str, str]) -> Part:
 
 
 def clips_of(request: Request) -> Preparation:
-    """Find the clips of a data set and decide on its splits, without reading any of them.
+    """Find the clips of a data set and decide on its splits, without reading any film.
 
     Raises:
         UserError: the data set is not laid out as it should be, or its splits would spoil an evaluation.
     """
     settings = request.settings
     eligible = ""
+    rejected: list[Rejection] = []
     if settings.source == "manifests":
-        clips = [clip for split, path in request.lists.items() for clip in read_manifest(path, split, request.root)]
+        listed = [read_manifest(path, split, request.root) for split, path in request.lists.items()]
+        clips = [clip for each in listed for clip in each.clips]
+        rejected = [rejection for each in listed for rejection in each.left_out]
     else:
         assert request.root is not None
         if not request.root.is_dir():
@@ -100,7 +103,7 @@ def clips_of(request: Request) -> Preparation:
         check_clips(clips)
     if settings.limit is not None:
         clips = [clip for split in SPLITS for clip in [c for c in clips if c.split == split][: settings.limit]]
-    return Preparation(request.out, settings, tuple(clips), tuple(held_out(left_out)))
+    return Preparation(request.out, settings, tuple(clips), (*rejected, *held_out(left_out)))
 
 
 def prepare_command(request: Request, console: Console) -> None:

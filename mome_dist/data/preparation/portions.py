@@ -86,10 +86,10 @@ class Preparation:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Settings and a hash of all clips, as the corpus keeps them: two equal ones give the same corpus."""
+        """Settings and a hash of all clips, those left out as well: two equal ones give the same corpus."""
         digest = hashlib.sha256()
-        for clip in self.clips:
-            digest.update(repr(tuple(str(value) for value in astuple(clip))).encode())
+        for entry in [*(astuple(clip) for clip in self.clips), *self.left_out]:
+            digest.update(repr(tuple(str(value) for value in entry)).encode())
         return {**self.settings.as_dict(), "clips": len(self.clips), "clips_sha256": digest.hexdigest()}
 
     def is_done(self) -> bool:

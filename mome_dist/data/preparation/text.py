@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from mome_dist.errors import UserError
-from mome_dist.evaluation.wer import normalize
+from mome_dist.text import normalize
+from mome_dist.text_files import lines_of
 
 _TAG = re.compile(r"\{[^}]*\}|<[^>]*>")  # laughter {LG}, noises <...>: heard, but no words
 _WORD_TABLE = "WORD START END"
@@ -38,21 +40,19 @@ def read_transcript(path: Path) -> Transcript:
     pre-training set a table ``WORD START END ASDSCORE``.
 
     Raises:
-        UserError: the file is missing or has no ``Text:``, or a line of the table is none.
+        UserError: the file cannot be read as text or has no ``Text:``, or a line of the table is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error})") from error
     text: str | None = None
     words: list[Word] | None = None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(path), 1):
         if words is not None:
             if line.strip():
                 words.append(_word(f"{path}:{number}", line))
         elif line.startswith(_WORD_TABLE):
             words = []
-        elif text is None and line.startswith("Text:"):
+        elif line.startswith("Text:"):
+            if text is not None:
+                raise UserError(f"{path}:{number}: a second 'Text: ...'; which one is said?")
             text = line.removeprefix("Text:")
     if text is None:
         raise UserError(f"{path} has no line 'Text: ...'")
@@ -65,6 +65,6 @@ def _word(where: str, line: str) -> Word:
         word = Word(spell(fields[0]), float(fields[1]), float(fields[2]))
     except (IndexError, ValueError):
         raise UserError(f"{where}: {line!r} is no WORD START END SCORE") from None
-    if not 0 <= word.start <= word.end:
-        raise UserError(f"{where}: {line!r} ends before it starts")
+    if not 0 <= word.start <= word.end < math.inf:
+        raise UserError(f"{where}: {line!r} ends before it starts, or never")
     return word

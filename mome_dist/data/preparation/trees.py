@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mome_dist.data.preparation.clips import TEST, TRAIN, VALIDATION, Clip, below
 from mome_dist.errors import UserError
+from mome_dist.text_files import lines_of
 
 _LRS3_FOLDERS = {"pretrain": TRAIN, "trainval": TRAIN, "test": TEST}
 _LRS2_LISTS = {"pretrain": TRAIN, "train": TRAIN, "val": VALIDATION, "test": TEST}
@@ -52,7 +53,7 @@ def lrs2_clips(root: Path) -> list[Clip]:
         if not path.is_file() or not directory.is_dir():
             missing = path if not path.is_file() else directory
             raise UserError(f"{missing} is missing: give the folder that holds {_LRS2_VIDEOS} and LRS2's lists")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines_of(path), 1):
             if words := line.split():
                 text = below(directory, f"{words[0]}.txt", f"{path}:{number}")
                 clips.append(_clip(root / _LRS2_VIDEOS, text, split))

@@ -173,11 +173,12 @@ def _check_lengths(clip: Clip, film: Film, audio: Audio, tolerance_seconds: floa
         raise _RejectedError(
             LENGTHS, f"{told}, whose first one comes after {film.picture_delay:.2f} s (at most {tolerance_seconds} s)"
         )
-    for listed, found, unit, slack in (
-        (clip.listed_frames, film.frames, "pictures", _COUNTED_FRAMES),
-        (clip.listed_samples, len(audio), "samples", _COUNTED_FRAMES * SAMPLES_PER_FRAME),
+    meant = None if clip.seconds is None else round((clip.start + clip.seconds) * FPS) - round(clip.start * FPS)
+    for listed, found, unit, each in (
+        (clip.listed_frames or meant, film.frames, "pictures", 1),
+        (clip.listed_samples or (meant and meant * SAMPLES_PER_FRAME), len(audio), "samples", SAMPLES_PER_FRAME),
     ):
-        if listed is not None and abs(listed - found) > slack:
+        if listed is not None and abs(listed - found) > _COUNTED_FRAMES * each:
             raise _RejectedError(LISTED, f"{clip.media}: {found} {unit}, its list says {listed}")
 
 

@@ -17,24 +17,25 @@ from torch import Tensor
 from mome_dist.errors import UserError
 from mome_dist.speech.avhubert.config import AVHubertConfig
 from mome_dist.speech.avhubert.model import AVHubertEncoder
+from mome_dist.speech.avhubert.settings import HEADS, Setting, settle
 
-FINE_TUNED_PREFIX = "encoder.w2v_model."  # a fine-tuned model holds the pre-trained one under this name
+# A fine-tuned model holds the pre-trained one under a name: with a text decoder, or with CTC.
+FINE_TUNED_PREFIXES = ("encoder.w2v_model.", "w2v_encoder.w2v_model.")
 
 # What is dropped (by the names after the prefix), and why.
 DROPPED = {
     r"mask_emb": "the embedding of masked frames: pre-training only",
     r"label_embs_concat": "embeddings of the clusters: pre-training only",
-    r"final_proj\..*": "prediction of the clusters: pre-training only",
+    r"(final_proj|target_glu)\..*": "prediction of the clusters: pre-training only",
     r"feature_extractor_audio\..*": "the audio front end: the audio stream is absent, its vector is zero",
     r".*\.num_batches_tracked": "how many batches trained a BatchNorm: not used in eval mode",
 }
 # Likewise for names outside the prefix of a fine-tuned model.
 DROPPED_BESIDE = {
     r"decoder\..*": "the text decoder of a fine-tuned model: an LLM takes its place",
-    r"encoder\.proj\..*": "letters from features (CTC): an LLM takes its place",
+    r"w2v_encoder\.proj\..*": "letters from features (CTC): an LLM takes its place",
 }
 
-_HEAD_WIDTH = 64  # of every published size
 _TRUNK = "feature_extractor_video.resnet.trunk"
 _STEM = "feature_extractor_video.resnet.frontend3D"
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -48,30 +49,34 @@ class Converted:
         encoder: frozen, fp32.
         fine_tuned: whether the checkpoint is of a fine-tuned model.
         dropped: names that were left out, with the reason.
+        settings: what no tensor tells, and where each is from.
     """
 
     encoder: AVHubertEncoder
     fine_tuned: bool
     dropped: dict[str, str]
+    settings: dict[str, Setting]
 
 
-def convert(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], heads: int | None = None) -> Converted:
+def convert(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> Converted:
     """Make an encoder of a published checkpoint.
 
     Args:
         tensors: of the checkpoint, by name.
-        settings: of the pre-trained model, as far as the checkpoint tells them (``encoder_attention_heads``,
+        told: settings of the pre-trained model, as far as the checkpoint tells them (``encoder_attention_heads``,
             ``layer_norm_first``, ...).
-        heads: attention heads, which no tensor tells; without it the settings say, or there is one for 64 channels.
+        given: the same that the user gives, for a checkpoint that does not tell them.
 
     Raises:
-        UserError: naming tensors that are missing, unknown or of a wrong shape, or a setting that is not supported.
+        UserError: naming tensors that are missing, unknown or of a wrong shape, or a setting that is neither told nor
+            given, or not supported.
     """
-    check_settings(settings)
-    fine_tuned = any(name.startswith(FINE_TUNED_PREFIX) for name in tensors)
-    beside = {name for name in tensors if fine_tuned and not name.startswith(FINE_TUNED_PREFIX)}
-    inside = {name.removeprefix(FINE_TUNED_PREFIX): value for name, value in tensors.items() if name not in beside}
-    config = shape_of(inside, settings, heads)
+    prefix = next((each for each in FINE_TUNED_PREFIXES if any(name.startswith(each) for name in tensors)), "")
+    beside = {name for name in tensors if not name.startswith(prefix)}
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in beside}
+    config, settings = shape_of(inside, told, given or {})
     names = names_of(config)
     dropped = {name: reason for name in sorted(inside) if (reason := _reason(name, DROPPED)) is not None}
     dropped |= {name: reason for name in sorted(beside) if (reason := _reason(name, DROPPED_BESIDE)) is not None}
@@ -98,48 +103,45 @@ def convert(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], heads: i
         weights[ours] = value.float().contiguous()
     counters = {name: torch.zeros((), dtype=torch.long) for name in shapes if name.endswith("num_batches_tracked")}
     encoder.load_state_dict(weights | counters, assign=True)
-    return Converted(encoder.freeze(), fine_tuned, dropped)
+    return Converted(encoder.freeze(), bool(prefix), dropped, settings)
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose settings describe another model. Raises UserError naming the setting."""
-    expected = {
-        "layer_norm_first": True,
-        "modality_fuse": "concat",
-        "activation_fn": "gelu",
-        "resnet_relu_type": "prelu",
-        "conv_pos_batch_norm": False,
-    }
-    for key, value in expected.items():
-        if key in settings and settings[key] not in (None, value):
-            raise UserError(f"The checkpoint's setting {key} is {settings[key]!r}; only {value!r} is supported.")
-
-
-def shape_of(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], heads: int | None = None) -> AVHubertConfig:
-    """The shape that tensors of these names have.
+def shape_of(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[AVHubertConfig, dict[str, Setting]]:
+    """The shape of a checkpoint, and what of it no tensor tells (`mome_dist.speech.avhubert.settings`).
 
     Raises:
-        UserError: if one that tells it is missing, or the sizes do not fit each other.
+        UserError: if a tensor or setting that tells it is missing, or the sizes do not fit each other.
     """
     try:
         kernel = tensors["encoder.pos_conv.0.weight_v"].shape
-        width = tensors["post_extract_proj.weight"].shape[0]
         stem = tensors[f"{_STEM}.0.weight"].shape
         stages = _count(tensors, rf"{re.escape(_TRUNK)}\.layer(\d+)\.")
-        return AVHubertConfig(
-            stem_frames=stem[2],
-            stem_kernel=stem[3],
-            trunk_widths=tuple(tensors[f"{_TRUNK}.layer{n + 1}.0.conv1.weight"].shape[0] for n in range(stages)),
-            trunk_blocks=1 + _count(tensors, rf"{re.escape(_TRUNK)}\.layer1\.(\d+)\."),
-            width=width,
-            layers=1 + _count(tensors, r"encoder\.layers\.(\d+)\."),
-            heads=heads or int(settings.get("encoder_attention_heads") or max(width // _HEAD_WIDTH, 1)),
-            ffn_width=tensors["encoder.layers.0.fc1.weight"].shape[0],
-            position_kernel=kernel[2],
-            position_groups=kernel[0] // kernel[1],
-        )
+        trunk_widths = tuple(tensors[f"{_TRUNK}.layer{n + 1}.0.conv1.weight"].shape[0] for n in range(stages))
+        width = tensors["post_extract_proj.weight"].shape[0]
+        ffn_width = tensors["encoder.layers.0.fc1.weight"].shape[0]
     except KeyError as error:
         raise UserError(f"The checkpoint lacks {error.args[0]}: it is no AV-HuBERT of the published form.") from error
+    layers = 1 + _count(tensors, r"encoder\.layers\.(\d+)\.")
+    sizes = {"encoder_layers": layers, "encoder_embed_dim": width, "encoder_ffn_embed_dim": ffn_width}
+    settings = settle(told, given, sizes)
+    config = AVHubertConfig(
+        crop=settings["image_crop_size"].value,
+        pixel_mean=settings["image_mean"].value,
+        pixel_std=settings["image_std"].value,
+        stem_frames=stem[2],
+        stem_kernel=stem[3],
+        trunk_widths=trunk_widths,
+        trunk_blocks=1 + _count(tensors, rf"{re.escape(_TRUNK)}\.layer1\.(\d+)\."),
+        width=width,
+        layers=layers,
+        heads=settings[HEADS].value,
+        ffn_width=ffn_width,
+        position_kernel=kernel[2],
+        position_groups=kernel[0] // kernel[1],
+    )
+    return config, settings
 
 
 def names_of(config: AVHubertConfig) -> dict[str, str]:

@@ -110,17 +110,27 @@ def _allowed(classes: list[Any]) -> Iterator[None]:
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the pre-trained model: those of a fine-tuned one hold them in ``w2v_args``."""
+    """The settings of the pre-trained model, which a fine-tuned one holds in ``w2v_args``, and those of its pictures,
+    which are the task's: the outer one's, on whose data the model trained last."""
     for key in ("cfg", "args"):
         settings = plain(content.get(key))
         if isinstance(settings, dict):
-            model = settings.get("model", settings)
-            if isinstance(model, dict) and isinstance(model.get("w2v_args"), dict):
-                inner = model["w2v_args"]
-                model = inner.get("model", inner)
-            if isinstance(model, dict):
-                return model
+            model, pictures = _section(settings, "model"), _pictures(settings)
+            inner = model.get("w2v_args")
+            if isinstance(inner, dict):
+                model, pictures = _section(inner, "model"), _pictures(inner) | pictures
+            return model | pictures
     return {}
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of settings; those of an argparse namespace have none, all keys stand side by side."""
+    section = settings.get(name, settings)
+    return section if isinstance(section, dict) else settings
+
+
+def _pictures(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _section(settings, "task").items() if key.startswith("image_")}
 
 
 def plain(value: Any) -> Any:
