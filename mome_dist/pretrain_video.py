@@ -64,7 +64,7 @@ def pretrain(
     results = {"accuracy": accuracy, "seconds": round(time.monotonic() - started, 1), "processes": world.size}
     if world.rank == 0:
         with publish(out, identity, results) as directory:
-            encoder.save_pretrained(directory)
+            encoder.save_pretrained(directory, {"geometry": corpus.geometry})
     world.barrier()
     console.print(f"Viseme accuracy {accuracy:.3f} on {held_out} after {results['seconds']:.0f} s; saved in {out}.")
     return accuracy

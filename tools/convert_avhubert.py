@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mome_dist.speech.avhubert.conversion import convert
     from mome_dist.speech.avhubert.fairseq_file import read_fairseq
     from mome_dist.speech.avhubert.settings import HEADS, PRE_NORM
+    from mome_dist.speech.geometry import AVHUBERT
 
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"converting {options.checkpoint}"):
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "settings": {key: asdict(setting) for key, setting in converted.settings.items()},
         }
         with published_directory(target, replace=False) as directory:
-            encoder.save_pretrained(directory, {"source": source})
+            encoder.save_pretrained(directory, {"geometry": AVHUBERT, "source": source})
     for reason in dict.fromkeys(converted.dropped.values()):
         names = [name for name, why in converted.dropped.items() if why == reason]
         console.print(f"left out {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")

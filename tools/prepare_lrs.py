@@ -25,6 +25,7 @@ from mome_dist.data.preparation.clips import SPLITS
 from mome_dist.data.preparation.command import Request, part_of, prepare_command
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.errors import UserError
+from mome_dist.speech.geometry import GEOMETRIES
 
 DEFAULTS = PreparationSettings("lrs3")
 
@@ -63,6 +64,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         ("longest_test_seconds", float, "of a test utterance, which is never cut"),
         ("tolerance_seconds", float, "by how much sound and picture may differ in length"),
         ("longest_gap", int, "frames in a row that may lack a face"),
+        ("least_faces", float, "share of an utterance's frames that must show a face"),
+        ("geometry", str, f"of mouths in their crops, and of crops that are given: {' or '.join(GEOMETRIES)}"),
         ("clips_per_shard", int, "clips that go into one shard"),
         ("limit", int, "clips of each split to prepare, for a trial"),
     ):

@@ -71,6 +71,7 @@ def load_run(
     select: str = "latest",
     device_map: DeviceMap | None = None,
     precision: str | None = None,
+    check: Callable[[RunConfig], object] = lambda config: None,
 ) -> LoadedRun:
     """Load a run's newest checkpoint, a given checkpoint, or an export.
 
@@ -85,13 +86,14 @@ def load_run(
         device_map: where the LLM goes (`mome_dist.llm.hugging_face.load_hugging_face`); None: as the run's
             ``decoding.device_map`` has it.
         precision: of the LLM, "bf16" or "fp32"; None: as in training.
+        check: is given the configuration, with the places where the frozen models were found, before any is loaded.
 
     Raises:
         UserError: for anything missing, damaged or mismatched, or a frozen model that is missing or another one.
     """
     saved = read_saved(path, select)
     saved.config.llm.precision = saved.config.llm.precision if precision is None else precision
-    return assemble(saved, device, weights, frozen, device_map)
+    return assemble(saved, device, weights, frozen, device_map, check)
 
 
 def assemble(
@@ -100,6 +102,7 @@ def assemble(
     weights: bool = True,
     frozen: Mapping[str, str | Path] | None = None,
     device_map: DeviceMap | None = None,
+    check: Callable[[RunConfig], object] = lambda config: None,
 ) -> LoadedRun:
     """Put what was trained onto its frozen models; see `load_run`."""
     config, device, given = saved.config, device or torch.device("cpu"), frozen or {}
@@ -108,6 +111,7 @@ def assemble(
         raise UserError(f"{saved.directory} was trained without {section}: leave out its directory {given[section]}.")
     for section in saved.frozen:
         getattr(config, section).path = str(_find_frozen(saved, section, given.get(section)))
+    check(config)
     sequences = build_sequences(config)
     _check_tokens(saved, token_identity(config, sequences))
     encoders = {stream: load_encoder(config, stream, device) for stream in streams_of(config)}

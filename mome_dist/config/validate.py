@@ -22,6 +22,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
 from mome_dist.llm.tokens import TokenTable
 from mome_dist.parallel.layout import Layout
+from mome_dist.speech.geometry import geometry_of
 from mome_dist.speech.views import View, all_views
 from mome_dist.text_files import read_json
 
@@ -83,6 +84,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "be chosen on the test split. Name another validation split."
         )
     corpus = Corpus.open(config.data.corpus)
+    if "video" in streams_of(config):
+        check_geometry(config.video_encoder.path, corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
     settled_order(config, corpus.split(config.data.train_split), layout)
     for split in (config.data.train_split, config.data.validation_split):
@@ -395,3 +398,19 @@ def check_encoders(config: RunConfig) -> None:
                 f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): {commands[stream]}, or give "
                 "another directory."
             )
+
+
+def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
+    """Check that a corpus has mouths of the size and place that a video encoder was trained on.
+
+    Raises:
+        UserError: naming both, and the fix.
+    """
+    expected = geometry_of(json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8")))
+    if corpus.geometry == expected:
+        return
+    found = "an unknown one, as older versions made it" if corpus.geometry is None else repr(corpus.geometry)
+    raise UserError(
+        f"{corpus.directory}: the geometry of its crops is {found}, but video_encoder.path={str(encoder)!r} expects "
+        f"{expected!r}: prepare it again with tools/prepare_lrs.py --geometry {expected}, or choose another encoder."
+    )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import streams_of
+from mome_dist.config.validate import check_geometry, streams_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.media import FPS, SAMPLE_RATE
@@ -58,13 +58,15 @@ def cache_features(config: RunConfig, splits: Sequence[str] | None, world: World
         console: quiet on all ranks but 0.
 
     Raises:
-        UserError: for a missing encoder, corpus or split.
+        UserError: for a missing encoder, corpus or split, or crops of another geometry than the encoder expects.
     """
     corpus = Corpus.open(config.data.corpus)
     names = list(dict.fromkeys(splits or (config.data.train_split, config.data.validation_split)))
     for name in names:
         corpus.split(name)
     results = []
+    if "video" in streams_of(config):
+        check_geometry(config.video_encoder.path, corpus)
     for stream in streams_of(config):
         encoder = load_encoder(config, stream, world.device)
         for split in names:

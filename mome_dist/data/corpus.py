@@ -23,6 +23,7 @@ from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, de
 from mome_dist.data.shards import FORMAT, MANIFEST
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import sha256_of
+from mome_dist.speech.geometry import RENDERED
 from mome_dist.text_files import lines_of
 
 _AGAIN = "make or fetch the corpus again"
@@ -74,6 +75,17 @@ class Corpus:
         """Class names of the per-frame ``visemes`` in the metadata, or None where the corpus has none."""
         names: list[str] | None = self.manifest.get("viseme_names")
         return names
+
+    @property
+    def geometry(self) -> str | None:
+        """Of the mouths in its crops (`mome_dist.speech.geometry`), or None where nothing tells it.
+
+        Manifests of older versions do not name it: the synthetic corpora among them are as they are today, and of
+        films these versions made crops that no encoder was trained on.
+        """
+        before = RENDERED if "generator_version" in self.manifest.get("settings", {}) else None
+        geometry: str | None = self.manifest.get("geometry", before)
+        return geometry
 
     @property
     def split_names(self) -> list[str]:

@@ -179,7 +179,11 @@ class ShardWriter:
 
 
 def manifest_text(
-    name: str, settings: dict[str, Any], splits: dict[str, dict[str, Any]], viseme_names: list[str] | None = None
+    name: str,
+    settings: dict[str, Any],
+    splits: dict[str, dict[str, Any]],
+    geometry: str | None,
+    viseme_names: list[str] | None = None,
 ) -> str:
     """The manifest of a corpus, from the entries that `ShardWriter.close` gives for its splits."""
     manifest = {
@@ -188,6 +192,7 @@ def manifest_text(
         "settings": settings,
         "sample_rate": SAMPLE_RATE,
         "fps": FPS,
+        "geometry": geometry,
         "viseme_names": viseme_names,
         "splits": splits,
     }
@@ -198,7 +203,8 @@ class CorpusWriter:
     """Writes a whole corpus and publishes it at once: a context manager around one `ShardWriter` per split.
 
     ``settings`` (JSON values) says how the corpus was made; ``viseme_names`` names the classes of the per-frame
-    ``visemes`` lists in the metadata, if there are any. On an exception nothing appears under ``directory``.
+    ``visemes`` lists in the metadata, if there are any; ``geometry`` names that of the crops, if it is known
+    (`mome_dist.speech.geometry`). On an exception nothing appears under ``directory``.
     Where ``directory`` exists already when the corpus is complete, that one is kept (another process was faster).
     """
 
@@ -210,8 +216,10 @@ class CorpusWriter:
         viseme_names: list[str] | None = None,
         max_utterances: int = 500,
         max_bytes: int = 512 << 20,
+        geometry: str | None = None,
     ) -> None:
         self.directory = directory
+        self._geometry = geometry
         self._name, self._settings, self._viseme_names = name, settings, viseme_names
         self._limits = (max_utterances, max_bytes)
         self._writers: dict[str, ShardWriter] = {}
@@ -232,7 +240,7 @@ class CorpusWriter:
         if not self._writers:
             raise UserError(f"{self.directory}: a corpus needs at least one utterance")
         splits = {split: writer.close() for split, writer in self._writers.items()}
-        text = manifest_text(self._name, self._settings, splits, self._viseme_names)
+        text = manifest_text(self._name, self._settings, splits, self._geometry, self._viseme_names)
         write_text(self.working / MANIFEST, text)
 
     def _publish(self) -> None:

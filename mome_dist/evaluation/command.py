@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from mome_dist.checkpoint.load import LoadedRun, load_run
-from mome_dist.config.schema import DecodingConfig
-from mome_dist.config.validate import check_decoding
+from mome_dist.config.schema import DecodingConfig, RunConfig
+from mome_dist.config.validate import check_decoding, check_geometry, streams_read, views_of
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap
@@ -73,6 +73,14 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
             f"{world.size} processes, each with a model of its own: start one."
         )
     asked_views = None if request.rates is None else parse_views(request.rates)
+
+    def corpus_of(config: RunConfig) -> Corpus:
+        """The corpus, which must fit the encoders; both are looked at before any model is loaded."""
+        corpus = Corpus.open(request.corpus or config.data.corpus)
+        if "video" in streams_read(asked_views or views_of(config)):
+            check_geometry(config.video_encoder.path, corpus)
+        return corpus
+
     sections = ("llm", "audio_encoder", "video_encoder")
     frozen = {section: place for section in sections if (place := getattr(request, section)) is not None}
     untrained = None
@@ -85,6 +93,7 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
             frozen=frozen,
             device_map=request.device_map,
             precision=request.precision,
+            check=corpus_of,
         )
         if before.model.lora is not None:
             raise UserError(
@@ -99,12 +108,13 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
         select=request.select,
         device_map=request.device_map,
         precision=request.precision,
+        check=corpus_of,
     )
     out = output_directory(run, request.output)
     decoding = decoding_of(run.config.decoding, request)
     views = asked_views or list(run.views)
     split = request.split or run.config.data.test_split
-    corpus = Corpus.open(request.corpus or run.config.data.corpus)
+    corpus = corpus_of(run.config)
     utterances = utterances_of(corpus, split, request.limit)
     evaluation = evaluate_run(
         run,

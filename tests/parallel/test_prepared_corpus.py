@@ -26,6 +26,7 @@ def test_a_prepared_corpus_trains(tmp_path: Path) -> None:
         "lrs3",
         str(write_lrs3(tmp_path / "lrs3")),
         str(tmp_path / "out"),
+        "--geometry=rendered",  # as the lab's encoder expects it
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "--workers", "1"], cwd=ROOT, env=environment, check=True, timeout=200)

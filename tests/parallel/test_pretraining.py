@@ -100,7 +100,7 @@ def test_llm_gradients_do_not_depend_on_the_world(world: int) -> None:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     directory = tmp_path / "corpus"
-    with CorpusWriter(directory, "toy", {}, ["closed", "half", "open"]) as writer:
+    with CorpusWriter(directory, "toy", {}, ["closed", "half", "open"], geometry="toy mouths") as writer:
         for split, ids in (("train", range(12)), ("validation", range(20, 24))):
             for i in ids:
                 frames, visemes = clip(Utterance(f"u{i}", "", "", "", 0, 5, {}))
@@ -129,6 +129,7 @@ def test_video_command_publishes_once_and_then_skips(corpus: Path, tmp_path: Pat
     out = tmp_path / "encoder"
     assert run_world(video_command, 2, corpus, out) == [0, 0]
     encoder = VideoEncoder.from_pretrained(out)
+    assert json.loads((out / "config.json").read_text())["geometry"] == "toy mouths"  # it expects what it learnt from
     record = read_record(out)
     assert record is not None and 0.0 <= record["results"]["accuracy"] <= 1.0
     assert encoder.feature_std.min() > 0

@@ -22,6 +22,7 @@ from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder
 from mome_dist.speech.avhubert.conversion import DROPPED, convert, names_of, shape_of
 from mome_dist.speech.avhubert.fairseq_file import read_fairseq
 from mome_dist.speech.avhubert.settings import Setting, settle
+from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.lora import attach_lora, lora_layers
 from mome_dist.speech.video_encoders import load_video_encoder
 from tests.avhubert_checkpoint import Published, fine_tuned, fine_tuned_ctc, small
@@ -127,6 +128,7 @@ def test_every_form_gives_the_same_encoder(tmp_path: Path, capsys: pytest.Captur
         torch.save(content | rest, tmp_path / "it.pt")
         assert main([str(tmp_path / "it.pt"), "--output", str(tmp_path / form)]) == 0, capsys.readouterr().err
         document = json.loads((tmp_path / form / "config.json").read_text())
+        assert document["geometry"] == AVHUBERT
         assert document["encoder"]["heads"] == 4  # 32 channels over 64 would be one
         assert document["source"]["model"] == ("fine-tuned" if form in ("fine-tuned", "CTC") else "pre-trained")
         found[form] = features(tmp_path / form)

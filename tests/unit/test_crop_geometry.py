@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from mome_dist.data.media import Video
-from mome_dist.data.preparation.landmarks import LIPS, STABLE, FaceMesh, Points
-from mome_dist.data.preparation.mouth import CROP, align, averaged, centers, crop_mouth
+from mome_dist.data.preparation.alignment import LIPS, STABLE, Points, align, averaged, centers
+from mome_dist.data.preparation.landmarks import FaceMesh
+from mome_dist.data.preparation.mouth import CROP, crop_mouth
 from tests.face_films import face_video
 
 FRAMES = 100

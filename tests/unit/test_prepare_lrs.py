@@ -24,6 +24,7 @@ from mome_dist.data.media import encode_flac, encode_video
 from mome_dist.data.preparation import utterances
 from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.data.preparation.mouth import crop_mouth
+from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.text import normalize
 from tests.face_films import TEXTS, face_video, speech, write_clip, write_lrs2, write_lrs3
 from tools.prepare_lrs import main
@@ -52,6 +53,7 @@ def contents(directory: Path) -> dict[str, str]:
 def test_an_lrs3_tree_becomes_a_corpus(prepared: Path) -> None:
     corpus = Corpus.open(prepared)
     corpus.verify()
+    assert corpus.manifest["geometry"] == corpus.geometry == AVHUBERT
     found = {name: [(u.id, u.speaker) for u in corpus.split(name)] for name in corpus.split_names}
     assert found == {
         "train": [

@@ -14,19 +14,9 @@ from numpy.typing import NDArray
 
 from mome_dist.data.films import Film, Picture
 from mome_dist.data.media import Video
-from mome_dist.data.preparation.landmarks import FaceMesh, Points
-from mome_dist.data.preparation.mouth import (
-    CROP,
-    LONGEST_GAP,
-    ZOOM,
-    Linear,
-    NoFaceError,
-    align,
-    averaged,
-    centers,
-    crop_frame,
-    fill_gaps,
-)
+from mome_dist.data.preparation.alignment import Linear, Points, align, averaged, centers
+from mome_dist.data.preparation.landmarks import FaceMesh
+from mome_dist.data.preparation.mouth import CROP, LEAST_FACES, LONGEST_GAP, ZOOM, NoFaceError, crop_frame, fill_gaps
 from mome_dist.speech.geometry import AVHUBERT
 
 _KEPT_BYTES = 128 << 20  # of pictures: 100 s of 224 x 224
@@ -47,6 +37,7 @@ def mouth_crops(
     parts: Sequence[Part],
     mesh: Callable[[], FaceMesh],
     longest_gap: int = LONGEST_GAP,
+    least_faces: float = LEAST_FACES,
     geometry: str = AVHUBERT,
 ) -> Iterator[Video | NoFaceError]:
     """The mouth in each part: uint8 [pictures, 96, 96], or why there is none. A film of crops is taken as it is.
@@ -56,6 +47,7 @@ def mouth_crops(
         parts: ascending; they do not overlap.
         mesh: gives the face mesh, where it is needed.
         longest_gap: pictures in a row that may lack a face.
+        least_faces: share of a part's pictures that must show one.
         geometry: of the crops, see `mome_dist.speech.geometry`.
 
     Raises:
@@ -66,7 +58,7 @@ def mouth_crops(
     plans: list[_Plan | NoFaceError | None] = [None] * len(parts)
     if first_picture.shape != (CROP, CROP):
         points = mesh().track(pictures())
-        plans = [_plan(points[first:last], longest_gap, geometry) for first, last in parts]
+        plans = [_plan(points[first:last], longest_gap, least_faces, geometry) for first, last in parts]
     numbered = enumerate(pictures())
     for (first, last), plan in zip(parts, plans, strict=True):
         if isinstance(plan, NoFaceError):
@@ -89,9 +81,9 @@ def _pictures(film: Film, picture_bytes: int) -> Callable[[], Iterable[Picture]]
     return lambda: video
 
 
-def _plan(points: Points, longest_gap: int, geometry: str) -> _Plan | NoFaceError:
+def _plan(points: Points, longest_gap: int, least_faces: float, geometry: str) -> _Plan | NoFaceError:
     try:
-        points = fill_gaps(points, longest_gap)
+        points = fill_gaps(points, longest_gap, least_faces)
     except NoFaceError as error:
         return error
     return _Plan(align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points))

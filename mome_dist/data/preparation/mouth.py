@@ -1,9 +1,9 @@
 """From points of a face to a steady 96x96 crop of its mouth, as published lip readers know it.
 
 The recipe is AV-HuBERT's (Shi et al., 2022: ``align_mouth.py``). Rotation and scale of a frame are those of the
-similarity that brings its stable points, averaged over `WINDOW` frames from this one on (the last `WINDOW` ones at the
-end), closest to the field's mean face in a frame of 256x256; the crop is cut there around the mean of this frame's own
-lip points. Stable points are points that speech hardly moves, so that an open mouth does not shrink the face.
+similarity that brings its stable points, averaged over 12 frames from this one on (the last 12 ones at the end),
+closest to the field's mean face in a frame of 256x256; the crop is cut there around the mean of this frame's own lip
+points. Stable points are points that speech hardly moves, so that an open mouth does not shrink the face.
 
 What differs from the recipe, in pixels of the crop:
 
@@ -28,91 +28,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mome_dist.data.media import FPS, Video
-from mome_dist.data.preparation.landmarks import LIPS, STABLE, Points
+from mome_dist.data.preparation.alignment import Linear, Points, align, averaged, centers
 from mome_dist.errors import UserError
 from mome_dist.speech.geometry import AVHUBERT, RENDERED
 
 CROP = 96
 CENTER = CROP / 2  # the pixel, in x and y, where the crop has the mean of the lip points
-WINDOW = 12  # frames, from a frame on, whose stable points decide its rotation and scale
 LONGEST_GAP = FPS  # frames in a row that may lack a face: a second
-# `landmarks.STABLE` on the mean face of 68 points that the field aligns with ("20 words"), in a frame of 256x256.
-MEAN_FACE_PX = np.array([[128.9, 137.3], [92.5, 94.4], [112.8, 94.9], [145.5, 94.5], [166.7, 93.6]])
+LEAST_FACES = 0.75  # of the frames must show one
 # How much larger than on the mean face (45 pixels from corner to corner) mouths are; drawn ones are 53 wide.
 ZOOM = {AVHUBERT: 1.0, RENDERED: 53 / 45}
 
 _SHRINK_BELOW = 0.5  # a face larger than this would alias under bilinear sampling
 
-_STABLE = slice(0, len(STABLE))
-_LIPS = slice(len(STABLE), len(STABLE) + len(LIPS))
-
-Linear = NDArray[np.float32]
-"""Rotation and scale from the picture to the mean face: [2, 2], or [frames, 2, 2]."""
-
 
 class NoFaceError(UserError):
-    """A clip shows no face for too long."""
+    """A clip shows no face for too long, or in too few of its frames."""
 
 
-def fill_gaps(points: Points, longest: int = LONGEST_GAP) -> Points:
+def fill_gaps(points: Points, longest: int = LONGEST_GAP, least: float = LEAST_FACES) -> Points:
     """Points of frames without a face, on a straight line between the frames around them (or as in the nearest one).
 
     Raises:
-        NoFaceError: no frame has a face, or more than ``longest`` in a row have none; the message has the counts.
+        NoFaceError: less than a share of ``least`` of the frames has a face, or more than ``longest`` in a row have
+            none; the message has the counts.
     """
-    found = ~np.isnan(points[:, 0, 0])
+    found = np.isfinite(points[:, 0, 0])
     if found.all():
         return points
     marks = np.flatnonzero(np.concatenate(([True], found, [True])))
     gap = int(np.diff(marks).max()) - 1
-    if gap > longest or not found.any():
-        missing = len(found) - int(found.sum())
-        raise NoFaceError(
-            f"no face in {missing} of {len(found)} frames, {gap} of them in a row (at most {longest} are bridged)"
-        )
+    faces = int(found.sum())
+    if gap > longest or faces < max(least * len(found), 1):
+        denied = int(np.isinf(points[:, 0, 0]).sum())
+        how = f" ({denied} show something that was taken for one, such as a face upside down)" if denied else ""
+        limit = f"at most {longest} are bridged" if gap > longest else f"at least {least:.0%} must show one"
+        missing = f"{len(found) - faces} of {len(found)} frames{how}"
+        raise NoFaceError(f"no face in {missing}, {gap} of them in a row ({limit})")
     frames, known = np.arange(len(found)), np.flatnonzero(found)
     flat = points.reshape(len(points), -1)
     filled = np.stack([np.interp(frames, known, column[found]) for column in flat.T], axis=1)
     return filled.reshape(points.shape).astype(np.float32)
-
-
-def averaged(points: Points, frames: int = WINDOW) -> Points:
-    """Points of every frame averaged over ``frames`` frames from it on; at the end over the last ``frames`` ones.
-
-    On a stream, frame ``i`` of this is ``points[i : i + frames].mean(0)`` until the end is seen.
-    """
-    frames = min(frames, len(points))
-    sums = np.cumsum(points, axis=0, dtype=np.float64)
-    sums = np.concatenate([np.zeros_like(sums[:1]), sums])
-    first = np.minimum(np.arange(len(points)), len(points) - frames)
-    return ((sums[first + frames] - sums[first]) / frames).astype(np.float32)
-
-
-def align(points: Points) -> Linear:
-    """Rotation and scale of the similarity that brings `STABLE` closest (least squares) to the mean face, frame by frame.
-
-    In closed form: Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
-
-    Args:
-        points: averaged over time, [frames, points, 2].
-
-    Returns:
-        float32 [frames, 2, 2]: ``linear @ x`` turns and scales the picture's x.
-    """
-    source_FPX = points[:, _STABLE].astype(np.float64)
-    source_FPX = source_FPX - source_FPX.mean(axis=1, keepdims=True)
-    target_PX = MEAN_FACE_PX - MEAN_FACE_PX.mean(axis=0)
-    spread_F = np.maximum(np.square(source_FPX).sum((1, 2)), 1e-9)
-    dot_F = (source_FPX * target_PX).sum((1, 2)) / spread_F
-    cross_F = (source_FPX[..., 0] * target_PX[:, 1] - source_FPX[..., 1] * target_PX[:, 0]).sum(1) / spread_F
-    linear_FXY = np.stack([np.stack([dot_F, -cross_F], 1), np.stack([cross_F, dot_F], 1)], 1)
-    return linear_FXY.astype(np.float32)
-
-
-def centers(points: Points) -> Points:
-    """The centre of every frame's mouth in the picture: float32 [frames, 2] of points that are not averaged."""
-    center_FX: Points = points[:, _LIPS].mean(axis=1)
-    return center_FX
 
 
 def crop_frame(image_HW: NDArray[np.uint8], linear_XY: Linear, center_X: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -133,13 +89,20 @@ def crop_frame(image_HW: NDArray[np.uint8], linear_XY: Linear, center_X: NDArray
     return crop.astype(np.uint8, copy=False)
 
 
-def crop_mouth(video: Video, points: Points, longest_gap: int = LONGEST_GAP, geometry: str = AVHUBERT) -> Video:
+def crop_mouth(
+    video: Video,
+    points: Points,
+    longest_gap: int = LONGEST_GAP,
+    least_faces: float = LEAST_FACES,
+    geometry: str = AVHUBERT,
+) -> Video:
     """Crop the mouth out of a clip.
 
     Args:
         video: grey uint8 [frames, height, width].
         points: of every frame, from `FaceMesh.track`.
         longest_gap: frames in a row that may lack a face.
+        least_faces: share of the frames that must show one.
         geometry: see `mome_dist.speech.geometry`.
 
     Returns:
@@ -148,7 +111,7 @@ def crop_mouth(video: Video, points: Points, longest_gap: int = LONGEST_GAP, geo
     Raises:
         NoFaceError: see `fill_gaps`.
     """
-    points = fill_gaps(points, longest_gap)
+    points = fill_gaps(points, longest_gap, least_faces)
     linear_FXY, center_FX = align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points)
     return np.stack([crop_frame(*frame) for frame in zip(video, linear_FXY, center_FX, strict=True)])
 

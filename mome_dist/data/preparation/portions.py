@@ -206,6 +206,8 @@ class Preparation:
             }
         for name, entries in ((REJECTED, rejections), (NOTED, notes)):
             write_text(self.corpus / name, "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries))
-        write_text(self.corpus / MANIFEST, manifest_text(self.out.name, self.description, splits))
+        write_text(
+            self.corpus / MANIFEST, manifest_text(self.out.name, self.description, splits, self.settings.geometry)
+        )
         Corpus.open(self.corpus)  # what cannot be read is not published
         fsync(self.corpus)

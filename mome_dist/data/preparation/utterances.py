@@ -101,7 +101,8 @@ class ClipPreparer:
         _check_lengths(clip, film, audio, self.settings.tolerance_seconds)
         frames = min(film.frames, round(len(audio) / SAMPLES_PER_FRAME)) or 1
         segments = _segments(clip, transcript, frames, self.settings.longest_frames(clip.split))
-        mouths = mouth_crops(film, [segment[:2] for segment in segments], self._face_mesh, self.settings.longest_gap)
+        parts, how = [segment[:2] for segment in segments], self.settings
+        mouths = mouth_crops(film, parts, self._face_mesh, how.longest_gap, how.least_faces, how.geometry)
         for number, (segment, mouth) in enumerate(zip(segments, mouths, strict=True)):
             whole = len(segments) == 1 and segment[:2] == (0, frames)
             name, identity = (clip.name, clip.id) if whole else (f"{clip.name}#{number}", f"{clip.id}-{number:03d}")

@@ -28,6 +28,7 @@ from mome_dist.data.synthetic.speakers import Speaker, draw_speaker
 from mome_dist.data.synthetic.speech import synthesise, synthesiser
 from mome_dist.data.synthetic.visemes import VISEME_NAMES, blend, frame_labels
 from mome_dist.errors import UserError
+from mome_dist.speech.geometry import RENDERED
 
 _UTTERANCES_PER_SHARD = 400
 _JITTER = 0.05  # tempo and pitch vary by this much between utterances of a speaker
@@ -125,7 +126,9 @@ def generate_corpus(settings: SyntheticSettings, out: Path | None = None, worker
         _check_reusable(directory, settings)
         return directory
     jobs = _jobs(settings)
-    writer = CorpusWriter(directory, directory.name, settings.as_dict(), VISEME_NAMES, _UTTERANCES_PER_SHARD)
+    writer = CorpusWriter(
+        directory, directory.name, settings.as_dict(), VISEME_NAMES, _UTTERANCES_PER_SHARD, geometry=RENDERED
+    )
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with writer, Progress(TextColumn("synthetic corpus"), *columns) as progress:
         for split, utterance in progress.track(_made(jobs, workers), total=len(jobs)):
