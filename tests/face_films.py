@@ -14,6 +14,9 @@ import soundfile
 from mome_dist.assets import asset_dir
 from mome_dist.data.films.pictures import at_25_fps
 from mome_dist.data.media import SAMPLE_RATE, Audio, Video, frames_for_samples, write_media_file
+from mome_dist.data.preparation.alignment import Points
+from mome_dist.data.preparation.mouth import plan_crops
+from mome_dist.speech.geometry import AVHUBERT
 
 SPEECH = Path(__file__).parent / "data" / "librivox"
 TEXTS: dict[str, str] = json.loads((SPEECH / "transcripts.json").read_text(encoding="utf-8"))
@@ -32,6 +35,12 @@ def face_video(frames: int) -> Video:
     film = _film()
     there_and_back = np.concatenate([film, film[-2:0:-1]])
     return there_and_back[np.arange(frames) % len(there_and_back)]
+
+
+def crop_mouth(video: Video, points: Points, geometry: str = AVHUBERT) -> Video:
+    """The mouth in every frame of a clip whose points were found."""
+    plan = plan_crops(points, geometry=geometry)
+    return np.stack([plan.crop(image, frame) for frame, image in enumerate(video)])
 
 
 @cache

@@ -93,7 +93,7 @@ def public_features(public: Path, python: str, checkpoint: Path, clips: Arrays) 
 
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch, "clips.npz"), Path(scratch, "features.npz")
-        np.savez(given, **clips)
+        np.savez(given, allow_pickle=False, **clips)
         worker = Path(__file__).with_name("public_avhubert.py")
         try:
             done = subprocess.run(

@@ -406,7 +406,7 @@ def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
     Raises:
         UserError: naming both, and the fix.
     """
-    expected = geometry_of(json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8")))
+    expected = geometry_of(read_json(Path(encoder) / "config.json"))
     if corpus.geometry == expected:
         return
     found = "an unknown one, as older versions made it" if corpus.geometry is None else repr(corpus.geometry)

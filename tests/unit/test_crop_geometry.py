@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mome_dist.data.media import Video
 from mome_dist.data.preparation.alignment import LIPS, STABLE, Points, align, averaged, centers
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import CROP, crop_mouth
-from tests.face_films import face_video
+from mome_dist.data.preparation.mouth import CROP
+from tests.face_films import crop_mouth, face_video
 
 FRAMES = 100
 DLIB = json.loads((Path(__file__).parents[1] / "data/face_68.json").read_text(encoding="utf-8"))

@@ -27,10 +27,10 @@ from mome_dist.data.preparation.alignment import (
     to_mean_face,
 )
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import NoFaceError, crop_mouth, fill_gaps
+from mome_dist.data.preparation.mouth import NoFaceError, fill_gaps
 from mome_dist.errors import UserError
 from mome_dist.speech.geometry import AVHUBERT, RENDERED
-from tests.face_films import face_video
+from tests.face_films import crop_mouth, face_video
 
 FRAMES = 100
 # Written by MediaPipe 0.10.21's own Python class FaceMesh (with protobuf 4.25.8) on the frames of this film, the first

@@ -23,10 +23,9 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, encode_video
 from mome_dist.data.preparation import utterances
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import crop_mouth
 from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.text import normalize
-from tests.face_films import TEXTS, face_video, speech, write_clip, write_lrs2, write_lrs3
+from tests.face_films import TEXTS, crop_mouth, face_video, speech, write_clip, write_lrs2, write_lrs3
 from tools.prepare_lrs import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,29 +7,20 @@ between, a large one is decoded again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mome_dist.data.films import Film, Picture
 from mome_dist.data.media import Video
-from mome_dist.data.preparation.alignment import Linear, Points, align, averaged, centers
+from mome_dist.data.preparation.alignment import Points
 from mome_dist.data.preparation.landmarks import FaceMesh
-from mome_dist.data.preparation.mouth import CROP, LEAST_FACES, LONGEST_GAP, ZOOM, NoFaceError, crop_frame, fill_gaps
+from mome_dist.data.preparation.mouth import CROP, LEAST_FACES, LONGEST_GAP, CropPlan, NoFaceError, plan_crops
 from mome_dist.speech.geometry import AVHUBERT
 
 _KEPT_BYTES = 128 << 20  # of pictures: 100 s of 224 x 224
 
 Part = tuple[int, int]
 """Pictures of a film, from the first to before the last."""
-
-
-class _Plan(NamedTuple):
-    """How to cut each picture of a part, see `crop_frame`; of a film of crops, nothing is cut."""
-
-    linear_FXY: Linear
-    center_FX: NDArray[np.float32]
 
 
 def mouth_crops(
@@ -55,7 +46,7 @@ def mouth_crops(
     """
     first_picture = next(film.pictures())
     pictures = _pictures(film, first_picture.nbytes)
-    plans: list[_Plan | NoFaceError | None] = [None] * len(parts)
+    plans: list[CropPlan | NoFaceError | None] = [None] * len(parts)
     if first_picture.shape != (CROP, CROP):
         points = mesh().track(pictures())
         plans = [_plan(points[first:last], longest_gap, least_faces, geometry) for first, last in parts]
@@ -67,7 +58,7 @@ def mouth_crops(
         crops = np.empty((last - first, CROP, CROP), np.uint8)
         for number, picture in numbered:
             if (here := number - first) >= 0:
-                crops[here] = picture if plan is None else crop_frame(picture, *(of[here] for of in plan))
+                crops[here] = picture if plan is None else plan.crop(picture, here)
             if number == last - 1:
                 break
         yield crops
@@ -81,9 +72,8 @@ def _pictures(film: Film, picture_bytes: int) -> Callable[[], Iterable[Picture]]
     return lambda: video
 
 
-def _plan(points: Points, longest_gap: int, least_faces: float, geometry: str) -> _Plan | NoFaceError:
+def _plan(points: Points, longest_gap: int, least_faces: float, geometry: str) -> CropPlan | NoFaceError:
     try:
-        points = fill_gaps(points, longest_gap, least_faces)
+        return plan_crops(points, longest_gap, least_faces, geometry)
     except NoFaceError as error:
         return error
-    return _Plan(align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points))

@@ -23,11 +23,13 @@ on either side instead of 12 from the frame on, which turns the crop by up to 9 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mome_dist.data.media import FPS, Video
+from mome_dist.data.media import FPS
 from mome_dist.data.preparation.alignment import Linear, Points, align, averaged, centers
 from mome_dist.errors import UserError
 from mome_dist.speech.geometry import AVHUBERT, RENDERED
@@ -89,31 +91,38 @@ def crop_frame(image_HW: NDArray[np.uint8], linear_XY: Linear, center_X: NDArray
     return crop.astype(np.uint8, copy=False)
 
 
-def crop_mouth(
-    video: Video,
-    points: Points,
-    longest_gap: int = LONGEST_GAP,
-    least_faces: float = LEAST_FACES,
-    geometry: str = AVHUBERT,
-) -> Video:
-    """Crop the mouth out of a clip.
+class CropPlan(NamedTuple):
+    """How to cut each frame of a clip.
+
+    Attributes:
+        linear_FXY: rotation and scale, float32 [frames, 2, 2].
+        center_FX: of the mouth in the picture, float32 [frames, 2].
+    """
+
+    linear_FXY: Linear
+    center_FX: NDArray[np.float32]
+
+    def crop(self, image_HW: NDArray[np.uint8], frame: int) -> NDArray[np.uint8]:
+        """The crop of a frame, see `crop_frame`."""
+        return crop_frame(image_HW, self.linear_FXY[frame], self.center_FX[frame])
+
+
+def plan_crops(
+    points: Points, longest_gap: int = LONGEST_GAP, least_faces: float = LEAST_FACES, geometry: str = AVHUBERT
+) -> CropPlan:
+    """Decide how to cut the mouth out of a clip.
 
     Args:
-        video: grey uint8 [frames, height, width].
         points: of every frame, from `FaceMesh.track`.
         longest_gap: frames in a row that may lack a face.
         least_faces: share of the frames that must show one.
         geometry: see `mome_dist.speech.geometry`.
 
-    Returns:
-        uint8 [frames, 96, 96].
-
     Raises:
         NoFaceError: see `fill_gaps`.
     """
     points = fill_gaps(points, longest_gap, least_faces)
-    linear_FXY, center_FX = align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points)
-    return np.stack([crop_frame(*frame) for frame in zip(video, linear_FXY, center_FX, strict=True)])
+    return CropPlan(align(averaged(points)) * np.float32(ZOOM[geometry]), centers(points))
 
 
 def _shrunk(
@@ -129,8 +138,3 @@ def _shrunk(
     smaller = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     # Centres of pixels, not their corners, are at whole numbers.
     return smaller, linear_XY / ratio_X, (center_X + 0.5) * ratio_X - 0.5
-
-
-def is_mouth_crop(video: Video) -> bool:
-    """Whether a clip is a mouth crop already."""
-    return video.shape[1:] == (CROP, CROP)
