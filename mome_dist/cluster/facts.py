@@ -40,6 +40,8 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
         memory = properties.total_memory
         software |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         hardware |= {"gpu": properties.name, "gpus": torch.cuda.device_count(), "gpu_gb": round(memory / 1e9, 1)}
+        # What torch has a kernel for (F.grouped_mm of bf16).
+        hardware |= {"grouped_products": properties.major in (9, 10)}
     return {
         "node": node_name(),
         "software": software,
