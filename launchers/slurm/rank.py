@@ -29,13 +29,14 @@ def task_environment(base: Mapping[str, str], machine: Machine) -> dict[str, str
 
     As with `launchers.environment.rank_environment`, the user's own tuning variables stay.
     """
-    # With --gpus-per-task each task sees its own device only, as number 0; of a GPU that they share the node has one.
-    own_device = len(machine.gpus) == 1 and int(base.get("SLURM_GPUS_ON_NODE") or 1) >= machine.ranks
+    # With --gpus-per-task each task sees its own devices only, from number 0 on: all together are no more than the
+    # node's, as they would be if the tasks saw the same ones.
+    own_devices = len(machine.gpus) * machine.ranks <= int(base.get("SLURM_GPUS_ON_NODE") or machine.ranks)
     environment = {**tuning(machine), **base}
     environment |= {
         "RANK": base["SLURM_PROCID"],
         "WORLD_SIZE": base["SLURM_NTASKS"],
-        "LOCAL_RANK": "0" if own_device else base["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if machine.gpus and own_devices else base["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(machine.ranks),
     }
     if INTERFACE in base:

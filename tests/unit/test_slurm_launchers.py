@@ -148,6 +148,8 @@ def test_a_task_becomes_a_rank() -> None:
     told = task_environment({**slurm, "MOME_DIST_INTERFACE": "ib0"}, four)
     assert told["NCCL_SOCKET_IFNAME"] == told["GLOO_SOCKET_IFNAME"] == "ib0"
     assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "4"}, one)["LOCAL_RANK"] == "0"  # --gpus-per-task
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "16"}, four)["LOCAL_RANK"] == "0"  # four for each
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "4"}, four)["LOCAL_RANK"] == "1"
     assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "1"}, one)["LOCAL_RANK"] == "1"  # they share it
 
 
