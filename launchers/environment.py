@@ -11,6 +11,7 @@ from pathlib import Path
 from launchers.gpus import near_cores
 
 LOOPBACK = "127.0.0.1"
+INTERFACE = "MOME_DIST_INTERFACE"  # the network interface of NCCL and gloo, where they would choose a wrong one
 
 
 def own_cores() -> frozenset[int]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 
-from launchers.slurm.rank import INTERFACE
+from launchers.environment import INTERFACE
 from mome_dist.config import load_config, load_group, validate_overrides
 from mome_dist.errors import UserError
 

@@ -11,10 +11,8 @@ import os
 import sys
 from collections.abc import Mapping
 
-from launchers.environment import Machine, own_cores, tuning
+from launchers.environment import INTERFACE, Machine, own_cores, tuning
 from launchers.gpus import visible_gpus
-
-INTERFACE = "MOME_DIST_INTERFACE"  # the network interface of NCCL and gloo, where they would choose a wrong one
 
 
 def machine_of(base: Mapping[str, str]) -> Machine:
