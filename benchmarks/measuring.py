@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launchers.environment import usable_cores
+from mome_dist.versions import version_of
 
 WARM_UP_ROUNDS = 2
 
@@ -97,9 +97,9 @@ def machine() -> dict[str, Any]:
         "threads of a process": torch.get_num_threads(),
         "load before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "deepspeed": version("deepspeed"),
-        "megatron-core": version("megatron-core"),
+        "torch": version_of("torch"),
+        "deepspeed": version_of("deepspeed"),
+        "megatron-core": version_of("megatron-core"),
     }
 
 

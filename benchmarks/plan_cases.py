@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.hardware import CPU_KERNEL_BYTES, measured_cluster
 from mome_dist.planning.job import Candidate, Clip, job_of
-from mome_dist.planning.memory import Memory, memory
+from mome_dist.planning.memory import memory
 from mome_dist.planning.speed import step_time
 
 BIG = {
@@ -75,38 +75,58 @@ def configuration(llm: Path, bottleneck: int, projector: int) -> RunConfig:
 
 
 def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Rates of this machine, and the figures of every case."""
-    big = configuration(write_llama(scratch / "big", **BIG), 12, 512)
-    toy = configuration(write_llama(scratch / "toy", **TOY), 2, 16)
+    """Rates and links of this machine, and the figures of every case."""
+    big = configuration(write_llama(scratch / "big", BIG), 12, 512)
+    toy = configuration(write_llama(scratch / "toy", TOY), 2, 16)
     record = run_forked(check_cluster, 2, scratch, Limits(), 60, lambda _: None)[0]
-    write_json(scratch / "cluster.json", record)
     figures = []
     for candidate in cases():
         world = candidate.layout.world_size
-        # In bf16, oneDNN compiles a kernel for every number of rows that an expert gets: 50 to 80 MB here that are in
-        # no tensor, and on no GPU.
-        big.llm.precision = "fp32" if candidate.dispatch == "alltoall" else "bf16"
-        toy.llm.precision = big.llm.precision
-        job = job_of(big, LLMShape.from_directory(big.llm.path), CLIP, WIDTHS, on_gpu=False)
+        big.llm.precision = toy.llm.precision = precision_of(candidate)
         trial = Trial(big, candidate, CLIP)
         ranks = run_forked(measure_memory, world, trial, toy, scratch, timeout=TIMEOUT)
         seconds = run_forked(measure_seconds, world, trial, rounds, scratch, timeout=TIMEOUT)[0]
-        stages = range(candidate.layout.pp)
-        predicted = step_time(job, candidate, measured_cluster(scratch / "cluster.json", 1, world))
         figures.append(
             {
                 "case": f"{candidate.name()}, {big.llm.precision}",
                 "processes": world,
                 "seconds": seconds,
-                "predicted seconds": predicted.parts() | {"total": predicted.total},
-                "stages": [_stage(ranks, memory(job, candidate, at, CPU_KERNEL_BYTES), candidate, at) for at in stages],
+                "stages": [_stage(ranks, candidate, at) for at in range(candidate.layout.pp)],
             }
         )
         print(figures[-1], flush=True)
     return {"rates": record["rates"], "links": record["links"]}, figures
 
 
-def _stage(ranks: Sequence[dict[str, int]], predicted: Memory, candidate: Candidate, stage: int) -> dict[str, Any]:
+def precision_of(candidate: Candidate) -> str:
+    """In bf16, oneDNN compiles a kernel for every number of rows that an expert gets: 50 to 80 MB here that are in no
+    tensor, and on no GPU."""
+    return "fp32" if candidate.dispatch == "alltoall" else "bf16"
+
+
+def add_predictions(rates: Mapping[str, Any], cores: int, figures: Sequence[dict[str, Any]], scratch: Path) -> None:
+    """Put what the planner predicts beside what was measured of every case.
+
+    Args:
+        rates, figures: of the machine and of every case, as `measure` returns them; the latter are changed in place.
+        cores: of the machine.
+    """
+    # How much memory there is decides what fits, which is not asked here.
+    record = {"device": "cpu", "nodes": 1, "ranks_per_node": cores, "cores": cores, "memory_bytes": 0, **rates}
+    write_json(scratch / "cluster.json", record)
+    config = configuration(write_llama(scratch / "shape", BIG, weights=False), 12, 512)
+    for candidate, case in zip(cases(), figures, strict=True):
+        config.llm.precision = precision_of(candidate)
+        assert case["case"] == f"{candidate.name()}, {config.llm.precision}", "measured for other cases"
+        job = job_of(config, LLMShape.from_directory(config.llm.path), CLIP, WIDTHS, on_gpu=False)
+        time = step_time(job, candidate, measured_cluster(scratch / "cluster.json", 1, candidate.layout.world_size))
+        case["predicted seconds"] = time.parts() | {"total": time.total}
+        for number, stage in enumerate(case["stages"]):
+            need = memory(job, candidate, number, CPU_KERNEL_BYTES)
+            stage.update(predicted=need.total, parts=need.parts())
+
+
+def _stage(ranks: Sequence[dict[str, int]], candidate: Candidate, stage: int) -> dict[str, Any]:
     """The fullest rank of a pipeline stage."""
     layout = candidate.layout
     mine = [each for rank, each in enumerate(ranks) if layout.coordinates(rank).pp == stage]
@@ -114,8 +134,6 @@ def _stage(ranks: Sequence[dict[str, int]], predicted: Memory, candidate: Candid
     return {
         "baseline": fullest["baseline"],
         "measured": fullest["peak"] - fullest["baseline"],
-        "predicted": predicted.total,
-        "parts": predicted.parts(),
     }
 
 

@@ -1,6 +1,7 @@
 """What the planner predicts against what real worlds need: memory of every rank and the order of layouts by speed.
 
     python -m benchmarks.plan_layout
+    python -m benchmarks.plan_layout --predict      # measures nothing: new predictions for what was measured before
 
 Rates come from this machine, measured as `tools/check_cluster.py` does. The table goes to benchmarks/results/.
 """
@@ -8,6 +9,7 @@ Rates come from this machine, measured as `tools/check_cluster.py` does. The tab
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -27,6 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=3, help="steps of each layout; the median counts")
+    parser.add_argument("--predict", action="store_true", help="only predict anew, for what --results holds measured")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     return parser.parse_args(arguments)
 
@@ -42,16 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from benchmarks.measuring import machine
-    from benchmarks.plan_cases import measure, render
+    from benchmarks.plan_cases import add_predictions, measure, render
 
     torch.set_num_threads(1)
-    described = machine()
     with tempfile.TemporaryDirectory() as scratch:
-        rates, figures = measure(options.rounds, Path(scratch))
+        if options.predict:
+            known = json.loads((options.results / "plan_layout.json").read_text(encoding="utf-8"))
+            described, command = known["machine"], known["command"]
+            rates, figures = known["figures"]["rates"], known["figures"]["cases"]
+        else:
+            described, command = machine(), f"python -m benchmarks.plan_layout --rounds {options.rounds}"
+            rates, figures = measure(options.rounds, Path(scratch))
+        add_predictions(rates, described["cores"], figures, Path(scratch))
     path = write_results(
         name="plan_layout",
         title="Plans against real worlds",
-        command=f"python -m benchmarks.plan_layout --rounds {options.rounds}",
+        command=command,
         machine=described,
         sections=render(figures),
         figures={"rates": rates, "cases": figures},

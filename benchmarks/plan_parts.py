@@ -7,7 +7,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +60,18 @@ def peak() -> Iterator[list[int]]:
     found[0] = _status("VmHWM")
 
 
-def write_llama(directory: Path, **sizes: int) -> Path:
-    """A random Llama of the given sizes, as a Hugging Face directory without tokenizer."""
+def write_llama(directory: Path, sizes: Mapping[str, int], weights: bool = True) -> Path:
+    """A random Llama of the given sizes, as a Hugging Face directory without tokenizer, or its shape alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=1024, tie_word_embeddings=False))
-    model.to(torch.bfloat16).save_pretrained(directory)
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=1024, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]
+    )
+    if weights:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    else:
+        config.save_pretrained(directory)
     return directory
 
 

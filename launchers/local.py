@@ -25,7 +25,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers.environment import free_port, rank_environment
+from launchers.environment import Machine, free_port, own_cores, rank_environment
+from launchers.gpus import visible_gpus
 from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, require_module
 from launchers.ranks import Outcome, RankGroup
 from launchers.restarts import run_with_restarts
@@ -102,12 +103,15 @@ def launch(
     logs_root.mkdir(parents=True, exist_ok=True)
     logs = [logs_root / f"rank-{rank}.log" for rank in range(1, nproc)]
     deadline = None if timeout is None else time.monotonic() + timeout
+    cores = own_cores()
+    machine = Machine(nproc, cores, len(cores), visible_gpus(os.environ))
+    bound = [machine.cores_of(rank) for rank in range(nproc)] if machine.gpus else None
 
     def start(environment: Mapping[str, str]) -> Outcome:
         port = free_port()  # a new one each time: the old one may still be in use for a while
-        environments = [rank_environment(rank, nproc, port, environment) for rank in range(nproc)]
+        environments = [rank_environment(rank, machine, port, environment) for rank in range(nproc)]
         with RankGroup() as group:
-            group.start([sys.executable, "-m", module, *arguments], environments, logs)
+            group.start([sys.executable, "-m", module, *arguments], environments, logs, bound)
             outcome = group.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if outcome.code != 0:
             _explain(outcome, timeout, logs_root)

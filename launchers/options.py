@@ -13,11 +13,22 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 
-from mome_dist.config import load_group, validate_overrides
+from launchers.environment import INTERFACE
+from mome_dist.config import load_config, load_group, validate_overrides
 from mome_dist.errors import UserError
 
 DEFAULT_MODULE = "mome_dist.train"
 PREFIX = "launcher."
+
+
+@dataclass
+class ContainerOptions:
+    """The container that ranks run in; the YAML file says what each key means."""
+
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    prefix: list[str] = field(default_factory=list)
+    python: str = "python"
 
 
 @dataclass
@@ -37,10 +48,16 @@ class ClusterOptions:
     warning_seconds: int = 120
     max_tries: int = 3
     interface: str | None = None
+    srun: list[str] = field(default_factory=list)
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.tasks_per_node
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of every rank."""
+        return {} if self.interface is None else {INTERFACE: self.interface}
 
 
 @dataclass
@@ -48,6 +65,7 @@ class SlurmOptions(ClusterOptions):
     """Of ``python -m launchers.slurm``."""
 
     extra: list[str] = field(default_factory=list)
+    container: ContainerOptions = field(default_factory=ContainerOptions)
 
 
 @dataclass
@@ -57,6 +75,14 @@ class SubmititOptions(ClusterOptions):
     max_timeouts: int = 100
     folder: str = "runs/submitit"
     parallel_jobs: int = 256
+
+    @property
+    def srun_arguments(self) -> list[str]:
+        """Options of the srun that starts the ranks."""
+        # srun no longer takes the cores from sbatch by itself.
+        cores = [] if self.cpus_per_task is None else [f"--cpus-per-task={self.cpus_per_task}"]
+        # The other ranks cannot go on without one that is gone.
+        return ["--kill-on-bad-exit=1", "--distribution=block", *cores, *self.srun]
 
 
 @dataclass
@@ -113,17 +139,43 @@ def parse_arguments(name: str, description: str, schema: type, arguments: Sequen
 
 
 def load_options(name: str, schema: type[Options], request: Request) -> Options:
-    """The launcher's options: its YAML file, then the command line.
+    """The launcher's options: its YAML file, then the command line, and the cores that the run itself asks for.
 
     Raises:
         UserError: for an unknown key, or a value that is wrong.
     """
     options = load_group("launcher", name, request.launcher, schema)
+    check_container(options)
     for key in ("nodes", "tasks_per_node", "max_tries"):
         if getattr(options, key) < 1:
             raise UserError(f"launcher.{key}={getattr(options, key)}: must be at least 1.")
     require_module(request.module)
+    if options.cpus_per_task is None and not request.multirun:
+        options.cpus_per_task = cores_of_rank(request.module, request.arguments)
     return options
+
+
+def check_container(options: ClusterOptions) -> None:
+    """Refuse a container that would silently be none, or half of one.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    container = getattr(options, "container", None)
+    if container is not None and container.mounts and container.image is None:
+        raise UserError(
+            "launcher.container.mounts is set, but launcher.container.image is not: name the image, or give the mounts "
+            "to the program of launcher.container.prefix (--bind of apptainer)."
+        )
+
+
+def cores_of_rank(module: str, arguments: Sequence[str]) -> int:
+    """Cores that a rank keeps busy: one computes and one waits for others and files, and a training whose clips are
+    encoded online decodes on more (`data.decode_threads`)."""
+    if module != DEFAULT_MODULE:
+        return 2
+    data = load_config(arguments).data
+    return 2 + (data.decode_threads if data.features == "online" else 0)
 
 
 def require_module(module: str) -> None:

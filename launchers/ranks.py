@@ -85,11 +85,23 @@ class RankGroup:
         for number in self._early:  # came when no rank was left to have it
             os.kill(os.getpid(), number)
 
-    def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]) -> None:
-        """Start ``len(environments)`` ranks. Rank 0 writes to the terminal, rank N to ``logs[N - 1]``."""
+    def start(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        logs: Sequence[Path],
+        cores: Sequence[frozenset[int]] | None = None,
+    ) -> None:
+        """Start ``len(environments)`` ranks. Rank 0 writes to the terminal, rank N to ``logs[N - 1]``.
+
+        Args:
+            cores: that each rank is bound to; None leaves all where the launcher runs.
+        """
         launcher = os.getpid()
         for rank, environment in enumerate(environments):
             with contextlib.ExitStack() as stack:
+                if cores is not None:
+                    stack.enter_context(_running_on(cores[rank]))
                 output = None if rank == 0 else stack.enter_context(logs[rank - 1].open("wb"))
                 process = subprocess.Popen(
                     command,
@@ -191,6 +203,17 @@ def _handling(handler: object) -> Iterator[None]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _running_on(cores: frozenset[int]) -> Iterator[None]:
+    """Run this thread, and the processes that it starts, on some of its cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _die_with(launcher: int) -> None:

@@ -5,6 +5,7 @@
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --cpus-per-task=2
 #SBATCH --signal=B:USR1@120
 
 source slurm/common.sh || exit 2 # from the root of the checkout, where sbatch was called

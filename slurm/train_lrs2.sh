@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on LRS2 as in the paper; further arguments are Hydra overrides:
-#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --time=24:00:00 slurm/train_lrs2.sh parallel.tp=2
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --time=24:00:00 slurm/train_lrs2.sh
 #
 # The job warns its ranks before the time limit and when it is preempted; they save, and the job goes back into the queue
 # and continues (also after the failure of a node). Logs and summary: runs/lrs2/slurm/JOB/.
@@ -8,6 +8,7 @@
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --cpus-per-task=6
 #SBATCH --signal=B:USR1@120
 
 source slurm/common.sh || exit 2 # from the root of the checkout, where sbatch was called

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.options import DEFAULT_MODULE, Request, SlurmOptions, check_run, load_options, parse_arguments
+from launchers.slurm.allocation import STEP_KEYS
 from launchers.slurm.commands import require_slurm
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
@@ -50,15 +51,14 @@ def sbatch_command(request: Request, options: SlurmOptions) -> list[str]:
         "signal": f"B:USR1@{options.warning_seconds}",
     }
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return ["sbatch", *flags, *options.extra, script, *request.arguments]
+    # What acts on the ranks goes with the script, which starts them.
+    inside = [word for word in request.launcher if word.startswith(STEP_KEYS)]
+    return ["sbatch", *flags, *options.extra, script, *inside, *request.arguments]
 
 
 def job_environment(options: SlurmOptions) -> dict[str, str]:
     """Variables that the job gets besides those of this shell."""
-    variables = {"MOME_DIST_PYTHON": sys.executable, "MAX_TRIES": str(options.max_tries)}
-    if options.interface is not None:
-        variables["MOME_DIST_INTERFACE"] = options.interface
-    return variables
+    return {"MOME_DIST_PYTHON": sys.executable, "MAX_TRIES": str(options.max_tries), **options.variables}
 
 
 @main_guard

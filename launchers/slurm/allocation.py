@@ -1,6 +1,6 @@
 """What a job does on the first node of its allocation: start all ranks, watch over them, start again.
 
-    python -m launchers.slurm.allocation [--module mome_dist.train] key=value ...
+    python -m launchers.slurm.allocation [--module mome_dist.train] [launcher.srun=[...]] key=value ...
 
 The scripts in ``slurm/`` become this process, so that Slurm's warning (``#SBATCH --signal=B:USR1@120``) arrives here.
 It is passed on to the ranks, which save and end with code 75. Then:
@@ -31,19 +31,21 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from launchers.options import DEFAULT_MODULE
+from launchers.options import DEFAULT_MODULE, PREFIX, SlurmOptions, check_container, cores_of_rank
 from launchers.slurm import commands, tries
 from launchers.slurm.job import Job, free_port
 from launchers.slurm.preflight import NodesError, check_nodes
+from launchers.slurm.steps import Steps
 from launchers.slurm.tries import Record, run_directory, saved_steps
 from mome_dist import exit_codes
 from mome_dist.cli import main_guard
-from mome_dist.config import validate_overrides
+from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
 
 _POLL_SECONDS = 0.2
 _RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself
 _STOP_SECONDS = 600.0  # how long ranks may take to save when nothing else ends first
+STEP_KEYS = ("launcher.srun", "launcher.container")  # that act on the ranks of a job, not on its allocation
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # srun: error: node2: task 1: Killed       srun: error: node1: tasks 0-1: Exited with exit code 2
 _TASK_ENDED = re.compile(r"srun: error: (\S+): task(s? (\d+)[\d,-]*): (.*)")
@@ -73,8 +75,10 @@ class End:
 class Allocation:
     """This job, and the ranks that it runs now."""
 
-    def __init__(self, job: Job, run: Path, module: str, arguments: Sequence[str], max_tries: int) -> None:
-        self.job, self.run, self.module, self.arguments = job, run, module, list(arguments)
+    def __init__(
+        self, job: Job, run: Path, module: str, arguments: Sequence[str], max_tries: int, steps: Steps
+    ) -> None:
+        self.job, self.run, self.module, self.arguments, self.steps = job, run, module, list(arguments), steps
         self.folder = run / "slurm" / job.id
         self.record = Record.open(self.folder, job.id, module, self.arguments)
         self._max_tries, self._told = max_tries, False
@@ -89,7 +93,7 @@ class Allocation:
             if self._given_up():
                 return self.record.tries[-1].exit_code or 1
             try:
-                check_nodes(self.job.nodes, self.job.tasks_per_node, self.run)
+                check_nodes(self.job.nodes, self.job.tasks_per_node, self.run, self.steps)
             except NodesError as error:
                 say(f"{error}; asking for other nodes")
                 self.record.begin(self.job.nodes, self._steps())
@@ -163,8 +167,8 @@ class Allocation:
         }
         if self._failed_at is not None:
             environment[exit_codes.FAILED_AT] = f"{self._failed_at:.3f}"
-        command = [*self.job.srun(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
-        command += [sys.executable, "-m", "launchers.slurm.rank", self.module, *self.arguments]
+        options = [*self.job.rank_options(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
+        command = self.steps.command(options, "launchers.slurm.rank", self.module, *self.arguments)
         complaints: list[str] = []
         ranks = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         listener = threading.Thread(target=_listen, args=(ranks, complaints), daemon=True)
@@ -217,18 +221,47 @@ def tell_log(log: Path) -> None:
         print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]), flush=True)
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the module and its arguments."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """Return the module, its arguments, and those of the launcher (``launcher.*``)."""
     parser = argparse.ArgumentParser(prog="python -m launchers.slurm.allocation", allow_abbrev=False)
     parser.add_argument("--module", default=DEFAULT_MODULE)
     options, rest = parser.parse_known_args(arguments)
-    return options.module, rest
+    own = [word for word in rest if word.startswith(PREFIX)]
+    return options.module, [word for word in rest if word not in own], own
+
+
+def load_steps(own: Sequence[str]) -> Steps:
+    """How the ranks are started.
+
+    Raises:
+        UserError: for a key that a submitted script can no longer act on, or a wrong value.
+    """
+    for word in own:
+        if not word.startswith(STEP_KEYS):
+            raise UserError(
+                f"{word}: inside a job only {' and '.join(STEP_KEYS)} act; give the others to sbatch or to "
+                "python -m launchers.slurm."
+            )
+    options = load_group("launcher", "slurm", own, SlurmOptions)
+    check_container(options)
+    return Steps(options.srun, options.container)
+
+
+def tell_cores(job: Job, module: str, arguments: Sequence[str]) -> None:
+    """Say where ranks have fewer cores than their threads."""
+    wanted, cores = cores_of_rank(module, arguments), int(os.environ.get("SLURM_CPUS_PER_TASK") or 1)
+    if cores < wanted:
+        say(
+            f"a rank has {cores} of the {wanted} cores that it keeps busy, and GPUs may wait: add "
+            f"--cpus-per-task={wanted} to sbatch"
+        )
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, then work; the exit code is that of the job."""
-    module, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    module, rest, own = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    steps = load_steps(own)
     job = Job.from_environment(os.environ)
     try:
         validate_overrides(module, rest, job.world_size)
@@ -237,10 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error} (The allocation has {len(job.nodes)} nodes x {job.tasks_per_node} ranks: --nodes and "
             "--ntasks-per-node of sbatch.)"
         ) from error
+    tell_cores(job, module, rest)
     run = run_directory(module, rest)
     if module == DEFAULT_MODULE:
         job.own(run)
-    return Allocation(job, run, module, rest, int(os.environ.get("MAX_TRIES", "3"))).work()
+    return Allocation(job, run, module, rest, int(os.environ.get("MAX_TRIES", "3")), steps).work()
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ class Job:
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
         # Without --ntasks-per-node there is a rank for each GPU.
         tasks = int(environment.get("SLURM_NTASKS_PER_NODE") or gpus or 1)
-        cores = int(environment.get("SLURM_CPUS_ON_NODE", tasks))
-        if cores < tasks:
+        each = int(environment.get("SLURM_CPUS_PER_TASK") or 1)
+        cores = int(environment.get("SLURM_CPUS_ON_NODE") or tasks * each)
+        if cores < tasks * each:
             raise UserError(
-                f"the allocation has {cores} cores on a node for {tasks} ranks: add --ntasks-per-node={tasks} (and "
-                "--cpus-per-task=N for data workers) to sbatch."
+                f"the allocation has {cores} cores on a node for {tasks} ranks of {each}: add "
+                f"--ntasks-per-node={tasks} to sbatch, or lower --cpus-per-task."
             )
         return cls(environment["SLURM_JOB_ID"], hostnames(environment["SLURM_JOB_NODELIST"]), tasks)
 
@@ -54,9 +55,9 @@ class Job:
     def world_size(self) -> int:
         return len(self.nodes) * self.tasks_per_node
 
-    def srun(self) -> list[str]:
-        """The start of the command that starts one process a rank, neighbours on the same node."""
-        command = ["srun", f"--nodes={len(self.nodes)}", f"--ntasks={self.world_size}"]
+    def rank_options(self) -> list[str]:
+        """Options of srun that start one process a rank, neighbours on the same node."""
+        command = [f"--nodes={len(self.nodes)}", f"--ntasks={self.world_size}"]
         command += [f"--ntasks-per-node={self.tasks_per_node}", "--distribution=block", "--input=none", "--overlap"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             command.append(f"--cpus-per-task={cpus}")  # srun no longer takes it from sbatch by itself

@@ -16,23 +16,26 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mome_dist
-from launchers.environment import has_cuda
+from launchers.gpus import visible_gpus
+from launchers.slurm.steps import Steps
 from mome_dist.errors import UserError
+from mome_dist.parallel.backend import GLOO, SHARING_ADVICE, asked_backend
+from mome_dist.versions import version_of
 
 _TIMEOUT_SECONDS = 120
-_SAME_EVERYWHERE = ("python", "mome_dist", "torch", "megatron-core", "deepspeed", "code")
+_PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
+_SAME_EVERYWHERE = ("python", *_PACKAGES, "code")
 
 
 class NodesError(Exception):
     """Nodes that cannot be reached: another allocation may have better ones."""
 
 
-def check_nodes(nodes: Sequence[str], tasks_per_node: int, folder: Path) -> None:
+def check_nodes(nodes: Sequence[str], tasks_per_node: int, folder: Path, steps: Steps) -> None:
     """Look at all nodes of this allocation.
 
     Args:
@@ -42,29 +45,30 @@ def check_nodes(nodes: Sequence[str], tasks_per_node: int, folder: Path) -> None
         UserError: naming the node and what is wrong with it.
         NodesError: a node cannot be reached.
     """
+    may_share = asked_backend(os.environ) == GLOO
     token = secrets.token_hex(8)
     shared = folder / f".preflight-{token}"
     shared.mkdir(parents=True)
     try:
         (shared / "token").write_text(token, encoding="utf-8")
-        compare(
-            _reports(nodes, shared), {path.name: path.read_text() for path in shared.iterdir()}, nodes, tasks_per_node
-        )
+        reports = _reports(nodes, shared, steps)
+        written = {path.name: path.read_text() for path in shared.iterdir()}
+        compare(reports, written, nodes, tasks_per_node, may_share)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
 
 
-def _reports(nodes: Sequence[str], shared: Path) -> list[dict[str, Any]]:
+def _reports(nodes: Sequence[str], shared: Path, steps: Steps) -> list[dict[str, Any]]:
     size = str(len(nodes))
-    command = [
-        "srun",
+    options = [
         f"--nodes={size}",
         f"--ntasks={size}",
         "--ntasks-per-node=1",
         "--overlap",
         "--kill-on-bad-exit=1",
+        "--input=none",
     ]
-    command += ["--input=none", sys.executable, "-m", "launchers.slurm.preflight", str(shared)]
+    command = steps.command(options, "launchers.slurm.preflight", str(shared.absolute()))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
@@ -75,13 +79,18 @@ def _reports(nodes: Sequence[str], shared: Path) -> list[dict[str, Any]]:
 
 
 def compare(
-    reports: Sequence[Mapping[str, Any]], written: Mapping[str, str], nodes: Sequence[str], tasks_per_node: int
+    reports: Sequence[Mapping[str, Any]],
+    written: Mapping[str, str],
+    nodes: Sequence[str],
+    tasks_per_node: int,
+    may_share: bool = False,
 ) -> None:
     """Judge what the nodes reported.
 
     Args:
         reports: `describe_node` of each.
         written: files in the shared folder as the first node sees them, by name.
+        may_share: whether the ranks of a node may use one GPU together.
 
     Raises:
         UserError: naming the first node that is wrong, and the fix.
@@ -96,6 +105,7 @@ def compare(
                     f"node {report['node']} has {key} {report[key]}, the others have {usual}: use one environment on a "
                     f"shared file system (node {report['node']} runs {report['executable']})."
                 )
+    most_gpus = max(report["gpus"] for report in reports)  # without any, training uses the CPUs
     for report in reports:
         if report["error"] or report["token"] != written.get("token") or report["node"] not in written:
             reason = report["error"] or "it sees another directory there"
@@ -103,10 +113,10 @@ def compare(
                 f"node {report['node']} cannot share the output directory {report['folder']}: {reason}. Give an "
                 "output_dir on a file system that all nodes mount, and that this user may write to."
             )
-        if report["gpus"] is not None and report["gpus"] < tasks_per_node:
+        if most_gpus and report["gpus"] < (1 if may_share else tasks_per_node):
             raise UserError(
                 f"node {report['node']} has {report['gpus']} visible GPUs for {tasks_per_node} ranks: ask for "
-                f"--gpus-per-node={tasks_per_node}, or for fewer --ntasks-per-node."
+                f"--gpus-per-node={tasks_per_node}, or for fewer --ntasks-per-node; {SHARING_ADVICE}."
             )
 
 
@@ -123,30 +133,12 @@ def describe_node(shared: Path) -> dict[str, Any]:
         "folder": str(shared.parent),
         "executable": sys.executable,
         "python": platform.python_version(),
-        "mome_dist": mome_dist.__version__,
-        "torch": _version("torch"),
-        "megatron-core": _version("megatron-core"),
-        "deepspeed": _version("deepspeed"),
+        **{package: version_of(package) for package in _PACKAGES},
         "code": str(Path(mome_dist.__file__).parent),
-        "gpus": _visible_gpus(),
+        "gpus": len(visible_gpus(os.environ)),
         "token": token,
         "error": error,
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
-
-
-def _visible_gpus() -> int | None:
-    """GPUs that a process here would see; None where training would use the CPU."""
-    if not has_cuda(os.environ):
-        return None
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 if __name__ == "__main__":

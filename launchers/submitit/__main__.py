@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launchers.options import DEFAULT_MODULE, SubmititOptions, check_run, load_options, parse_arguments
+from launchers.options import DEFAULT_MODULE, SubmititOptions, check_run, cores_of_rank, load_options, parse_arguments
 from launchers.slurm.commands import require_slurm
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
@@ -36,8 +36,7 @@ def parameters(options: SubmititOptions, name: str) -> dict[str, Any]:
         "slurm_constraint": options.constraint,
         "slurm_signal_delay_s": options.warning_seconds,
         "slurm_additional_parameters": {"requeue": True},
-        # The other ranks cannot go on without one that is gone.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", "--distribution=block"],
+        "slurm_srun_args": options.srun_arguments,
     }
     return {key: value for key, value in given.items() if value is not None}
 
@@ -54,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if request.module != DEFAULT_MODULE:
             raise UserError(f"--multirun sweeps over trainings, not over {request.module}.")
         combined = sweep.combinations(request.arguments)
+        if options.cpus_per_task is None:
+            options.cpus_per_task = max(cores_of_rank(request.module, overrides) for overrides in combined)
         for overrides in combined:
             check_run(request, options, overrides)
         folder = sweep.new_folder()
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_run(request, options, request.arguments)
     name = load_config(request.arguments).name if request.module == DEFAULT_MODULE else "mome"
     if request.dry_run:
-        for key, value in parameters(options, name).items():
+        for key, value in [*parameters(options, name).items(), *options.variables.items()]:
             print(f"{key}: {value}")
         print(shlex.join(["python", "-m", request.module, *request.arguments]))
         return 0
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     executor = submitit.AutoExecutor(options.folder, cluster="slurm", slurm_max_num_timeout=options.max_timeouts)
     executor.update_parameters(**parameters(options, name))
-    job = executor.submit(RankTask(request.module, tuple(request.arguments), options.max_tries))
+    job = executor.submit(RankTask(request.module, tuple(request.arguments), options.max_tries, options.variables))
     print(f"submitted job {job.job_id}; logs: {options.folder}/{job.job_id}_N_log.out")
     return 0
 

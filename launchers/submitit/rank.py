@@ -20,7 +20,7 @@ from submitit.core.job_environment import JobEnvironment
 
 from launchers.slurm import commands, tries
 from launchers.slurm.job import free_port
-from launchers.slurm.rank import task_environment
+from launchers.slurm.rank import become_task
 from launchers.slurm.tries import Record
 from mome_dist.exit_codes import INTERRUPTED, PREEMPTED, USER_ERROR
 from mome_dist.files import write_text
@@ -77,7 +77,7 @@ def run_child(module: str, arguments: Sequence[str], rendezvous: dict[str, str])
         # Slurm signals every process of a task; only this one shall take Submitit's warning.
         rank = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env={**task_environment(os.environ), **rendezvous},
+            env={**become_task(os.environ), **rendezvous},
             preexec_fn=lambda: signal.signal(_WARNING, signal.SIG_IGN),
         )
         told = False

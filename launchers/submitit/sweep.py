@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from launchers.options import DEFAULT_MODULE, SubmititOptions
@@ -63,10 +64,17 @@ def hydra_arguments(options: SubmititOptions, overrides: Sequence[str], folder: 
         *overrides,
         "hydra/launcher=submitit_slurm",
         *launcher,
+        f"+hydra.launcher.srun_args=[{','.join(map(_quoted, options.srun_arguments))}]",
         f"+hydra.job.env_set.MAX_TRIES='{options.max_tries}'",
+        *(f"+hydra.job.env_set.{name}={_quoted(value)}" for name, value in options.variables.items()),
         f"hydra.sweep.dir={folder}",
         "hydra.sweep.subdir=${hydra:job.num}",
     ]
+
+
+def _quoted(text: str) -> str:
+    """A string as Hydra's command line reads it, whatever is in it."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def new_folder() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +17,16 @@ class RankTask:
     Attributes:
         module, arguments: what each rank runs.
         max_tries: see `launchers.submitit.rank.run_rank`.
+        variables: of the rank's environment, over those of the job.
     """
 
     module: str
     arguments: tuple[str, ...]
     max_tries: int
+    variables: Mapping[str, str]
 
     def __call__(self) -> None:
+        os.environ.update(self.variables)
         from launchers.submitit.rank import run_rank
 
         run_rank(self.module, self.arguments, self.max_tries)

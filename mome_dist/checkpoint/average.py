@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mome_dist.checkpoint.saved import Saved
 from mome_dist.config import save_config
 from mome_dist.errors import UserError
 from mome_dist.files import published_directory
+from mome_dist.versions import version_of
 
 # Sections of a configuration that make weights comparable, number by number.
 _MODEL = ("llm", "audio_encoder", "video_encoder", "projector", "mome", "task")
@@ -109,6 +109,6 @@ def _facts(mean: Saved, saved: Sequence[Saved]) -> dict[str, Any]:
     return {
         "step": mean.step,
         "averaged": [{"step": each.step, "content": each.content} for each in saved],
-        "versions": {name: version(name) for name in ("mome_dist", "torch")},
+        "versions": {name: version_of(name) for name in ("mome_dist", "torch")},
         "frozen": dict(mean.frozen),
     }

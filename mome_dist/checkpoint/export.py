@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mome_dist.evaluation.arithmetic import active_and_total_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.files import published_directory
 from mome_dist.paths import cache_root
+from mome_dist.versions import version_of
 
 # The sections of a run's configuration that describe the model and its use; the others describe its training.
 _SECTIONS = ("name", "seed", "llm", "audio_encoder", "video_encoder", "projector", "mome", "task", "data", "decoding")
@@ -94,7 +94,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
         "step": run.step,
         "views": [str(view) for view in run.views],
         "source": {"checkpoint": saved.directory.resolve().name, "content": saved.content},
-        "versions": {name: version(name) for name in ("mome_dist", "torch", "transformers")},
+        "versions": {name: version_of(name) for name in ("mome_dist", "torch", "transformers")},
         "llm": {
             "architecture": type(model.llm).__name__,
             "hidden_size": hidden_size,

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +43,7 @@ from mome_dist.files import fsync, write_text
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter, rank_writes
 from mome_dist.training.engine import Engine
+from mome_dist.versions import version_of
 
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class CheckpointSaver:
             "optimizer_steps": engine.steps,
             "data": {"order": self._order, "utterances_seen": self._seen(step)},
             "written_by": {"layout": asdict(self._layout), "zero": engine.zero_stage},
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": {name: version_of(name) for name in PACKAGES},
             "frozen": self._frozen,
         }
         return Snapshot(collect(model, engine), facts)

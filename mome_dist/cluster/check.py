@@ -48,7 +48,8 @@ def check_cluster(shared: Path, limits: Limits, timeout_seconds: int, say: Calla
 
     Returns:
         JSON-serialisable: ``ranks`` (reports), ``nodes``, ``ranks_per_node``, ``device``, ``cores``, ``memory_bytes``,
-        ``rates`` (the slowest rank's), ``links`` and ``problems`` (sentences; empty if all is well).
+        ``rates`` (the slowest rank's), ``grouped_products`` (of bf16, in one kernel), ``links`` and ``problems``
+        (sentences; empty if all is well).
     """
     with open_world(timeout_seconds) as world:
         report = describe_rank(world.device)
@@ -72,6 +73,7 @@ def check_cluster(shared: Path, limits: Limits, timeout_seconds: int, say: Calla
         "rates": {
             name: (max if name == "call" else min)(each["rates"][name] for each in reports) for name in first["rates"]
         },
+        "grouped_products": all(each["hardware"].get("grouped_products", False) for each in reports),
         "links": links,
         "problems": list(find_problems(reports, links, shared, limits)),
         "ranks": reports,

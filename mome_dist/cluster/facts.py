@@ -7,15 +7,15 @@ import platform
 import socket
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mome_dist
+from mome_dist.versions import version_of
 
-PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers")
+PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed", "transformers")
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -28,8 +28,8 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
 
     ``software`` and ``hardware`` should be the same on all nodes; a rank that sees its own GPU only reports one.
     """
-    software = {"python": platform.python_version(), "mome_dist": mome_dist.__version__}
-    software |= {name: _version(name) for name in PACKAGES}
+    software = {"python": platform.python_version()}
+    software |= {name: version_of(name) for name in PACKAGES}
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     hardware: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -40,6 +40,8 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
         memory = properties.total_memory
         software |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         hardware |= {"gpu": properties.name, "gpus": torch.cuda.device_count(), "gpu_gb": round(memory / 1e9, 1)}
+        # What torch has a kernel for (F.grouped_mm of bf16).
+        hardware |= {"grouped_products": properties.major in (9, 10)}
     return {
         "node": node_name(),
         "software": software,
@@ -48,10 +50,3 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
         "executable": sys.executable,
         "memory_bytes": memory,
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-SHORTEST_TIMING, ROUNDS, CALLS = 0.05, 3, 200
+SHORTEST_TIMING, SHORTEST_RUN, ROUNDS, CALLS = 0.05, 1e-6, 3, 200
 # Sides of the square matrices, and values of the vector that is copied: beyond every cache, yet quick.
 CPU_SIDE, GPU_SIDE = 1024, 8192
 CPU_VALUES, GPU_VALUES = 16_000_000, 256_000_000
@@ -53,18 +54,25 @@ def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
 
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run, in the best of a few rounds of as many runs as take a while."""
-    run()
-    times = []
-    for _ in range(ROUNDS):
-        synchronize(device)
-        began, runs = time.perf_counter(), 0
-        while time.perf_counter() - began < SHORTEST_TIMING:
-            run()
-            runs += 1
-        synchronize(device)
-        times.append((time.perf_counter() - began) / runs)
-    return min(times)
+    """Seconds of a run, in the best of a few rounds of as many runs as take a while.
+
+    A GPU is asked for no more than that at once: launching takes microseconds, so that a loop that launches for a while
+    would leave it minutes of work.
+    """
+    _seconds(run, 1, device)  # prepares kernels
+    once = _seconds(run, 1, device)
+    runs = max(1, math.ceil(SHORTEST_TIMING / max(once, SHORTEST_RUN)))
+    return min(_seconds(run, runs, device) / runs for _ in range(ROUNDS))
+
+
+def _seconds(run: Callable[[], object], runs: int, device: torch.device) -> float:
+    """Seconds of some runs, to the end of what they launched."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(runs):
+        run()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:

@@ -37,6 +37,7 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
 
     Raises:
         UserError: for an unknown group, option or key, or a value of the wrong type; it names the key and near ones.
+            For steps that the epochs of an experiment would overrule.
     """
     register_resolvers()
     for override in overrides:
@@ -46,9 +47,20 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             composed = compose("config", list(overrides))
-        return _to_schema(composed)
+        config = _to_schema(composed)
+        _refuse_idle_steps(config, overrides)
+        return config
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
+
+
+def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
+    given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    if "training.steps" in given and "training.epochs" not in given and config.training.epochs is not None:
+        raise UserError(
+            f"training.steps={given['training.steps']} would have no effect, because training.epochs="
+            f"{config.training.epochs} of the experiment decides the steps: add training.epochs=null."
+        )
 
 
 def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from mome_dist.parallel import rendezvous
+from mome_dist.parallel.backend import GLOO
+from mome_dist.parallel.device import device_to_share
 from mome_dist.parallel.whereabouts import watched
 
 T = TypeVar("T")
@@ -40,13 +42,12 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
 
     Ranks exchange texts and counts only, so the group is gloo's even where each rank decodes on a GPU.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    device = device_to_share()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    rendezvous.join("gloo", timeout_seconds)
+    rendezvous.join(GLOO, timeout_seconds)
     with watched(timeout_seconds, dist.destroy_process_group):
         yield World(dist.get_rank(), dist.get_world_size(), device)

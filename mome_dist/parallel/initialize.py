@@ -1,6 +1,6 @@
 """Start the process groups of a layout: torch.distributed, Megatron-Core, DeepSpeed, in that order.
 
-NCCL is used where CUDA is present, gloo otherwise. Every collective has the configured timeout, and a lost rank ends
+`mome_dist.parallel.backend` says over what they go. Every collective has the configured timeout, and a lost rank ends
 the run on all others with an error that names it instead of a hang.
 """
 
@@ -21,17 +21,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mome_dist.parallel import cpu_shim, rendezvous
+from mome_dist.parallel.device import own_place
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.memory import keep_freed_memory
 from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.parallel.whereabouts import watched
-
-
-def current_device() -> torch.device:
-    """The device of this process: its own GPU where there is CUDA, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 @contextmanager
@@ -45,14 +39,14 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
 
     Raises:
         RankLostError: if another rank does not come, dies, hangs or is too slow.
+        UserError: if NCCL has no GPU for this rank.
     """
     cpu_shim.install()
-    device = current_device()
+    device, backend = own_place()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    backend = "nccl" if device.type == "cuda" else "gloo"
     rendezvous.join(backend, timeout_seconds)
     with rendezvous.timeout_of_every_group(timeout_seconds), watched(timeout_seconds, _close):
         assert dist.get_world_size() == layout.world_size, "the layout was made for another number of processes"

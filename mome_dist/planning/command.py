@@ -13,8 +13,9 @@ from rich.table import Table
 
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import check_values
+from mome_dist.config.validate import check_values, streams_of
 from mome_dist.errors import UserError
+from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.hardware import Cluster, cluster_of_gpus, measured_cluster
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import find_shape
@@ -68,7 +69,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
 def job_of_options(options: argparse.Namespace, config: RunConfig, cluster: Cluster) -> Job:
     """The job of a configuration, its LLM maybe known by name only."""
     clip = Clip(options.seconds, options.text_tokens, options.prompt_tokens)
-    widths = {"audio": options.audio_width, "video": options.video_width}
+    widths = {stream: encoder_shape(config, stream).width for stream in streams_of(config)}
     shape = find_shape(options.llm or config.llm.path)
     return job_of(config, shape, clip, widths, cluster.on_gpu, cluster.fast_precision)
 
@@ -84,6 +85,7 @@ def _print(job: Job, cluster: Cluster, found: Search, top: int, console: Console
         f"{job.trained_parameters / 1e6:.0f} million trained; a step of {job.batch_size} utterances in "
         f"{job.views_per_step} of {len(job.lengths)} views of {min(job.lengths)} to {max(job.lengths)} tokens"
     )
+    console.print(f"encoders in a step: {_encoders(job)}", soft_wrap=True)
     console.print(f"{cluster.name}: {cluster.memory / GB:.1f} GB a rank may be used")
     table = Table(title=f"the fastest of {len(found.plans)} layouts that fit")
     columns = ("tp", "pp", "dp", "ep", "zero", "dispatch", "sp", "recompute", "accum.", "clips", "GB", "s a step")
@@ -100,6 +102,15 @@ def _print(job: Job, cluster: Cluster, found: Search, top: int, console: Console
         for rejection in found.rejections:
             console.print(f"  {rejection.count} x {rejection.reason}; e.g. {rejection.example}", soft_wrap=True)
     console.print(f"run it with: {' '.join(command_overrides(best.candidate))}", soft_wrap=True)
+
+
+def _encoders(job: Job) -> str:
+    told = [
+        f"{encoder.shape.name} ({encoder.shape.parameters / 1e6:.0f} million parameters, fp32"
+        + (", with LoRA)" if encoder.lora_parameters else ")")
+        for encoder in job.encoders
+    ]
+    return ", ".join(told) or "none, features are cached"
 
 
 def command_overrides(candidate: Candidate) -> list[str]:
@@ -186,5 +197,3 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of a long utterance: memory follows it")
     parser.add_argument("--text-tokens", type=int, default=32, help="of its transcript")
     parser.add_argument("--prompt-tokens", type=int, default=12, help="of the prompt")
-    parser.add_argument("--audio-width", type=int, default=1024, help="features of the audio encoder")
-    parser.add_argument("--video-width", type=int, default=1024, help="features of the video encoder")

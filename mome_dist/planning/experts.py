@@ -2,8 +2,9 @@
 
 A run with `mome.dispatch=auto` measures at its start and does not ask this; a plan is for machines that are not there.
 Constants are passes over memory beside the products, forward and backward, and operations called whatever the sizes:
-counted from the code, those of rows then adjusted so that the cheaper dispatch is the one that
-``benchmarks/results/moe_layer_bf16.md`` measured to be.
+counted from the code (a test counts them again), passes of rows then adjusted so that the cheaper dispatch is the one
+that ``benchmarks/results/moe_layer_bf16.md`` measured to be. Experts lie in one tensor and are one product, so that no
+number of calls grows with them; only where a grouped product is a loop inside torch does each group cost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from mome_dist.planning.job import Candidate, Job
 
 FP32, PRODUCTS = 4, 3  # bytes; forward, and the gradients of input and weight
 UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 18.0, 6.0
-DENSE_CALLS, ROW_CALLS, EXPERT_CALLS, GROUP_CALLS = 120, 160, 12, 20
+DENSE_CALLS, ROW_CALLS = 90, 160
+GROUP_CALLS = 20  # of a group, where it is not one of many in a kernel: six products, their slices and copies
 # Of the rate of wide products: what products with one expert's few units reach.
 NARROW_SHARE = 0.3
 
@@ -24,7 +26,7 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
     tokens /= layout.tp if layout.sequence_parallel else 1
     router = PRODUCTS * 2 * tokens * job.experts * hidden / cluster.fp32_flops
     passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
-    common = router + passes + EXPERT_CALLS * job.experts / layout.ep * cluster.call
+    common = router + passes
     work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds
     return common + work(job, candidate, cluster, tokens)
 
@@ -57,7 +59,8 @@ def _row_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float
     work = _flops(job, rows) / (NARROW_SHARE * cluster.flops(job.precision))
     work += _flops(job, tokens * job.shared) / cluster.flops(job.precision)
     moved = ROW_PASSES * rows * hidden * e + WEIGHT_PASSES * FP32 * job.experts / ep * job.expert_parameters
-    calls = ROW_CALLS + GROUP_CALLS * job.experts / ep
+    grouped = cluster.grouped_products and job.precision == "bf16"
+    calls = ROW_CALLS + (0 if grouped else GROUP_CALLS * job.experts / ep)
     work += moved / cluster.memory_bytes + calls * cluster.call
     if ep == 1:
         return work

@@ -44,6 +44,7 @@ class GPU:
         memory_bytes: a second, read or written.
         inside: bytes a second to another GPU of the node, one direction.
         between: bytes a second of the network card that goes with it in common systems.
+        grouped_products: see `Cluster`.
     """
 
     memory: float
@@ -52,18 +53,19 @@ class GPU:
     memory_bytes: float
     inside: float
     between: float
+    grouped_products: bool
 
 
 # From NVIDIA's data sheets, without sparsity. ``between`` is what NVIDIA's own reference systems have for each GPU:
 # 200 Gb/s InfiniBand in DGX A100, 400 Gb/s in DGX H100, H200 and B200; 100 Gb/s is assumed for cards in plain servers.
 GPUS: Mapping[str, GPU] = {
-    "a100-40gb": GPU(40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9),  # NVLink 3: 600 GB/s in both directions
-    "a100-80gb": GPU(80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9),
-    "h100": GPU(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),  # SXM; NVLink 4: 900 GB/s in both directions
-    "h200": GPU(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-    "b200": GPU(180e9, 2250e12, 75e12, 8.0e12, 900e9, 50e9),  # NVLink 5: 1.8 TB/s in both directions
-    "l40s": GPU(48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9),  # PCIe 4 x16
-    "rtx4090": GPU(24e9, 165e12, 82.6e12, 1.008e12, 32e9, 12.5e9),  # PCIe 4 x16
+    "a100-40gb": GPU(40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, False),  # NVLink 3: 600 GB/s in both directions
+    "a100-80gb": GPU(80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, False),
+    "h100": GPU(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, True),  # SXM; NVLink 4: 900 GB/s in both directions
+    "h200": GPU(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, True),
+    "b200": GPU(180e9, 2250e12, 75e12, 8.0e12, 900e9, 50e9, True),  # NVLink 5: 1.8 TB/s in both directions
+    "l40s": GPU(48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, False),  # PCIe 4 x16
+    "rtx4090": GPU(24e9, 165e12, 82.6e12, 1.008e12, 32e9, 12.5e9, False),  # PCIe 4 x16
 }
 
 
@@ -83,6 +85,8 @@ class Cluster:
         inside, between: links of a rank to others of its node and of other nodes.
         workers: ranks of a node that compute at the same time; fewer than its ranks where processes share cores.
         on_gpu: whether ranks are GPUs.
+        grouped_products: whether torch has a kernel for bf16 products of many groups of rows, as for compute capability
+            9 and 10; else it goes through them one by one.
     """
 
     name: str
@@ -99,6 +103,7 @@ class Cluster:
     between: Link
     workers: int
     on_gpu: bool
+    grouped_products: bool = False
 
     @property
     def ranks(self) -> int:
@@ -143,6 +148,7 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
         between=Link(gpu.between * LINK_SHARE, BETWEEN_LATENCY),
         workers=gpus_per_node,
         on_gpu=True,
+        grouped_products=gpu.grouped_products,
     )
 
 
@@ -185,4 +191,5 @@ def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_pe
         between=Link(between["bytes_per_second"], between["latency"]),
         workers=ranks_per_node if on_gpu else min(ranks_per_node, found["cores"]),
         on_gpu=on_gpu,
+        grouped_products=found.get("grouped_products", False),
     )

@@ -5,22 +5,18 @@ No torch here: a plan is arithmetic.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mome_dist.config.schema import DataConfig, RunConfig
-from mome_dist.config.validate import ATTENTION, lora_of, streams_of, views_of
-from mome_dist.errors import UserError
+from mome_dist.config.validate import streams_of, views_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
+from mome_dist.planning.encoders import StepEncoder, step_encoders
 from mome_dist.speech.views import View
 
 BYTES = {"bf16": 2, "fp32": 4}
 FRAMES_PER_SECOND = {"audio": 50, "video": 25}
-# Of an encoder's config.json: layers, width and feed-forward width of its Transformer.
-ENCODER_KEYS = {"audio": ("encoder_layers", "d_model", "encoder_ffn_dim"), "video": ("layers", "width", "ffn_width")}
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Job:
         views_per_step: views that a step trains on.
         moments: fp32 running averages that the optimiser keeps of each parameter.
         pad_heads: whether attention heads may be padded to a multiple of tp.
-        lora_parameters: of the encoders together.
+        encoders: that work in every step.
     """
 
     shape: LLMShape
@@ -91,7 +87,7 @@ class Job:
     views_per_step: int
     moments: int
     pad_heads: bool
-    lora_parameters: int = 0
+    encoders: tuple[StepEncoder, ...] = ()
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -131,7 +127,8 @@ class Job:
     @property
     def first_stage_parameters(self) -> int:
         """Of what trains on the first stage beside its layers."""
-        return self.projector_parameters * self.projectors_train + self.lora_parameters
+        lora = sum(encoder.lora_parameters for encoder in self.encoders)
+        return self.projector_parameters * self.projectors_train + lora
 
 
 @dataclass(frozen=True)
@@ -153,6 +150,11 @@ class Candidate:
     def utterances(self, job: Job) -> int:
         """Utterances of a microbatch of the fullest rank."""
         return -(-job.batch_size // (self.accumulation * self.layout.dp))
+
+    def encoded(self, job: Job) -> tuple[int, int]:
+        """Clips of a step on the fullest data-parallel rank, and those that a rank of its first stage encodes."""
+        clips = -(-job.batch_size // self.layout.dp)
+        return clips, -(-clips // self.layout.tp)
 
     def microbatches(self, job: Job) -> int:
         """Forward passes of a rank in a step."""
@@ -182,6 +184,9 @@ def job_of(
         widths: the encoders' feature widths by stream.
         on_gpu: where it will run; it settles ``llm.attention=auto``.
         fast_precision: of the devices there; it settles ``llm.precision=auto``.
+
+    Raises:
+        UserError: if encoders work in every step, and nothing tells the sizes of one.
     """
     mome, views = config.mome, views_of(config)
     attention = config.llm.attention
@@ -208,7 +213,7 @@ def job_of(
         views_per_step=min(config.task.views_per_step or len(views), len(views)),
         moments=2 if config.optimizer.name == "adamw" else 0,
         pad_heads=config.llm.pad_heads,
-        lora_parameters=sum(_lora_parameters(config, stream) for stream in lora_of(config)),
+        encoders=step_encoders(config, clip.seconds),
     )
 
 
@@ -229,25 +234,3 @@ def _projector_parameters(config: RunConfig, hidden_size: int, widths: Mapping[s
             width = widths[stream] * (rate if config.projector.compression == "stack" else 1)
             total += (width + 1) * wide + (wide + 1) * hidden_size + 2 * hidden_size
     return total
-
-
-def _lora_parameters(config: RunConfig, stream: str) -> int:
-    """A and B of every adapted layer of an encoder, whose shape its directory says.
-
-    Raises:
-        UserError: if it does not.
-    """
-    lora = lora_of(config)[stream]
-    path = Path(getattr(config, f"{stream}_encoder").path) / "config.json"
-    layers_key, width_key, wide_key = ENCODER_KEYS[stream]
-    try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
-        shape = shape["encoder"] if stream == "video" else shape
-        layers, width, wide = (int(shape[key]) for key in (layers_key, width_key, wide_key))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not say how large the encoder is ({error!r}), and {stream}_encoder.lora trains a part of it: "
-            f"set {stream}_encoder.path to the encoder, or {stream}_encoder.lora=null."
-        ) from error
-    sides = (2 * width if target in ATTENTION else width + wide for target in lora.targets)
-    return layers * lora.rank * sum(sides)

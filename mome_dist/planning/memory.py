@@ -33,7 +33,8 @@ class Memory:
         activations: of the frozen layers, for all microbatches in flight.
         experts: activations of the MoME modules, gathered weights and dispatched rows included.
         logits: of label positions, on the last stage.
-        working: what one layer's backward pass, or the reduction of gradients, needs for a moment.
+        encoders: weights of those that work in every step, and the features of its clips, on the first stage.
+        working: what one layer's backward pass, the reduction of gradients, or encoding needs for a moment.
         runtime: of the libraries and the device's context.
     """
 
@@ -44,6 +45,7 @@ class Memory:
     activations: float
     experts: float
     logits: float
+    encoders: float
     working: float
     runtime: float
 
@@ -87,11 +89,15 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
         activations, experts_kept = layers * per_layer, layers * experts
     # What came from the stage before, what went to the next, and both ends of the model.
     activations += inputs * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
+    kept = activations + experts_kept + logits * FP32
+    clips, own_clips = candidate.encoded(job)
+    encoders = job.encoders if stage == 0 else ()
     working = max(
         logits * job.element_bytes,
         _layer_working(job, shape, candidate, longest),
-        # The reduction of gradients comes when no activations are left: the peak only where nearly none were kept.
-        gradients / 2 + bucket - activations - experts_kept - logits * FP32,
+        # Gradients are reduced, and clips encoded, when no activations are there: the peak only where few are kept.
+        gradients / 2 + bucket - kept,
+        *(encoder.working_bytes(own_clips) - kept for encoder in encoders),
     )
     return Memory(
         frozen=frozen_bytes(job, candidate, stage),
@@ -101,6 +107,7 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
         activations=activations,
         experts=experts_kept,
         logits=logits * FP32,
+        encoders=sum(FP32 * each.shape.parameters + each.feature_bytes(clips) for each in encoders),
         working=working,
         runtime=runtime,
     )

@@ -2,8 +2,8 @@
 
 Nothing is assumed to overlap but gathered weights, which travel beside the frozen layer. Frozen products run twice
 (forward, and the gradient of their input); a third time where a layer is computed again. The pipeline fills and empties
-once a step (1F1B, arXiv 2104.04473). The constants are counted from the code: how many bytes an operation on every
-value reads and writes, how many operations a layer calls.
+once a step (1F1B, arXiv 2104.04473), after its clips are encoded (`mome_dist.planning.encoders`). The constants are
+counted from the code: how many bytes an operation on every value reads and writes, how many operations a layer calls.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ FORWARD_SHARE = 0.4
 LAYER_CALLS, STEP_CALLS = 150, 600  # operations of a frozen layer, forward and backward; of a microbatch besides
 # Bytes that clipping and AdamW read and write for a parameter; operations for a tensor that is reduced and stepped.
 OPTIMIZER_BYTES, TENSOR_CALLS = 52, 12
+# Tensors of a MoME module that train, whatever the number of experts: routed ones are packed, shared ones stacked.
+ROUTED_TENSORS, ROUTER_TENSORS, SHARED_TENSORS = 1, 1, 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class StepTime:
     """Seconds of a step by what they go to.
 
     Attributes:
+        encoders: encoding the clips of the step, for which all ranks wait; 0 where features are cached.
         products: matrix products of the frozen layers and the output layer, on the slowest stage.
         passes: their operations on every value, and calls.
         experts: MoME modules, dispatch included.
@@ -43,6 +46,7 @@ class StepTime:
         optimizer: clipping and the step, with what ZeRO gathers.
     """
 
+    encoders: float
     products: float
     passes: float
     experts: float
@@ -84,7 +88,20 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     """The predicted step of a job on a cluster."""
     passes = _schedule(job, replace(candidate, zero=0), cluster)
     reduction, optimizer = _after_backward(job, candidate, cluster)
-    return replace(passes, reduction=reduction, optimizer=optimizer)
+    encoders = _encoding(job, candidate, cluster)
+    return replace(passes, encoders=encoders, reduction=reduction, optimizer=optimizer)
+
+
+def _encoding(job: Job, candidate: Candidate, cluster: Cluster) -> float:
+    """Seconds in which the ranks of the first stage encode, and tell each other their shares."""
+    layout, (clips, own) = candidate.layout, candidate.encoded(job)
+    at_once = min(layout.tp * layout.dp, cluster.ranks_per_node)  # ranks of the first stage lie side by side
+    turns = max(1.0, at_once / cluster.workers)
+    link = cluster.link(layout.tp)
+    return sum(
+        turns * encoder.step_seconds(own, cluster) + _one_way(encoder.feature_bytes(clips), layout.tp, link)
+        for encoder in job.encoders
+    )
 
 
 @lru_cache(maxsize=8)  # a search asks for the same passes with every ZeRO stage
@@ -107,6 +124,7 @@ def _schedule(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     schedule = count * slowest.total + bubble
     shared_cores = count * busy * cluster.ranks_per_node / cluster.workers
     return StepTime(
+        encoders=0.0,
         products=count * slowest.products,
         passes=count * slowest.passes,
         experts=count * slowest.experts,
@@ -189,7 +207,7 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     routed = layers * job.experts / layout.ep * job.expert_parameters
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
-    tensors = layers * (4 * job.experts / layout.ep + 5)
+    tensors = layers * (ROUTED_TENSORS + ROUTER_TENSORS + SHARED_TENSORS * (job.shared > 0))
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)
     reduction += tensors * TENSOR_CALLS * cluster.call
     if layout.sequence_parallel:

@@ -19,7 +19,8 @@ from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import lora_of, views_of
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import FAILED_AT
-from mome_dist.parallel.initialize import current_device, parallel_world
+from mome_dist.parallel.device import current_device
+from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report
 from mome_dist.speech.views import views_of_step

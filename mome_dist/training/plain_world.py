@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mome_dist.parallel import rendezvous
+from mome_dist.parallel.device import own_place
 from mome_dist.parallel.whereabouts import watched
 
 
@@ -56,15 +57,14 @@ class World:
 def open_world(timeout_seconds: int = 600) -> Iterator[World]:
     """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; without them, be alone.
 
-    NCCL where CUDA is present, gloo otherwise. A lost rank ends the others with an error that names it.
+    `mome_dist.parallel.backend` says over what. A lost rank ends the others with an error that names it.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device, backend = own_place()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    rendezvous.join("nccl" if device.type == "cuda" else "gloo", timeout_seconds)
+    rendezvous.join(backend, timeout_seconds)
     with watched(timeout_seconds, dist.destroy_process_group):
         yield World(dist.get_rank(), dist.get_world_size(), device)

@@ -41,7 +41,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.parallel.build import build_distributed
-from mome_dist.parallel.initialize import current_device
+from mome_dist.parallel.device import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report

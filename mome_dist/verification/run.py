@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from mome_dist.build import build_reference
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.build import build_distributed
-from mome_dist.parallel.initialize import current_device, parallel_world
+from mome_dist.parallel.device import current_device
+from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter
 from mome_dist.training.engine import Engine

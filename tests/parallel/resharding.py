@@ -17,7 +17,8 @@ from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.format import CheckpointReader
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
-from mome_dist.parallel.initialize import current_device, parallel_world
+from mome_dist.parallel.device import current_device
+from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter
 from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora

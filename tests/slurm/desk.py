@@ -52,6 +52,7 @@ class Desk:
             "mome.dispatch=alltoall",
             "audio_encoder.padding=clip",
             "task.views_per_step=2",
+            "data.decode_threads=1",
             f"name={name}",
         ]
         return self.lab.overrides(self.folder / "runs" / name, *usual, *more)[1:]
@@ -67,7 +68,10 @@ class Desk:
 
     def submit(self, name: str, options: Sequence[str], *more: str) -> Job:
         """sbatch slurm/train_lrs3.sh for the run ``runs/NAME``."""
-        told = self.run(["sbatch", "--parsable", *options, "slurm/train_lrs3.sh", *self.small(name, *more)])
+        # Two cores a rank and one thread that decodes, so that several jobs find room.
+        told = self.run(
+            ["sbatch", "--parsable", "--cpus-per-task=2", *options, "slurm/train_lrs3.sh", *self.small(name, *more)]
+        )
         return Job(self, told.stdout.strip(), self.folder / "runs" / name)
 
 

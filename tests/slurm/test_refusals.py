@@ -38,7 +38,7 @@ def test_the_login_node_refuses_it_before_the_queue(desk: Desk, launcher: str) -
 def test_gpus_without_cores_for_their_ranks_are_refused(desk: Desk) -> None:
     job = desk.submit("cores", ["--nodes=1", "--gpus-per-node=2"])
     assert job.wait_for_end(20) == "FAILED"
-    assert "1 cores on a node for 2 ranks: add --ntasks-per-node=2" in job.output()
+    assert "2 cores on a node for 2 ranks of 2: add --ntasks-per-node=2" in job.output()
 
 
 def test_a_node_that_does_not_share_the_output_directory_is_named(desk: Desk) -> None:

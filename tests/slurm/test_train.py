@@ -16,7 +16,7 @@ from tests.slurm.desk import Desk, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.parallel, pytest.mark.timeout(480)]
 
 STEPS = "training.steps=4"
-CUT, SPREAD = ["parallel.pp=2", STEPS], ["parallel.ep=2", STEPS]  # beside the README's tp=2
+CUT, SPREAD = ["parallel.tp=2", "parallel.pp=2", STEPS], ["parallel.tp=2", "parallel.ep=2", STEPS]
 
 
 def test_every_documented_command_is_run_here() -> None:
@@ -44,7 +44,7 @@ def started(desk: Desk) -> dict[str, Job]:
     """The same training by sbatch, launchers.slurm and launchers.submitit side by side; two on the same nodes."""
     together = "launcher.extra=['--nodelist=node[1-2]']"
     train = readme.command(readme.TRAIN)
-    train.insert(1, "--nodelist=node[1-2]")
+    train[1:1] = ["--nodelist=node[1-2]", "--cpus-per-task=3"]
     return {
         "sbatch": start(desk, "sbatch", train, *CUT),
         "slurm": start(desk, "slurm", [*readme.command(readme.SLURM), together], *SPREAD),
@@ -95,7 +95,7 @@ def test_a_run_is_evaluated_on_a_node(started: dict[str, Job], desk: Desk) -> No
 def test_submitit_saves_when_it_is_warned_and_comes_back(desk: Desk) -> None:
     run = ["parallel.ep=2", "training.steps=60", "training.save_every=50"]
     unbroken = desk.reference("unbroken-60", *run, world=2, ep=2)
-    command = [word for word in readme.command(readme.SUBMITIT, ranks=1) if word != "parallel.tp=2"]
+    command = readme.command(readme.SUBMITIT, ranks=1)
     job = start(desk, "warned", command, *run)
     job.wait(lambda: len(job.steps()) >= 5, 90, "step")
     desk.cluster.run(["scancel", "--signal=USR2", job.id])  # as Slurm sends it ahead of a time limit or a preemption
@@ -136,9 +136,9 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(desk: Desk) -> None:
     more = ["--dry-run", *desk.small("dry", awkward)]
     words = shlex.split(desk.run([*readme.command(readme.SLURM), *more]).stdout)
     assert words[words.index("sbatch") + 1 : words.index("slurm/train.sh")] == [
-        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--signal=B:USR1@120")
+        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=3", "--signal=B:USR1@120")
     ]
-    assert words[words.index("slurm/train.sh") + 1 :] == ["experiment=lrs3", "parallel.tp=2", *more[1:]]
+    assert words[words.index("slurm/train.sh") + 1 :] == ["experiment=lrs3", *more[1:]]
     told = desk.run([*readme.command(readme.SUBMITIT), *more]).stdout
     assert "tasks_per_node: 2" in told and shlex.split(told.splitlines()[-1])[1:3] == ["-m", "mome_dist.train"]
     assert desk.run(["squeue", "-h", "-o", "%i"]).stdout == before

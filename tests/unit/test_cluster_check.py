@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mome_dist.cluster import rates
 from mome_dist.cluster.check import Limits, find_problems
 from mome_dist.cluster.links import groups_of, pairs_of
 
@@ -84,3 +87,22 @@ def test_pairs_of_a_turn_share_no_rank_and_cover_all_neighbours() -> None:
 def test_groups_are_nodes_and_equal_places_of_nodes() -> None:
     assert groups_of(["a", "a", "b", "b"]) == {"inside": [[0, 1], [2, 3]], "between": [[0, 2], [1, 3]]}
     assert groups_of(["a"]) == {}
+
+
+def test_a_gpu_is_asked_for_no_more_than_a_moment_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that return at once, as a GPU's do; the work is done when somebody waits for it."""
+    each, queued, longest = 0.004, 0, 0
+
+    def launch() -> None:
+        nonlocal queued
+        queued += 1
+
+    def synchronize(_: torch.device) -> None:
+        nonlocal queued, longest
+        longest = max(longest, queued)
+        time.sleep(each * min(queued, 1000))
+        queued = 0
+
+    monkeypatch.setattr(rates, "synchronize", synchronize)
+    assert rates.best_seconds(launch, torch.device("cuda")) == pytest.approx(each, rel=0.5)
+    assert 1 < longest <= rates.SHORTEST_TIMING / each + 1

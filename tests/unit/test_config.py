@@ -45,6 +45,15 @@ def test_a_valid_configuration_passes(overrides: list[str]) -> None:
     validate(load_config([*overrides, "data.batch_size=null", "data.max_frames=900"]), world_size=2)
 
 
+@pytest.mark.parametrize("experiment", ["lrs2", "lrs3"])
+def test_the_papers_runs_are_ten_epochs_of_whatever_was_prepared(experiment: str) -> None:
+    assert load_config([f"experiment={experiment}"]).training.epochs == 10
+    short = [f"experiment={experiment}", "training.steps=7"]
+    with pytest.raises(UserError, match=r"training\.steps=7 would have no effect.*add training\.epochs=null"):
+        load_config(short)
+    assert load_config([*short, "training.epochs=null"]).training.steps == 7
+
+
 def test_epochs_decide_the_steps(tiny_corpus_dir: Path) -> None:
     train = Corpus.open(tiny_corpus_dir).split("train")  # 24 utterances
     for settings, steps in (

@@ -111,8 +111,9 @@ def test_engines_hold_them_in_the_order_that_conversions_expect(config: RunConfi
 def test_the_planner_counts_them_on_the_first_stage(config: RunConfig) -> None:
     built = sum(parameter.numel() for parameter in _terms(config).parameters())
     job = job_of(config, find_shape("llama-3.1-8b"), Clip(), {"audio": 32, "video": 32}, on_gpu=True)
-    without = replace(job, lora_parameters=0)
-    assert job.lora_parameters == built == job.trained_parameters - without.trained_parameters
+    without = replace(job, encoders=tuple(replace(encoder, lora_parameters=0) for encoder in job.encoders))
+    assert sum(encoder.lora_parameters for encoder in job.encoders) == built
+    assert job.trained_parameters - without.trained_parameters == built
     candidate = Candidate(Layout.for_world(4, pp=2), 1, "gather", 1)
     first, last = (
         memory(job, candidate, stage).moments - memory(without, candidate, stage).moments for stage in (0, 1)
@@ -123,5 +124,8 @@ def test_the_planner_counts_them_on_the_first_stage(config: RunConfig) -> None:
 def test_the_planner_needs_the_encoder(config: RunConfig, tmp_path: Path) -> None:
     assert set(lora_of(config)) == {"audio", "video"}
     config.video_encoder.path = str(tmp_path)
-    with pytest.raises(UserError, match=r"config\.json does not say how large .* or video_encoder\.lora=null"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.json does not say how large .*set video_encoder\.path to the encoder, or .*avhubert-large",
+    ):
         job_of(config, find_shape("llama-3.1-8b"), Clip(), {"audio": 32, "video": 32}, on_gpu=True)

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launchers.environment import rank_environment, usable_cores
+from launchers.environment import Machine, own_cores, rank_environment
 from launchers.local import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,10 +68,12 @@ def test_each_rank_gets_its_place_and_the_same_rendezvous(tmp_path: Path) -> Non
 
 
 def test_tuning_fills_gaps_and_leaves_the_users_own_values() -> None:
-    bare = rank_environment(0, 2, 1234, {"CUDA_VISIBLE_DEVICES": ""})
-    assert bare["OMP_NUM_THREADS"] == str(max(1, usable_cores() // 2))
+    machine = Machine(2, own_cores(), len(own_cores()))
+    bare = rank_environment(0, machine, 1234, {})
+    assert bare["OMP_NUM_THREADS"] == str(max(1, len(own_cores()) // 2))
     assert bare["DS_ACCELERATOR"] == "cpu"
-    own = rank_environment(1, 2, 1234, {"OMP_NUM_THREADS": "7", "RANK": "9", "HF_HUB_OFFLINE": "0"})
+    assert "DS_ACCELERATOR" not in rank_environment(0, replace(machine, gpus=["0000:17:00.0"]), 1234, {})
+    own = rank_environment(1, machine, 1234, {"OMP_NUM_THREADS": "7", "RANK": "9", "HF_HUB_OFFLINE": "0"})
     assert (own["OMP_NUM_THREADS"], own["HF_HUB_OFFLINE"], own["RANK"]) == ("7", "0", "1")
 
 

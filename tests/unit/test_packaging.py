@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import mome_dist
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE_BYTES = 1_000_000
@@ -46,6 +50,22 @@ def test_every_requirement_is_pinned_and_installed_at_its_pin(setup_py: dict[str
         if requirement.marker is None or requirement.marker.evaluate():
             # A local suffix (2.13.0+cpu) does not matter to ==.
             assert requirement.specifier.contains(version(requirement.name)), (requirement, version(requirement.name))
+
+
+def test_a_checkout_that_is_not_installed_has_its_version_and_records_those_of_others(
+    tmp_path: Path, tracked: list[Path]
+) -> None:
+    """As in a container with this folder mounted: every package but this one has metadata."""
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.lower().startswith(("mome", "__editable__", "deepspeed-")):
+            (tmp_path / entry.name).symlink_to(entry)
+    say = "from mome_dist.versions import version_of as v; import sys; print([v(name) for name in sys.argv[1:]])"
+    command = [sys.executable, "-S", "-c", say, "mome_dist", "torch", "deepspeed"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(told) == [mome_dist.__version__, version("torch"), "unknown"]
+    asking = [path for path in tracked if path.suffix == ".py" and "importlib.metadata" in path.read_text("utf-8")]
+    assert set(asking) == {ROOT / "mome_dist/versions.py", Path(__file__)}, "elsewhere a missing record stops a run"
 
 
 def test_every_python_has_exactly_one_pin_of_each_requirement(setup_py: dict[str, Any]) -> None:

@@ -26,10 +26,10 @@ def _output(arguments: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in printed.getvalue().splitlines())
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_the_page_shows_what_its_commands_print(number: int) -> None:
     examples = EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(examples) == 2
+    assert len(examples) == 3
     arguments, shown = examples[number]
     assert shown == _output(arguments), "run: python -m tests.unit.test_planning_docs"
 

@@ -46,9 +46,7 @@ def test_a_gpu_comes_before_the_cpu(monkeypatch: pytest.MonkeyPatch, native: boo
 @pytest.mark.parametrize(("bf16_flops", "expected"), [(30e9, "fp32"), (230e9, "bf16")])
 def test_a_plan_is_for_the_faster_of_the_measured_rates(bf16_flops: float, expected: str) -> None:
     cluster = replace(cluster_of_gpus("h100", 1, 2), on_gpu=False, bf16_flops=bf16_flops, fp32_flops=110e9)
-    options = argparse.Namespace(
-        seconds=6, text_tokens=20, prompt_tokens=8, audio_width=384, video_width=256, llm="llama-3.2-1b"
-    )
+    options = argparse.Namespace(seconds=6, text_tokens=20, prompt_tokens=8, llm="llama-3.2-1b")
     config = load_config(["llm=smollm2_135m", "llm.precision=auto"])
     assert job_of_options(options, config, cluster).precision == expected
     assert job_of_options(options, load_config(["llm.precision=bf16"]), cluster).precision == "bf16"

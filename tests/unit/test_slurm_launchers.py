@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launchers.environment import Machine
 from launchers.options import LocalOptions, SlurmOptions, SubmititOptions, load_options, parse_arguments
 from launchers.slurm import tries
 from launchers.slurm.job import Job, free_port
@@ -108,16 +109,28 @@ def test_equal_nodes_pass(pair: tuple[list[dict[str, Any]], dict[str, str]]) -> 
         ("token", None, "node node2 cannot share the output directory"),
         ("error", "Read-only file system (x)", "Read-only file system"),
         ("gpus", 1, "node node2 has 1 visible GPUs for 2 ranks"),
+        ("gpus", 0, "node node2 has 0 visible GPUs for 2 ranks"),  # its driver is broken: no rank may use the CPU
     ],
 )
 def test_the_node_that_differs_is_named(
     pair: tuple[list[dict[str, Any]], dict[str, str]], key: str, value: Any, message: str
 ) -> None:
     said, written = pair
+    if key == "gpus":
+        said[0][key] = 2
     said.insert(0, dict(said[0]))  # a majority
     said[-1][key] = value
     with pytest.raises(UserError, match=message):
         compare(said, written, ["node1", *NODES], 2)
+
+
+def test_ranks_may_share_a_gpu_over_gloo(pair: tuple[list[dict[str, Any]], dict[str, str]]) -> None:
+    said, written = pair
+    for report in said:
+        report["gpus"] = 1
+    compare(said, written, NODES, 8, may_share=True)
+    with pytest.raises(UserError, match=r"has 1 visible GPUs for 8 ranks: .*MOME_DIST_BACKEND=gloo"):
+        compare(said, written, NODES, 8)
 
 
 def test_a_node_that_says_nothing_asks_for_others(pair: tuple[list[dict[str, Any]], dict[str, str]]) -> None:
@@ -127,13 +140,17 @@ def test_a_node_that_says_nothing_asks_for_others(pair: tuple[list[dict[str, Any
 
 def test_a_task_becomes_a_rank() -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
-    rank = task_environment({**slurm, "OMP_NUM_THREADS": "3"})
+    cores = frozenset(range(8))
+    four, one = (Machine(4, cores, 8, [f"0000:{n}:00.0" for n in range(count)]) for count in (4, 1))
+    rank = task_environment({**slurm, "OMP_NUM_THREADS": "3"}, four)
     assert [rank[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["5", "8", "1", "4"]
     assert rank["OMP_NUM_THREADS"] == "3" and "NCCL_SOCKET_IFNAME" not in rank and "GLOO_SOCKET_IFNAME" not in rank
-    told = task_environment({**slurm, "MOME_DIST_INTERFACE": "ib0"})
+    told = task_environment({**slurm, "MOME_DIST_INTERFACE": "ib0"}, four)
     assert told["NCCL_SOCKET_IFNAME"] == told["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert task_environment({**slurm, "CUDA_VISIBLE_DEVICES": "0,1,2,3"})["LOCAL_RANK"] == "1"
-    assert task_environment({**slurm, "CUDA_VISIBLE_DEVICES": "0"})["LOCAL_RANK"] == "0"  # --gpus-per-task
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "4"}, one)["LOCAL_RANK"] == "0"  # --gpus-per-task
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "16"}, four)["LOCAL_RANK"] == "0"  # four for each
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "4"}, four)["LOCAL_RANK"] == "1"
+    assert task_environment({**slurm, "SLURM_GPUS_ON_NODE": "1"}, one)["LOCAL_RANK"] == "1"  # they share it
 
 
 def test_jobs_use_different_ports() -> None:

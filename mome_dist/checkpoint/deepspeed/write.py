@@ -7,7 +7,6 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mome_dist.config.schema import OptimizerConfig
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.optimizer import deepspeed_settings, learning_rate, make_optimizer
+from mome_dist.versions import version_of
 
 CLIENT_KEY = "mome_dist"  # of what DeepSpeed calls the client state
 MOST_MODEL_PARALLEL_RANKS = 100
@@ -154,7 +154,7 @@ def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[s
         "mp_world_size": layout.tp * layout.pp,
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": _settings(plan, schedule),
-        "ds_version": version("deepspeed"),
+        "ds_version": version_of("deepspeed"),
         "num_experts": experts,
         "ds_autoep_layers": None,
     }
@@ -207,9 +207,9 @@ def _zero_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[st
             "group_paddings": [part.padding for part in parts],
             "param_alignment_paddings": [[0] * len(group) for group in groups],
             "partition_count": [plan.group_ranks(number) for number in range(len(groups))],
-            "ds_version": version("deepspeed"),
+            "ds_version": version_of("deepspeed"),
             "param_slice_mappings": mappings,
         },
         "ds_config": _settings(plan, schedule),
-        "ds_version": version("deepspeed"),
+        "ds_version": version_of("deepspeed"),
     }
