@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -48,9 +48,18 @@ def recorded_damage(directory: Path) -> dict[str, str]:
 
 
 def find_damage(
-    corpus: Corpus, split: str, streams: Sequence[str], rank: int, world_size: int, console: Console
+    corpus: Corpus,
+    split: str,
+    streams: Sequence[str],
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+    console: Console,
 ) -> dict[str, str]:
     """Read all bytes of a split and compare checksums, the ranks sharing the work; every rank calls it.
+
+    Args:
+        barrier: waits for all ranks, however long they read.
 
     Returns:
         The reason by utterance id, sorted by id; the same on all ranks.
@@ -63,6 +72,7 @@ def find_damage(
                 corpus.check(utterance, stream)
             except DamagedDataError as error:
                 mine[utterance.id] = str(error)
+    barrier()
     found: list[dict[str, str]] = [{}] * world_size
     dist.all_gather_object(found, mine)
     return dict(sorted(item for part in found for item in part.items()))

@@ -149,7 +149,7 @@ def build_features(
         encoder_name: identity of the encoder; should contain its `encoder_fingerprint`.
         encode: called with up to ``batch_size`` utterances of similar length. Where it raises `DamagedDataError`, it is
             called again with one at a time.
-        barrier: waits for all ranks.
+        barrier: waits for all ranks, however long they encode.
         console: where rank 0 shows progress; none by default.
 
     Raises:

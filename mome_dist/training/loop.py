@@ -17,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import lora_of, views_of
-from mome_dist.errors import UserError
+from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.initialize import current_device, parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.whereabouts import report
+from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import forget_router_loads, update_router_biases
-from mome_dist.training.faults import PreemptedError, StepWatch
+from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.optimizer import learning_rate
@@ -57,6 +57,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
         ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config), trainer.encoders)
+        wait_for_all("getting ready")
         try:
             with StepWatch(current_device()) as watch:
                 losses = _run(config, layout, trainer, metrics, ledger, watch, console)
@@ -167,10 +168,9 @@ def _run(
             if done % ROUTING_EVERY == 0 or saving:
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
-                report("validating", number)
-                metrics.step({"step": done, "validation": _validate(config, trainer)})
+                metrics.step({"step": done, "validation": _validate(config, trainer, number)})
             if saving:
-                report("saving", number)
+                report("saving", number, patient=True)
                 trainer.saver.save(done, trainer.model, trainer.engine)
             if found.stop and not last:
                 trainer.saver.finish()
@@ -181,12 +181,13 @@ def _run(
     return losses
 
 
-def _validate(config: RunConfig, trainer: Trainer) -> dict[str, float]:
+def _validate(config: RunConfig, trainer: Trainer, step_number: int) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
     totals: dict[str, float] = {}
     tokens = 0
     trainer.model.eval()
     for number, batch in enumerate(trainer.validation):
+        report("validating", step_number)  # each batch: together they may take longer than one place is allowed to
         if trainer.validation_online is not None:
             trainer.validation_online.load(number)
         step = trainer.batches["validation"].build(batch, views_of(config))
