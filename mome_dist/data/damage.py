@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import track
 
 from mome_dist.data.corpus import Corpus
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import write_json
+from mome_dist.progress import track
 
 PATTERN = "damaged-*.json"
 NAMED = 5  # utterances in an error message
@@ -66,7 +66,7 @@ def find_damage(
     """
     utterances = corpus.split(split)[rank::world_size]
     mine: dict[str, str] = {}
-    for utterance in track(utterances, f"checking {split}", console=console, disable=rank > 0):
+    for utterance in track(utterances, f"checking {split}", console if rank == 0 else None, unit="utterances"):
         for stream in streams:
             try:
                 corpus.check(utterance, stream)

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.training import loop
 from mome_dist.training.engine import Engine
+from mome_dist.training.step import StepLosses
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 
@@ -119,22 +121,21 @@ def _train(folder: Path, overrides: list[str], cache: Path, fault: str) -> int:
     os.environ["MOME_DIST_CACHE"] = str(cache)
     _call_it_nccl(folder)
     forward_backward, steps, failed = loop.forward_backward, 0, False
-    reduced = [dist.all_reduce, dist.reduce]
 
-    def failing(model, step, **kwargs):  # type: ignore[no-untyped-def]
+    def failing(*args: Any, **kwargs: Any) -> StepLosses:
         nonlocal steps, failed
         steps += 1
-        result = forward_backward(model, step, **kwargs)
+        result = forward_backward(*args, **kwargs)
         if steps == 3 and os.environ["RANK"] == "1":
             failed = True
-            assert any(parameter.grad is not None for parameter in model.trainable_modules().parameters())
+            assert any(parameter.grad is not None for parameter in args[0].trainable_modules().parameters())
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("out of memory in backward")
         return result
 
-    def noting(function):  # type: ignore[no-untyped-def]
-        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if failed:
                 (folder / "reduced").touch()
             return function(*args, **kwargs)
@@ -142,7 +143,7 @@ def _train(folder: Path, overrides: list[str], cache: Path, fault: str) -> int:
         return call
 
     loop.forward_backward = failing
-    dist.all_reduce, dist.reduce = map(noting, reduced)
+    dist.all_reduce, dist.reduce = noting(dist.all_reduce), noting(dist.reduce)
     config = load_config(overrides)
     loop.train(config, validate(config, int(os.environ["WORLD_SIZE"])))
     return 0
