@@ -4,7 +4,7 @@ Every direct dependency is pinned exactly, because Megatron-Core, DeepSpeed and 
 minor versions. What those bring along is locked in ``constraints.txt`` (used by ``make setup``).
 
 The name ``apex`` is absent on purpose: the package of that name in the public index is an unrelated web toolkit.
-NVIDIA's Apex is built from source and used when importable (see ``README.md``).
+NVIDIA's Apex is built from source and used where it can be imported and CUDA is present (`mome_dist.nvidia_apex`).
 """
 
 from __future__ import annotations

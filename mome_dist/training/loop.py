@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from mome_dist import nvidia_apex
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import lora_of, views_of
@@ -77,6 +78,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
 def _describe(trainer: Trainer, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.engine.parameters())
     frozen = sum(p.numel() for chunk in trainer.model.parts() for p in chunk.llm.parameters() if not p.requires_grad)
+    console.print(nvidia_apex.describe(current_device()), highlight=False)
     console.print(f"rank 0 trains {trainable:,} parameters beside {frozen:,} frozen ones", highlight=False)
     if trainer.start:
         console.print(f"resumed after step {trainer.start}", highlight=False)
