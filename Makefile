@@ -34,6 +34,7 @@ lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m mypy --python-version 3.12
 
 test: setup lint  ## lint and all tests
 	$(PY) tools/fetch_assets.py --for-tests

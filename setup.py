@@ -4,7 +4,7 @@ Every direct dependency is pinned exactly, because Megatron-Core, DeepSpeed and 
 minor versions. What those bring along is locked in ``constraints.txt`` (used by ``make setup``).
 
 The name ``apex`` is absent on purpose: the package of that name in the public index is an unrelated web toolkit.
-NVIDIA's Apex is built from source and used when importable (see ``README.md``).
+NVIDIA's Apex is built from source and used where it can be imported and CUDA is present (`mome_dist.nvidia_apex`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+# 3.10 has no transformers, numpy, scipy and av of the pinned versions; the tests run on 3.11, and for 3.12 the code is
+# compiled and type-checked. Later ones have no MediaPipe.
+PYTHON_REQUIRES = ">=3.11,<3.13"
+
 REQUIREMENTS = [
     # the training stack
     "torch==2.13.0",
     "megatron-core==0.16.1",  # 0.17 and later need Python 3.12
     "deepspeed==0.19.8",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
-    "transformers==5.23.0; python_version >= '3.11'",
-    "transformers==5.20.2; python_version < '3.11'",
+    "transformers==5.23.0",
     "accelerate==1.15.0",  # transformers needs it to read GGUF
     "gguf==0.19.0",
     "tokenizers==0.23.3",
@@ -37,19 +40,15 @@ REQUIREMENTS = [
     "rich==15.0.0",
     # data
     "webdataset==1.0.2",
-    "numpy==2.4.6; python_version >= '3.11'",
-    "numpy==2.2.6; python_version < '3.11'",
-    "scipy==1.17.1; python_version >= '3.11'",
-    "scipy==1.15.3; python_version < '3.11'",
+    "numpy==2.4.6",
+    "scipy==1.17.1",
     "soundfile==0.14.0",
-    "av==18.1.0; python_version >= '3.11'",
-    "av==17.1.0; python_version < '3.11'",
+    "av==18.1.0",
     "opencv-python-headless==5.0.0.93",
     # evaluation and reports
     "jiwer==4.0.0",
     "tensorboard==2.21.0",
-    "matplotlib==3.11.2; python_version >= '3.11'",
-    "matplotlib==3.10.9; python_version < '3.11'",
+    "matplotlib==3.11.2",
 ]
 
 EXTRAS = {
@@ -86,7 +85,7 @@ if __name__ == "__main__":
         long_description_content_type="text/markdown",
         license="Apache-2.0",
         license_files=["LICENSE"],
-        python_requires=">=3.10",
+        python_requires=PYTHON_REQUIRES,
         packages=[
             *find_packages(include=["mome_dist", "mome_dist.*", "launchers", "launchers.*"]),
             "mome_dist.configs",

@@ -141,8 +141,12 @@ class RankGroup:
                     if code in TOLD_GRACE_SECONDS:
                         # All ranks meet the same: let rank 0 come to print its line.
                         self._drain(TOLD_GRACE_SECONDS[code], until=0)
+                    # Rank 0 with an error of its own keeps the store open until the others have read of it.
+                    causes = [(r, c) for r, c in self._codes.items() if c not in (0, RANK_LOST)]
                     # A rank that the others have found to hang does not listen, and has nothing left to save.
                     self._terminate(LOST_GRACE_SECONDS if code == RANK_LOST else TERMINATE_GRACE_SECONDS)
+                    if code == RANK_LOST and causes:
+                        rank, code = causes[0]
                     told = code == self._codes.get(0) and code in TOLD_GRACE_SECONDS
                     return Outcome(code, rank, told, bool(self._received))
         return Outcome(0)

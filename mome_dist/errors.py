@@ -1,4 +1,4 @@
-"""The exceptions that command lines tell in one line: a mistake that a user can mend, and a lost rank."""
+"""The exceptions that command lines tell in one line: a mistake that a user can mend, a lost rank, a stop as asked."""
 
 from __future__ import annotations
 
@@ -24,3 +24,7 @@ class RankLostError(RuntimeError):
 
     Command lines print it without a traceback and exit with code 76; the run can be started again.
     """
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop and has saved its state; all ranks have agreed on it."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config, validate
+from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
 from mome_dist.quiet import quiet_libraries
 
@@ -31,7 +32,6 @@ def main(overrides: Sequence[str] | None = None) -> int:
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     quiet_libraries()
-    from mome_dist.training.faults import PreemptedError
     from mome_dist.training.loop import train
 
     try:

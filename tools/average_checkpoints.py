@@ -33,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mome_dist.checkpoint.average import write_average
     from mome_dist.checkpoint.saved import read_checkpoint
     from mome_dist.checkpoint.select import newest_checkpoints
+    from mome_dist.progress import stages
 
     console = Console(highlight=False)
-    with console.status(f"averaging {options.last} checkpoints of {options.run}"):
+    with stages(console, f"averaging {options.last} checkpoints of {options.run}"):
         sources = [read_checkpoint(path) for path in newest_checkpoints(options.run, options.last)]
         mean = write_average(options.target, sources)
     steps = ", ".join(str(source.step) for source in sources)

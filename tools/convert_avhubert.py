@@ -45,13 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from mome_dist.files import published_directory, sha256_of
     from mome_dist.paths import cache_root
+    from mome_dist.progress import stages
     from mome_dist.speech.avhubert.conversion import convert
     from mome_dist.speech.avhubert.fairseq_file import read_fairseq
     from mome_dist.speech.avhubert.settings import HEADS, PRE_NORM
     from mome_dist.speech.geometry import AVHUBERT
 
     console = Console(highlight=False, soft_wrap=True)
-    with console.status(f"converting {options.checkpoint}"):
+    with stages(console, f"converting {options.checkpoint}"):
         file = read_fairseq(options.checkpoint)
         given = {HEADS: options.heads, PRE_NORM: options.pre_norm}
         converted = convert(file.tensors, file.settings, given)

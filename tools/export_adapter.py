@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     from mome_dist.checkpoint.export import export_adapter
+    from mome_dist.progress import stages
 
     console = Console(highlight=False)
-    with console.status(f"checking and exporting {options.run}"):
+    with stages(console, f"checking and exporting {options.run}"):
         document = export_adapter(options.run, options.target, frozen_of(options))
     console.print(
         f"{options.target}: {document['name']}, step {document['step']}, "

@@ -11,17 +11,16 @@ The cache is $MOME_DIST_CACHE, or ~/.cache/mome_dist.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.status import Status
 
 from mome_dist import assets
 from mome_dist.cli import main_guard
+from mome_dist.progress import stages
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,11 +32,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--for-tests", action="store_true", help="fetch what only the project's own tests need, too")
     parser.add_argument("--verify", action="store_true", help="only check every byte of what is in the cache")
     return parser.parse_args(arguments)
-
-
-def show_stage(status: Status, name: str, stage: str) -> None:
-    """Put the stage that a fetch has reached into the status line."""
-    status.update(f"{name}: {stage}")
 
 
 @main_guard
@@ -53,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.names or usual:
         source = assets.find_asset(name).source
         began = time.monotonic()
-        with console.status(name) as status:
+        with stages(console, name) as show:
             if options.verify:
                 assets.verify(name)
                 outcome = "sound"
             else:
-                changed = assets.fetch(name, progress=functools.partial(show_stage, status, name))
+                changed = assets.fetch(name, progress=lambda stage, name=name: show(f"{name}: {stage}"))  # type: ignore[misc]
                 outcome = "fetched" if changed else "already there"
         seconds = time.monotonic() - began
         console.print(

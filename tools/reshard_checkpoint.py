@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     logging.disable(logging.WARNING)
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from mome_dist.checkpoint.reshard import export, reshard
     from mome_dist.parallel.layout import Layout
+    from mome_dist.progress import BYTES, progress, stages
 
     layout = Layout.for_world(
         options.tp * options.pp * options.dp,
@@ -58,19 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stage_layers=options.stage_layers,
     )
     if options.format == "hf":
-        with Console(stderr=True).status(f"exporting {options.source}"):
+        with stages(Console(stderr=True), f"exporting {options.source}"):
             export(options.source, options.target, options.config)
         print(f"{options.target}: weights without the optimiser")
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"writing {options.target.name}", total=None)
+    with progress(Console(stderr=True), f"writing {options.target.name}", unit=BYTES) as shown:
         outcome = reshard(
             options.source,
             options.target,
@@ -78,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             layout,
             options.zero,
             options.config,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda done, total: shown.update(done, total=total),
         )
     for note in outcome.notes:
         print(f"note: {note}")

@@ -18,6 +18,7 @@ from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.whereabouts import wait_for_all
 from mome_dist.training.engine import Engine
 
 ANEW = "or start anew with training.resume=false"
@@ -39,7 +40,9 @@ def checkpoint_to_resume(run: Path, report: Callable[[str], None]) -> Path | Non
     for name in named[0]:
         path = run / "checkpoints" / name
         problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, _damage(path))
+        damage = _damage(path)
+        wait_for_all("checking a checkpoint")
+        dist.all_gather_object(problems, damage)
         found = next((problem for problem in problems if problem is not None), None)
         if found is None:
             return path

@@ -42,6 +42,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import fsync, write_text
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter, rank_writes
+from mome_dist.parallel.whereabouts import wait_for_all
 from mome_dist.training.engine import Engine
 from mome_dist.versions import version_of
 
@@ -166,6 +167,7 @@ class CheckpointSaver:
             outcome = work(), None
         except (OSError, SafetensorError) as error:
             outcome = None, f"rank {dist.get_rank()}: {error}"
+        wait_for_all("writing a checkpoint", self._group)
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self._group)
         problems = [problem for _, problem in outcomes if problem is not None]

@@ -12,6 +12,7 @@ from rich.table import Table
 from mome_dist.cluster.check import Limits, check_cluster
 from mome_dist.cluster.links import ranks_by_node
 from mome_dist.files import write_json
+from mome_dist.progress import stages
 
 PROBLEMS_FOUND = 1
 WIDTH = 140  # columns where there is no terminal to ask
@@ -24,8 +25,8 @@ def check_command(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(quiet=rank != 0, highlight=False, width=WIDTH)
     limits = Limits(options.clock_limit, options.link_limit, options.rate_limit)
-    with console.status("starting") as status:
-        record = check_cluster(options.shared, limits, options.timeout, status.update)
+    with stages(console, "starting") as show:
+        record = check_cluster(options.shared, limits, options.timeout, show)
     if rank:
         return 0  # rank 0 speaks for all
     _print(record, console)

@@ -205,6 +205,7 @@ class TrainingConfig:
     init_from: str | None = None
     max_skipped_steps: int = 3
     log_utterances: bool = False
+    log_seconds: float = 60.0
     wandb_project: str | None = None
 
 

@@ -240,6 +240,7 @@ def _check_numbers(config: RunConfig) -> None:
         "training.steps": (config.training.steps, 1),
         "training.epochs": (config.training.epochs, 1),
         "training.save_every": (config.training.save_every, 0),
+        "training.log_seconds": (config.training.log_seconds, 0),
         "training.max_skipped_steps": (config.training.max_skipped_steps, 0),
         "training.validate_every": (config.training.validate_every, 0),
         "training.keep_checkpoints": (config.training.keep_checkpoints, 1),

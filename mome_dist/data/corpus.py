@@ -1,4 +1,4 @@
-"""Reading a corpus: random access to utterances in WebDataset shards by byte offset.
+"""Reading a corpus: random access to utterances in WebDataset shards by byte offset (`shards` says why not in order).
 
 The manifest names the splits and their shards with sizes and hashes; a split's index gives for every utterance the
 shard and the place of each member inside it. Reading is one `os.pread`, which has no file position: descriptors can be

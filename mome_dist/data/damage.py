@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import track
 
 from mome_dist.data.corpus import Corpus
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import write_json
+from mome_dist.progress import track
 
 PATTERN = "damaged-*.json"
 NAMED = 5  # utterances in an error message
@@ -48,21 +48,31 @@ def recorded_damage(directory: Path) -> dict[str, str]:
 
 
 def find_damage(
-    corpus: Corpus, split: str, streams: Sequence[str], rank: int, world_size: int, console: Console
+    corpus: Corpus,
+    split: str,
+    streams: Sequence[str],
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+    console: Console,
 ) -> dict[str, str]:
     """Read all bytes of a split and compare checksums, the ranks sharing the work; every rank calls it.
+
+    Args:
+        barrier: waits for all ranks, however long they read.
 
     Returns:
         The reason by utterance id, sorted by id; the same on all ranks.
     """
     utterances = corpus.split(split)[rank::world_size]
     mine: dict[str, str] = {}
-    for utterance in track(utterances, f"checking {split}", console=console, disable=rank > 0):
+    for utterance in track(utterances, f"checking {split}", console if rank == 0 else None, unit="utterances"):
         for stream in streams:
             try:
                 corpus.check(utterance, stream)
             except DamagedDataError as error:
                 mine[utterance.id] = str(error)
+    barrier()
     found: list[dict[str, str]] = [{}] * world_size
     dist.all_gather_object(found, mine)
     return dict(sorted(item for part in found for item in part.items()))

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from mome_dist.data.corpus import Utterance
 from mome_dist.data.damage import record_damage, recorded_damage
 from mome_dist.errors import DamagedDataError, UserError
 from mome_dist.files import fsync, let_all_read
+from mome_dist.progress import track
 
 FORMAT = "mome_dist.features/1"
 SUFFIX = ".safetensors"
@@ -149,7 +149,7 @@ def build_features(
         encoder_name: identity of the encoder; should contain its `encoder_fingerprint`.
         encode: called with up to ``batch_size`` utterances of similar length. Where it raises `DamagedDataError`, it is
             called again with one at a time.
-        barrier: waits for all ranks.
+        barrier: waits for all ranks, however long they encode.
         console: where rank 0 shows progress; none by default.
 
     Raises:
@@ -177,9 +177,8 @@ def build_features(
     barrier()  # nothing is written before the damaged parts are gone
     # Whole batches are dealt out: what is encoded together, and so every bit, is the same with any number of ranks.
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)][rank::world_size]
-    silent = console is None or rank > 0 or not batches
-    progress = track(batches, f"encoding {directory.name}", console=console, disable=silent)
-    record_damage(directory, _write_parts(encoder_name, encode, progress, directory))
+    shown = track(batches, f"encoding {directory.name}", console if rank == 0 and batches else None, unit="batches")
+    record_damage(directory, _write_parts(encoder_name, encode, shown, directory))
     barrier()
     store = FeatureStore(directory)
     store.encoded = [utterance.id for utterance in missing if utterance.id in store]

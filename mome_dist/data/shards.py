@@ -1,8 +1,10 @@
 """Writing a corpus: WebDataset tar shards with byte offsets, JSON-lines indexes and a manifest.
 
-A shard is a plain USTAR archive that `webdataset` reads as it is. While writing, the byte offset and CRC-32 of every
-member are noted in the index, so that `corpus.Corpus` can read any utterance with one seek; sequential readers need no
-index.
+A shard is a plain USTAR archive, written with ``webdataset.TarWriter``; ``webdataset.WebDataset(shards)`` reads it from
+front to back without the index, which is the way for pipelines outside of this project. Everything here reads in
+another order (batches of like lengths, epochs in random order) or goes on behind damaged bytes, where an archive that
+is read in order ends. For that, the byte offset and CRC-32 of every member are noted in an index while writing:
+`corpus.Corpus` reads any utterance with one seek.
 Bytes depend on the content alone (no times, no owners), so the same utterances give the same SHA-256 anywhere.
 
 The corpus is built in a temporary directory beside its final place and renamed when every file is on disk, the
@@ -11,7 +13,7 @@ manifest last: a directory under the final name is always complete.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import shutil
 import tarfile
@@ -47,10 +49,10 @@ class EncodedUtterance:
 
 def check_id(utterance_id: str) -> None:
     """Raise UserError unless the id can name a WebDataset sample: non-empty, without dots, white space or slashes."""
-    if not utterance_id or any(c.isspace() or c in "./\\" for c in utterance_id) or len(utterance_id) > 90:
+    if not utterance_id or any(c.isspace() or c in "./\\" for c in utterance_id) or len(utterance_id.encode()) > 90:
         raise UserError(
             f"utterance id {utterance_id!r}: WebDataset splits names at the first dot; "
-            "use at most 90 characters without dots, slashes and white space"
+            "use at most 90 bytes without dots, slashes and white space"
         )
 
 
@@ -58,28 +60,30 @@ class _Shard:
     """One open tar file. Knows the offset of each member's data."""
 
     def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter  # brings torch along, which reading a corpus does not need
+
         self.path = path
         self.utterances = 0
         self._file = path.open("xb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._writer = TarWriter(self._file, user="root", group="root", mode=0o644, mtime=0, encoder=False)
+        # Python's default writes names beyond ASCII in members of their own, which would move the data.
+        self._writer.tarstream.format = tarfile.USTAR_FORMAT
 
     @property
     def size(self) -> int:
-        return self._file.tell()
+        """Bytes so far; the file itself lags behind, as it is written in large blocks."""
+        return int(self._writer.tarstream.offset)
 
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
+    def add(self, utterance_id: str, kind: str, data: bytes) -> tuple[int, int]:
         """Append a member; return (offset of its data, size) in bytes."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        info.uid = info.gid = 0
-        info.uname = info.gname = "root"
-        offset = self._file.tell() + len(info.tobuf(tarfile.USTAR_FORMAT))
-        self._tar.addfile(info, io.BytesIO(data))
+        offset = self.size + tarfile.BLOCKSIZE  # after the header
+        # One by one: of a whole sample, the writer would sort the members.
+        self._writer.write({"__key__": utterance_id, kind: data})
         return offset, len(data)
 
     def close(self) -> dict[str, Any]:
         """Finish the archive; return its manifest entry."""
-        self._tar.close()
+        self._writer.close()
         self._file.close()
         fsync(self.path)
         return {
@@ -90,6 +94,8 @@ class _Shard:
         }
 
     def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # such as a full disk: the file is thrown away
+            self._writer.close()
         self._file.close()
 
 
@@ -123,9 +129,7 @@ class ShardWriter:
             "txt": utterance.text.encode(),
             "json": json.dumps(utterance.metadata, sort_keys=True).encode(),
         }
-        places = {
-            kind: shard.add(f"{utterance.id}.{kind}", data) for kind, data in contents.items() if data is not None
-        }
+        places = {kind: shard.add(utterance.id, kind, data) for kind, data in contents.items() if data is not None}
         stored = [kind for kind in INDEXED_MEMBERS if kind in places]
         shard.utterances += 1
         self._samples += utterance.samples

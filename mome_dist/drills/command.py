@@ -15,6 +15,7 @@ from mome_dist.drills.cases import all_cases
 from mome_dist.drills.verdict import Verdict, run_case, unbroken
 from mome_dist.errors import UserError
 from mome_dist.files import write_json
+from mome_dist.progress import stages
 
 LOG_WIDTH = 130  # columns of the table where there is no terminal to ask
 HEADINGS = ("fault", "exit codes", "restarts", "recovery s", "loss curve", "samples lost", "repeated", "verdict")
@@ -35,11 +36,11 @@ def drill_command(options: argparse.Namespace, scratch: Path) -> int:
         raise UserError(f"--only {unknown[0]}: no such fault; choose from {', '.join(cases)}.")
     chosen = options.only or list(cases)
     began, verdicts = time.monotonic(), []
-    with console.status("the unbroken run") as status:
+    with stages(console, "the unbroken run") as show:
         plan = (f"training.steps={STEPS}", f"training.save_every={SAVE_EVERY}")
         reference = unbroken(bench, plan, scratch / "runs" / "unbroken", scratch / "cache")
         for number, name in enumerate(chosen, 1):
-            status.update(f"fault {number} of {len(chosen)}: {name}")
+            show(f"fault {number} of {len(chosen)}: {name}")
             verdicts.append(run_case(bench, cases[name](), reference))
     console.print(_table(verdicts))
     failed = [verdict for verdict in verdicts if verdict.problems]

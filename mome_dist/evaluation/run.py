@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mome_dist.config.schema import DecodingConfig
@@ -33,6 +32,7 @@ from mome_dist.evaluation.decoding import batches_by_length, check_view, decode_
 from mome_dist.evaluation.outcome import CaseResult, Share, score
 from mome_dist.evaluation.peak_memory import peak_bytes, reset_peak
 from mome_dist.evaluation.world import World
+from mome_dist.progress import progress
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
 from mome_dist.speech.views import View
@@ -202,7 +202,8 @@ def _decode_share(
     mine = batches_by_length(lengths, decoding.batch_size)[world.rank :: world.size]
     encoders, share = run.encoders(), Share()
     recorder = ActivationRecorder(run.model.momes, plan.views)
-    with _progress(console, len(mine) * (len(plan.cases) + (len(plan.views) if untrained_state else 0))) as advance:
+    total = len(mine) * (len(plan.cases) + (len(plan.views) if untrained_state else 0))
+    with progress(console, "decoding", total, unit="batches") as shown:
         for batch in mine:
             readers, seen = plan.readers(batch), {}  # type: list[ClipReader], dict[str | None, _Features]
             for cases in plan.by_sound():
@@ -219,11 +220,11 @@ def _decode_share(
                         streams["video"] = seen[condition.corruption]
                     first = case == plan.first[view]
                     _decode_case(run, case, batch, streams, decoding, recorder if first else None, share, world.device)
-                    advance()
+                    shown.advance()
                     if untrained_state is not None and first:
                         with _parameters(run.model, untrained_state):
                             share.untrained |= _texts(run, case, batch, _write(run, view, streams, decoding, None))
-                        advance()
+                        shown.advance()
     share.counts = recorder.result().counts
     return share
 
@@ -309,18 +310,3 @@ def _parameters(model: nn.Module, state: ModelState) -> Iterator[None]:
         yield
     finally:
         model.load_state_dict(kept)
-
-
-@contextmanager
-def _progress(console: Console | None, total: int) -> Iterator[Callable[[], None]]:
-    columns = (
-        TextColumn("[bold]decoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=console is None) as progress:
-        bar = progress.add_task("decoding", total=total)
-        yield lambda: progress.advance(bar)

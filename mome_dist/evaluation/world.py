@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mome_dist.parallel import rendezvous
 from mome_dist.parallel.backend import GLOO
 from mome_dist.parallel.device import device_to_share
-from mome_dist.parallel.whereabouts import watched
+from mome_dist.parallel.whereabouts import wait_for_all, watched
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ class World:
         """Every rank's ``share`` in rank order on rank 0, None elsewhere."""
         if self.size == 1:
             return [share]
+        wait_for_all("decoding")  # the ranks' batches differ, and so does the time they take
         gathered: list[T | None] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(share, gathered)
         return gathered  # type: ignore[return-value]

@@ -8,6 +8,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mome_dist import nvidia_apex
+
 
 class _FrozenRMSNorm(torch.autograd.Function):
     """The norm with a gradient for its input only: the weight is frozen, and autograd's own record of the formula takes
@@ -30,13 +32,23 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / rms(x)`` over the last dimension; Megatron-Core's own torch norm refuses sequence parallelism."""
+    """``weight * x / rms(x)`` over the last dimension; Megatron-Core's own torch norm refuses sequence parallelism.
+
+    On CUDA, NVIDIA's Apex normalises where it is installed.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype), requires_grad=False)
+        # Without its weight: Apex would compute the frozen weight's gradient too. Not `memory_efficient`, which takes
+        # the input for its gradient from the rounded output.
+        apex = nvidia_apex.fused_rms_norm()
+        self._apex = None if apex is None else apex(hidden_size, eps=eps, elementwise_affine=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H], same dtype."""
+        if self._apex is not None and nvidia_apex.runs_on(hidden.device):
+            normed: Tensor = self._apex(hidden)
+            return self.weight * normed
         return _FrozenRMSNorm.apply(hidden, self.weight, self.eps)

@@ -12,11 +12,14 @@ import queue
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+_POLL_SECONDS = 0.5
 
 
 def _free_port() -> int:
@@ -108,7 +111,7 @@ def run_forked(function: Callable[..., Any], world: int, *args: Any, timeout: fl
     tensors: return numpy arrays or numbers.
 
     Raises:
-        RuntimeError: if a rank fails or gives no result within ``timeout`` seconds; no process is left behind.
+        RuntimeError: if a rank fails, ends, or gives no result within ``timeout`` seconds; no process is left behind.
     """
     context = multiprocessing.get_context("fork")
     results, port = context.Queue(), _free_port()
@@ -118,15 +121,25 @@ def run_forked(function: Callable[..., Any], world: int, *args: Any, timeout: fl
     for worker in workers:
         worker.start()
     gathered: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
     try:
-        for _ in range(world):
-            rank, succeeded, value = results.get(timeout=timeout)
+        while len(gathered) < world:
+            # Looked at before the queue: what a worker says comes before its end.
+            ended = [rank for rank in range(world) if rank not in gathered and workers[rank].exitcode is not None]
+            try:
+                rank, succeeded, value = results.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if ended:
+                    raise RuntimeError(
+                        f"rank {ended[0]} of {world} ended with code {workers[ended[0]].exitcode} and no result"
+                    ) from None
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(world)) - gathered.keys())
+                    raise RuntimeError(f"ranks {missing} of {world} gave no result within {timeout:.0f} s") from None
+                continue
             if not succeeded:
                 raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
             gathered[rank] = value
-    except queue.Empty:
-        missing = sorted(set(range(world)) - gathered.keys())
-        raise RuntimeError(f"ranks {missing} of {world} gave no result within {timeout:.0f} s") from None
     finally:
         for worker in workers:
             worker.join(timeout=5 if len(gathered) == world else 0)

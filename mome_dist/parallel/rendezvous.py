@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -16,6 +18,9 @@ from mome_dist.errors import RankLostError
 
 _ARRIVED = "arrived/{}"
 _POLL_SECONDS = 0.02
+STORE_SECONDS = 5.0  # for an answer of the store
+
+T = TypeVar("T")
 
 
 def join(backend: str, timeout_seconds: float) -> None:
@@ -58,6 +63,22 @@ def open_store(timeout_seconds: float, serves: bool = False) -> dist.TCPStore:
         wait_for_workers=False,
         multi_tenant=True,
     )
+
+
+def ask(question: Callable[[dist.TCPStore], T], store: dist.TCPStore | None = None) -> T | None:
+    """What the store of this world answers, over a connection of its own by default; None if it does not answer."""
+    answers: list[T] = []
+
+    def wait_for_answer() -> None:
+        # No answer tells enough.
+        with suppress(dist.DistError):
+            answers.append(question(store or open_store(STORE_SECONDS)))
+
+    # In a thread of its own: a store whose process is stopped never answers.
+    asking = threading.Thread(target=wait_for_answer, daemon=True)
+    asking.start()
+    asking.join(STORE_SECONDS)
+    return answers[0] if answers else None
 
 
 @contextmanager

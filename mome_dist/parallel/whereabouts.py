@@ -7,8 +7,15 @@ whose heart no longer beats (killed, stopped, their host lost), and ranks that b
 
 gloo raises an error in the waiting rank. NCCL does not: its watchdog thread ends the process at the timeout
 (``TORCH_NCCL_ASYNC_ERROR_HANDLING``, which stays as it is: after an aborted collective the GPU's data are not to be
-trusted). So the heartbeat also watches its own rank: one that has been at a place for the timeout looks the others up
-and ends the process with the same line. A place is entered before its collectives start, so this comes before NCCL.
+trusted). So the heartbeat also watches its own rank. One that has been at a place for the timeout looks the others up
+and ends the process with the same line; a place is entered before its collectives start, so this comes before NCCL. And
+the first rank that stops leaves a note in the store, by which the others end within seconds wherever they wait.
+
+A rank that fails on NCCL says why and leaves its process with the groups open: closing them waits for kernels that
+never finish.
+
+What may take longer than a collective (hashing a large model, encoding a corpus) is waited for in the store with
+`wait_for_all`, never inside of a collective.
 """
 
 from __future__ import annotations
@@ -19,6 +26,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,19 +35,21 @@ from datetime import datetime
 
 import torch.distributed as dist
 
-from mome_dist.errors import RankLostError, UserError
-from mome_dist.exit_codes import RANK_LOST
-from mome_dist.exit_codes import USER_ERROR as USER_ERROR_CODE
-from mome_dist.parallel.rendezvous import open_store
+from mome_dist.cli import main_guard
+from mome_dist.errors import PreemptedError, RankLostError, UserError
+from mome_dist.parallel.rendezvous import STORE_SECONDS, ask, open_store
 
 BEAT_SECONDS = 1.0
 OBSERVE_SECONDS = 3.5  # three heartbeats are missed before a rank counts as silent
-STORE_SECONDS = 5.0  # for an answer of the store
 LINGER_SECONDS = 8.0  # rank 0 keeps the store open for others that are still looking
 GLOO_SLACK_SECONDS = 15.0  # gloo's own error should come first
+TOLD_SECONDS = 3.0  # a rank may take to notice by itself that another one has stopped
+SILENT_SECONDS = 15.0  # without a heartbeat while others wait patiently: long work may starve the thread that beats
+POLL_SECONDS = (0.002, 1.0)  # first and longest pause while waiting for all
 NAMED_RANKS = 8  # in one message
 
 OWN_ERROR, USER_ERROR, VICTIM, ENDED = "error", "user error", "victim", "ended"
+_BROKEN = "whereabouts/broken"  # the key that the first rank to stop sets
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,13 @@ class Whereabouts:
         self._timeout, self._limit = timeout_seconds, limit_seconds
         self._serving = dist.distributed_c10d._get_default_store()  # must outlive the process groups
         self._store = open_store(STORE_SECONDS)
+        self._listening = open_store(STORE_SECONDS)  # of the heart: a question may never be answered
         self._mine = Sighting(socket.gethostname(), None, "starting", time.time())
         self._entered, self._patient = time.monotonic(), True
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._named: set[int] = set()
+        self._judging, self._waits = False, 0
+        self._meetings: Counter[str] = Counter()
         self._say()
         self._heart = threading.Thread(target=self._beat, name="whereabouts", daemon=True)
         self._heart.start()
@@ -100,33 +114,79 @@ class Whereabouts:
             self._entered, self._patient = time.monotonic(), patient
             self._say()
 
-    def judge(self, error: Exception) -> Exception:
+    def wait_for_all(self, what: str, group: dist.ProcessGroup | None) -> None:
+        """Wait until every rank has come here; see the function of this name."""
+        keys = [f"whereabouts/{what}/{self._meetings[what]}/{rank}" for rank in range(self._size)]
+        self._meetings[what] += 1
+        pause, looked, heard = POLL_SECONDS[0], 0.0, [(-1, 0.0)] * self._size
+        with self._patiently():
+            store = open_store(self._timeout)
+            with self._lock:
+                self._store.set(keys[self._rank], "")
+            while True:
+                all_here, broken = ask(lambda s: (s.check(keys), s.check([_BROKEN])), store) or (False, True)
+                if all_here:
+                    break
+                if time.monotonic() - looked > SILENT_SECONDS / 3 and (seen := self._look_up(store)):
+                    looked = time.monotonic()
+                    # The heartbeats of each rank, and since when there are no more.
+                    heard = [
+                        (s.beats, since if s.beats == beats else looked)
+                        for s, (beats, since) in zip(seen, heard, strict=True)
+                    ]
+                    broken |= any(looked - since > SILENT_SECONDS for _, since in heard)
+                if broken:
+                    raise dist.DistError(f"not all ranks came to: {what}")
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_SECONDS[1])
+            # Now none is late, and rank 0 does not leave with the store while others still look.
+            dist.barrier(group)
+
+    @contextmanager
+    def _patiently(self) -> Iterator[None]:
+        """Not stuck while this lasts, which is no part of the time at the place."""
+        with self._lock:
+            self._waits += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waits -= 1
+                self._entered = time.monotonic()
+
+    def judge(self, error: BaseException) -> BaseException:
         """Tell the others that this rank stops; return what to raise instead of ``error``, or ``error`` itself.
 
         A failed collective becomes a `RankLostError` that names who is behind it, or the `UserError` that stopped it.
         """
+        if not self._claim():
+            self._heart.join()  # which ends the process
         if isinstance(error, RankLostError) or not _is_of_collective(error):
             kind = USER_ERROR if isinstance(error, UserError) else OWN_ERROR
             self._end(kind, str(error) if kind == USER_ERROR else f"{type(error).__name__}: {error}")
             return error
         verdict = self._look_around(str(error))
-        self._end(VICTIM, "")
+        self._end(VICTIM, str(verdict))
         return verdict
 
     def close(self, failed: bool) -> None:
         """Stop the heartbeat. On rank 0 after a failure, first let the others look around in the store."""
         if not failed:
             self._end(ENDED, "")
-        elif self._rank == 0:
-            deadline = time.monotonic() + LINGER_SECONDS
-            while time.monotonic() < deadline:
-                seen = self._look_up()
-                # Who is named may not come to look.
-                if seen is None or all(s.fate or rank in self._named for rank, s in enumerate(seen)):
-                    break
-                time.sleep(0.1)
+        else:
+            self._linger()
         self._closed.set()
         self._heart.join(BEAT_SECONDS)
+
+    def _linger(self) -> None:
+        """On rank 0, with which the store goes: let the others look around in it."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self._rank == 0 and time.monotonic() < deadline:
+            seen = self._look_up()
+            # Who is named may not come to look.
+            if seen is None or all(s.fate or rank in self._named for rank, s in enumerate(seen)):
+                break
+            time.sleep(0.1)
 
     def _say(self) -> None:
         self._store.set(f"whereabouts/{self._rank}", json.dumps(asdict(self._mine)))
@@ -135,7 +195,8 @@ class Whereabouts:
         with self._lock:
             self._mine = replace(self._mine, fate=fate, reason=reason)
             self._patient = True
-            self._say_if_possible()
+            if self._say_if_possible() and fate != ENDED:
+                self._store.set(_BROKEN, str(self._rank))
 
     def _say_if_possible(self) -> bool:
         try:
@@ -145,18 +206,30 @@ class Whereabouts:
             return False
         return True
 
+    def _claim(self) -> bool:
+        """Whether the caller is the first thread to judge: the main one, or the heart."""
+        with self._lock:
+            first, self._judging = not self._judging, True
+        return first
+
     def _beat(self) -> None:
+        broken = 0.0  # when this rank was told that another one has stopped
         while not self._closed.wait(BEAT_SECONDS):
             with self._lock:
                 self._mine = replace(self._mine, beats=self._mine.beats + 1)
                 reachable = self._say_if_possible()
-                stuck = not self._patient and time.monotonic() - self._entered > self._limit
-            if stuck:  # the main thread is inside a collective and cannot be interrupted
+                patient = self._patient or self._waits
+                stuck = not patient and time.monotonic() - self._entered > self._limit
+            if reachable and not broken and ask(lambda store: store.check([_BROKEN]), self._listening):
+                broken = time.monotonic()
+            late = broken and time.monotonic() - broken > TOLD_SECONDS
+            if (stuck or late) and not self._closed.is_set() and self._claim():
+                # The main thread is inside a collective, or at work for nothing, and cannot be interrupted.
                 verdict = self._look_around("no progress")
-                self._end(VICTIM, "")
-                end_process(verdict, self._rank)
-            if not reachable:
-                return
+                self._end(VICTIM, str(verdict))
+                code = last_words(verdict)
+                self._linger()
+                os._exit(code)
 
     def _look_around(self, symptom: str) -> Exception:
         """Watch the other ranks for a few heartbeats and name whoever is behind."""
@@ -186,10 +259,12 @@ class Whereabouts:
         stopped = [(r, f"stopped: {s.reason};") for r, s in enumerate(seen) if s.fate == OWN_ERROR]
         silent = [(r, "is silent:") for r in silent_ranks]
         behind = [(r, "is behind:") for r, s in enumerate(seen) if s.fate is None and s.visits < self._mine.visits]
-        self._named = {rank for rank, _ in stopped or silent or behind}
-        causes = [
-            f"rank {rank} ({seen[rank].host}) {what} {seen[rank].where()}" for rank, what in stopped or silent or behind
-        ]
+        blamed = stopped or silent or behind
+        self._named = {rank for rank, _ in blamed}
+        causes = [f"rank {rank} ({seen[rank].host}) {what} {seen[rank].where()}" for rank, what in blamed]
+        victims = [sighting.reason for sighting in seen if sighting.fate == VICTIM]
+        if not causes and victims:
+            return RankLostError(victims[0])
         if not causes:
             return RankLostError(
                 f"every rank is alive and as far as this one or further, but: {symptom}. This rank itself hangs, the "
@@ -200,22 +275,11 @@ class Whereabouts:
         )
         return RankLostError(f"{named}. {me}; parallel.timeout_seconds={self._timeout:g}. {_ADVICE}")
 
-    def _look_up(self) -> list[Sighting] | None:
+    def _look_up(self, store: dist.TCPStore | None = None) -> list[Sighting] | None:
         """What every rank last said, in rank order; None if the store does not answer."""
-        found: list[Sighting] = []
-
-        def ask() -> None:
-            try:
-                texts = open_store(STORE_SECONDS).multi_get([f"whereabouts/{rank}" for rank in range(self._size)])
-            except dist.DistError:
-                return  # told by the empty answer
-            found.extend(Sighting(**json.loads(text)) for text in texts)
-
-        # In a thread of its own: a store whose process is stopped never answers.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(STORE_SECONDS)
-        return found or None
+        keys = [f"whereabouts/{rank}" for rank in range(self._size)]
+        texts = ask(lambda store: store.multi_get(keys), store)
+        return None if texts is None else [Sighting(**json.loads(text)) for text in texts]
 
 
 _ADVICE = (
@@ -233,6 +297,9 @@ def watched(timeout_seconds: float, close: Callable[[], None]) -> Iterator[None]
         timeout_seconds: of every collective.
         close: closes the process groups; called on the way out.
 
+    On NCCL an error does not leave the block: its message or traceback is printed, and the process ends with the exit
+    code that it stands for, the process groups open.
+
     Raises:
         RankLostError: instead of the error of a collective that failed because of another rank; it names the rank.
         UserError: if the other rank stopped with one.
@@ -244,20 +311,24 @@ def watched(timeout_seconds: float, close: Callable[[], None]) -> Iterator[None]
         finally:
             close()
         return
-    nccl = dist.get_backend() == dist.Backend.NCCL
+    nccl = _on_nccl()
     here = _current = Whereabouts(timeout_seconds, timeout_seconds + (0 if nccl else GLOO_SLACK_SECONDS))
     failed = True
     try:
         try:
             yield
             failed = False
-        except Exception as error:
+        except PreemptedError:
+            failed = False  # no rank has anything under way
+            raise
+        except (Exception, KeyboardInterrupt) as error:
             verdict = here.judge(error)
+            if nccl:
+                code = last_words(verdict)
+                here.close(failed)
+                os._exit(code)
             if verdict is error:
                 raise
-            if nccl:  # a communicator with a failed collective cannot be closed
-                here.close(failed)
-                end_process(verdict, dist.get_rank())
             raise verdict from error
         finally:
             close()
@@ -278,13 +349,45 @@ def report(place: str, step: int | None = None, patient: bool = False) -> None:
         _current.report(place, step, patient)
 
 
-def end_process(verdict: Exception, rank: int) -> None:
-    """Print what `mome_dist.cli.main_guard` would, and end at once."""
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    print(f"{prefix}error: {verdict}", file=sys.stderr, flush=True)
-    os._exit(USER_ERROR_CODE if isinstance(verdict, UserError) else RANK_LOST)
+def wait_for_all(what: str, group: dist.ProcessGroup | None = None) -> None:
+    """Wait until every rank of the world has come here, for as long as the slowest one works.
+
+    For what may take longer than the timeout of a collective, which would end the run: the ranks count themselves in
+    the store, and the barrier comes when all are there. A rank that stops or dies is noticed within seconds.
+
+    Args:
+        what: the others do, such as "hashing the frozen models"; the same on all ranks, which wait for the same things
+            in the same order. A thread beside the main one needs names of its own, and a group.
+        group: of all ranks, for the barrier; by default, the default one.
+
+    Raises:
+        torch.distributed.DistError: if a rank is gone; leaving `watched`, it becomes an error that names the rank.
+    """
+    if _current is not None:
+        _current.wait_for_all(what, group)
 
 
-def _is_of_collective(error: Exception) -> bool:
+def last_words(error: BaseException) -> int:
+    """Print of an error what `mome_dist.cli.main_guard` and Python would; return the exit code of the process."""
+
+    @main_guard
+    def tell() -> None:
+        raise error
+
+    try:
+        return tell()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _on_nccl() -> bool:
+    return str(dist.get_backend()) == dist.Backend.NCCL
+
+
+def _is_of_collective(error: BaseException) -> bool:
     """Whether an error comes from communication. gloo raises plain RuntimeErrors that name its source files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -87,14 +87,32 @@ class Engine:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Backward passes inside add up local gradients; leaving the block reduces them over ranks."""
+        with self._reduction():
+            try:
+                yield
+                self._sum_over_sequence()
+            except BaseException:
+                self._abandon()
+                raise
+
+    @contextmanager
+    def _reduction(self) -> Iterator[None]:
+        """Reduce the gradients that are there at the end of the block."""
         if self.zero_stage:
             with self.deepspeed.coalesce_grad_reduction():
                 yield
-                self._sum_over_sequence()
         else:
             yield
-            self._sum_over_sequence()
             self.deepspeed.allreduce_gradients()
+
+    def _abandon(self) -> None:
+        """Forget the gradients of a step that failed: the engine neither reduces them nor steps from here on.
+
+        DeepSpeed's context reduces whatever it finds even after an error, in collectives that the other ranks do not
+        come to: this rank would wait in them instead of saying what went wrong.
+        """
+        self.deepspeed._flush_coalesced_reduction_zero12 = lambda optimizer: None
+        self.discard()
 
     def _sum_over_sequence(self) -> None:
         """Under sequence parallelism, add up the gradients of what saw parts of sequences: of the MoME modules."""
@@ -115,7 +133,7 @@ class Engine:
     def discard(self) -> None:
         """Forget the gradients instead of stepping."""
         optimizer = self.deepspeed.optimizer
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if self.zero_stage:
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None

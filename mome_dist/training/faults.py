@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mome_dist.errors import PreemptedError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class PreemptedError(Exception):
-    """The run was asked to stop and has saved its state."""
 
 
 @dataclass(frozen=True)

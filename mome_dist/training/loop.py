@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, metrics, checkpoints, and a progress bar that says how long it will take."""
+"""The training loop: steps, validation, metrics, checkpoints, and how far it has come."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mome_dist import nvidia_apex
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.validate import lora_of, views_of
-from mome_dist.errors import UserError
+from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.whereabouts import report
+from mome_dist.parallel.whereabouts import report, wait_for_all
+from mome_dist.progress import progress
 from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import forget_router_loads, update_router_biases
-from mome_dist.training.faults import PreemptedError, StepWatch
+from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.optimizer import learning_rate
@@ -58,6 +59,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         _describe(trainer, console)
         metrics = Metrics(config, trainer.start)
         ledger = Ledger(trainer.model, trainer.engine, _watched_steps(config), trainer.encoders)
+        wait_for_all("getting ready")
         try:
             with StepWatch(current_device()) as watch:
                 losses = _run(config, layout, trainer, metrics, ledger, watch, console)
@@ -77,6 +79,7 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
 def _describe(trainer: Trainer, console: Console) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.engine.parameters())
     frozen = sum(p.numel() for chunk in trainer.model.parts() for p in chunk.llm.parameters() if not p.requires_grad)
+    console.print(nvidia_apex.describe(current_device()), highlight=False)
     console.print(f"rank 0 trains {trainable:,} parameters beside {frozen:,} frozen ones", highlight=False)
     if trainer.start:
         console.print(f"resumed after step {trainer.start}", highlight=False)
@@ -105,8 +108,9 @@ def _run(
     settings, views, losses, skipped = config.training, views_of(config), [], 0
     pace: deque[float] = deque(maxlen=20)
     trainer.model.train()
-    with _progress(console) as progress:
-        task = progress.add_task("training", total=settings.steps, completed=trainer.start, loss=math.nan, speed=0.0)
+    with progress(
+        console, "training", settings.steps, start=trainer.start, unit="steps", every=settings.log_seconds
+    ) as shown:
         for number in range(trainer.start, settings.steps):
             began = time.monotonic()
             report("reading the batch", number)
@@ -153,7 +157,12 @@ def _run(
                         **names,
                     }
                 )
-                progress.update(task, completed=done, loss=result.loss, speed=sum(pace) / len(pace))
+                shown.update(
+                    done,
+                    f"loss {result.loss:.3f}",
+                    f"{sum(pace) / len(pace):,.0f} tokens/s",
+                    f"{found.data_wait:.2f} s waited for data",
+                )
             else:
                 skipped += 1
                 trainer.engine.discard()
@@ -168,10 +177,9 @@ def _run(
             if done % ROUTING_EVERY == 0 or saving:
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
-                report("validating", number)
-                metrics.step({"step": done, "validation": _validate(config, trainer)})
+                metrics.step({"step": done, "validation": _validate(config, trainer, number)})
             if saving:
-                report("saving", number)
+                report("saving", number, patient=True)
                 trainer.saver.save(done, trainer.model, trainer.engine)
             if found.stop and not last:
                 trainer.saver.finish()
@@ -182,20 +190,21 @@ def _run(
     return losses
 
 
-def _validate(config: RunConfig, trainer: Trainer) -> dict[str, float]:
+def _validate(config: RunConfig, trainer: Trainer, step: int) -> dict[str, float]:
     """Mean token cross-entropy of each view over the validation split, nothing dropped."""
     totals: dict[str, float] = {}
     tokens = 0
     trainer.model.eval()
     for number, batch in enumerate(trainer.validation):
+        report("validating", step)  # each batch: together they may take longer than one place is allowed to
         if trainer.validation_online is not None:
             trainer.validation_online.load(number)
-        step = trainer.batches["validation"].build(batch, views_of(config))
+        built = trainer.batches["validation"].build(batch, views_of(config))
         with torch.no_grad():
-            result = forward_backward(trainer.model, step, forward_only=True)
-        tokens += step.label_tokens
+            result = forward_backward(trainer.model, built, forward_only=True)
+        tokens += built.label_tokens
         for view, loss in result.by_view.items():
-            totals[str(view)] = totals.get(str(view), 0.0) + loss * step.label_tokens
+            totals[str(view)] = totals.get(str(view), 0.0) + loss * built.label_tokens
     trainer.model.train()
     return {view: total / tokens for view, total in totals.items()}
 
@@ -212,18 +221,3 @@ def _report_skip(
             "or look at these utterances; the newest checkpoint is whole."
         )
     console.print(f"[bold yellow]{what}[/]", highlight=False)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=dist.get_rank() != 0,
-    )

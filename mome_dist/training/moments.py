@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mome_dist.nvidia_apex import is_fused_adam
+
 
 class Moments(Protocol):
     """State of an optimiser, one fp32 tensor for each parameter and name ("exp_avg", "exp_avg_sq")."""
@@ -54,8 +56,7 @@ class ReplicatedMoments:
         self._optimizer.state[parameter][name].view(-1)[start : start + value.numel()] = value.flatten().to(parameter)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
-        for parameter in self._parameters:
-            _begin(self._optimizer, parameter, names, steps)
+        _begin(self._optimizer, names, steps)
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ class PartitionedMoments:
         self._optimizer.state[part][name][here] = value.flatten()[there].to(part)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
-        for part in self._parts:
-            _begin(self._optimizer, part, names, steps)
+        _begin(self._optimizer, names, steps)
 
     def _overlap(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[Tensor, slice, slice]:
         """This rank's part of the parameter's group; which of its elements are some elements of the parameter; the same
@@ -119,7 +119,14 @@ def _state(optimizer: torch.optim.Optimizer, held: Tensor, name: str) -> Tensor:
     return torch.zeros_like(held) if state is None else state.detach()
 
 
-def _begin(optimizer: torch.optim.Optimizer, held: Tensor, names: tuple[str, ...], steps: int) -> None:
-    if names:
-        optimizer.state[held] = {name: torch.zeros_like(held, requires_grad=False) for name in names}
-        optimizer.state[held]["step"] = torch.tensor(float(steps), device=held.device)
+def _begin(optimizer: torch.optim.Optimizer, names: tuple[str, ...], steps: int) -> None:
+    """State of zero for everything that the optimiser holds, and its own count of steps, which corrects the moments."""
+    if not names:
+        return
+    for group in optimizer.param_groups:
+        for held in group["params"]:
+            optimizer.state[held] = {name: torch.zeros_like(held, requires_grad=False) for name in names}
+            if not is_fused_adam(optimizer):
+                optimizer.state[held]["step"] = torch.tensor(float(steps), device=held.device)
+        if is_fused_adam(optimizer):
+            group["step"] = steps

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mome_dist.parallel.whereabouts import wait_for_all
 from mome_dist.training.metrics import keep_until
 
 FOLDER = "noise"
@@ -32,7 +33,7 @@ class NoiseLog:
             folder.mkdir(exist_ok=True)
             for path in sorted(folder.glob("rank-*.jsonl")):  # an earlier try may have had more ranks
                 keep_until(path, start)
-        dist.barrier()
+        wait_for_all("cutting the noise logs")
         self._path = folder / f"rank-{rank}.jsonl"
 
     def step(self, step: int, mixtures: Sequence[Mapping[str, Any]]) -> None:

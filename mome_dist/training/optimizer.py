@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mome_dist import nvidia_apex
 from mome_dist.config.schema import OptimizerConfig
 
 
@@ -21,16 +22,20 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser over parameter groups (dictionaries with at least ``params``)."""
+    """The optimiser over parameter groups (dictionaries with at least ``params``); AdamW is Apex's where it can be."""
+    groups = list(groups)
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        settings: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": (config.betas[0], config.betas[1]),
+            "eps": config.epsilon,
+            "weight_decay": config.weight_decay,
+        }
+        apex = nvidia_apex.fused_adam()
+        device = next(parameter.device for group in groups for parameter in group["params"])
+        if apex is not None and nvidia_apex.runs_on(device):
+            return apex(groups, adam_w_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     return torch.optim.SGD(groups, lr=config.learning_rate)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mome_dist.parallel import rendezvous
 from mome_dist.parallel.device import own_place
-from mome_dist.parallel.whereabouts import watched
+from mome_dist.parallel.whereabouts import wait_for_all, watched
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,9 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
+    def barrier(self, what: str = "the others' work") -> None:
+        """Wait for every rank, for as long as the slowest one works."""
+        wait_for_all(what)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in one message for all (they share dtype and device)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.model import DistributedMoME
-from mome_dist.parallel.whereabouts import report
+from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.paths import cache_root
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.views import views_of_step
@@ -131,6 +132,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     frozen = _fingerprints(config)
     slice_cache, lora = _slice_cache(config, frozen["llm"]), LoRATerms.of(found.encoders)
     model = build_distributed(config, layout, widths, dispatch, device, slice_cache, lora)
+    wait_for_all("reading the LLM")
     order_facts = _order_facts(config, corpus, order, damaged["train"])
     checkpoint = _checkpoint_to_resume(config, console)
     start = 0
@@ -227,6 +229,7 @@ def _features(
     """
     rank, world, online = dist.get_rank(), dist.get_world_size(), config.data.features == "online"
     streams = streams_of(config)
+    together = functools.partial(wait_for_all, "encoding the corpus")
     # Of which streams the clips are encoded whenever they are needed.
     anew = {"train": streams if online else [], "validation": list(lora_of(config))}
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
@@ -241,14 +244,14 @@ def _features(
         for purpose, split in splits.items():
             if stream in anew[purpose]:
                 continue
-            store = split_features(config, corpus, split, stream, encoder, rank, world, dist.barrier, console)
+            store = split_features(config, corpus, split, stream, encoder, rank, world, together, console)
             found.readers[purpose][stream] = store.get
             damaged[purpose] |= store.damaged
             stores.append(store)
     for purpose, split in splits.items():
         # Without leave a damaged clip ends the run when its turn comes, which needs no look at all of them beforehand.
         if anew[purpose] and config.data.max_damaged_utterances:
-            damaged[purpose] |= find_damage(corpus, split, anew[purpose], rank, world, console)
+            damaged[purpose] |= find_damage(corpus, split, anew[purpose], rank, world, together, console)
     try:
         for purpose, split in splits.items():
             check_damage(split, damaged[purpose], config.data.max_damaged_utterances)
@@ -259,7 +262,7 @@ def _features(
                     highlight=False,
                 )
     except UserError:
-        dist.barrier()  # every rank has read the records
+        together()  # every rank has read the records
         if rank == 0:
             for store in stores:
                 forget_damage(store.directory)
@@ -328,6 +331,7 @@ def _fingerprints(config: RunConfig) -> dict[str, str]:
     hashed: list[dict[str, str] | None] = [None]
     if dist.get_rank() == 0:
         hashed = [{name: fingerprint(Path(getattr(config, name).path)) for name in names}]
+    wait_for_all("hashing the frozen models")
     dist.broadcast_object_list(hashed, src=0)
     assert hashed[0] is not None
     return hashed[0]

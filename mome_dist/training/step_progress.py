@@ -1,4 +1,4 @@
-"""A progress bar over optimiser steps with the loss and accuracy of the last one."""
+"""How far pre-training has come, with the loss and accuracy of the last step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mome_dist.progress import progress
 
 StepReport = Callable[[int, float, float], None]
 """Told (step, loss, accuracy) after each step."""
@@ -18,19 +19,10 @@ def ignore(step: int, loss: float, accuracy: float) -> None:
 
 @contextmanager
 def step_progress(title: str, steps: int, console: Console) -> Iterator[StepReport]:
-    """Show a bar of ``steps`` steps on ``console`` (a quiet one on ranks that should be silent)."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(title, total=steps, loss=0.0, accuracy=0.0)
+    """Show how many of ``steps`` steps are done on ``console`` (a quiet one on ranks that should be silent)."""
+    with progress(console, title, steps, unit="steps") as shown:
 
         def report(step: int, loss: float, accuracy: float) -> None:
-            progress.update(bar, completed=step + 1, loss=loss, accuracy=accuracy)
+            shown.update(step + 1, f"loss {loss:.3f}", f"accuracy {accuracy:.3f}")
 
         yield report

@@ -14,6 +14,7 @@ from mome_dist.evaluation.style import save_figure
 from mome_dist.files import write_json
 from mome_dist.planning.command import cluster_of, job_of_options
 from mome_dist.planning.hardware import cluster_of_gpus
+from mome_dist.progress import stages
 from mome_dist.text_files import read_json
 from mome_dist.tuning.report import figure_of, record_of, table_of
 from mome_dist.tuning.search import Measured, tune
@@ -52,12 +53,11 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
     own = Trial(_own_settings(config.deepspeed.file, resolve_deepspeed_file(config)), {}, True)
     picked = [own, *hand_picked(config.data.accumulation)]
     picked += read_trials(options.trials) if options.trials else []
-    with console.status("starting") as status:
+    with stages(console, "measuring"):
 
         def tell(one: Measured) -> None:
             said = one.failure or f"{one.median:.4f} s a step"
             console.print(f"  {one.trial.name}: {'not run: ' * one.pruned}{said}", soft_wrap=True)
-            status.update("measuring")
 
         found = tune(
             picked,

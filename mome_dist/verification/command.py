@@ -14,6 +14,7 @@ from mome_dist.config import RunConfig, load_config, resolve_deepspeed_file
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, views_of
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
+from mome_dist.progress import stages
 from mome_dist.text_files import read_json
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, explain
@@ -53,10 +54,10 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     table = Table(title="largest relative errors")
     for heading in ("layout", "processes", "optimiser", *KINDS, "verdict"):
         table.add_column(heading, no_wrap=heading != "layout")
-    with console.status("starting") as status:
+    with stages(console, "starting") as show:
         verifier = Verifier(Probe(config, options.steps))
         for case, optimizer in product(cases, optimizers):
-            status.update(f"run {len(verdicts) + 1} of {len(cases) * len(optimizers)}: {case.name}, {optimizer}")
+            show(f"run {len(verdicts) + 1} of {len(cases) * len(optimizers)}: {case.name}, {optimizer}")
             verdicts.append(verifier.check(case, optimizer))
             table.add_row(*_row(verdicts[-1], config))
     console.print(table)

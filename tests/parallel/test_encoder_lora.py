@@ -18,7 +18,7 @@ from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.checkpoint.reshard import reshard
-from mome_dist.config import load_config, validate
+from mome_dist.config import RunConfig, load_config, validate
 from mome_dist.data.corpus import Corpus
 from mome_dist.parallel.layout import Layout
 from mome_dist.training import loop
@@ -251,10 +251,10 @@ def _train_while_the_encoder_moves(overrides: list[str], cache_directory: Path) 
     os.environ["MOME_DIST_CACHE"] = str(cache_directory)
     validate_anew = loop._validate
 
-    def nudging(config: object, trainer: loop.Trainer) -> dict[str, float]:
+    def nudging(config: RunConfig, trainer: loop.Trainer, step: int) -> dict[str, float]:
         with torch.no_grad():
             trainer.encoders["video"].get_submodule("front_end.stem").get_parameter("weight")[0, 0, 0, 0] += 1e-3
-        return validate_anew(config, trainer)  # type: ignore[arg-type]
+        return validate_anew(config, trainer, step)
 
     loop._validate = nudging
     config = load_config(overrides)

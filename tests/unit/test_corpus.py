@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -61,6 +62,43 @@ def test_offsets_are_those_of_tarfile(tiny_corpus_dir: Path, tiny_corpus: Corpus
         for item in tiny_corpus.split(split):
             for kind, place in item.members.items():
                 assert places[item.shard, f"{item.id}.{kind}"] == place
+
+
+@pytest.fixture(scope="module")
+def fixed_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several shards of drawn bytes; half of the ids are not ASCII, some members are absent."""
+    directory, drawn = tmp_path_factory.mktemp("fixed") / "corpus", random.Random(0)
+    with CorpusWriter(directory, "fixed", {}, None, 3, 20_000) as writer:
+        for number in range(8):
+            flac, mp4 = (drawn.randbytes(drawn.randrange(9000)) for _ in range(2))
+            name = f"{'ü中' * (number % 2)}u{number}"
+            video = mp4 if number % 3 else None
+            writer.add("train", EncodedUtterance(name, "é", "s", 16, 1, flac, video, {"n": number}))
+    return directory
+
+
+def test_the_bytes_of_a_corpus_stay_what_they_were_without_webdatasets_writer(fixed_corpus: Path) -> None:
+    digest, paths = hashlib.sha256(), sorted(fixed_corpus.iterdir())
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
+    assert len(paths) == 6
+    assert digest.hexdigest() == "79b6b8bf40207bede65502cf1ba6aa6b16f52e4df3bb34cb6cc28be7ea650010"
+
+
+def test_offsets_hold_for_ids_beyond_ascii(fixed_corpus: Path) -> None:
+    corpus = Corpus.open(fixed_corpus)
+    for item in corpus.split("train"):
+        assert corpus.metadata(item) == {"n": int(item.id[-1])}
+        for stream in [stream for stream, kind in (("audio", "flac"), ("video", "mp4")) if kind in item.members]:
+            corpus.check(item, stream)
+
+
+def test_an_id_that_a_tar_header_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="use at most 90 bytes without dots"),
+        CorpusWriter(tmp_path / "corpus", "long", {}) as writer,
+    ):
+        writer.add("train", EncodedUtterance("中" * 40, "", "s", 16, 0, b"x", None))
 
 
 def test_values_have_the_promised_form(tiny_corpus: Corpus) -> None:

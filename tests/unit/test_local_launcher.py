@@ -126,6 +126,12 @@ def test_a_user_error_of_one_rank_is_not_lost() -> None:
     assert "[rank 1] error: shard 5 is damaged" in done.stderr
 
 
+def test_a_rank_with_an_error_of_its_own_is_the_cause_though_others_lost_it_earlier() -> None:
+    done = run(2, "1:exit=76", "0:sleep=1", "0:exit=3")
+    assert done.returncode == 3
+    assert "rank 0 failed first, with exit code 3" in done.stderr
+
+
 def test_timeout_ends_everything_with_124(tmp_path: Path) -> None:
     done = run(2, "--timeout", "2", f"*:write-pid={tmp_path}", "*:sleep=120")
     assert done.returncode == 124

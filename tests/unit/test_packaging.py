@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import mome_dist
@@ -70,14 +72,30 @@ def test_a_checkout_that_is_not_installed_has_its_version_and_records_those_of_o
 
 def test_every_python_has_exactly_one_pin_of_each_requirement(setup_py: dict[str, Any]) -> None:
     requirements = [Requirement(text) for text in setup_py["REQUIREMENTS"]]
-    for python in ("3.10", "3.11", "3.12", "3.13"):
-        chosen = [
-            canonicalize_name(requirement.name)
-            for requirement in requirements
-            if requirement.marker is None or requirement.marker.evaluate({"python_version": python})
-        ]
-        assert len(chosen) == len(set(chosen)), python
-        assert {canonicalize_name(requirement.name) for requirement in requirements} == set(chosen), python
+    names = [canonicalize_name(requirement.name) for requirement in requirements]
+    assert len(names) == len(set(names))
+    assert not any(requirement.marker for requirement in [*requirements, *read_constraints()])
+
+
+def test_the_same_pythons_are_claimed_everywhere(setup_py: dict[str, Any]) -> None:
+    claimed = SpecifierSet(setup_py["PYTHON_REQUIRES"])
+    pythons = [f"3.{minor}" for minor in range(8, 20) if f"3.{minor}" in claimed]
+    assert pythons == ["3.11", "3.12"]
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in claimed
+    ruff = tomllib.loads((ROOT / "ruff.toml").read_text(encoding="utf-8"))
+    assert ruff["target-version"] == f"py{pythons[0].replace('.', '')}"
+    mypy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert mypy["python_version"] == pythons[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"Python\s+(3\.\d+(?: or 3\.\d+)?)", readme)) == {" or ".join(pythons)}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"--python-version (\S+)", makefile) == pythons[1:]
+
+
+def test_every_installed_requirement_allows_the_pythons_that_are_claimed(setup_py: dict[str, Any]) -> None:
+    for requirement in map(Requirement, [*setup_py["REQUIREMENTS"], *setup_py["EXTRAS"]["test"]]):
+        allowed = SpecifierSet(str(metadata(requirement.name).json.get("requires_python", "")))
+        assert all(python in allowed for python in ("3.11", "3.12")), (requirement.name, str(allowed))
 
 
 def test_the_lock_repeats_no_direct_pin(setup_py: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class FaceMesh:
         if FACE_MESH not in ASSETS:
             raise UserError(
                 f"faces are found with MediaPipe 0.10.21, which has no build for Python "
-                f"{sys.version_info.major}.{sys.version_info.minor} on this machine: use Python 3.10, 3.11 or 3.12 on "
+                f"{sys.version_info.major}.{sys.version_info.minor} on this machine: use Python 3.11 or 3.12 on "
                 "x86-64 Linux, or give 96x96 mouth crops"
             )
         directory = asset_dir(FACE_MESH)

@@ -1,4 +1,4 @@
-"""Portions over processes, with a bar that tells when they will be done."""
+"""Portions over processes, and how far they have come."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import cv2
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mome_dist.data.preparation.clips import Clip
 from mome_dist.data.preparation.portions import Portion, Preparation
 from mome_dist.data.preparation.utterances import ClipPreparer
 from mome_dist.errors import UserError
+from mome_dist.progress import progress
 
 _REFRESH_SECONDS = 0.5
 
@@ -102,12 +102,11 @@ def do_portions(preparation: Preparation, portions: Sequence[Portion], workers: 
     Raises:
         UserError: MediaPipe is missing, or a worker was killed. What is done is kept.
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(preparation.out.name), *columns, console=console) as progress:
-        bar = progress.add_task("", total=sum(len(portion.clips) for portion in portions))
+    clips = sum(len(portion.clips) for portion in portions)
+    with progress(console, preparation.out.name, clips, unit="clips") as shown:
         if workers > 1:
-            return _do_in_workers(preparation, portions, workers, lambda clips: progress.update(bar, completed=clips))
-        preparer, watch = ClipPreparer(preparation.settings), _LocalWatch(lambda: progress.advance(bar))
+            return _do_in_workers(preparation, portions, workers, shown.update)
+        preparer, watch = ClipPreparer(preparation.settings), _LocalWatch(shown.advance)
         for portion in portions:
             preparation.do(portion, preparer, watch)
         return watch.frames

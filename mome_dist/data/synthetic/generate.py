@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import Audio, encode_flac, encode_video, frames_for_samples
@@ -28,6 +28,7 @@ from mome_dist.data.synthetic.speakers import Speaker, draw_speaker
 from mome_dist.data.synthetic.speech import synthesise, synthesiser
 from mome_dist.data.synthetic.visemes import VISEME_NAMES, blend, frame_labels
 from mome_dist.errors import UserError
+from mome_dist.progress import track
 from mome_dist.speech.geometry import RENDERED
 
 _UTTERANCES_PER_SHARD = 400
@@ -129,9 +130,8 @@ def generate_corpus(settings: SyntheticSettings, out: Path | None = None, worker
     writer = CorpusWriter(
         directory, directory.name, settings.as_dict(), VISEME_NAMES, _UTTERANCES_PER_SHARD, geometry=RENDERED
     )
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with writer, Progress(TextColumn("synthetic corpus"), *columns) as progress:
-        for split, utterance in progress.track(_made(jobs, workers), total=len(jobs)):
+    with writer:
+        for split, utterance in track(_made(jobs, workers), "synthetic corpus", Console(), len(jobs), unit="clips"):
             writer.add(split, utterance)
         writer.finish()
         corpus = Corpus.open(writer.working)
