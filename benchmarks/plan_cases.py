@@ -89,8 +89,8 @@ def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, 
         toy.llm.precision = big.llm.precision
         job = job_of(big, LLMShape.from_directory(big.llm.path), CLIP, WIDTHS, on_gpu=False)
         trial = Trial(big, candidate, CLIP)
-        ranks = run_forked(measure_memory, world, trial, toy, scratch, timeout=TIMEOUT)
-        seconds = run_forked(measure_seconds, world, trial, rounds, scratch, timeout=TIMEOUT)[0]
+        ranks = run_forked(measure_memory, world, trial, toy, timeout=TIMEOUT)
+        seconds = run_forked(measure_seconds, world, trial, rounds, timeout=TIMEOUT)[0]
         stages = range(candidate.layout.pp)
         predicted = step_time(job, candidate, measured_cluster(scratch / "cluster.json", 1, world))
         figures.append(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mome_dist.config.deepspeed_keys import BUCKET_ELEMENTS
 from mome_dist.files import write_json, write_text
 from mome_dist.planning.job import Candidate
-from mome_dist.planning.search import BUCKET_ELEMENTS
 
 # The comments of configs/parallel, so that a written file reads like those that ship.
 COMMENTS = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 
-from mome_dist.config.load import load_config, resolve_deepspeed_file
+from mome_dist.config.deepspeed_file import deepspeed_of
+from mome_dist.config.load import load_config
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, validate
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
@@ -40,16 +40,16 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
 
         check_values(config)
         refuse_lora(config, "--shrink runs steps on random features, which no encoder made")
-        layout_of(config, options.nproc)
+        deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp)
         llm = write_random_llama(scratch / "llm")
         runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)
         options.llm = str(llm)
     else:
-        validate(config, options.nproc)
+        deepspeed = deepspeed_of(config, validate(config, options.nproc).dp)
         runner = LaunchedRunner(base, options.nproc, options.steps, options.timeout)
     cluster = cluster_of(options) if options.gpu or options.measured else None
     job = job_of_options(options, config, cluster or cluster_of_gpus("h100", 1, options.nproc))
-    own = Trial(_own_settings(config.deepspeed.file, resolve_deepspeed_file(config)), {}, True)
+    own = Trial(deepspeed.acts, {}, True)
     picked = [own, *hand_picked(config.data.accumulation)]
     picked += read_trials(options.trials) if options.trials else []
     with console.status("starting") as status:
@@ -81,10 +81,3 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
         console.print(f"best hand-picked: {other.trial.name}, {other.final_median:.4f} s in the same round")
     file = options.write or folder / "best.json"
     console.print(f"use it with: deepspeed.file={file} {' '.join(found.best.trial.arguments())}", soft_wrap=True)
-
-
-def _own_settings(name: str, path: Path) -> dict[str, object]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.file={name!r}: {path} cannot be read ({error}).") from error
