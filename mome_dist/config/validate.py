@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mome_dist.config.deepspeed_file import deepspeed_of
+from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import DecodingConfig, LoRAConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance

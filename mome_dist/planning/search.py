@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mome_dist.config.deepspeed_keys import BUCKET_ELEMENTS
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.hardware import Cluster

@@ -62,7 +62,7 @@ class Engine:
     Args:
         modules: the trainable modules of this rank.
         config: optimiser settings.
-        settings: a DeepSpeed configuration as `mome_dist.config.deepspeed_file` lets through; batch sizes and clipping
+        settings: a DeepSpeed configuration as `mome_dist.config.deepspeed.file` lets through; batch sizes and clipping
             are filled in here.
         sequence_parallel: whether MoME modules see another part of each sequence on every tensor-parallel rank.
 

@@ -27,7 +27,7 @@ from mome_dist.checkpoint.restore import (
 )
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
-from mome_dist.config.deepspeed_file import deepspeed_of
+from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.config.validate import lora_of, settled_order, streams_of, streams_read, validation_batches, views_of
 from mome_dist.data.corpus import Corpus

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mome_dist.config.deepspeed_file import deepspeed_of
+from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
 from mome_dist.config.load import load_config
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, validate
 from mome_dist.errors import UserError
@@ -74,10 +74,9 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
     folder = options.out
     write_json(folder / "tuning.json", record_of(found))
     save_figure(figure_of(found), folder / "tuning.png")
-    write_json(options.write or folder / "best.json", found.best.trial.deepspeed)
+    use = write_deepspeed(found.best.trial.deepspeed, options.write or folder / "best.json")
     console.print(f"best: {found.best.trial.name}, {found.best.final_median:.4f} s a step in the last round")
     if found.best_hand_picked is not None and found.best_hand_picked is not found.best:
         other = found.best_hand_picked
         console.print(f"best hand-picked: {other.trial.name}, {other.final_median:.4f} s in the same round")
-    file = options.write or folder / "best.json"
-    console.print(f"use it with: deepspeed.file={file} {' '.join(found.best.trial.arguments())}", soft_wrap=True)
+    console.print(f"use it with: {' '.join([use, *found.best.trial.arguments()])}", soft_wrap=True)

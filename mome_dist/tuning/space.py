@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mome_dist.config.deepspeed_file import settled
-from mome_dist.config.deepspeed_keys import BUCKET_ELEMENTS
+from mome_dist.config.deepspeed.file import settled
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.validate import check_values, layout_of

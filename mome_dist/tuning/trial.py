@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mome_dist.config.deepspeed_file import settled
+from mome_dist.config.deepspeed.file import settled
 from mome_dist.config.load import load_config
 from mome_dist.config.validate import layout_of
 from mome_dist.files import write_json

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON file: read, checked against `mome_dist.config.deepspeed_keys`, reduced to what acts.
+"""A user's DeepSpeed JSON file: read, checked against `mome_dist.config.deepspeed.keys`, reduced to what acts.
 
 DeepSpeed is never given the file itself. It is told the settings that the table lets through, so whatever else a file
 says is either without effect or refused, everything in one message. No torch here: a launcher runs this first.
@@ -10,12 +10,16 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mome_dist.config.deepspeed_keys import KEYS, UNKNOWN, ZERO, Acts, Agrees, Only, Refused, Rule, Section, Switched
+from mome_dist.config.deepspeed.keys import KEYS, ZERO
+from mome_dist.config.deepspeed.rules import UNKNOWN, Acts, Agrees, Only, Refused, Rule, Section, Switched
 from mome_dist.config.load import resolve_deepspeed_file
 from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
+from mome_dist.files import write_json, write_text
+from mome_dist.paths import configs_dir
 
 AUTO = "auto"  # Hugging Face's word for the value of the program; here for that of the project
 
@@ -104,6 +108,20 @@ def settled(
     return DeepSpeedSettings({"zero_optimization": zero}, tuple(without_effect))
 
 
+def write_deepspeed(settings: Mapping[str, Any], path: Path) -> str:
+    """Write a DeepSpeed configuration as a JSON file, in ``configs/deepspeed`` also as an option of that name.
+
+    Returns:
+        The override with which a run uses it.
+    """
+    write_json(path, settings)
+    if path.resolve().parent != (configs_dir() / "deepspeed").resolve():
+        return f"deepspeed.file={path}"
+    lines = ("# DeepSpeed settings that a command wrote.", f"file: {path.name}  # the JSON file beside this one", "")
+    write_text(path.with_suffix(".yaml"), "\n".join(lines))
+    return f"deepspeed={path.stem}"
+
+
 @dataclass(frozen=True)
 class _Finding:
     """A setting of a file: whether it acts, or what to do about it; neither for one without effect."""
@@ -145,7 +163,7 @@ def _section(key: str, value: Any, rule: Section, config: RunConfig, data_parall
         yield _Finding(key, value, clash=rule.instead)
     elif isinstance(rule, Switched):
         unknown = [name for name in value if rule.keys is not None and name not in rule.keys]
-        yield from (_Finding(f"{key}.{name}", clash=_unknown(name, rule.keys or {})) for name in unknown)
+        yield from (_Finding(f"{key}.{name}", value[name], clash=_unknown(name, rule.keys or {})) for name in unknown)
         yield _Finding(key)
     else:
         yield from _walk(value, rule.keys or {}, f"{key}.", config, data_parallel)
@@ -174,7 +192,7 @@ def _disagreement(value: Any, rule: Agrees, config: RunConfig, data_parallel: in
 def _unknown(name: str, rules: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, rules, n=1, cutoff=0.7)
     if near:
-        return f"is no key of DeepSpeed's; did you mean {near[0]}?"
+        return f"is no key of DeepSpeed's (did you mean {near[0]}?)"
     return "belongs into zero_optimization" if name in ZERO else "is no key of DeepSpeed's: remove it"
 
 

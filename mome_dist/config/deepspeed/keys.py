@@ -1,113 +1,26 @@
 """What every key of a DeepSpeed configuration does here: acts, must agree, is harmless, or is refused.
 
 The keys are those of DeepSpeed 0.19.8 (and what it removed, since files still have it). Only what acts is handed on to
-DeepSpeed (`mome_dist.config.deepspeed_file`), so a key that is not in this table can do nothing unseen. No torch here.
+DeepSpeed (`mome_dist.config.deepspeed.file`), so a key that is not in this table can do nothing unseen. No torch here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from mome_dist.config.deepspeed.rules import (
+    ANY,
+    UNKNOWN,
+    Acts,
+    Agrees,
+    Harmless,
+    Only,
+    Refused,
+    Rule,
+    Section,
+    Switched,
+)
 from mome_dist.config.schema import RunConfig
-
-ANY: Mapping[str, Any] | None = None  # keys of a section that nobody looks into
-UNKNOWN = object()  # a quantity that depends on a layout that is not known yet
-
-
-@dataclass(frozen=True)
-class Acts:
-    """A key that DeepSpeed is told.
-
-    Attributes:
-        what: it does.
-        valid: whether DeepSpeed takes a value.
-        values: which those are, in words.
-        own: what "auto" stands for; None for DeepSpeed's own default.
-    """
-
-    what: str
-    valid: Callable[[Any], bool]
-    values: str
-    own: Any = None
-
-
-@dataclass(frozen=True)
-class Agrees:
-    """A key that the project's configuration decides; a file may say the same.
-
-    Attributes:
-        key: of the configuration.
-        value: the same quantity there; None where the configuration has none, `UNKNOWN` where it cannot be told. Its
-            second argument is the number of data-parallel ranks, None if that is not known.
-        names: what a file may call a value of the configuration, if not the same.
-    """
-
-    key: str
-    value: Callable[[RunConfig, int | None], Any]
-    names: Mapping[str, Sequence[str]] | None = None
-
-    def same(self, given: Any, own: Any) -> bool:
-        """Whether a value of a file is that of the configuration."""
-        return given == own if self.names is None else str(given).lower() in self.names[own]
-
-
-@dataclass(frozen=True)
-class Harmless:
-    """A key that changes nothing, whatever its value; ``why`` completes "is harmless: "."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Only:
-    """A key of which only values that change nothing are accepted.
-
-    Attributes:
-        values: that are.
-        instead: what to do about any other one.
-    """
-
-    values: Sequence[Any]
-    instead: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A key that is never accepted; ``instead`` is what to do about it."""
-
-    instead: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """An object of keys.
-
-    Attributes:
-        keys: by name; `ANY` if they do not matter.
-    """
-
-    keys: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Switched(Section):
-    """A section that must not be switched on.
-
-    Attributes:
-        instead: what to do about one that is.
-        switch: the key that says so.
-        off: its values with which the section does nothing; None is a missing one.
-    """
-
-    instead: str
-    switch: str = "enabled"
-    off: tuple[Any, ...] = (False, None)
-
-
-Rule = Acts | Agrees | Harmless | Only | Refused | Section  # a Switched is a Section
 
 
 def _switched(instead: str, *keys: str) -> Switched:
@@ -121,7 +34,7 @@ def _flag(value: Any) -> bool:
 
 def _count(value: Any) -> bool:
     """Whether a value is a whole number above zero; JSON files often write 5e8."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 1 <= value < 2**63 and value == int(value)
 
 
@@ -194,7 +107,6 @@ ZERO: dict[str, Rule] = {
     "offload_optimizer": Switched(_OFFLOADED, NO_OFFLOAD, "device", ("none", None)),
     "offload_param": Switched(_OFFLOADED, NO_PARAMETER_OFFLOAD, "device", ("none", None)),
     "cpu_offload": Only([False, None], NO_OFFLOAD),
-    "cpu_offload_params": Only([False, None], NO_PARAMETER_OFFLOAD),
     "cpu_offload_param": Only([False, None], NO_PARAMETER_OFFLOAD),
     "cpu_offload_use_pin_memory": Harmless("nothing is offloaded"),
     "zenflow": Only([None], NO_OFFLOAD),
@@ -209,16 +121,27 @@ ZERO: dict[str, Rule] = {
     "mics_hierarchical_params_gather": Only([False], REMOVED),
     "zeropp_loco_param": Only([None], REMOVED),
 }
-# DeepSpeed takes most of these with and without "stage3_".
-for _name in (
-    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
-    *("max_reuse_distance", "gather_16bit_weights_on_model_save", "gather_fp16_weights_on_model_save"),
-    *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+for _name in (  # DeepSpeed takes these with "stage3_", some without too
+    "allgather_sequential",
+    "gather_16bit_weights_on_model_save",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "model_persistence_threshold",
+    "module_granularity_threshold",
+    "param_persistence_threshold",
+    "prefetch_bucket_size",
+    "use_all_reduce_for_fetch_params",
 ):
     ZERO |= {_name: ZERO_3, f"stage3_{_name}": ZERO_3}
 for _name in (
-    *("memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings"),
-    *("enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "leaf_module"),
+    "enable_sanity_checks",
+    "leaf_module",
+    "log_trace_cache_warnings",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "pipeline_loading_checkpoint",
+    "save_muon_momentum_buffer_in_memory",
+    "stage3_gather_fp16_weights_on_model_save",
 ):
     ZERO[_name] = ZERO_3
 
