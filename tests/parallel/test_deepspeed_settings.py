@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.tuning.forked import timed_steps
-from mome_dist.tuning.search import tune
+from mome_dist.tuning.search import Measured, tune
 from mome_dist.tuning.space import Trial, zero_settings
 from mome_dist.tuning.trial import Outcome
 from mome_dist.verification.compare import explain
@@ -33,7 +31,7 @@ from mome_dist.verification.probe import Probe, wake, write_random_llama
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verifier
 from tests.deepspeed_configurations import PUBLIC, public, stripped
-from tests.parallel.runs import Lab, lines
+from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 
 STEPS = 9  # every view three times
@@ -115,7 +113,7 @@ def test_every_acting_key_is_in_that_proof(verifier: Verifier) -> None:
         assert settled(each, verifier.probe.config, 2, "it").acts == each
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1])
 def test_the_verification_names_a_planted_sum(verifier: Verifier, zero: int) -> None:
     case = Case("dp2", Layout.for_world(2), zero, deepspeed={"gradient_allreduce_op": "sum"})
     verdict = verifier.check(case, "sgd")
@@ -126,13 +124,11 @@ def test_the_verification_names_a_planted_sum(verifier: Verifier, zero: int) -> 
         if each.what == "gradient"
     }
     assert spelled == {"2.00 = dp"}
-    assert verifier.check(dataclasses.replace(case, deepspeed={}), "sgd").passed
 
 
 def test_the_tuner_drops_what_trains_differently(tmp_path: Path) -> None:
     words = ["experiment=tiny", "mome.capacity_factor=null", "task.tasks=[asr]", "task.views_per_step=null"]
     config, llm = load_config([*words, "data.batch_size=8"]), write_random_llama(tmp_path)
-    told: list[str] = []
 
     class Unchecked:
         """Tells DeepSpeed whatever a trial says."""
@@ -141,19 +137,12 @@ def test_the_tuner_drops_what_trains_differently(tmp_path: Path) -> None:
             return Outcome(tuple(run_world(timed_steps, 2, config, llm, trial.deepspeed, 4)[0]))
 
     trials = [Trial(zero_settings(1)), Trial({**zero_settings(2), "gradient_allreduce_op": "sum"})]
-    found = tune(
-        trials,
-        Unchecked(),
-        lambda _: None,
-        lambda _: [],
-        1,
-        5,
-        lambda one: told.append(f"{one.trial.name}: {one.failure}"),
-    )
+    told: list[Measured] = []
+    found = tune(trials, Unchecked(), lambda _: None, lambda _: [], 1, 5, told.append)
     assert found is not None and found.best.trial == trials[0]
-    failures = [one.failure for one in found.measured]
-    assert failures[0] is None and str(failures[1]).startswith("trains differently: gradient norm ")
-    assert any("sum" in line and "trains differently" in line for line in told)
+    right, wrong = found.measured
+    assert right.failure is None and str(wrong.failure).startswith("trains differently: gradient norm ")
+    assert told.count(wrong) == 2, "once when it ran, once when it was compared"
 
 
 @pytest.fixture(scope="module")
@@ -161,28 +150,18 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
 
 
-def test_moments_are_found_again_where_settings_put_them(lab: Lab, tmp_path: Path) -> None:
-    """Dealt out in turn, and aligned: a resumed run has the losses of an unbroken one, bit by bit."""
-    (tmp_path / "ds.json").write_text(json.dumps(_zero(2, round_robin_gradients=True, parameter_alignment=True)))
-    file = f"deepspeed.file={tmp_path / 'ds.json'}"
-    whole = lab.train(2, tmp_path / "whole", file)
-    halves = [
-        lab.train(2, tmp_path / "halves", file, f"training.steps={steps}", "training.save_every=3") for steps in (3, 5)
-    ]
-    assert [*halves[0], *halves[1]] == whole == lab.train(2, tmp_path / "plain", "deepspeed=zero0")
-
-
-def test_the_first_lines_of_a_run_say_what_acts(lab: Lab, tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({**_zero(2, overlap_comm=True), "steps_per_print": 5}))
-    overrides = lab.overrides(tmp_path / "run", f"deepspeed.file={tmp_path / 'ds.json'}", "training.steps=1")
-    done = subprocess.run(
-        [sys.executable, "-m", "mome_dist.train", *overrides],
-        env={**os.environ, "MOME_DIST_CACHE": str(lab.cache)},
-        capture_output=True,
-        text=True,
-        timeout=120,
+def test_moments_are_found_again_where_settings_put_them(
+    lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**_zero(2, round_robin_gradients=True, parameter_alignment=True), "steps_per_print": 5}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    words = [f"deepspeed.file={tmp_path / 'ds.json'}", "training.steps=6", "training.save_every=3"]
+    losses = lab.train(2, tmp_path / "run", *words)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "ZeRO 2, round_robin_gradients=true, parameter_alignment=true; without effect here: steps_per_print" in said
+    np.testing.assert_allclose(
+        lab.train(2, tmp_path / "plain", "training.steps=6", "deepspeed=zero0"), losses, rtol=1e-5
     )
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "DeepSpeed: ZeRO 2, overlap_comm=true; without effect here: steps_per_print" in said
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
+    (tmp_path / "run/checkpoints/latest").write_text("step-000003")
+    assert lab.train(2, tmp_path / "run", *words) == losses[3:]

@@ -192,7 +192,7 @@ def test_without_zero_nothing_else_of_it_acts(config: RunConfig) -> None:
         ({"bfloat16": {"enabled": True}}, "set llm.precision"),
         (
             {"fp16": {"enabeld": False}},
-            r"'fp16.enabeld' \(false\): is no key of DeepSpeed's \(did you mean enabled\?\)\.$",
+            r"'fp16.enabeld' \(false\): is no key .* \(did you mean enabled\?\)\.$",
         ),
         ({"zero_optimisation": {"stage": 1}}, r"'zero_optimisation': .*did you mean zero_optimization\?"),
         ({"stage": 2}, r"'stage' \(2\): belongs into zero_optimization"),
@@ -320,19 +320,14 @@ def test_the_files_that_ship_act_whole(config: RunConfig) -> None:
         assert found.acts == settings and found.stage == stage and not found.without_effect
 
 
-def test_a_written_file_is_found_as_the_hint_says(tmp_path: Path) -> None:
+def test_a_written_file_is_found_as_the_hint_says(configs: Path, tmp_path: Path) -> None:
     settings = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
-    elsewhere = write_deepspeed(settings, tmp_path / "mine.json")
-    assert elsewhere == f"deepspeed.file={tmp_path / 'mine.json'}"
-    group = configs_dir() / "deepspeed"
-    try:
-        option = write_deepspeed(settings, group / "written_by_a_test.json")
-        assert option == "deepspeed=written_by_a_test"
-        for override in (elsewhere, option):
-            assert deepspeed_of(load_config([*TINY, override]), 2).acts == settings
-    finally:
-        for file in group.glob("written_by_a_test.*"):
-            file.unlink()
+    for file, override in (
+        (tmp_path / "mine.json", f"deepspeed.file={tmp_path / 'mine.json'}"),
+        (configs / "deepspeed" / "planned.json", "deepspeed=planned"),
+    ):
+        assert write_deepspeed(settings, file) == override
+        assert deepspeed_of(load_config([*TINY, override]), 2).acts == settings
 
 
 def test_a_file_is_checked_without_torch() -> None:
