@@ -129,6 +129,13 @@ def test_the_page_has_the_table() -> None:
     assert table() in (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
 
 
+def test_the_page_shows_a_refusal(config: RunConfig) -> None:
+    with pytest.raises(UserError) as error:
+        settled(public("megatron_deepspeed_zero3"), config, 2, "deepspeed.file: megatron.json")
+    page = " ".join((ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8").split())
+    assert f"error: {error.value}" in page
+
+
 # What a file comes to.
 
 

@@ -84,8 +84,7 @@ ZERO: dict[str, Rule] = {
     "stage": Acts(
         "ZeRO stage: what data-parallel ranks share out",
         lambda value: not isinstance(value, bool) and value in (0, 1, 2),
-        "0, 1 or 2 (the parameters that ZeRO 3 would divide are few: the LLM is frozen, and divided by parallel.tp and "
-        "parallel.pp)",
+        "0, 1 or 2 (ZeRO 3 would divide the few parameters that train; parallel.tp and parallel.pp divide the LLM)",
         1,
     ),
     "reduce_bucket_size": _acts_as_count("elements of gradients that are reduced together", BUCKET_ELEMENTS),
