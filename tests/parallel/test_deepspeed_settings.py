@@ -46,11 +46,11 @@ def _zero(stage: int, **settings: Any) -> dict[str, Any]:
 ACTING = [
     _zero(1),
     _zero(1, reduce_bucket_size=1, allgather_bucket_size=2, parameter_alignment=True),
-    _zero(1, reduce_bucket_size=500, overlap_comm=True, round_robin_gradients=True),
+    _zero(1, reduce_bucket_size=500, overlap_comm=True),
     _zero(1, reduce_bucket_size=500, use_multi_rank_bucket_allreduce=False),
     _zero(2),
     _zero(2, reduce_bucket_size=1, allgather_bucket_size=2, parameter_alignment=True),
-    _zero(2, reduce_bucket_size=500, overlap_comm=True, round_robin_gradients=True),
+    _zero(2, reduce_bucket_size=500, overlap_comm=True),
     _zero(2, reduce_bucket_size=500, use_multi_rank_bucket_allreduce=False),
 ]
 # Refused in a file; told to DeepSpeed here all the same, to see that the comparison would find them.
@@ -126,6 +126,14 @@ def test_the_verification_names_a_planted_sum(verifier: Verifier, zero: int) -> 
     assert spelled == {"2.00 = dp"}
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_layout_is_verified_with_all_that_acts(verifier: Verifier, zero: int) -> None:
+    everything = {key: value for each in ACTING for key, value in each["zero_optimization"].items()}
+    settings = {"zero_optimization": {**everything, "reduce_bucket_size": 500}}
+    verdict = verifier.check(Case("ep2", Layout.for_world(2, ep=2), zero, deepspeed=settings), "sgd")
+    assert verdict.passed, verdict
+
+
 def test_the_tuner_drops_what_trains_differently(tmp_path: Path) -> None:
     words = ["experiment=tiny", "mome.capacity_factor=null", "task.tasks=[asr]", "task.views_per_step=null"]
     config, llm = load_config([*words, "data.batch_size=8"]), write_random_llama(tmp_path)
@@ -153,12 +161,12 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def test_moments_are_found_again_where_settings_put_them(
     lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**_zero(2, round_robin_gradients=True, parameter_alignment=True), "steps_per_print": 5}
+    settings = {**_zero(2, parameter_alignment=True), "steps_per_print": 5}
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     words = [f"deepspeed.file={tmp_path / 'ds.json'}", "training.steps=6", "training.save_every=3"]
     losses = lab.train(2, tmp_path / "run", *words)
     said = " ".join(capfd.readouterr().err.split())
-    assert "ZeRO 2, round_robin_gradients=true, parameter_alignment=true; without effect here: steps_per_print" in said
+    assert "ZeRO 2, parameter_alignment=true; without effect here: steps_per_print" in said
     np.testing.assert_allclose(
         lab.train(2, tmp_path / "plain", "training.steps=6", "deepspeed=zero0"), losses, rtol=1e-5
     )

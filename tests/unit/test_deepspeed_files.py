@@ -169,9 +169,9 @@ def test_auto_is_the_projects_own_value(config: RunConfig) -> None:
 
 
 def test_without_zero_nothing_else_of_it_acts(config: RunConfig) -> None:
-    found = settled({"zero_optimization": {"round_robin_gradients": True}}, config, 2, "it")
+    found = settled({"zero_optimization": {"overlap_comm": True}}, config, 2, "it")
     assert found.acts == {"zero_optimization": {"stage": 0}}
-    assert found.without_effect == ("zero_optimization.round_robin_gradients",)
+    assert found.without_effect == ("zero_optimization.overlap_comm",)
     assert settled({"zero_optimization": False}, config, 2, "it").stage == settled({}, config, 2, "it").stage == 0
 
 

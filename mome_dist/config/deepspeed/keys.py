@@ -97,7 +97,7 @@ ZERO: dict[str, Rule] = {
     "reduce_scatter": Only([True], "remove it: DeepSpeed demands it where there are experts"),
     "contiguous_gradients": Only([True], "remove it: DeepSpeed demands it where there are experts"),
     "use_multi_rank_bucket_allreduce": _acts_as_flag("reduce the buckets of several ranks together"),
-    "round_robin_gradients": _acts_as_flag("deal parameters to ranks in turn"),
+    "round_robin_gradients": Harmless("it speeds up copies to the CPU, and nothing is offloaded"),
     "parameter_alignment": _acts_as_flag("start every parameter at an address that 16 divides"),
     "allgather_partitions": Harmless("DeepSpeed's ZeRO 1 and 2 gather weights in one way only"),
     "ignore_unused_parameters": Only([True], "remove it: a view of one stream leaves the other one's projector unused"),
