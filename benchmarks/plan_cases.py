@@ -84,8 +84,8 @@ def measure(rounds: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, 
         world = candidate.layout.world_size
         big.llm.precision = toy.llm.precision = precision_of(candidate)
         trial = Trial(big, candidate, CLIP)
-        ranks = run_forked(measure_memory, world, trial, toy, scratch, timeout=TIMEOUT)
-        seconds = run_forked(measure_seconds, world, trial, rounds, scratch, timeout=TIMEOUT)[0]
+        ranks = run_forked(measure_memory, world, trial, toy, timeout=TIMEOUT)
+        seconds = run_forked(measure_seconds, world, trial, rounds, timeout=TIMEOUT)[0]
         figures.append(
             {
                 "case": f"{candidate.name()}, {big.llm.precision}",

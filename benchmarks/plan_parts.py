@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -97,13 +96,12 @@ def _step(trial: Trial) -> Step:
     return Step(batches, views, (trial.clip.text_tokens + 1) * config.data.batch_size)
 
 
-def run_steps(trial: Trial, rounds: int, scratch: Path) -> list[float]:
+def run_steps(trial: Trial, rounds: int) -> list[float]:
     """Seconds of each step of this rank's world, of its slowest rank; inside an open world."""
     config, candidate = trial.config, trial.candidate
-    file = scratch / f"zero{candidate.zero}-{dist.get_rank()}.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": candidate.zero}}))
+    settings = {"zero_optimization": {"stage": candidate.zero}}
     model = build_distributed(config, candidate.layout, WIDTHS, candidate.dispatch, CPU).train()
-    engine = Engine(model.trainable_modules(), config.optimizer, file, candidate.layout.sequence_parallel)
+    engine = Engine(model.trainable_modules(), config.optimizer, settings, candidate.layout.sequence_parallel)
     seconds = []
     for number in range(WARM_UP_STEPS + rounds):
         step = _step(trial)
@@ -119,19 +117,19 @@ def run_steps(trial: Trial, rounds: int, scratch: Path) -> list[float]:
     return seconds
 
 
-def measure_memory(trial: Trial, toy: RunConfig, scratch: Path) -> dict[str, int]:
+def measure_memory(trial: Trial, toy: RunConfig) -> dict[str, int]:
     """This rank's peak above its baseline, which is what the same program occupies at most with a model of nothing."""
     give_back_freed_memory()
     with parallel_world(trial.candidate.layout, 0, timeout_seconds=300):
         with peak() as baseline:
-            run_steps(Trial(toy, trial.candidate, trial.clip), 1, scratch)
+            run_steps(Trial(toy, trial.candidate, trial.clip), 1)
         gc.collect()
         with peak() as highest:
-            run_steps(trial, 1, scratch)
+            run_steps(trial, 1)
         return {"baseline": baseline[0], "peak": highest[0]}
 
 
-def measure_seconds(trial: Trial, rounds: int, scratch: Path) -> float:
+def measure_seconds(trial: Trial, rounds: int) -> float:
     """Median seconds of a step."""
     with parallel_world(trial.candidate.layout, 0, timeout_seconds=300):
-        return statistics.median(run_steps(trial, rounds, scratch))
+        return statistics.median(run_steps(trial, rounds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
             dispatch="gather" if layout.ep > 1 else "local",
         )
     model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep).train()
-    settings = configs_dir() / "deepspeed" / "zero1.json"
+    settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text())
     return Trained(model, Engine(model.trainable_modules(), OptimizerConfig(), settings))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mome_dist.config import load
+from mome_dist.config.deepspeed import file
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
+from mome_dist.paths import configs_dir
+from mome_dist.planning import write
 
 TINY = SyntheticSettings(
     train=24, validation=4, test=4, train_speakers=8, validation_speakers=4, test_speakers=4, seed=7
@@ -30,3 +35,12 @@ def tiny_corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_corpus(tiny_corpus_dir: Path) -> Corpus:
     """That corpus, opened."""
     return Corpus.open(tiny_corpus_dir)
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the configuration tree in place of it, for what writes into it."""
+    copy = shutil.copytree(configs_dir(), tmp_path / "configs")
+    for module in (load, file, write):
+        monkeypatch.setattr(module, "configs_dir", lambda: copy)
+    return copy

@@ -7,6 +7,7 @@
 SRC is a checkpoint, a run (its newest checkpoint is taken) or a DeepSpeed checkpoint. DST must not
 exist; it appears when all of it is written and its content hash is that of SRC. ``--format hf`` is the adapter of
 tools/export_adapter.py: weights without the optimiser, of no layout; nothing can be made of it but inference.
+DeepSpeed's zero_to_fp32 and ds_to_universal stop at checkpoints with experts; ``--format hf`` is the way to weights.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{outcome.written / 1e9:.3f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s: "
         f"{options.target} ({options.format}, {layout.describe()}, ZeRO {options.zero})"
     )
+    if options.format == "deepspeed":
+        print(f"weights alone: --format hf of {options.target}; zero_to_fp32 and ds_to_universal stop at experts")
 
 
 if __name__ == "__main__":

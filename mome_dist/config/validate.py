@@ -13,7 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mome_dist.config.load import load_config, resolve_deepspeed_file
+from mome_dist.config.deepspeed.file import deepspeed_of
+from mome_dist.config.load import load_config
 from mome_dist.config.schema import DecodingConfig, LoRAConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.noise import open_noise
@@ -25,18 +26,6 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.speech.geometry import geometry_of
 from mome_dist.speech.views import View, all_views
 from mome_dist.text_files import read_json
-
-# Keys of a DeepSpeed file that the project sets itself or that would break its arithmetic.
-RESERVED_DEEPSPEED_KEYS = {
-    "train_batch_size": "data.batch_size",
-    "train_micro_batch_size_per_gpu": "data.batch_size",
-    "gradient_accumulation_steps": "data.accumulation",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.*",
-    "bf16": "llm.precision (what trains is always fp32)",
-    "fp16": "llm.precision (what trains is always fp32)",
-}
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -76,7 +65,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
         )
     layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
     _check_batches(config, layout)
-    _check_deepspeed(config)
+    deepspeed_of(config, layout.dp)
     check_encoders(config)
     if config.data.validation_split == config.data.test_split:
         raise UserError(
@@ -363,22 +352,6 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
             f"parallel.virtual={layout.virtual}: the interleaved schedule needs a multiple of parallel.pp={layout.pp} "
             f"microbatches a step, but there are {microbatches} = views x data.accumulation={config.data.accumulation}."
         )
-
-
-def _check_deepspeed(config: RunConfig) -> None:
-    path = resolve_deepspeed_file(config)
-    if not path.is_file():
-        raise UserError(f"deepspeed.file={config.deepspeed.file!r}: {path} does not exist.")
-    try:
-        settings = read_json(path)
-    except UserError as error:
-        raise UserError(f"deepspeed.file: {error}") from error
-    for key, instead in RESERVED_DEEPSPEED_KEYS.items():
-        if key in settings:
-            raise UserError(f"deepspeed.file: {path} sets {key!r}; remove it and use {instead}.")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"deepspeed.file: {path} sets ZeRO stage {stage}; supported: 0, 1, 2.")
 
 
 def check_encoders(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.validate import check_values, streams_of
@@ -20,7 +21,7 @@ from mome_dist.planning.hardware import Cluster, cluster_of_gpus, measured_clust
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import find_shape
 from mome_dist.planning.search import Plan, Search, search, stage_memory
-from mome_dist.planning.write import deepspeed_settings, overrides, write_deepspeed, write_parallel
+from mome_dist.planning.write import deepspeed_settings, layout_overrides, overrides, write_parallel
 
 WIDTH = 140  # columns where there is no terminal to ask
 GB = 1e9
@@ -34,19 +35,22 @@ def plan_command(options: argparse.Namespace, console: Console | None = None) ->
     """
     config = load_config(options.overrides)
     check_values(config)
+    deepspeed_of(config)  # a plan brings its own settings, but a wrong file should not wait for the run
     cluster = cluster_of(options)
     job = job_of_options(options, config, cluster)
     found = search(job, cluster)
+    winner = found.plans[0].candidate
+    layout, deepspeed = layout_overrides(winner), f"deepspeed=zero{winner.zero}"
+    if options.write_parallel:
+        heading = f"{winner.layout.describe()}; planned for {cluster.name}."
+        layout = write_parallel(winner, options.write_parallel, heading)
+    if options.write_deepspeed:
+        deepspeed = write_deepspeed(deepspeed_settings(winner), options.write_deepspeed)
     if options.json:
         print(json.dumps(_record(job, cluster, found, options.top), indent=2))
     else:
-        _print(job, cluster, found, options.top, console or _console())
-    winner = found.plans[0].candidate
-    if options.write_parallel:
-        heading = f"{winner.layout.describe()}; planned for {cluster.name}."
-        write_parallel(winner, options.write_parallel, heading)
-    if options.write_deepspeed:
-        write_deepspeed(winner, options.write_deepspeed)
+        use = " ".join([*layout, deepspeed, *overrides(winner)])
+        _print(job, cluster, found, options.top, use, console or _console())
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
@@ -79,7 +83,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH, highlight=False)
 
 
-def _print(job: Job, cluster: Cluster, found: Search, top: int, console: Console) -> None:
+def _print(job: Job, cluster: Cluster, found: Search, top: int, use: str, console: Console) -> None:
     console.print(
         f"{job.frozen_parameters / 1e9:.2f} billion frozen parameters ({job.precision}), "
         f"{job.trained_parameters / 1e6:.0f} million trained; a step of {job.batch_size} utterances in "
@@ -101,7 +105,7 @@ def _print(job: Job, cluster: Cluster, found: Search, top: int, console: Console
         console.print("out:")
         for rejection in found.rejections:
             console.print(f"  {rejection.count} x {rejection.reason}; e.g. {rejection.example}", soft_wrap=True)
-    console.print(f"run it with: {' '.join(command_overrides(best.candidate))}", soft_wrap=True)
+    console.print(f"run it with: {use}", soft_wrap=True)
 
 
 def _encoders(job: Job) -> str:
@@ -115,11 +119,7 @@ def _encoders(job: Job) -> str:
 
 def command_overrides(candidate: Candidate) -> list[str]:
     """Everything that a plan sets, as Hydra overrides without files."""
-    layout = candidate.layout
-    values = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.ep={layout.ep}"]
-    values += ["parallel.sequence_parallel=true"] if layout.sequence_parallel else []
-    values += [f"parallel.recompute={layout.recompute}"] if layout.recompute != "none" else []
-    return [*values, f"deepspeed=zero{candidate.zero}", *overrides(candidate)]
+    return [*layout_overrides(candidate), f"deepspeed=zero{candidate.zero}", *overrides(candidate)]
 
 
 def distinct(plans: tuple[Plan, ...]) -> list[Plan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.hardware import Cluster
@@ -14,8 +15,6 @@ from mome_dist.planning.speed import StepTime, step_time
 
 ZERO_STAGES = (0, 1, 2)
 RECOMPUTE = ("none", "selective", "full")
-# Bytes of a gradient bucket of ZeRO, whose elements are fp32; the files in configs/deepspeed have the same size.
-BUCKET_ELEMENTS = 50_000_000
 
 
 @dataclass(frozen=True)

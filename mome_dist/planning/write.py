@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mome_dist.files import write_json, write_text
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
+from mome_dist.files import write_text
+from mome_dist.paths import configs_dir
 from mome_dist.planning.job import Candidate
-from mome_dist.planning.search import BUCKET_ELEMENTS
 
 # The comments of configs/parallel, so that a written file reads like those that ship.
 COMMENTS = {
@@ -23,8 +24,12 @@ COMMENTS = {
 TIMEOUT_SECONDS = 600
 
 
-def write_parallel(candidate: Candidate, path: Path, heading: str) -> None:
-    """Write the layout as a file of the Hydra group ``parallel``; ``heading`` becomes its first comment."""
+def write_parallel(candidate: Candidate, path: Path, heading: str) -> list[str]:
+    """Write the layout as a file of the Hydra group ``parallel``; ``heading`` becomes its first comment.
+
+    Returns:
+        The overrides with which a run uses it: the file's name if Hydra finds it there, else its values.
+    """
     layout = candidate.layout
     values = {
         "tp": layout.tp,
@@ -38,6 +43,8 @@ def write_parallel(candidate: Candidate, path: Path, heading: str) -> None:
     }
     lines = [f"{f'{key}: {value}':<34} # {COMMENTS[key]}" for key, value in values.items()]
     write_text(path, "\n".join([f"# {heading}", *lines]) + "\n")
+    found = path.suffix == ".yaml" and path.resolve().parent == (configs_dir() / "parallel").resolve()
+    return [f"parallel={path.stem}"] if found else layout_overrides(candidate)
 
 
 def deepspeed_settings(candidate: Candidate) -> dict[str, Any]:
@@ -48,9 +55,12 @@ def deepspeed_settings(candidate: Candidate) -> dict[str, Any]:
     return {"zero_optimization": zero}
 
 
-def write_deepspeed(candidate: Candidate, path: Path) -> None:
-    """Write `deepspeed_settings`."""
-    write_json(path, deepspeed_settings(candidate))
+def layout_overrides(candidate: Candidate) -> list[str]:
+    """The layout of a plan, as Hydra overrides."""
+    layout = candidate.layout
+    values = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.ep={layout.ep}"]
+    values += ["parallel.sequence_parallel=true"] if layout.sequence_parallel else []
+    return values + ([f"parallel.recompute={layout.recompute}"] if layout.recompute != "none" else [])
 
 
 def overrides(candidate: Candidate) -> list[str]:

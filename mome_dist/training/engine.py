@@ -7,15 +7,15 @@ experts, clips by the global norm, and steps the (ZeRO-partitioned) optimiser. T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from mome_dist.checkpoint.deepspeed.names import largest_group
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.errors import UserError
 from mome_dist.parallel.model import NamedPart
 from mome_dist.parallel.mpu import MegatronMPU
-from mome_dist.text_files import read_json
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 
@@ -44,13 +44,26 @@ def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
     )
 
 
+def check_settings(settings: Mapping[str, Any], config: OptimizerConfig) -> None:
+    """Have DeepSpeed's own class check a configuration, before a model is built; on all ranks alike.
+
+    Raises:
+        UserError: with what DeepSpeed says.
+    """
+    try:
+        DeepSpeedConfig(deepspeed_settings(settings, config))
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed does not take {dict(settings)}: {' '.join(str(error).split())}") from error
+
+
 class Engine:
     """Gradient reduction, clipping and optimiser step for one rank.
 
     Args:
         modules: the trainable modules of this rank.
         config: optimiser settings.
-        deepspeed_file: a plain DeepSpeed JSON config; batch sizes and clipping are filled in here.
+        settings: a DeepSpeed configuration as `mome_dist.config.deepspeed.file` lets through; batch sizes and clipping
+            are filled in here.
         sequence_parallel: whether MoME modules see another part of each sequence on every tensor-parallel rank.
 
     Attributes:
@@ -60,14 +73,20 @@ class Engine:
     """
 
     def __init__(
-        self, modules: nn.ModuleDict, config: OptimizerConfig, deepspeed_file: Path, sequence_parallel: bool = False
+        self,
+        modules: nn.ModuleDict,
+        config: OptimizerConfig,
+        settings: Mapping[str, Any],
+        sequence_parallel: bool = False,
     ) -> None:
         self._modules, self._config, self._sequence_parallel = modules, config, sequence_parallel
         groups = _parameter_groups(modules)
-        settings = deepspeed_settings(read_json(deepspeed_file), config)
         self.zero_stage = zero_stage(settings)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=modules, optimizer=make_optimizer(groups, config), config=settings, mpu=MegatronMPU()
+            model=modules,
+            optimizer=make_optimizer(groups, config),
+            config=deepspeed_settings(settings, config),
+            mpu=MegatronMPU(),
         )
         optimizer = self.deepspeed.optimizer
         self.moments: Moments = PartitionedMoments(optimizer) if self.zero_stage else ReplicatedMoments(optimizer)

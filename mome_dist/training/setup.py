@@ -27,7 +27,8 @@ from mome_dist.checkpoint.restore import (
     restore_weights,
 )
 from mome_dist.checkpoint.save import CheckpointSaver
-from mome_dist.config import RunConfig, resolve_deepspeed_file
+from mome_dist.config import RunConfig
+from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.config.validate import lora_of, settled_order, streams_of, streams_read, validation_batches, views_of
 from mome_dist.data.corpus import Corpus
@@ -53,7 +54,7 @@ from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
-from mome_dist.training.engine import Engine
+from mome_dist.training.engine import Engine, check_settings
 from mome_dist.training.noise_log import NoiseLog
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 
@@ -98,6 +99,9 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
     Raises:
         UserError: for missing or mismatched files.
     """
+    deepspeed = deepspeed_of(config, layout.dp)
+    check_settings(deepspeed.acts, config.optimizer)
+    console.print(f"{deepspeed.describe()} ({config.deepspeed.file})", highlight=False)
     report("reading the features", patient=True)
     device = current_device()
     corpus = Corpus.open(config.data.corpus)
@@ -148,9 +152,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
         restore_weights(source, model, begin)
         console.print(f"starts from the weights of {source}", highlight=False)
-    engine = Engine(
-        model.trainable_modules(), config.optimizer, resolve_deepspeed_file(config), layout.sequence_parallel
-    )
+    engine = Engine(model.trainable_modules(), config.optimizer, deepspeed.acts, layout.sequence_parallel)
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mome_dist.config.load import load_config, resolve_deepspeed_file
+from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
+from mome_dist.config.load import load_config
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, validate
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
@@ -15,7 +16,6 @@ from mome_dist.files import write_json
 from mome_dist.planning.command import cluster_of, job_of_options
 from mome_dist.planning.hardware import cluster_of_gpus
 from mome_dist.progress import stages
-from mome_dist.text_files import read_json
 from mome_dist.tuning.report import figure_of, record_of, table_of
 from mome_dist.tuning.search import Measured, tune
 from mome_dist.tuning.space import Trial, hand_picked, neighbours, read_trials, refusal
@@ -41,16 +41,16 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
 
         check_values(config)
         refuse_lora(config, "--shrink runs steps on random features, which no encoder made")
-        layout_of(config, options.nproc)
+        deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp)
         llm = write_random_llama(scratch / "llm")
         runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)
         options.llm = str(llm)
     else:
-        validate(config, options.nproc)
+        deepspeed = deepspeed_of(config, validate(config, options.nproc).dp)
         runner = LaunchedRunner(base, options.nproc, options.steps, options.timeout)
     cluster = cluster_of(options) if options.gpu or options.measured else None
     job = job_of_options(options, config, cluster or cluster_of_gpus("h100", 1, options.nproc))
-    own = Trial(_own_settings(config.deepspeed.file, resolve_deepspeed_file(config)), {}, True)
+    own = Trial(deepspeed.acts, {}, True)
     picked = [own, *hand_picked(config.data.accumulation)]
     picked += read_trials(options.trials) if options.trials else []
     with stages(console, "measuring"):
@@ -74,17 +74,9 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
     folder = options.out
     write_json(folder / "tuning.json", record_of(found))
     save_figure(figure_of(found), folder / "tuning.png")
-    write_json(options.write or folder / "best.json", found.best.trial.deepspeed)
+    use = write_deepspeed(found.best.trial.deepspeed, options.write or folder / "best.json")
     console.print(f"best: {found.best.trial.name}, {found.best.final_median:.4f} s a step in the last round")
     if found.best_hand_picked is not None and found.best_hand_picked is not found.best:
         other = found.best_hand_picked
         console.print(f"best hand-picked: {other.trial.name}, {other.final_median:.4f} s in the same round")
-    file = options.write or folder / "best.json"
-    console.print(f"use it with: deepspeed.file={file} {' '.join(found.best.trial.arguments())}", soft_wrap=True)
-
-
-def _own_settings(name: str, path: Path) -> dict[str, object]:
-    try:
-        return dict(read_json(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.file={name!r}: {path} cannot be read ({error}).") from error
+    console.print(f"use it with: {' '.join([use, *found.best.trial.arguments()])}", soft_wrap=True)

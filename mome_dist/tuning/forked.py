@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,32 +18,34 @@ from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
+from mome_dist.tuning.trial import TimedStep
 from mome_dist.verification.probe import Probe, small_modules
 
 TIMEOUT_SECONDS = 60
 
 
-def timed_steps(config: RunConfig, llm: Path, deepspeed_file: Path, steps: int) -> list[float]:
-    """Seconds of each step, of the slowest rank.
+def timed_steps(config: RunConfig, llm: Path, settings: Mapping[str, Any], steps: int) -> list[TimedStep]:
+    """Train a few steps on this rank.
 
     Args:
         llm: directory of a small random LLM.
+        settings: a DeepSpeed configuration.
     """
     config = small_modules(config, llm)
     layout = layout_of(config, int(os.environ["WORLD_SIZE"]))
     dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)
-    probe, seconds = Probe(config, steps), []
+    probe, timed = Probe(config, steps), []
     with parallel_world(layout, config.seed, TIMEOUT_SECONDS) as at:
         model = build_distributed(config, layout, probe.widths, dispatch, current_device()).train()
-        engine = Engine(model.trainable_modules(), config.optimizer, deepspeed_file, layout.sequence_parallel)
+        engine = Engine(model.trainable_modules(), config.optimizer, settings, layout.sequence_parallel)
         for number in range(steps):
             step = probe.step(number, at.dp, layout)
             dist.barrier()
             began = time.perf_counter()
             with engine.accumulate():
-                forward_backward(model, step)
+                loss = forward_backward(model, step).loss
             engine.step(config.optimizer.learning_rate)
             elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
             dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-            seconds.append(float(elapsed))
-    return seconds
+            timed.append(TimedStep(float(elapsed), loss, engine.gradient_norm))
+    return timed

@@ -1,5 +1,7 @@
 """The search: every hand-picked trial, then single changes to the best until none helps, then the finalists again.
 
+A trial counts only if its steps have the losses and gradient norms of ZeRO 0 without further settings.
+
 Speeds drift on a machine that does other things too. So trials run in rounds (all once, all again), medians are
 compared, and what is named the best was measured in a last round beside the best hand-picked one, turn by turn.
 """
@@ -10,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mome_dist.tuning.space import Trial
+from mome_dist.tuning.space import Trial, zero_settings
 from mome_dist.tuning.trial import Outcome, Runner
 
 FINALISTS = 3
@@ -26,6 +28,7 @@ class Measured:
         final: of its steps in the last round, for finalists.
         failure: why it cannot be used; None if it can.
         pruned: whether it was refused without a run.
+        first: its first run; None before that.
     """
 
     trial: Trial
@@ -33,6 +36,7 @@ class Measured:
     final: list[float] = field(default_factory=list)
     failure: str | None = None
     pruned: bool = False
+    first: Outcome | None = None
 
     @property
     def median(self) -> float:
@@ -47,6 +51,7 @@ class Measured:
     def add(self, outcome: Outcome, final: bool) -> None:
         """Take in one more run."""
         self.failure = outcome.failure
+        self.first = self.first or outcome
         (self.final if final else self.seconds).extend(outcome.seconds)
 
 
@@ -88,6 +93,7 @@ def tune(
         None if no trial ran.
     """
     known: dict[str, Measured] = {}
+    references: dict[str, Measured] = {}
 
     def run(trials: Iterable[Trial]) -> None:
         fresh: list[Measured] = []
@@ -102,6 +108,26 @@ def tune(
             else:
                 fresh.append(one)
         _rounds(fresh, runner, rounds, tell, final=False)
+        for one in fresh:
+            if one.failure is None and one.first is not None:
+                expected = reference(one.trial.overrides)
+                one.failure = one.first.difference(expected) if expected else "no plain ZeRO stage ran to compare with"
+                if one.failure is not None:
+                    tell(one)
+
+    def reference(overrides: dict[str, str]) -> Outcome | None:
+        """The job with these overrides at the lowest stage of ZeRO that runs, without further DeepSpeed settings."""
+        for stage in (0, 1, 2):
+            trial = Trial(zero_settings(stage), overrides)
+            if trial.name not in references:
+                measured = known.get(trial.name) or Measured(trial, failure=refuse(trial))
+                if measured.first is None and measured.failure is None:
+                    measured.add(runner.run(trial), final=False)
+                references[trial.name] = measured
+            first = references[trial.name].first
+            if first is not None and first.failure is None:
+                return first
+        return None
 
     run(picked)
     while True:

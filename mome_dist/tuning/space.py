@@ -6,7 +6,6 @@ microbatches, the expert-parallel size, the capacity factor.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mome_dist.config.deepspeed.file import settled
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.validate import check_values, layout_of
@@ -24,7 +25,7 @@ from mome_dist.planning.job import Candidate, Job
 from mome_dist.planning.memory import memory
 from mome_dist.text_files import read_json
 
-BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # elements; the middle one is that of configs/deepspeed
+BUCKETS = (5_000_000, BUCKET_ELEMENTS, 200_000_000)  # elements
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,9 @@ def neighbours(
 
 
 def _merged(settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """Settings with another ZeRO section; whatever else a user has in the file stays."""
-    merged = copy.deepcopy(settings)
-    merged["zero_optimization"] = changed["zero_optimization"]
-    return merged
+    """Settings with other ones of ZeRO; whatever else a user has in the file stays."""
+    zero = {**settings.get("zero_optimization", {}), **changed["zero_optimization"]}
+    return {**settings, "zero_optimization": zero if zero["stage"] else {"stage": 0}}
 
 
 @lru_cache(maxsize=64)  # composing takes longer than all else here, and many trials differ in DeepSpeed's part only
@@ -163,6 +163,7 @@ def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cl
     try:
         config = _composed((*base, *trial.arguments()))
         layout = layout_of(config, world)
+        settled(trial.deepspeed, config, layout.dp, "the DeepSpeed configuration")
     except UserError as error:
         return str(error)
     if config.mome.routed_experts % layout.ep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,13 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mome_dist.config.deepspeed.file import settled
 from mome_dist.config.load import load_config
+from mome_dist.config.validate import layout_of
 from mome_dist.files import write_json
 from mome_dist.text_files import lines_of
 from mome_dist.tuning.space import Trial
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc", re.I)
 WARM_UP_STEPS = 2
+# Of losses and gradient norms. The order of sums differs between settings: in fp32 by 1e-7, which Adam can multiply by
+# a few hundred in as many steps as a trial has. A factor or a gradient of another step is far above.
+SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """One step of a trial: seconds of its slowest rank, its loss, the norm of its gradient before clipping."""
+
+    seconds: float
+    loss: float
+    gradient_norm: float
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,28 @@ class Outcome:
     """What came of a trial.
 
     Attributes:
-        seconds: of every step after the first ones; empty if it failed.
+        steps: all of it; empty if it failed.
         failure: why, in a line; None if it ran.
     """
 
-    seconds: tuple[float, ...] = ()
+    steps: tuple[TimedStep, ...] = ()
     failure: str | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every step after the first ones."""
+        return [step.seconds for step in self.steps[WARM_UP_STEPS:]]
+
+    def difference(self, reference: Outcome) -> str | None:
+        """In which step this trained something else than the reference did, in a line; None if it did not."""
+        for number, (mine, other) in enumerate(zip(self.steps, reference.steps, strict=True), 1):
+            for what, value, expected in (
+                ("loss", mine.loss, other.loss),
+                ("gradient norm", mine.gradient_norm, other.gradient_norm),
+            ):
+                if not math.isclose(value, expected, rel_tol=SAME):
+                    return f"trains differently: {what} {value:.6g} instead of {expected:.6g} in step {number}"
+        return None
 
 
 class Runner(Protocol):
@@ -79,8 +110,12 @@ class LaunchedRunner:
             if code:
                 return Outcome(failure=explain(code, text))
             records = [json.loads(line) for line in lines_of(output / "metrics.jsonl")]
-        seconds = [record["seconds"] for record in records if "seconds" in record]
-        return Outcome(tuple(seconds[WARM_UP_STEPS:]))
+        steps = [
+            TimedStep(record["seconds"], record["loss"], record["gradient_norm"])
+            for record in records
+            if "seconds" in record
+        ]
+        return Outcome(tuple(steps))
 
 
 def _run(command: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -137,13 +172,10 @@ class ForkedRunner:
         from mome_dist.tuning.forked import timed_steps
 
         config = load_config([*self.overrides, *trial.arguments()])
-        with tempfile.TemporaryDirectory(prefix="mome_dist-tuning-") as folder:
-            file = Path(folder) / "deepspeed.json"
-            write_json(file, trial.deepspeed)
-            try:
-                seconds = run_forked(
-                    timed_steps, self.nproc, config, self.llm, file, WARM_UP_STEPS + self.steps, timeout=self.timeout
-                )
-            except RuntimeError as error:
-                return Outcome(failure=explain(1, str(error)))
-        return Outcome(tuple(seconds[0][WARM_UP_STEPS:]))
+        deepspeed = settled(trial.deepspeed, config, layout_of(config, self.nproc).dp, trial.name)
+        arguments = (config, self.llm, deepspeed.acts, WARM_UP_STEPS + self.steps)
+        try:
+            steps = run_forked(timed_steps, self.nproc, *arguments, timeout=self.timeout)
+        except RuntimeError as error:
+            return Outcome(failure=explain(1, str(error)))
+        return Outcome(tuple(steps[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from itertools import product
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mome_dist.config import RunConfig, load_config, resolve_deepspeed_file
+from mome_dist.config import RunConfig, load_config
+from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
 from mome_dist.config.validate import check_values, layout_of, refuse_lora, views_of
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.progress import stages
-from mome_dist.text_files import read_json
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, explain
 from mome_dist.verification.probe import Probe, shrunk
@@ -38,9 +39,12 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     config = load_config(options.overrides)
     check_values(config)
     refuse_lora(config, "layouts are verified on random features, which no encoder made")
+    deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp if options.nproc else None)
+    console.print(deepspeed.describe(), highlight=False, soft_wrap=True)
     if options.shrink:
         config = shrunk(config, scratch / "llm")
-    cases = [_own_case(config, options.nproc)] if options.nproc else standard_cases()
+    cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard_cases()
+    cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]
     if not cases:
         raise UserError(f"--only {options.only}: no case has such a name; without --only all are run.")
@@ -71,13 +75,12 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     return 1 if failed else 0
 
 
-def _own_case(config: RunConfig, world_size: int) -> Case:
+def _own_case(config: RunConfig, world_size: int, deepspeed: DeepSpeedSettings) -> Case:
     layout = layout_of(config, world_size)
-    stage = read_json(resolve_deepspeed_file(config)).get("zero_optimization", {}).get("stage", 0)
     dispatch = config.mome.dispatch
     if dispatch == "auto":  # chosen by speed at the start of a run; both forms are in the standard list
         dispatch = "gather" if layout.ep > 1 else "local"
-    return Case(layout.describe(), layout, stage, dispatch)
+    return Case(layout.describe(), layout, deepspeed.stage, dispatch)
 
 
 def _row(verdict: Verdict, config: RunConfig) -> list[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from mome_dist.build import build_reference
@@ -45,6 +43,7 @@ class Case:
         placement: of the MoME modules; None keeps the configuration's.
         precision: of the frozen LLM.
         train_projectors: False keeps the projectors as they are; None keeps the configuration's.
+        deepspeed: a DeepSpeed configuration; the stage in it does not count.
     """
 
     name: str
@@ -54,6 +53,13 @@ class Case:
     placement: str | None = None
     precision: str = "fp32"
     train_projectors: bool | None = None
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What DeepSpeed is told."""
+        zero = {**self.deepspeed.get("zero_optimization", {}), "stage": self.zero}
+        return {**self.deepspeed, "zero_optimization": zero}
 
 
 @dataclass
@@ -95,23 +101,20 @@ def optimizer_of(probe: Probe, name: str) -> OptimizerConfig:
     )
 
 
-def run_case(probe: Probe, case: Case, optimizer: str, scratch: Path, plant: Callable[[], None] | None) -> Outcome:
+def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None] | None) -> Outcome:
     """Train on this rank of the case's world; the outcome holds this rank's part.
 
     Args:
-        scratch: directory for the DeepSpeed file.
         plant: called once the world is open, to plant a fault.
     """
     probe = configured(probe, case)
     settings, outcome = optimizer_of(probe, optimizer), Outcome()
     with parallel_world(case.layout, probe.config.seed, TIMEOUT_SECONDS) as at:
-        deepspeed_file = scratch / f"zero{case.zero}-{dist.get_rank()}.json"
-        deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": case.zero}}))
         if plant is not None:
             plant()
         model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, current_device()).train()
         wake(((p.name, p.index, p.value) for p in model.trained_parts() if _is_expert(p.name)), probe.config.seed)
-        engine = Engine(model.trainable_modules(), settings, deepspeed_file, case.layout.sequence_parallel)
+        engine = Engine(model.trainable_modules(), settings, case.settings, case.layout.sequence_parallel)
         for number in range(probe.steps):
             step = probe.step(number, at.dp, case.layout)
             with engine.accumulate():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from mome_dist.parallel.forked import run_forked
 from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, Comparison, Mismatch, compare
@@ -54,12 +52,10 @@ class Verifier:
         key = (case.placement, case.precision, case.train_projectors, optimizer)
         if key not in self._references:
             self._references[key] = run_forked(run_reference, 1, self.probe, case, optimizer)[0]
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = (self.probe, case, optimizer, Path(scratch), plant)
-            try:
-                whole = merged(run_forked(run_case, case.layout.world_size, *arguments))
-            except (RuntimeError, ValueError) as error:
-                return Verdict(case, optimizer, None, str(error))
+        try:
+            whole = merged(run_forked(run_case, case.layout.world_size, self.probe, case, optimizer, plant))
+        except (RuntimeError, ValueError) as error:
+            return Verdict(case, optimizer, None, str(error))
         return Verdict(case, optimizer, self._compare(whole, self._references[key], case))
 
     def _compare(self, whole: Outcome, reference: Outcome, case: Case) -> Comparison:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
@@ -32,14 +30,13 @@ STEPS = 2  # before the checkpoint
 TAG = "saved"
 
 
-def _build(probe: Probe, layout: Layout, zero: int, scratch: Path) -> tuple[DistributedMoME, Engine]:
-    deepspeed_file = scratch / f"zero{zero}-{dist.get_rank()}.json"
-    deepspeed_file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+def _build(probe: Probe, layout: Layout, zero: int) -> tuple[DistributedMoME, Engine]:
+    settings = {"zero_optimization": {"stage": zero}}
     lora = _lora() if parallel_state.is_pipeline_first_stage() else None
     model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device(), lora=lora).train()
     named = [(part.name, part.index, part.value) for part in model.trained_parts()]
     wake([each for each in named if ".routed." in each[0] or ".shared." in each[0]], probe.config.seed)
-    return model, Engine(model.trainable_modules(), probe.config.optimizer, deepspeed_file, layout.sequence_parallel)
+    return model, Engine(model.trainable_modules(), probe.config.optimizer, settings, layout.sequence_parallel)
 
 
 def _lora() -> LoRATerms | None:
@@ -68,7 +65,7 @@ def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path) -> lis
     """
     probe = Probe(dataclasses.replace(probe.config, output_dir=str(folder)), probe.steps)
     with parallel_world(layout, probe.config.seed, 60) as at:
-        model, engine = _build(probe, layout, zero, folder)
+        model, engine = _build(probe, layout, zero)
         for number in range(STEPS):
             _step(probe, layout, at, model, engine, number)
         order = {"seed": probe.config.seed}
@@ -96,7 +93,7 @@ def load_and_train(probe: Probe, layout: Layout, zero: int, native: Path, canoni
     """Load a DeepSpeed checkpoint with the engine's own `load_checkpoint`, save it again to ``scratch/native`` with the
     engine's own `save_checkpoint`, and train two steps."""
     with parallel_world(layout, probe.config.seed, 60) as at:
-        model, engine = _build(probe, layout, zero, scratch)
+        model, engine = _build(probe, layout, zero)
         path, client = engine.deepspeed.load_checkpoint(str(native))
         assert path is not None
         different = _differences(model, engine, canonical)

@@ -171,13 +171,10 @@ def test_a_rank_that_fails_in_backward_ends_the_run_and_reduces_nothing(lab: Lab
 def _fail_in_a_step(settings: dict[str, object]) -> bool:
     """One rank fails inside of the reduction context while the other never comes to it."""
     from mome_dist.config.schema import OptimizerConfig
-    from mome_dist.files import write_json
 
-    file = Path(os.environ["FOLDER"]) / f"deepspeed-{os.environ['RANK']}.json"
-    write_json(file, settings)
     with parallel_world(Layout.for_world(2), 0, LONG):
         modules = torch.nn.ModuleDict({"projectors": torch.nn.Linear(4, 4)})
-        engine = Engine(modules, OptimizerConfig(), file)
+        engine = Engine(modules, OptimizerConfig(), settings)
         cleared = True
         if os.environ["RANK"] == "1":
             with pytest.raises(ValueError, match="in backward"), engine.accumulate():

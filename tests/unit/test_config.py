@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -189,21 +188,6 @@ def test_wrong_values_are_named(overrides: list[str], wrong: list[str], world: i
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"fp16": {"enabled": true}}', r"sets 'fp16'; remove it and use llm.precision"),
-        ('{"gradient_clipping": 1}', r"sets 'gradient_clipping'; remove it and use optimizer.gradient_clipping"),
-        ('{"zero_optimization": {"stage": 3}}', r"ZeRO stage 3; supported: 0, 1, 2"),
-        ("{", r"is not JSON"),
-    ],
-)
-def test_wrong_deepspeed_files_are_named(overrides: list[str], tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "ds.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        validate(load_config([*overrides, f"deepspeed.file={tmp_path / 'ds.json'}"]), 2)
-
-
 def _damage(corpus: Path, kind: str) -> None:
     shard = next(corpus.glob("train-*.tar"))
     if kind == "missing shard":
@@ -298,9 +282,3 @@ def test_every_group_option_composes(path: Path) -> None:
             for part in key.split("."):
                 found = found[part] if isinstance(found, dict) else getattr(found, part)
             assert found == value
-
-
-def test_deepspeed_files_are_plain_json() -> None:
-    files = sorted((configs_dir() / "deepspeed").glob("*.json"))
-    stages = [json.loads(path.read_text())["zero_optimization"]["stage"] for path in files]
-    assert stages == [0, 1, 2]

@@ -7,7 +7,6 @@ LayerNorm of the projectors. 10: padding that is trained as end of text, because
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,12 @@ from tests.parallel.worlds import run_world
 RATE = 1e-4  # of the optimiser: far below the distance of two bf16 numbers near 0.5, which is 2e-3
 
 
-def _one_step(directory: Path, scratch: Path, zero: int, planted: bool) -> dict[str, Any]:
+def _one_step(directory: Path, zero: int, planted: bool) -> dict[str, Any]:
     """Train one step with the LLM in bf16; return what the check looks at."""
-    file = scratch / f"zero{zero}.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
     layout, settings = Layout.for_world(1), OptimizerConfig(weight_decay=0.0)
     with parallel_world(layout, toy.SEED, timeout_seconds=60):
         model = toy.distributed(directory, "mhsa", layout, precision=torch.bfloat16)
-        engine = Engine(model.trainable_modules(), settings, file)
+        engine = Engine(model.trainable_modules(), settings, {"zero_optimization": {"stage": zero}})
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         before = [norm.weight.detach().clone() for norm in norms]
         with engine.accumulate():
@@ -66,7 +63,7 @@ def _assert_full_precision(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("zero", [0, 1])
 def test_fault_04_what_trains_is_kept_in_fp32_beside_a_bf16_llm(tmp_path: Path, zero: int) -> None:
     llama = write_random_llama(tmp_path / "llama")
-    clean, planted = (run_world(_one_step, 1, llama, tmp_path, zero, each)[0] for each in (False, True))
+    clean, planted = (run_world(_one_step, 1, llama, zero, each)[0] for each in (False, True))
     _assert_full_precision(clean)
     with pytest.raises(AssertionError):
         _assert_full_precision(planted)

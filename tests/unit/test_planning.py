@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mome_dist.config import load_config
+from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.schema import ParallelConfig
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
@@ -24,7 +25,7 @@ from mome_dist.planning.llms import LLMS, find_shape
 from mome_dist.planning.memory import memory
 from mome_dist.planning.search import predict, search
 from mome_dist.planning.speed import all_reduce, step_time
-from mome_dist.planning.write import write_deepspeed, write_parallel
+from mome_dist.planning.write import deepspeed_settings, write_parallel
 from mome_dist.speech.views import View
 from tools import plan_layout
 
@@ -163,8 +164,7 @@ def test_written_files_are_those_that_runs_read(tmp_path: Path) -> None:
     assert OmegaConf.to_object(merged) == ParallelConfig(
         tp=2, pp=2, ep=4, sequence_parallel=True, recompute="full", timeout_seconds=600
     )
-    write_deepspeed(candidate, tmp_path / "planned.json")
-    assert json.loads((tmp_path / "planned.json").read_text())["zero_optimization"]["stage"] == 2
+    assert deepspeed_settings(candidate)["zero_optimization"]["stage"] == 2
 
 
 def test_json_output_and_files_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +178,24 @@ def test_json_output_and_files_of_the_command(tmp_path: Path, capsys: pytest.Cap
     assert sum(value for name, value in best["seconds"].items() if name != "total") == pytest.approx(
         best["seconds"]["total"]
     )
+
+
+def test_a_written_plan_is_run_with_the_words_that_are_printed(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--gpu", "a100-80gb", "--llm", "llama-3.1-8b", "mome.routed_experts=8", "data.batch_size=32"]
+    found = []
+    for folder in (configs, tmp_path / "elsewhere"):
+        layout, deepspeed = folder / "parallel" / "planned.yaml", folder / "deepspeed" / "planned.json"
+        deepspeed.parent.mkdir(parents=True, exist_ok=True)
+        layout.parent.mkdir(exist_ok=True)
+        assert plan_layout.main([*words, "--write-parallel", str(layout), "--write-deepspeed", str(deepspeed)]) == 0
+        said = capsys.readouterr().out.rpartition("run it with: ")[2].split()
+        assert ("parallel=planned" in said) == ("deepspeed=planned" in said) == (folder == configs)
+        config = load_config(["experiment=tiny", *said])
+        found.append((config.parallel, config.data.accumulation, deepspeed_of(config).acts))
+        assert found[-1][2] == json.loads(deepspeed.read_text())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mome_dist.planning.llms import find_shape
 from mome_dist.tuning.report import figure_of, record_of
 from mome_dist.tuning.search import Found, tune
 from mome_dist.tuning.space import Trial, hand_picked, neighbours, read_trials, refusal, zero_settings
-from mome_dist.tuning.trial import Outcome, _run, explain
+from mome_dist.tuning.trial import Outcome, TimedStep, _run, explain
 
 BASE = ["experiment=tiny", "data.batch_size=16"]
 
@@ -35,16 +36,18 @@ class Known:
             return Outcome(failure="out of memory")
         seconds = 1.0 - 0.2 * (zero["stage"] == 2) - 0.1 * zero.get("overlap_comm", False)
         seconds -= 0.3 * (trial.overrides.get("parallel.ep") == "1")
-        return Outcome((seconds, seconds, 3.0))
+        # The gradients of two ranks, added up where they should be averaged.
+        wrong = trial.deepspeed.get("gradient_allreduce_op") == "sum"
+        return Outcome(tuple(TimedStep(each, 2.0, 2.0 if wrong else 1.0) for each in (9.0, 9.0, seconds, seconds, 3.0)))
 
 
-def _tune(runner: Known, most: int = 60) -> Found | None:
+def _tune(runner: Known, most: int = 60, picked: Sequence[Trial] = ()) -> Found | None:
     config = load_config(BASE)
     job = job_of(config, find_shape("llama-3.2-1b"), Clip(), {"audio": 8, "video": 8}, on_gpu=False)
     return tune(
-        hand_picked(1),
+        [*picked, *hand_picked(1)],
         runner,
-        lambda trial: refusal(trial, BASE, 2, job, None),
+        lambda trial: None if trial in picked else refusal(trial, BASE, 2, job, None),
         lambda best: neighbours(best, config, 2, job, []),
         rounds=2,
         most=most,
@@ -64,6 +67,25 @@ def test_the_search_goes_beyond_the_list_and_survives_failures() -> None:
     assert failed and all(one.failure == "out of memory" for one in failed)
     assert all(runner.runs.count(one.trial.name) == 1 for one in failed), "what failed is not run again"
     assert all(runner.runs.count(one.trial.name) >= 2 for one in found.measured if not one.failure)
+
+
+def test_the_fastest_is_out_if_it_trains_differently() -> None:
+    planted = Trial({**zero_settings(2, overlap=True), "gradient_allreduce_op": "sum"}, {"parallel.ep": "1"})
+    found = _tune(Known(), picked=[planted])
+    assert found is not None and found.best.trial.name == planted.name.replace(', gradient_allreduce_op="sum"', "")
+    wrong = next(one for one in found.measured if one.trial == planted)
+    assert wrong.failure == "trains differently: gradient norm 2 instead of 1 in step 1"
+    assert wrong.first is not None and wrong.first.seconds == pytest.approx([0.4, 0.4, 3.0])
+
+
+def test_a_change_of_zero_keeps_the_rest_of_a_users_file() -> None:
+    config = load_config(BASE)
+    job = job_of(config, find_shape("llama-3.2-1b"), Clip(), {"audio": 8, "video": 8}, on_gpu=False)
+    own = Trial({"zero_optimization": {"stage": 1, "allgather_bucket_size": 1000}})
+    changed = [trial.deepspeed["zero_optimization"] for trial in neighbours(own, config, 2, job, [])]
+    assert {"stage": 0} in changed
+    kept = [zero for zero in changed if zero["stage"]]
+    assert len(kept) > 3 and all(zero["allgather_bucket_size"] == 1000 for zero in kept)
 
 
 def test_the_number_of_trials_is_kept() -> None:
@@ -87,6 +109,8 @@ def test_what_cannot_work_is_not_run() -> None:
     config = load_config([*BASE, "llm.precision=bf16"])
     job = job_of(config, find_shape("llama-3.1-70b"), Clip(), {"audio": 8, "video": 8}, on_gpu=True)
     settings = zero_settings(1)
+    summed = Trial({**settings, "gradient_allreduce_op": "sum", "fp16": {"enabled": True}})
+    assert "2 settings to change" in str(refusal(summed, BASE, 2, job, None))
     for overrides, words in (
         ({"parallel.ep": "3"}, "does not divide the data-parallel size"),
         ({"data.accumulation": "3"}, "cannot be cut"),
