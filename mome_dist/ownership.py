@@ -47,7 +47,7 @@ TOKEN = "MOME_DIST_OWNER"  # noqa: S105  environment variable: processes that ar
 FOLDER = ".owner"
 
 _POLL_SECONDS = 0.5
-_SQUEUE_SECONDS = 30
+_SLURM_SECONDS = 30
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -105,7 +105,8 @@ class Owner:
     @property
     def stop(self) -> str:
         """The command that ends it."""
-        return f"scancel {self.job}" if self.job else f"ssh {self.host} kill {self.process}"
+        elsewhere = "" if self.host == socket.gethostname() else f"ssh {self.host} "
+        return f"scancel {self.job}" if self.job else f"{elsewhere}kill {self.process}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ class Ownership:
         if self._kept:
             return
         aside = self._record.with_name(f".{self.token}")
-        with suppress(FileNotFoundError):  # another owner has taken it over, or the directory is gone
+        # Without this word the end of the process counts, so that a full disk costs nothing. There is none to say where
+        # another owner has taken over, or the directory is gone.
+        with suppress(OSError):
             os.utime(self._record)
             _write(aside, replace(self._owner, released=True))
             aside.replace(self._record)
@@ -222,7 +225,7 @@ def _acquire(directory: Path, what: str, otherwise: str, patience_seconds: float
 
 
 def _take(folder: Path, number: int, owner: Owner) -> tuple[Owner, Path] | None:
-    """Make record ``number``; None if another contender has made it or a later one."""
+    """Make record ``number``; None if another contender has made it or a later one, or has removed the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     aside, record = folder / f".{owner.token}", _path(folder, number)
     try:
@@ -230,8 +233,7 @@ def _take(folder: Path, number: int, owner: Owner) -> tuple[Owner, Path] | None:
         try:
             os.link(aside, record)
         except FileExistsError:
-            # An NFS server that answers twice says this of our own link, too.
-            if not record.exists() or not aside.samefile(record):
+            if aside.stat().st_nlink == 1:  # a file server that answers twice says this of our own link, too
                 return None
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -241,8 +243,8 @@ def _take(folder: Path, number: int, owner: Owner) -> tuple[Owner, Path] | None:
                 "cannot have one owner; choose a directory on another one."
             ) from error
         numbers = _numbers(folder)
-        if max(numbers) > number:  # what we took for the newest was an old picture of the folder
-            record.unlink()
+        if max(numbers, default=number) > number:  # what we took for the newest was an old picture of the folder
+            record.unlink(missing_ok=True)
             return None
         for old in numbers:
             if old < number:
@@ -254,6 +256,8 @@ def _take(folder: Path, number: int, owner: Owner) -> tuple[Owner, Path] | None:
                 if now - left.stat().st_mtime > LEASE_SECONDS:
                     left.unlink()
         return owner, record
+    except FileNotFoundError:
+        return None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -272,10 +276,11 @@ def _sign_of_life(found: _Found, folder: Path) -> str | None:
             return f"the job is {state.lower()}" if state else None
     if is_gone(owner.identity):
         return None
-    silence = _now(folder) - found.time
-    if silence > LEASE_SECONDS:
-        return None
-    return f"its last sign of life is {max(silence, 0):.0f} s old, after {LEASE_SECONDS:g} s it counts as gone"
+    with suppress(FileNotFoundError):  # the folder was removed
+        silence = max(_now(folder) - found.time, 0.0)
+        if silence <= LEASE_SECONDS:
+            return f"its last sign of life is {silence:.0f} s old, after {LEASE_SECONDS:g} s it counts as gone"
+    return None
 
 
 def _newest(folder: Path) -> _Found | None:
@@ -323,14 +328,21 @@ def _queue_state(job: str, cluster: str | None) -> str | None:
     """State of a Slurm job such as ``RUNNING``, empty if it is in no queue; None where nobody knows."""
     if shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%A %T"]
-    if cluster is not None:
-        command.append(f"--clusters={cluster}")
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
+        # Another cluster may have a job of this number, or none.
+        config, queue = (
+            subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False)
+            for command in (
+                ["scontrol", "show", "config"],
+                ["squeue", "--noheader", f"--jobs={job}", "--format=%A %T"],
+            )
+        )
     except subprocess.TimeoutExpired:
         return None
-    if told.returncode:
-        return "" if "Invalid job id" in told.stderr else None
-    lines = [line.split() for line in told.stdout.splitlines()]
+    here = re.search(r"^ClusterName\s*=\s*(\S+)", config.stdout, re.MULTILINE)
+    if here is None or here[1] != cluster:
+        return None
+    if queue.returncode:
+        return "" if "Invalid job id" in queue.stderr else None
+    lines = [line.split() for line in queue.stdout.splitlines()]
     return next((line[1] for line in lines if len(line) == 2 and line[0] == job), "")

@@ -53,9 +53,14 @@ def _machine() -> str:
 
 
 def _started(process: int) -> int | None:
-    """When a process started, in clock ticks after the boot; None if there is nothing of it but its exit code."""
+    """When a process started, in clock ticks after the boot; None if there is nothing of it but its exit code.
+
+    A killed process looks dead while threads of it are still within a call to the system, such as a rename.
+    """
+    place = Path(f"/proc/{process}")
     try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        state, *fields = (place / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ended = state in ("Z", "X") and len(list((place / "task").iterdir())) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if state in ("Z", "X") else int(fields[18])
+    return None if ended else int(fields[18])

@@ -40,6 +40,7 @@ from mome_dist import exit_codes
 from mome_dist.cli import main_guard
 from mome_dist.config import validate_overrides
 from mome_dist.errors import UserError
+from mome_dist.ownership import TOKEN, owned
 
 _POLL_SECONDS = 0.2
 _RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself
@@ -237,10 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error} (The allocation has {len(job.nodes)} nodes x {job.tasks_per_node} ranks: --nodes and "
             "--ntasks-per-node of sbatch.)"
         ) from error
-    run = run_directory(module, rest)
-    if module == DEFAULT_MODULE:
-        job.own(run)
-    return Allocation(job, run, module, rest, int(os.environ.get("MAX_TRIES", "3"))).work()
+    run, tries_allowed = run_directory(module, rest), int(os.environ.get("MAX_TRIES", "3"))
+    if module != DEFAULT_MODULE:
+        return Allocation(job, run, module, rest, tries_allowed).work()
+    with owned(run, "training", "choose another output_dir") as ownership:
+        os.environ[TOKEN] = ownership.token  # the ranks share it
+        allocation = Allocation(job, run, module, rest, tries_allowed)
+        code = allocation.work()
+        if allocation.record.state == "waiting":
+            ownership.keep()
+        return code
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ from mome_dist.system_errors import explain
 from mome_dist.training.engine import Engine
 
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
-_REPLACED = ".old"  # suffix of a checkpoint that makes way for another of the same step
+# Suffixes of a checkpoint that makes way for another of the same step, and of one that is being removed.
+_REPLACED, _GONE = ".old", ".gone"
 T = TypeVar("T")
 
 
@@ -247,7 +248,12 @@ def publish_checkpoint(aside: Path, final: Path, index: bytes, check: Callable[[
     check()
     if final.exists():  # a step that is trained again after a resume from an older checkpoint
         final.replace(replaced)
-    aside.replace(final)
+    try:
+        aside.replace(final)
+    except OSError:  # another run has swept it away
+        if replaced.exists():
+            replaced.replace(final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     write_text(final.parent / LATEST, final.name)
     fsync(final.parent)
@@ -263,7 +269,10 @@ def sweep_checkpoints(folder: Path) -> None:
         if path.suffix == _REPLACED and not final.exists():
             path.rename(final)
         else:
-            shutil.rmtree(path)
+            # Renamed first: an owner that was taken for gone may be about to publish it, half removed.
+            swept = path.with_suffix(_GONE)
+            path.replace(swept)
+            shutil.rmtree(swept)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -272,6 +281,6 @@ def prune(run: Path, keep: int) -> None:
     kept = {newest_checkpoint(run), *([best_of(validated)] if validated else [])}
     for old in checkpoints_of(run)[keep:]:
         if old not in kept:
-            gone = old.with_name(f".{old.name}.gone")
-            old.rename(gone)  # a checkpoint under its own name is whole, also while it is removed
+            gone = old.with_name(f".{old.name}{_GONE}")
+            old.replace(gone)  # a checkpoint under its own name is whole, also while it is removed
             shutil.rmtree(gone)
