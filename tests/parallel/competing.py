@@ -16,7 +16,6 @@ import fcntl
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -38,9 +37,14 @@ REFUSED, DAMAGED, LOST, TWO_OWNERS, OVERTAKEN = 2, 40, 41, 42, 43
 _LEASE_SECONDS = 0.3  # where runs are put to sleep
 
 
+NO_MODEL: Any = None
+
+
 class _Saver(CheckpointSaver):
     def _snapshot(self, step: int, *_: Any) -> Snapshot:
-        tensors = {f"model/{name}": (torch.full((4096,), float(step)), None) for name in "abcdef"}
+        tensors: dict[str, tuple[torch.Tensor, int | None]] = {
+            f"model/{name}": (torch.full((4096,), float(step)), None) for name in "abcdef"
+        }
         return Snapshot(tensors, {"step": step, "optimizer": "adamw", "data": {}, "frozen": {}})
 
 
@@ -49,15 +53,18 @@ class Report:
     """What was seen.
 
     Attributes:
-        kills, sleeps: how many.
+        sleeps: how many.
         ends: of runs by exit code; those that were killed have minus the signal.
         resumed: the step that each owner found as the newest, in the order of owners.
     """
 
-    kills: int = 0
     sleeps: int = 0
     ends: Counter[int] = field(default_factory=Counter)
     resumed: list[int] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        return self.ends[-signal.SIGKILL]
 
 
 def compete(folder: Path, kills: int, seed: int, sleeping: bool = False) -> Report:
@@ -88,7 +95,6 @@ def compete(folder: Path, kills: int, seed: int, sleeping: bool = False) -> Repo
                 report.sleeps += 1
             else:
                 os.kill(victim, signal.SIGKILL)
-                report.kills += 1
     finally:
         for process in running.values():
             if process:
@@ -138,7 +144,7 @@ def _run(folder: Path, log: Path, sleeping: bool) -> int:
             try:
                 while True:
                     step += 1
-                    saver.save(step, None, None)  # type: ignore[arg-type]  no model: see `_Saver`
+                    saver.save(step, NO_MODEL, NO_MODEL)
             except UserError:
                 return OVERTAKEN
     except UserError:
@@ -171,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

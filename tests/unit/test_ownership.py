@@ -37,7 +37,7 @@ sys.exit(main())
 """
 
 
-def start(directory: Path, seconds: float = 60, **variables: str) -> subprocess.Popen[str]:
+def start(directory: Path, /, seconds: float = 60, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", HOLD, str(directory), str(seconds)],
         env={**os.environ, **variables},
@@ -50,7 +50,7 @@ def start(directory: Path, seconds: float = 60, **variables: str) -> subprocess.
 
 def holder(directory: Path, **variables: str) -> subprocess.Popen[str]:
     """A process that owns the directory by now."""
-    process = start(directory, **variables)
+    process = start(directory, 60, **variables)
     assert process.stdout is not None
     assert process.stdout.readline() == "mine\n"
     return process
