@@ -16,7 +16,7 @@ def cache_root() -> Path:
     """
     configured = os.environ.get("MOME_DIST_CACHE")
     try:
-        return Path(configured).expanduser().resolve() if configured else Path.home() / ".cache" / "mome_dist"
+        return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "mome_dist"
     except RuntimeError as error:  # what pathlib raises where it finds no home directory
         raise UserError(
             f"the cache is in {configured or '~/.cache/mome_dist'}, but HOME is not set and user {os.getuid()} has no "

@@ -165,7 +165,7 @@ class CheckpointSaver:
             if ownership is not None:
                 shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} could not be written: {error}. Those before it are whole."
+                f"the checkpoint of step {step} could not be written; those before it are whole. {error}"
             ) from error
 
     def _together(self, work: Callable[[], T]) -> list[T]:

@@ -139,7 +139,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Say what Hydra or OmegaConf found, the key it found it at, and the keys that look like it."""
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # What a resolver such as ${cache:...} has to say stands for itself.
+    told = str(error).replace(f"{UserError.__name__} raised while resolving interpolation: ", "")
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
     if lines and lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]

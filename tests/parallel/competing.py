@@ -67,18 +67,22 @@ class Report:
         return self.ends[-signal.SIGKILL]
 
 
-def compete(folder: Path, kills: int, seed: int, sleeping: bool = False) -> Report:
+def compete(folder: Path, kills: int, seed: int, sleeping: bool = False, sleeps: int = 0) -> Report:
     """Let two runs compete until so many were killed; raises AssertionError if anything is damaged or lost.
 
     Args:
         folder: empty.
         sleeping: also put runs to sleep for longer than the lease, which is short then.
+        sleeps: at least so many.
     """
     chance, report, running = random.Random(seed), Report(), dict.fromkeys(range(2), 0)
     log = folder / "resumed"
     log.touch()
-    try:
-        while report.kills < kills:
+
+    def tend(seconds: float) -> None:
+        """Start again what has ended, for some time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
             for slot, process in running.items():
                 if process:
                     ended, status = os.waitpid(process, os.WNOHANG)
@@ -86,11 +90,15 @@ def compete(folder: Path, kills: int, seed: int, sleeping: bool = False) -> Repo
                         report.ends[os.waitstatus_to_exitcode(status)] += 1
                         process = 0
                 running[slot] = process or _start(folder, log, sleeping)
-            time.sleep(chance.uniform(0.0, 1.0))
+            time.sleep(0.05)
+
+    try:
+        while report.kills < kills or report.sleeps < sleeps:
+            tend(0.05 + chance.uniform(0.0, 0.9))
             victim = running[chance.randrange(2)]
             if sleeping and chance.random() < 0.5:
                 os.kill(victim, signal.SIGSTOP)
-                time.sleep(chance.uniform(0.0, 3 * _LEASE_SECONDS))
+                tend(chance.uniform(0.0, 4 * _LEASE_SECONDS))
                 os.kill(victim, signal.SIGCONT)
                 report.sleeps += 1
             else:
