@@ -18,6 +18,7 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def compete(folder: Path, kills: int, seed: int, sleeping: bool = False, sleeps:
             if sleeping and chance.random() < 0.5:
                 os.kill(victim, signal.SIGSTOP)
                 tend(chance.uniform(0.0, 4 * _LEASE_SECONDS))
-                os.kill(victim, signal.SIGCONT)
+                with suppress(ProcessLookupError):  # it had ended just before
+                    os.kill(victim, signal.SIGCONT)
                 report.sleeps += 1
             else:
                 os.kill(victim, signal.SIGKILL)
