@@ -122,7 +122,7 @@ def launch(
 
 
 def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> bool:
-    """Print on stderr which rank failed, the end of its log, and where the logs are; return whether there are any."""
+    """Print on stderr which rank failed, the end of its log, and where the logs are; return whether it named these."""
     if outcome.told and outcome.code != RANK_LOST:  # there the log of the lost rank says why
         return False
     lines = []
@@ -134,7 +134,8 @@ def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> bool:
         log = logs_root / f"rank-{outcome.failed_rank}.log"
         if log.exists():
             lines += log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    if logged := any(logs_root.iterdir()):
+    logged = not outcome.asked_to_stop and any(log.stat().st_size for log in logs_root.iterdir())
+    if logged:
         lines.append(f"launcher: the logs of the other ranks are in {logs_root}")
     print("\n".join(lines), file=sys.stderr, flush=True)
     return logged
