@@ -68,13 +68,13 @@ class Report:
         return self.ends[-signal.SIGKILL]
 
 
-def compete(folder: Path, kills: int, seed: int, sleeping: bool = False, sleeps: int = 0) -> Report:
+def compete(folder: Path, kills: int, seed: int, sleeping: bool = False, overtaken: int = 0) -> Report:
     """Let two runs compete until so many were killed; raises AssertionError if anything is damaged or lost.
 
     Args:
         folder: empty.
         sleeping: also put runs to sleep for longer than the lease, which is short then.
-        sleeps: at least so many.
+        overtaken: go on until so many runs that slept found another owner in their place.
     """
     chance, report, running = random.Random(seed), Report(), dict.fromkeys(range(2), 0)
     log = folder / "resumed"
@@ -94,7 +94,7 @@ def compete(folder: Path, kills: int, seed: int, sleeping: bool = False, sleeps:
             time.sleep(0.05)
 
     try:
-        while report.kills < kills or report.sleeps < sleeps:
+        while report.kills < kills or report.ends[OVERTAKEN] < overtaken:
             tend(0.05 + chance.uniform(0.0, 0.9))
             victim = running[chance.randrange(2)]
             if sleeping and chance.random() < 0.5:
