@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,16 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
     from benchmarks.step_parts import build, random_step, timed_step
     from mome_dist.checkpoint.save import CheckpointSaver
     from mome_dist.config import RunConfig
+    from mome_dist.training.run_directory import owned_run
 
     trained = build("mome", options, layout)
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder, src=0)
-    savers = {}
+    savers, runs = {}, ExitStack()
     for form in FORMS[1:]:
         config = RunConfig(output_dir=f"{folder[0]}/{form.split()[1]}")
         config.training.async_save = form == FORMS[2]
-        savers[form] = CheckpointSaver(config, layout, {}, {}, lambda step: step)
+        savers[form] = CheckpointSaver(config, layout, {}, {}, lambda step: step, runs.enter_context(owned_run(config)))
     waits: dict[str, list[float]] = {form: [] for form in FORMS}
     steps: dict[str, list[float]] = {form: [] for form in FORMS}
     for number in range(WARM_UP_ROUNDS + options.rounds):
@@ -78,6 +80,7 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
                 steps[form].append(float(seconds[1]))
     written = Path(folder[0]).rglob("part-*.safetensors")
     size = sum(path.stat().st_size for path in written if "between" in str(path) and f"{number:06d}" in str(path))
+    runs.close()
     dist.barrier()
     if dist.get_rank() == 0:
         import shutil

@@ -33,7 +33,7 @@ from launchers.restarts import run_with_restarts
 from mome_dist.cli import main_guard
 from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
-from mome_dist.exit_codes import TIMED_OUT
+from mome_dist.exit_codes import RANK_LOST, TIMED_OUT
 
 _TAIL_LINES = 30
 
@@ -106,6 +106,7 @@ def launch(
     cores = own_cores()
     machine = Machine(nproc, cores, len(cores), visible_gpus(os.environ))
     bound = [machine.cores_of(rank) for rank in range(nproc)] if machine.gpus else None
+    named = False  # whether the user was told to look there
 
     def start(environment: Mapping[str, str]) -> Outcome:
         port = free_port()  # a new one each time: the old one may still be in use for a while
@@ -113,20 +114,21 @@ def launch(
         with RankGroup() as group:
             group.start([sys.executable, "-m", module, *arguments], environments, logs, bound)
             outcome = group.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if outcome.code != 0:
-            _explain(outcome, timeout, logs_root)
+        nonlocal named
+        named = outcome.code != 0 and _explain(outcome, timeout, logs_root)
         return outcome
 
-    outcome = run_with_restarts(start, restarts, os.environ)
-    if outcome.code == 0 and log_dir is None:
-        shutil.rmtree(logs_root, ignore_errors=True)
-    return outcome.code
+    try:
+        return run_with_restarts(start, restarts, os.environ).code
+    finally:
+        if log_dir is None and not named:
+            shutil.rmtree(logs_root, ignore_errors=True)
 
 
-def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> None:
-    """Print on stderr which rank failed, the end of its log, and where the logs are."""
-    if outcome.told:
-        return
+def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> bool:
+    """Print on stderr which rank failed, the end of its log, and where the logs are; return whether it named these."""
+    if outcome.told and outcome.code != RANK_LOST:  # there the log of the lost rank says why
+        return False
     lines = []
     if outcome.failed_rank is None:
         assert outcome.code == TIMED_OUT
@@ -136,9 +138,11 @@ def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> None:
         log = logs_root / f"rank-{outcome.failed_rank}.log"
         if log.exists():
             lines += log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    if any(logs_root.iterdir()):
+    logged = not outcome.asked_to_stop and any(log.stat().st_size for log in logs_root.iterdir())
+    if logged:
         lines.append(f"launcher: the logs of the other ranks are in {logs_root}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+    return logged
 
 
 @main_guard

@@ -1,17 +1,25 @@
-"""What command lines share: mistakes of the user end in one line on stderr, not in a traceback; and common options."""
+"""What command lines share: mistakes of the user and the system's refusals end in one line on stderr, not in a
+traceback; common options.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import ParamSpec
 
 from mome_dist.errors import RankLostError, UserError
 from mome_dist.exit_codes import INTERRUPTED, RANK_LOST, USER_ERROR
+from mome_dist.processes import ensure_user_name
+from mome_dist.system_errors import explain
 
 P = ParamSpec("P")
 
@@ -19,26 +27,60 @@ P = ParamSpec("P")
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's ``main`` so that it returns an exit code (None counts as 0).
 
-    A `UserError` becomes ``error: <message>`` on stderr and code 2. Ranks above 0 of a distributed run put their number
-    before it: a mistake that only one rank can see must not be lost. A `RankLostError` is told the same way and becomes
-    code 76, Ctrl-C becomes 130. Any other exception is a bug and keeps its traceback. Use it as
-    ``sys.exit(main_guard(main)())``, or as a decorator.
+    A `UserError` becomes ``error: <message>`` on stderr and code 2, and so does what the system refuses, such as a full
+    disk (`mome_dist.system_errors`). Ranks above 0 of a distributed run put their number before it: a mistake that only
+    one rank can see must not be lost. A `RankLostError` is told the same way and becomes code 76, Ctrl-C becomes 130.
+    Any other exception is a bug and keeps its traceback. SIGTERM ends a command with code 143 once it has cleaned up.
+    Use it as ``sys.exit(main_guard(main)())``, or as a decorator.
     """
 
     @functools.wraps(main)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except (UserError, RankLostError) as error:
-            rank = os.environ.get("RANK", "0")
-            prefix = "" if rank == "0" else f"[rank {rank}] "
-            sys.stdout.flush()
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR if isinstance(error, UserError) else RANK_LOST
-        except KeyboardInterrupt:
-            return INTERRUPTED
+        ensure_user_name()
+        with _cleaning_up_on_sigterm():
+            try:
+                return main(*args, **kwargs) or 0
+            except (UserError, RankLostError) as error:
+                _tell(str(error))
+                return USER_ERROR if isinstance(error, UserError) else RANK_LOST
+            except OSError as error:
+                line = explain(error)
+                if line is None:
+                    raise
+                _tell(line)
+                return USER_ERROR
+            except KeyboardInterrupt:
+                return INTERRUPTED
 
     return guarded
+
+
+def _tell(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    with suppress(OSError):  # standard output may be what is full
+        sys.stdout.flush()
+    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _cleaning_up_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block like Ctrl-C, so that temporary files go.
+
+    Not on a rank: it has none that another rank could miss, and shall not wait for a collective before it ends.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _FROZEN = ("llm", "audio_encoder", "video_encoder")

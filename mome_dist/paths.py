@@ -9,9 +9,19 @@ from mome_dist.errors import UserError
 
 
 def cache_root() -> Path:
-    """Return the cache directory: ``$MOME_DIST_CACHE`` if set, else ``~/.cache/mome_dist``. It may not exist yet."""
+    """Return the cache directory: ``$MOME_DIST_CACHE`` if set, else ``~/.cache/mome_dist``. It may not exist yet.
+
+    Raises:
+        UserError: this user has no home directory, and the variable does not name another place.
+    """
     configured = os.environ.get("MOME_DIST_CACHE")
-    return Path(configured).expanduser().resolve() if configured else Path.home() / ".cache" / "mome_dist"
+    try:
+        return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "mome_dist"
+    except RuntimeError as error:  # what pathlib raises where it finds no home directory
+        raise UserError(
+            f"the cache is in {configured or '~/.cache/mome_dist'}, but HOME is not set and user {os.getuid()} has no "
+            "home directory: set MOME_DIST_CACHE to a directory."
+        ) from error
 
 
 def configs_dir() -> Path:

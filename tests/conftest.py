@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.paths import configs_dir
 from mome_dist.planning import write
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put everything temporary, also what killed processes leave, into one folder that is removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="mome-tests-"))
+    folder.chmod(0o755)  # the daemons of the test cluster are other users
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None  # asked for anew
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
 
 TINY = SyntheticSettings(
     train=24, validation=4, test=4, train_speakers=8, validation_speakers=4, test_speakers=4, seed=7

@@ -41,6 +41,7 @@ from mome_dist import exit_codes
 from mome_dist.cli import main_guard
 from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
+from mome_dist.ownership import TOKEN, owned
 
 _POLL_SECONDS = 0.2
 _RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself
@@ -271,10 +272,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--ntasks-per-node of sbatch.)"
         ) from error
     tell_cores(job, module, rest)
-    run = run_directory(module, rest)
-    if module == DEFAULT_MODULE:
-        job.own(run)
-    return Allocation(job, run, module, rest, int(os.environ.get("MAX_TRIES", "3")), steps).work()
+    run, tries_allowed = run_directory(module, rest), int(os.environ.get("MAX_TRIES", "3"))
+    if module != DEFAULT_MODULE:
+        return Allocation(job, run, module, rest, tries_allowed, steps).work()
+    with owned(run, "training", "choose another output_dir") as ownership:
+        os.environ[TOKEN] = ownership.token  # the ranks share it
+        allocation = Allocation(job, run, module, rest, tries_allowed, steps)
+        code = allocation.work()
+        if allocation.record.state == "waiting":
+            ownership.keep()
+        return code
 
 
 if __name__ == "__main__":

@@ -73,16 +73,6 @@ def show_job(job: str) -> dict[str, str]:
     return known
 
 
-def queue_state(job: str) -> str:
-    """State of a job that waits, runs or is being ended, such as ``RUNNING``; empty for any other."""
-    try:
-        return ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
-    except subprocess.CalledProcessError as error:
-        if "Invalid job id" in error.stderr:
-            return ""
-        raise
-
-
 def requeue(job: str) -> None:
     """Put a running job back into the queue under its own number; the controller ends this allocation."""
     ask(["scontrol", "requeue", job])

@@ -7,13 +7,11 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from launchers.slurm.commands import hostnames, queue_state
+from launchers.slurm.commands import hostnames
 from mome_dist.errors import UserError
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range that kernels hand out to clients
-_OWNER = "owner"
 
 
 @dataclass(frozen=True)
@@ -62,30 +60,6 @@ class Job:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             command.append(f"--cpus-per-task={cpus}")  # srun no longer takes it from sbatch by itself
         return command
-
-    def own(self, run: Path) -> None:
-        """Claim a run directory for this job, so that two jobs never write into one.
-
-        Raises:
-            UserError: another job that still exists has it.
-        """
-        owner = run / "slurm" / _OWNER
-        owner.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                with owner.open("x", encoding="utf-8") as file:
-                    file.write(self.id)
-                return
-            except FileExistsError:
-                other = owner.read_text(encoding="utf-8")
-            if other == self.id:
-                return
-            if state := queue_state(other) if other else "":
-                raise UserError(
-                    f"job {other} ({state.lower()}) writes into {run}: cancel it with `scancel {other}`, or give "
-                    "another output_dir."
-                )
-            owner.unlink(missing_ok=True)
 
 
 def free_port(job: str) -> int:

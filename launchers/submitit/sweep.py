@@ -18,18 +18,28 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from launchers.options import DEFAULT_MODULE, SubmititOptions
-from mome_dist.config.load import register_resolvers
+from mome_dist.config.load import register_resolvers, unreadable
+from mome_dist.errors import UserError
 from mome_dist.paths import configs_dir
 from mome_dist.text_files import lines_of
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values of a sweep, in Hydra's order: ``a=1,2 b=3`` -> ``a=1 b=3``, ``a=2 b=3``."""
+    """Every combination of the values of a sweep, in Hydra's order: ``a=1,2 b=3`` -> ``a=1 b=3``, ``a=2 b=3``.
+
+    Raises:
+        UserError: for a value that is not written as Hydra reads it.
+    """
     choices = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise UserError(unreadable(error.override)) from error
+    for override in parsed:
         if override.is_sweep_override():
             key = override.get_key_element()
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])

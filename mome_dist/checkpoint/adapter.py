@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mome_dist.checkpoint.saved import Saved
 from mome_dist.config.load import config_of
 from mome_dist.errors import UserError
-from mome_dist.files import sha256_of
+from mome_dist.files import save_tensors, sha256_of
 
 FORMAT = "mome_dist.adapter/1"
 WEIGHTS, CONFIG, CARD, SUMS = "adapter.safetensors", "config.json", "README.md", "SHA256SUMS"
@@ -49,12 +49,11 @@ def write_adapter(directory: Path, weights: Mapping[str, Tensor], document: Mapp
     path = directory / WEIGHTS
     # One entry of metadata: the order of several is not fixed.
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path, {"format": "pt"})
     facts = {"file": WEIGHTS, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     text = json.dumps({"format": FORMAT, **document, "weights": facts}, indent=2, ensure_ascii=False, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
     (directory / CARD).write_text(card, encoding="utf-8")
-    path.chmod((directory / CONFIG).stat().st_mode)  # safetensors lets only its owner read a file
     sums = "".join(f"{sha256_of(directory / name)}  {name}\n" for name in (CARD, WEIGHTS, CONFIG))
     (directory / SUMS).write_text(sums, encoding="utf-8")
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mome_dist.checkpoint.format import CONFIG, Part, complete, describe_part, file_facts, index_of, merge_parts
 from mome_dist.checkpoint.saved import Saved
 from mome_dist.config import save_config
 from mome_dist.errors import UserError
-from mome_dist.files import published_directory
+from mome_dist.files import published_directory, save_tensors
 from mome_dist.versions import version_of
 
 # Sections of a configuration that make weights comparable, number by number.
@@ -90,9 +89,8 @@ def write_average(target: Path, saved: Sequence[Saved]) -> Saved:
     tensors = {f"model/{name}": tensor.contiguous() for name, tensor in mean.weights.items()}
     with published_directory(target, replace=False) as directory:
         part = directory / "part-00000.safetensors"
-        save_file(tensors, part)
+        save_tensors(tensors, part)
         save_config(mean.config, directory / CONFIG)
-        part.chmod((directory / CONFIG).stat().st_mode)  # safetensors lets only its owner read a file
         # Experts are hashed one by one, as training does it (`mome_dist.checkpoint.save`).
         described = {
             name: describe_part(

@@ -6,7 +6,6 @@ computed from what was written and must be the source's; only then does the targ
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from mome_dist.checkpoint.source import Source, item_size, open_canonical
 from mome_dist.config import RunConfig
 from mome_dist.config.load import config_of
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, published_directory
+from mome_dist.files import aside, fsync, published_directory
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.optimizer import moment_names
@@ -93,20 +92,20 @@ def reshard(
             advance(done, max(total, done))
 
         # A thread flushes each file while the next one is written; `published_directory` sees that all are on disk.
-        with _writing(target), published_directory(target, replace=False) as aside, ThreadPoolExecutor(1) as flushing:
+        with _writing(target), published_directory(target, replace=False) as built, ThreadPoolExecutor(1) as flushing:
 
             def finished(path: Path, written: int) -> None:
                 flushing.submit(fsync, path)
                 count(written)
 
             if format == "canonical":
-                tensors = _write_canonical(aside, opened, layout, zero, model, count, finished)
+                tensors = _write_canonical(built, opened, layout, zero, model, count, finished)
             else:
                 plan = _plan(opened, layout, zero, model, run)
                 total = sum(4 * p.count for file in plan.files() for t in file.tensors.values() for p in t.pieces)
                 schedule = Schedule(opened.record["step"], run.training.steps, run.optimizer)
-                write_deepspeed(aside, f"global_step{plan.steps}", plan, opened, schedule, finished)
-                with open_deepspeed(aside)[0] as written:
+                write_deepspeed(built, f"global_step{plan.steps}", plan, opened, schedule, finished)
+                with open_deepspeed(built)[0] as written:
                     tensors = hashed(written)
             content = content_hash(tensors)
             for name, claimed in opened.hashes.items():
@@ -126,10 +125,9 @@ def export(source: Path, target: Path, config: Path | None = None) -> None:
     if not is_deepspeed(source):
         export_adapter(source, target)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        reshard(source, Path(scratch) / "canonical", "canonical", Layout(1, 1, 1, 1), 1, config)
-        export_adapter(Path(scratch) / "canonical", target)
+    with aside(target) as scratch:
+        reshard(source, scratch / "canonical", "canonical", Layout(1, 1, 1, 1), 1, config)
+        export_adapter(scratch / "canonical", target)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Writing checkpoints: a snapshot on every rank, each rank its own part, then one rename makes it visible.
 
-Parts are written into a hidden directory beside the final one; after all ranks are done, rank 0 writes the index,
-flushes everything to disk, renames the directory and moves ``latest``. A crash or a full disk at any moment leaves the
-previous checkpoint. With ``training.async_save`` only the snapshot happens between two steps; a thread does the rest
-while training goes on, and the ranks' threads agree over a process group of their own.
+Parts are written into a hidden directory beside the final one, named by the owner of the run; after all ranks are done,
+rank 0 writes the index, flushes everything to disk, sees that the run is still its own, renames the directory and moves
+``latest``. A crash or a full disk at any moment leaves the previous checkpoint. With ``training.async_save`` only the
+snapshot happens between two steps; a thread does the rest while training goes on, and the ranks' threads agree over a
+process group of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mome_dist.checkpoint.format import (
@@ -39,14 +38,18 @@ from mome_dist.checkpoint.random_state import random_state
 from mome_dist.checkpoint.select import best_of, validated_checkpoints
 from mome_dist.config import RunConfig, save_config
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, write_text
+from mome_dist.files import fsync, save_tensors, write_text
+from mome_dist.ownership import Ownership
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME, by_parameter, rank_writes
 from mome_dist.parallel.whereabouts import wait_for_all
+from mome_dist.system_errors import explain
 from mome_dist.training.engine import Engine
 from mome_dist.versions import version_of
 
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")
+# Suffixes of a checkpoint that makes way for another of the same step, and of one that is being removed.
+_REPLACED, _GONE = ".old", ".gone"
 T = TypeVar("T")
 
 
@@ -72,10 +75,11 @@ class CheckpointSaver:
         frozen: fingerprints of the frozen parts, by name.
         order: what the order of utterances is a function of, by configuration key.
         seen: utterances that were trained on before a step.
+        ownership: of the run's directory, on rank 0; None on the others.
 
     Raises:
-        UserError: from each method, on all ranks, if a rank could not write (such as a full disk). What was published
-            before stays as it is.
+        UserError: from each method, on all ranks, if a rank could not write (such as a full disk), or another run has
+            taken the directory over. What was published before stays as it is.
     """
 
     def __init__(
@@ -85,10 +89,16 @@ class CheckpointSaver:
         frozen: dict[str, str],
         order: dict[str, Any],
         seen: Callable[[int], int],
+        ownership: Ownership | None,
     ) -> None:
         self._config, self._layout, self._frozen, self._order, self._seen = config, layout, frozen, order, seen
         self._folder = Path(config.output_dir) / "checkpoints"
+        self._ownership = ownership
+        if ownership is not None:
+            sweep_checkpoints(self._folder)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_seconds))
+        owners = self._together(lambda: None if ownership is None else ownership.token)
+        self._owner = next(token for token in owners if token is not None)
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
 
@@ -131,21 +141,21 @@ class CheckpointSaver:
 
     def _write(self, step: int, snapshot: Snapshot) -> None:
         final = self._folder / f"step-{step:06d}"
-        aside = self._folder / f".{final.name}.tmp"
-        rank = dist.get_rank()
+        aside = self._folder / f".{final.name}.{self._owner}.tmp"
+        rank, ownership = dist.get_rank(), self._ownership
 
         def prepare() -> None:
-            if rank == 0:
+            if ownership is not None:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
 
         def publish() -> None:
-            if rank == 0:
+            if ownership is not None:
                 files = {name: facts for part in written for name, facts in part["files"].items()}
                 save_config(self._config, aside / CONFIG)
                 files[CONFIG] = file_facts(aside / CONFIG)
                 tensors = merge_parts(part["tensors"] for part in written)
-                publish_checkpoint(aside, final, index_of(snapshot.facts, files, tensors))
+                publish_checkpoint(aside, final, index_of(snapshot.facts, files, tensors), ownership.check)
                 prune(Path(self._config.output_dir), self._config.training.keep_checkpoints)
 
         try:
@@ -153,11 +163,10 @@ class CheckpointSaver:
             written = self._together(lambda: _write_part(aside, rank, snapshot.tensors))
             self._together(publish)
         except _CannotWriteError as error:
-            if rank == 0:
+            if ownership is not None:
                 shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} could not be written: {error}. Those before it are whole: make room "
-                f"in {self._folder}, then start again to continue."
+                f"the checkpoint of step {step} could not be written; those before it are whole. {error}"
             ) from error
 
     def _together(self, work: Callable[[], T]) -> list[T]:
@@ -165,8 +174,10 @@ class CheckpointSaver:
         outcome: tuple[T | None, str | None]
         try:
             outcome = work(), None
-        except (OSError, SafetensorError) as error:
-            outcome = None, f"rank {dist.get_rank()}: {error}"
+        except OSError as error:
+            outcome = None, f"rank {dist.get_rank()}: {explain(error) or error}"
+        except UserError as error:  # another run owns the directory now
+            outcome = None, str(error)
         wait_for_all("writing a checkpoint", self._group)
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self._group)
@@ -218,8 +229,7 @@ def _copied(tensor: Tensor) -> Tensor:
 def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | None]]) -> dict[str, Any]:
     """Write a rank's part; return its file's size and hash, and the description of its tensors."""
     path = folder / f"part-{rank:05d}.safetensors"
-    save_file({name: tensor for name, (tensor, _) in tensors.items()}, path)
-    fsync(path)
+    save_tensors({name: tensor for name, (tensor, _) in tensors.items()}, path)
     return {
         "files": {path.name: file_facts(path)},
         "tensors": {
@@ -229,17 +239,42 @@ def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | 
     }
 
 
-def publish_checkpoint(aside: Path, final: Path, index: bytes) -> None:
-    """Complete a directory of parts with its index and make it visible under its final name, all of it on disk."""
+def publish_checkpoint(aside: Path, final: Path, index: bytes, check: Callable[[], None] = lambda: None) -> None:
+    """Complete a directory of parts with its index and make it visible under its final name, all of it on disk.
+
+    Args:
+        check: raises if this process may not publish any more; called at the last moment.
+    """
     complete(aside, index)
-    replaced = final.with_name(f".{final.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
+    replaced = aside.with_suffix(_REPLACED)
+    check()
     if final.exists():  # a step that is trained again after a resume from an older checkpoint
         final.replace(replaced)
-    aside.replace(final)
+    try:
+        aside.replace(final)
+    except OSError:  # another run has swept it away
+        if replaced.exists():
+            replaced.replace(final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     write_text(final.parent / LATEST, final.name)
     fsync(final.parent)
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove what a run that was killed left half written or half removed. Only the owner of the run may call it.
+
+    A checkpoint that was about to be replaced comes back if its successor did not take its place.
+    """
+    for path in folder.glob(".step-*"):
+        final = folder / path.name[1:].partition(".")[0]
+        if path.suffix == _REPLACED and not final.exists():
+            path.rename(final)
+        else:
+            # Renamed first: an owner that was taken for gone may be about to publish it, half removed.
+            swept = path.with_suffix(_GONE)
+            path.replace(swept)
+            shutil.rmtree(swept)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -248,4 +283,6 @@ def prune(run: Path, keep: int) -> None:
     kept = {newest_checkpoint(run), *([best_of(validated)] if validated else [])}
     for old in checkpoints_of(run)[keep:]:
         if old not in kept:
-            shutil.rmtree(old)
+            gone = old.with_name(f".{old.name}{_GONE}")
+            old.replace(gone)  # a checkpoint under its own name is whole, also while it is removed
+            shutil.rmtree(gone)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,6 +19,7 @@ from mome_dist.data.synthetic.settings import SyntheticSettings, default_corpus_
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.paths import cache_root, configs_dir
+from mome_dist.system_errors import note_places
 
 Section = TypeVar("Section")
 
@@ -49,9 +50,10 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
             composed = compose("config", list(overrides))
         config = _to_schema(composed)
         _refuse_idle_steps(config, overrides)
-        return config
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
+    note_places(_paths_of(config))
+    return config
 
 
 def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
@@ -115,6 +117,30 @@ def resolve_deepspeed_file(config: RunConfig) -> Path:
     return given if given.is_file() or given.is_absolute() else configs_dir() / "deepspeed" / given
 
 
+def _paths_of(config: RunConfig) -> dict[str, str]:
+    """The paths that a run reads and writes, by key."""
+    paths = {
+        "output_dir": config.output_dir,
+        "data.corpus": config.data.corpus,
+        "data.features_dir": config.data.features_dir,
+        "llm.path": config.llm.path,
+        "audio_encoder.path": config.audio_encoder.path,
+        "video_encoder.path": config.video_encoder.path,
+        "training.init_from": config.training.init_from,
+    }
+    return {key: path for key, path in paths.items() if path}
+
+
+def unreadable(override: str) -> str:
+    """What to say of an argument that is not written as Hydra reads it."""
+    key, _, value = override.partition("=")
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        f"argument {override!r} cannot be read: a value with =, commas, brackets, spaces or quotes has to be quoted, "
+        f"for Hydra and for the shell: '{key}=\"{quoted}\"'."
+    )
+
+
 def _to_schema(composed: Any) -> RunConfig:
     plain = OmegaConf.to_container(composed, resolve=True)
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
@@ -122,7 +148,11 @@ def _to_schema(composed: Any) -> RunConfig:
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Say what Hydra or OmegaConf found, the key it found it at, and the keys that look like it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override)
+    # What a resolver such as ${cache:...} has to say stands for itself.
+    told = str(error).replace(f"{UserError.__name__} raised while resolving interpolation: ", "")
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
     if lines and lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]

@@ -72,7 +72,7 @@ def cache_features(config: RunConfig, splits: Sequence[str] | None, world: World
         for split in names:
             started = time.monotonic()
             store = split_features(
-                config, corpus, split, stream, encoder, world.rank, world.size, world.barrier, console
+                config, corpus, split, stream, encoder, world.rank, world.size, world.barrier, world.share, console
             )
             per_second = SAMPLE_RATE if stream == "audio" else FPS
             lengths = {u.id: (u.samples if stream == "audio" else u.frames) / per_second for u in corpus.split(split)}

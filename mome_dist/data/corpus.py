@@ -182,7 +182,10 @@ class Corpus:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(f"{path}: no manifest; give a corpus directory, or make one with tools/make_corpus.py")
+        raise UserError(
+            f"{path}: no manifest; give a corpus directory (training: data.corpus=DIR, mome_dist.evaluate: "
+            "corpus=DIR), or make one with tools/make_corpus.py"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

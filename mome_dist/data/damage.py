@@ -81,7 +81,7 @@ def find_damage(
 def forget_damage(directory: Path) -> None:
     """Remove the record, so that the utterances are tried again."""
     for path in directory.glob(PATTERN):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another run may have done it
 
 
 def check_damage(split: str, damage: Mapping[str, str], allowed: int) -> None:

@@ -50,6 +50,7 @@ def split_features(
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
+    share: Callable[[list[str]], list[str]],
     console: Console | None = None,
 ) -> FeatureStore:
     """The features of a whole split, encoded by all ranks together where the store does not hold them yet.
@@ -68,4 +69,6 @@ def split_features(
     name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
     root = Path(config.data.features_dir or cache_root() / "features")
     directory = feature_directory(root, manifest_sha256(corpus.directory), name, split)
-    return build_features(name, encode, corpus.split(split), directory, rank, world_size, barrier, console=console)
+    return build_features(
+        name, encode, corpus.split(split), directory, rank, world_size, barrier, share, console=console
+    )

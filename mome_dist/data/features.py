@@ -5,9 +5,10 @@ safetensors files ("parts") with one float16 tensor [frames, width] per utteranc
 each writing parts of its own; any number of ranks may read them, since a reader looks an id up over all parts and maps
 the file into memory.
 
-Stores are never patched: a part is written aside and renamed into place, whole. A part that cannot be read is removed
-with a warning and its utterances are encoded again, and so are utterances that no part holds (an interrupted job
-resumes). Every tensor carries a checksum that is verified when it is first read. Utterances that cannot be read are
+Stores are never patched: a part is written aside and renamed into place, whole. So several runs may fill one store at
+once: each encodes what was not there when it began, and equal parts have equal names. A part that cannot be read is
+removed with a warning and its utterances are encoded again, and so are utterances that no part holds (an interrupted
+job resumes). Every tensor carries a checksum that is verified when it is first read. Utterances that cannot be read are
 recorded beside the parts (see `damage`), and not tried again while the record is there.
 """
 
@@ -17,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,13 +28,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.damage import record_damage, recorded_damage
 from mome_dist.errors import DamagedDataError, UserError
-from mome_dist.files import fsync, let_all_read
+from mome_dist.files import fsync, save_tensors, written_aside
 from mome_dist.progress import track
 
 FORMAT = "mome_dist.features/1"
@@ -137,6 +136,7 @@ def build_features(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    share: Callable[[list[str]], list[str]] = lambda ids: ids,
     batch_size: int = 16,
     console: Console | None = None,
 ) -> FeatureStore:
@@ -150,6 +150,7 @@ def build_features(
         encode: called with up to ``batch_size`` utterances of similar length. Where it raises `DamagedDataError`, it is
             called again with one at a time.
         barrier: waits for all ranks, however long they encode.
+        share: gives every rank what rank 0 gave.
         console: where rank 0 shows progress; none by default.
 
     Raises:
@@ -167,13 +168,15 @@ def build_features(
                 )
             present |= set(checksums)
     present |= set(recorded_damage(directory))
-    missing = sorted((u for u in utterances if u.id not in present), key=lambda u: (u.samples, u.frames, u.id))
-    barrier()  # every rank has seen the same files
+    # Another run may be filling the same store, and ranks would see more or less of it: what rank 0 saw counts.
+    lacking = set(share([utterance.id for utterance in utterances if utterance.id not in present]))
+    missing = sorted((u for u in utterances if u.id in lacking), key=lambda u: (u.samples, u.frames, u.id))
+    barrier()  # every rank has seen the same damaged files
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for path, error in damaged:
             logger.warning("%s is damaged (%s): removed, its utterances are encoded again.", path, error)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another run may have done it
     barrier()  # nothing is written before the damaged parts are gone
     # Whole batches are dealt out: what is encoded together, and so every bit, is the same with any number of ranks.
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)][rank::world_size]
@@ -240,12 +243,8 @@ def _write_part(encoder_name: str, arrays: dict[str, NDArray[np.float16]], direc
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     metadata = {"format": FORMAT, "encoder": encoder_name, "crc32": json.dumps(checksums)}
     name = hashlib.sha256("\n".join(sorted(arrays)).encode()).hexdigest()[:16]
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
-        written = Path(aside) / f"part-{name}{SUFFIX}"
-        save_file(arrays, written, metadata=metadata)
-        let_all_read(written)
-        fsync(written)
-        written.replace(directory / written.name)
+    with written_aside(directory / f"part-{name}{SUFFIX}") as path:
+        save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, path, metadata)
     fsync(directory)
 
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import tarfile
-import tempfile
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,7 @@ from typing import Any
 
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, sha256_of, write_text
+from mome_dist.files import aside, fsync, sha256_of, sweep, write_text
 
 FORMAT = "mome_dist.corpus/1"
 MANIFEST = "manifest.json"
@@ -227,10 +226,12 @@ class CorpusWriter:
         self._name, self._settings, self._viseme_names = name, settings, viseme_names
         self._limits = (max_utterances, max_bytes)
         self._writers: dict[str, ShardWriter] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> CorpusWriter:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.working = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=self.directory.parent))
+        sweep(self.directory.parent)
+        self.working = self._stack.enter_context(aside(self.directory)) / "new"
+        self.working.mkdir()
         return self
 
     def add(self, split: str, utterance: EncodedUtterance) -> None:
@@ -250,7 +251,6 @@ class CorpusWriter:
     def _publish(self) -> None:
         if not (self.working / MANIFEST).exists():
             self.finish()
-        self.working.chmod(0o755)  # mkdtemp makes it private to the user
         fsync(self.working)
         try:
             self.working.rename(self.directory)
@@ -265,10 +265,10 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            for writer in self._writers.values():
-                writer.abandon()
-            shutil.rmtree(self.working, ignore_errors=True)
+        with self._stack:
+            try:
+                if kind is None:
+                    self._publish()
+            finally:
+                for writer in self._writers.values():
+                    writer.abandon()

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mome_dist.errors import UserError
-from mome_dist.files import written_aside
+from mome_dist.files import save_tensors, written_aside
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
 from mome_dist.speech.sequence import AUDIO, VIDEO
@@ -78,7 +77,7 @@ class Activations:
             "top_k": str(self.top_k),
         }
         with written_aside(path) as temporary:
-            save_file({"counts": self.counts.contiguous()}, temporary, metadata=metadata)
+            save_tensors({"counts": self.counts.contiguous()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Activations:

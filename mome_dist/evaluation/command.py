@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
 from mome_dist.evaluation.tables import tables_for_terminal
 from mome_dist.evaluation.world import World
+from mome_dist.ownership import owned
 from mome_dist.text import NORMALIZER, normalize
 
 
@@ -159,8 +161,10 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
     if other is not None:
         compared = compare(other, texts_of(results, ids, texts), request.seed)
         document["comparison"] = {"with": str(request.compare), "views": compared}
-    evaluation.activations.save(out / ACTIVATIONS)
-    write_results(out, document, results, evaluation.mixtures, ids, texts)
+    # The files belong together: another evaluation with the same output waits, and replaces them all.
+    with owned(out, "writing results", "give another output=DIR", patience_seconds=math.inf):
+        evaluation.activations.save(out / ACTIVATIONS)
+        write_results(out, document, results, evaluation.mixtures, ids, texts)
     title = f"{document['run']}, step {document['step']}, {split}: {len(utterances)} utterances"
     for table in tables_for_terminal(title, document):
         console.print(table)

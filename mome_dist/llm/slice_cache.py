@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mome_dist.files import fsync, sha256_of, write_json, written_aside
+from mome_dist.files import fsync, save_tensors, sha256_of, write_json, written_aside
 
 FORMAT = "mome_dist.slices/1"
 SLICES, DESCRIPTION, LOCK = "slices.safetensors", "slices.json", "lock"
@@ -79,12 +78,12 @@ class SliceCache:
                     return
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
                 with written_aside(entry / SLICES) as path:
-                    save_file(tensors, path)
+                    save_tensors(tensors, path)
                     description = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 fsync(entry)
                 whole = {"format": FORMAT, "source": self.source, "slicing": dict(slicing), **description}
                 write_json(entry / DESCRIPTION, whole)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.report(f"llm.cache_slices: {entry} cannot be written ({error}); going on without.")
 
 

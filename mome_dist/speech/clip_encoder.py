@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoderStableLayerNorm
 
 from mome_dist.errors import UserError
-from mome_dist.files import let_all_read
+from mome_dist.files import save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -161,8 +161,7 @@ class ClipEncoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         document = {"format": self.format, "encoder": asdict(self.config), **(extra or {})}
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, directory / WEIGHTS_FILE)
-        let_all_read(directory / WEIGHTS_FILE)
+        save_tensors({name: value.contiguous() for name, value in self.state_dict().items()}, directory / WEIGHTS_FILE)
         (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -31,6 +31,7 @@ from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
 from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.precision import settle_precision
+from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
 
@@ -44,15 +45,14 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         The loss of each step done in this call, the same on all ranks.
 
     Raises:
-        UserError: for missing or mismatched files, or a loss that stays not finite.
+        UserError: for missing or mismatched files, a loss that stays not finite, or a run in the same directory.
         PreemptedError: if a signal asked the run to stop; its state is saved.
     """
-    with parallel_world(layout, config.seed, config.parallel.timeout_seconds) as at:
+    with parallel_world(layout, config.seed, config.parallel.timeout_seconds) as at, owned_run(config) as ownership:
         console = rank_console()
         console.print(f"[bold]{config.name}[/]: {layout.describe()}", highlight=False)
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         config = settle_precision(config, console)
-        trainer = prepare(config, layout, at, console)
+        trainer = prepare(config, layout, at, ownership, console)
         config = trainer.config
         if dist.get_rank() == 0:
             save_config(config, Path(config.output_dir) / CONFIG)

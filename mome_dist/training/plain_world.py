@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch import Tensor
 from mome_dist.parallel import rendezvous
 from mome_dist.parallel.device import own_place
 from mome_dist.parallel.whereabouts import wait_for_all, watched
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ class World:
 
     def agree(self, value: bool) -> bool:
         """Return rank 0's ``value`` on every rank, so that all take the same branch."""
-        flag = torch.tensor([int(value)], device=self.device)
+        return self.share(value)
+
+    def share(self, value: T) -> T:
+        """Return rank 0's ``value`` on every rank; it is pickled."""
+        shared = [value]
         if self.size > 1:
-            dist.broadcast(flag, src=0)
-        return bool(flag.item())
+            dist.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0]
 
 
 @contextmanager

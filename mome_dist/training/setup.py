@@ -42,6 +42,7 @@ from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
+from mome_dist.ownership import Ownership
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
@@ -93,8 +94,13 @@ class Trainer:
     encoders: dict[str, Encoder]
 
 
-def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console) -> Trainer:
+def prepare(
+    config: RunConfig, layout: Layout, at: Coordinates, ownership: Ownership | None, console: Console
+) -> Trainer:
     """Build a rank's part of a run and resume it from its newest checkpoint, if there is one.
+
+    Args:
+        ownership: of the run's directory, on rank 0.
 
     Raises:
         UserError: for missing or mismatched files.
@@ -161,7 +167,7 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         online = _online(config, corpus, found.encoders, batches["train"], order, device, start)
     if lora_of(config):
         validation_online = _validation_online(config, corpus, found, batches["validation"], validation, device)
-    saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before)
+    saver = CheckpointSaver(config, layout, frozen, order_facts, order.utterances_before, ownership)
     left_out = sum(map(len, damaged.values()))
     return Trainer(
         config,
@@ -177,6 +183,13 @@ def prepare(config: RunConfig, layout: Layout, at: Coordinates, console: Console
         validation_online,
         found.encoders,
     )
+
+
+def _of_first_rank(value: list[str]) -> list[str]:
+    """What rank 0 gave, on every rank."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _checkpoint_to_resume(config: RunConfig, console: Console) -> Path | None:
@@ -246,7 +259,9 @@ def _features(
         for purpose, split in splits.items():
             if stream in anew[purpose]:
                 continue
-            store = split_features(config, corpus, split, stream, encoder, rank, world, together, console)
+            store = split_features(
+                config, corpus, split, stream, encoder, rank, world, together, _of_first_rank, console
+            )
             found.readers[purpose][stream] = store.get
             damaged[purpose] |= store.damaged
             stores.append(store)

@@ -26,6 +26,7 @@ from mome_dist.speech.views import View
 from mome_dist.training import online
 from mome_dist.training.batches import BatchBuilder
 from mome_dist.training.optimizer import make_optimizer
+from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import prepare, rank_console
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.run import Outcome, _array, _named
@@ -67,8 +68,8 @@ def adapt(overrides: Sequence[str], cache: Path, steps: int, clips_together: int
     """This rank's part of the first steps of a run."""
     config, outcome = _configured(overrides, cache, clips_together), Outcome()
     layout = validate(config, int(os.environ["WORLD_SIZE"]))
-    with parallel_world(layout, config.seed, 60) as at:
-        trainer = prepare(config, layout, at, rank_console())
+    with parallel_world(layout, config.seed, 60) as at, owned_run(config) as ownership:
+        trainer = prepare(config, layout, at, ownership, rank_console())
         assert trainer.online is not None
         for number in range(steps):
             trainer.online.load(number)

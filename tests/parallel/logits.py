@@ -22,6 +22,7 @@ from mome_dist.llm.weights import load_weights
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, MicroBatch
+from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import prepare, rank_console
 from tests.parallel.worlds import run_world
 
@@ -84,8 +85,8 @@ def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] |
     os.environ["MOME_DIST_CACHE"] = str(cache)
     config = load_config(overrides)
     layout = validate(config, int(os.environ["WORLD_SIZE"]))
-    with parallel_world(layout, config.seed, timeout_seconds=120) as at:
-        trainer = prepare(config, layout, at, rank_console())
+    with parallel_world(layout, config.seed, timeout_seconds=120) as at, owned_run(config) as ownership:
+        trainer = prepare(config, layout, at, ownership, rank_console())
         assert trainer.start == config.training.steps, "the trained weights, not the initial ones"
         model = trainer.model.eval()
         validation = len(Corpus.open(config.data.corpus).split(config.data.validation_split))

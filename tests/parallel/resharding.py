@@ -23,6 +23,7 @@ from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import Engine
 from mome_dist.training.optimizer import learning_rate
+from mome_dist.training.run_directory import owned_run
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake
 
@@ -64,12 +65,13 @@ def train_and_save(probe: Probe, layout: Layout, zero: int, folder: Path) -> lis
         The losses of the steps after the save.
     """
     probe = Probe(dataclasses.replace(probe.config, output_dir=str(folder)), probe.steps)
-    with parallel_world(layout, probe.config.seed, 60) as at:
+    with parallel_world(layout, probe.config.seed, 60) as at, owned_run(probe.config) as ownership:
         model, engine = _build(probe, layout, zero)
         for number in range(STEPS):
             _step(probe, layout, at, model, engine, number)
         order = {"seed": probe.config.seed}
-        CheckpointSaver(probe.config, layout, {"llm": "0" * 64}, order, lambda step: step).save(STEPS, model, engine)
+        saver = CheckpointSaver(probe.config, layout, {"llm": "0" * 64}, order, lambda step: step, ownership)
+        saver.save(STEPS, model, engine)
         engine.deepspeed.save_checkpoint(str(folder / "native"), tag=TAG)
         return [_step(probe, layout, at, model, engine, STEPS + more) for more in range(2)]
 

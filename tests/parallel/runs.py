@@ -87,7 +87,9 @@ def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
     features: dict[str, FeatureReader] = {}
     for stream in streams_of(run.config):
         encoder = load_encoder(run.config, stream, run.device)
-        features[stream] = split_features(run.config, corpus, "validation", stream, encoder, 0, 1, lambda: None).get
+        features[stream] = split_features(
+            run.config, corpus, "validation", stream, encoder, 0, 1, lambda: None, list
+        ).get
     utterances, layout = corpus.split("validation"), Layout.for_world(1)
     builder = BatchBuilder(utterances, run.sequences, features, 1, dp_rank, dp_size, run.device, layout)
     return builder.build(range(len(utterances)), run.views)

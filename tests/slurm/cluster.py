@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from mome_dist.cli import main_guard
 from tests.slurm import packages, settings
 from tests.slurm.settings import STATE, node_name
 
@@ -272,6 +273,7 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+@main_guard
 def main() -> int:
     """Open a shell in a cluster, or run a command there; both end with the cluster."""
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.cluster", description=main.__doc__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -53,12 +54,37 @@ def test_a_node_that_does_not_share_the_output_directory_is_named(desk: Desk) ->
         desk.cluster.run(["umount", hide[-1]], node=2)
 
 
-def test_a_cancelled_job_ends_cleanly_and_its_directory_was_its_own(desk: Desk) -> None:
+@pytest.mark.timeout(480)
+def test_of_two_jobs_of_one_run_the_second_is_refused_and_a_requeue_takes_over(desk: Desk) -> None:
+    few = ["parallel.ep=2", "training.steps=40", "training.save_every=5"]
+    job = desk.submit("shared", [*TWO, "--nodelist=node[1-2]"], *few)
+    job.wait_for_step(5, 300)
+
+    def refused() -> str:
+        """Submit another job of this run; return what it says of the first job's state."""
+        second = desk.submit("shared", [*TWO, "--nodelist=node[3-4]"], *few)
+        assert second.wait_for_end() == "FAILED"
+        [line] = second.output().splitlines()
+        assert line.startswith(f"error: {job.run} belongs to job {job.id} (process ")
+        assert f". Wait for its end, stop it with `scancel {job.id}`, or choose another output_dir." in line
+        assert not (job.run / "slurm" / second.id).exists()
+        return line.partition("; the job is ")[2].partition(".")[0]
+
+    assert refused() == "running"
+    desk.cluster.run(["scontrol", "requeue", job.id])
+    job.wait(lambda: job.restarts == 1 and job.state == "PENDING", 60, "requeue")
+    assert refused() in ("pending", "configuring", "running"), "nobody takes its place while it waits"
+    assert job.wait_for_end(400) == "COMPLETED"
+    assert len(job.losses()) == 40, "the first job was disturbed"
+    [record] = (job.run / ".owner").glob("*.json")
+    owner = json.loads(record.read_text())
+    assert (record.name, owner["job"], owner["restart"], owner["released"]) == ("2.json", job.id, 1, True)
+    assert not list(job.run.glob("checkpoints/.*"))
+
+
+def test_a_cancelled_job_ends_cleanly(desk: Desk) -> None:
     job = desk.submit("cancelled", [*TWO, "--nodelist=node[1-2]"], *LONG)
     job.wait_for_step(5)
-    second = desk.submit("cancelled", TWO, *LONG)
-    assert second.wait_for_end(30) == "FAILED"
-    assert f"job {job.id} (running) writes into {job.run}: cancel it with `scancel {job.id}`" in second.output()
     desk.cluster.run(["scancel", job.id])
     assert job.wait_for_end(60) == "CANCELLED"
     job.wait(lambda: job.summary()["state"] == "cancelled", 40, "record of the cancellation")

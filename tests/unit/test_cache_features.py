@@ -45,7 +45,7 @@ def test_every_split_and_stream_is_encoded_once(config: RunConfig, tiny_corpus: 
         assert each.bytes == sum(path.stat().st_size for path in Path(each.directory).glob("part-*"))
         assert {path.stat().st_mode & 0o777 for path in Path(each.directory).glob("part-*")} == {0o644}, "shared"
         assert each.directory in said.getvalue()
-    assert "100%" in said.getvalue(), "progress"
+    assert "(100 %)" in said.getvalue(), "progress"
     again = cache_features(config, ["train", "test"], World(), Console(quiet=True))
     encoded = {(each.stream, each.split): each.encoded for each in again}
     assert encoded["audio", "train"] == encoded["video", "train"] == 0 < encoded["audio", "test"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,37 @@ def test_round_trip_and_second_call_encodes_nothing(tmp_path: Path) -> None:
     check(build_features("toy", second, UTTERANCES, tmp_path / "train"))
     assert second.seen == []
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_ranks_that_see_different_parts_of_another_run_encode_all_together(tmp_path: Path) -> None:
+    """Rank 1 looks when another run has written half of the store, rank 0 has looked before."""
+    build_features("toy", Encoder(), UTTERANCES[:1], tmp_path)
+    barrier, told, looked = threading.Barrier(2), [], threading.Event()
+
+    def share(ids: list[str]) -> list[str]:
+        if threading.current_thread().name == "0":
+            told.append(ids)
+            looked.set()
+        barrier.wait(30)
+        return told[0]
+
+    def wait() -> None:
+        barrier.wait(30)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            looked.wait(30)
+            build_features("toy", Encoder(), UTTERANCES[:12], tmp_path)
+        check(build_features("toy", Encoder(), UTTERANCES, tmp_path, rank, 2, wait, share, 1))
+
+    with ThreadPoolExecutor(2) as pool:
+
+        def named(rank: int) -> None:
+            threading.current_thread().name = str(rank)
+            work(rank)
+
+        for done in [pool.submit(named, rank) for rank in range(2)]:
+            done.result(60)
 
 
 def test_ranks_share_the_work_and_anyone_reads_it(tmp_path: Path) -> None:

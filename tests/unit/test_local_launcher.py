@@ -157,6 +157,23 @@ def test_no_orphans_when_the_launcher_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(is_alive, pids)))
 
 
+def test_no_folder_is_left_that_the_user_was_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    run(2, "*:exit=0")
+    run(1, "*:exit=3")
+    run(2, "*:user-error=wrong")
+    launcher = start(2, f"*:write-pid={tmp_path}", "*:sleep=120")
+    wait_until(lambda: len(read_pids(tmp_path, "*.pid")) == 2)
+    launcher.terminate()
+    launcher.communicate()
+    assert not list(temporary.iterdir())
+    told = run(2, "1:user-error=wrong", "*:sleep=120").stderr
+    [kept] = temporary.iterdir()
+    assert told.endswith(f"launcher: the logs of the other ranks are in {kept}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ending_the_launcher_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None:
     launcher = start(2, f"*:write-pid={tmp_path}", "*:sleep=120")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mome_dist.data.preparation.clips import SPLITS, TRAIN, VALIDATION, Clip, below, check_clips, hold_out_speakers
 from mome_dist.data.preparation.command import Part, part_of
 from mome_dist.data.preparation.manifests import read_manifest
+from mome_dist.data.preparation.portions import Preparation
 from mome_dist.data.preparation.segments import Segment, cut
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.text import Word, read_transcript, spell
 from mome_dist.data.preparation.trees import LRS3_VALIDATION, lrs2_clips, lrs3_clips
-from mome_dist.data.shards import check_id
+from mome_dist.data.preparation.utterances import Prepared
+from mome_dist.data.shards import EncodedUtterance, check_id
 from mome_dist.errors import UserError
 
 # As in LRS3's pretrain folder.
@@ -335,3 +340,78 @@ def test_parts_of_a_job_array() -> None:
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
         PreparationSettings("lrs3", **{name: value})  # type: ignore[arg-type]
+
+
+# --- two at once ---------------------------------------------------------------------------------------------------
+
+
+class Preparer:
+    """Makes one utterance of each clip without reading it; before the ``pause``-th clip something else happens."""
+
+    def __init__(self, pause: int = 0, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.left, self.meanwhile = pause, meanwhile
+
+    def prepare(self, clip: Clip) -> Prepared:
+        if self.left == 1:
+            self.meanwhile()
+        self.left -= 1
+        return Prepared([EncodedUtterance(clip.id, "X", clip.speaker, 640, 1, b"sound", None)], frames=1)
+
+
+class Watch:
+    def starts(self, clip: Clip) -> None:
+        pass
+
+    def ends(self, frames: int) -> None:
+        pass
+
+
+def prepare_all(out: Path, preparer: Any) -> Preparation:
+    settings = PreparationSettings("lrs3", clips_per_shard=2)
+    preparation = Preparation(out, settings, [clip(f"a/s/{number}") for number in range(6)])
+    preparation.begin()
+    for portion in preparation.missing():
+        preparation.do(portion, preparer, Watch())
+    assert preparation.finish()
+    return preparation
+
+
+@pytest.mark.parametrize("pause", [1, 2, 3, 6])
+def test_two_preparations_at_once_both_end_well(tmp_path: Path, pause: int) -> None:
+    """The second is done, and has cleared away its working folder, while the first is in the middle of a portion."""
+    alone = prepare_all(tmp_path / "alone/out", Preparer())
+    out = tmp_path / "both/out"
+    prepare_all(out, Preparer(pause, lambda: (prepare_all(out, Preparer()), None)[1]))
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    for path in alone.out.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_many_that_finish_at_once_publish_one_corpus(tmp_path: Path) -> None:
+    settings = PreparationSettings("lrs3", clips_per_shard=2)
+    preparation = Preparation(tmp_path / "out", settings, [clip(f"a/s/{number}") for number in range(6)])
+    preparation.begin()
+    preparer: Any = Preparer()
+    for portion in preparation.portions:
+        preparation.do(portion, preparer, Watch())
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if preparation.finish() else 2
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert preparation.is_done()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path.name for path in preparation.out.iterdir() if path.name.startswith(".")]
+
+
+def test_of_two_with_other_clips_the_second_is_refused(tmp_path: Path) -> None:
+    settings = PreparationSettings("lrs3")
+    Preparation(tmp_path / "out", settings, [clip("a/s/1")]).begin()
+    with pytest.raises(UserError, match="begun with other clips or settings"):
+        Preparation(tmp_path / "out", settings, [clip("a/s/2")]).begin()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -27,7 +27,8 @@ from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.utterances import ClipPreparer, Note, Rejection
 from mome_dist.data.shards import MANIFEST, ShardWriter, manifest_text
 from mome_dist.errors import UserError
-from mome_dist.files import fsync, locked, write_json, write_text
+from mome_dist.files import aside, fsync, sweep, write_json, write_once, write_text
+from mome_dist.ownership import owned
 
 REJECTED, NOTED = "rejected.jsonl", "noted.jsonl"
 
@@ -114,14 +115,12 @@ class Preparation:
         """
         self.corpus.mkdir(parents=True, exist_ok=True)
         (self.working / "portions").mkdir(exist_ok=True)
-        plan = self.working / "plan.json"
-        with locked(self.working / "lock"):
-            if not plan.exists():
-                write_json(plan, self.description)
-            elif json.loads(plan.read_text(encoding="utf-8")) != self.description:
-                raise UserError(
-                    f"{self.working}: begun with other clips or settings; use the same ones, or remove it to start anew"
-                )
+        sweep(self.working)
+        plan = write_once(self.working / "plan.json", json.dumps(self.description, indent=2, ensure_ascii=False))
+        if json.loads(plan) != self.description:
+            raise UserError(
+                f"{self.working}: begun with other clips or settings; use the same ones, or remove it to start anew"
+            )
 
     def missing(self) -> list[Portion]:
         """Portions that are not done."""
@@ -131,13 +130,23 @@ class Preparation:
         return self.working / "portions" / f"{portion.name}.json"
 
     def do(self, portion: Portion, preparer: ClipPreparer, watch: Watch) -> None:
-        """Prepare a portion. Its record appears when its shards are on disk."""
+        """Prepare a portion. Its record appears when its shards are on disk.
+
+        Two processes may do the same one: they write the same bytes. If meanwhile the other one has finished the whole
+        corpus and cleared away the working directory, nothing is left to do.
+        """
+        try:
+            self._do(portion, preparer, watch)
+        except FileNotFoundError:
+            if not self.is_done():
+                raise
+
+    def _do(self, portion: Portion, preparer: ClipPreparer, watch: Watch) -> None:
         rejections: list[Rejection] = []
         notes: list[Note] = []
         record: dict[str, Any] = {"shards": [], "lines": "", "utterances": 0, "seconds": 0.0}
-        with tempfile.TemporaryDirectory(prefix=f".{portion.name}.", dir=self.working) as scratch:
-            aside = Path(scratch)
-            writer = ShardWriter(aside, portion.name, max_utterances=1 << 62)
+        with aside(self.working / portion.name) as scratch:
+            writer = ShardWriter(scratch, portion.name, max_utterances=1 << 62)
             try:
                 for clip in portion.clips:
                     watch.starts(clip)
@@ -151,11 +160,11 @@ class Preparation:
                 if record["utterances"]:
                     entry = writer.close()
                     record |= {key: entry[key] for key in ("shards", "seconds")}
-                    record["lines"] = (aside / entry["index"]).read_text(encoding="utf-8")
+                    record["lines"] = (scratch / entry["index"]).read_text(encoding="utf-8")
             finally:
                 writer.abandon()
             for shard in record["shards"]:
-                (aside / shard["file"]).rename(self.corpus / shard["file"])
+                (scratch / shard["file"]).rename(self.corpus / shard["file"])
         fsync(self.corpus)
         told = {"rejections": [rejection._asdict() for rejection in rejections], "notes": [n._asdict() for n in notes]}
         write_json(self._record(portion), {**record, **told})
@@ -167,11 +176,10 @@ class Preparation:
             UserError: no clip of a split could be used.
         """
         if not self.out.exists():
-            self.begin()  # a lock needs its directory
-            with locked(self.working / "lock"):
-                if not self.out.exists():
-                    if self.missing():
-                        return False
+            if self.missing() and not self.is_done():
+                return False
+            with owned(self.working, "joining the portions", "choose another OUT", patience_seconds=math.inf):
+                if not self.is_done():
                     self._join()
                     self.corpus.rename(self.out)
                     fsync(self.out.parent)

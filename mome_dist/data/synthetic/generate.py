@@ -138,6 +138,7 @@ def generate_corpus(settings: SyntheticSettings, out: Path | None = None, worker
         write_contact_sheets(corpus, writer.working, settings.seed)
         write_samples(corpus, writer.working / "samples")
         corpus.close()
+    _check_reusable(directory, settings)  # another process may have been faster, with other settings
     return directory
 
 
