@@ -374,13 +374,26 @@ def check_encoders(config: RunConfig) -> None:
             )
 
 
+def expected_geometry(encoder: str | Path) -> str | None:
+    """The geometry of crops that the video encoder of a directory expects; None where its format is not known.
+
+    Raises:
+        UserError: its ``config.json`` cannot be read.
+    """
+    path = Path(encoder) / "config.json"
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds no JSON object. Make the encoder again.")
+    return geometry_of(document)
+
+
 def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
     """Check that a corpus has mouths of the size and place that a video encoder was trained on.
 
     Raises:
         UserError: naming both, and the fix.
     """
-    expected = geometry_of(read_json(Path(encoder) / "config.json"))
+    expected = expected_geometry(encoder)
     if corpus.geometry == expected:
         return
     found = "an unknown one, as older versions made it" if corpus.geometry is None else repr(corpus.geometry)

@@ -82,6 +82,9 @@ def test_a_run_refuses_crops_of_another_geometry(overrides: list[str], tiny_corp
     config.data.corpus = str(older(tiny_corpus_dir, tmp_path / "filmed", {"source": "lrs3"}))
     with pytest.raises(UserError, match="filmed: the geometry of its crops is an unknown one, as older versions"):
         validate(config, 2)
+    (tmp_path / "lips/config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"lips/config\.json holds no JSON object"):
+        validate(config, 2)
 
 
 def test_an_evaluation_refuses_them_before_a_model_is_loaded(
