@@ -58,14 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     from mome_dist.checkpoint.load import load_run
+    from mome_dist.config import RunConfig
     from mome_dist.data.media import FPS, SAMPLE_RATE
     from mome_dist.evaluation.decoding import check_view
     from mome_dist.evaluation.transcription import clips_of, transcribe
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    clips = clips_of(options.file, view, console.print)  # before the model is loaded: it is quick
+    clips = {}
+
+    def read(config: RunConfig) -> None:
+        """Read the file before any model is loaded: it is quick."""
+        clips.update(clips_of(options.file, view, config, console.print))
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(options.run, device, frozen=frozen_of(options))
+    run = load_run(options.run, device, frozen=frozen_of(options), check=read)
     check_view(run.model.projectors, view)
     trained = "" if view in run.views else f" (not trained; trained: {', '.join(map(str, run.views))})"
     started = time.perf_counter()

@@ -110,7 +110,7 @@ from mome_dist.speech.views import View
 
 run = load_adapter(".")  # run.model is a torch module around transformers' model, run.model.llm
 view, file = View("{view.task}", {view.audio_rate}, {view.video_rate}), Path("{file}")
-text = transcribe(run, view, clips_of(file, view))
+text = transcribe(run, view, clips_of(file, view, run.config))
 ```
 
 Audio is resampled to 16 kHz; video must be 96x96 mouth crops. The frozen models are looked for where they were at the

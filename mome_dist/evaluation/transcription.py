@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mome_dist.checkpoint.load import LoadedRun
+from mome_dist.config import RunConfig
+from mome_dist.config.validate import expected_geometry
 from mome_dist.data.films import Film
 from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
@@ -17,11 +19,14 @@ from mome_dist.data.preparation.mouth import NoFaceError
 from mome_dist.errors import UserError
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import streams_of
+from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.views import View
 
 
-def clips_of(path: Path, view: View, tell: Callable[[str], object] = lambda note: None) -> dict[str, Tensor]:
-    """The raw clip of each stream that the view reads; of video, the mouth, cropped as for a corpus.
+def clips_of(
+    path: Path, view: View, config: RunConfig, tell: Callable[[str], object] = lambda note: None
+) -> dict[str, Tensor]:
+    """The raw clip of each stream that the view reads; of video, the mouth, cropped as the run's encoder expects it.
 
     Args:
         tell: is given what was done to the file beyond decoding it, a line each.
@@ -37,7 +42,8 @@ def clips_of(path: Path, view: View, tell: Callable[[str], object] = lambda note
     if film.has_audio:
         clips["audio"] = torch.from_numpy(film.audio())
     if film.has_video:
-        (mouth,) = mouth_crops(film, [(0, film.frames)], FaceMesh)
+        geometry = expected_geometry(config.video_encoder.path) or AVHUBERT
+        (mouth,) = mouth_crops(film, [(0, film.frames)], FaceMesh, geometry=geometry)
         if isinstance(mouth, NoFaceError):
             raise UserError(f"{path}: {mouth}: show one face throughout, or leave out --video-rate.") from mouth
         clips["video"] = torch.from_numpy(mouth)

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from mome_dist import transcribe
 from mome_dist.data.corpus import Corpus
+from mome_dist.data.films import Film
 from mome_dist.data.media import encode_flac, encode_video, write_media_file
+from mome_dist.data.preparation.crops import mouth_crops
+from mome_dist.data.preparation.landmarks import FaceMesh
+from mome_dist.speech.geometry import AVHUBERT, RENDERED
 from tests.evaluation_run import make_run
 from tests.face_films import face_video
 
@@ -72,3 +77,23 @@ def test_mistakes(
     written = capsys.readouterr()
     assert named in written.err
     assert written.out == ""
+
+
+def test_mouths_are_as_large_as_the_encoder_of_the_run_knows_them(
+    run: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's encoder was trained on drawn mouths, which are larger than those of the published lip readers."""
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(run: object, view: object, clips: dict[str, Tensor], num_beams: object) -> str:
+        seen["video"] = clips["video"].numpy()
+        return ""
+
+    monkeypatch.setattr("mome_dist.evaluation.transcription.transcribe", keep)
+    assert transcribe.main([str(run), str(files["face.mp4"]), "--video-rate", "5"]) == 0
+    film = Film(files["face.mp4"], ["video"])
+    (rendered,), (published,) = (
+        mouth_crops(film, [(0, film.frames)], FaceMesh, geometry=name) for name in (RENDERED, AVHUBERT)
+    )
+    np.testing.assert_array_equal(seen["video"], rendered)
+    assert isinstance(published, np.ndarray) and (seen["video"] != published).any()
