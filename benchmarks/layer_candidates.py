@@ -106,7 +106,7 @@ def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLay
 
 
 def first_expert_gradient(layer: StockLayer | MoMELayer) -> Tensor:
-    """Of the down-projection of the first expert that this rank holds: [b, H]."""
+    """The gradient of the down-projection of the first expert that this rank holds: [b, H]."""
     if isinstance(layer, StockLayer):
         return layer.routed.deepspeed_moe.experts.deepspeed_experts[0].down.weight.grad
     experts = layer.mome.deepspeed_moe.experts

@@ -62,7 +62,7 @@ class ClusterOptions:
 
 @dataclass
 class SlurmOptions(ClusterOptions):
-    """Of ``python -m launchers.slurm``."""
+    """Options of ``python -m launchers.slurm``."""
 
     extra: list[str] = field(default_factory=list)
     container: ContainerOptions = field(default_factory=ContainerOptions)
@@ -70,7 +70,7 @@ class SlurmOptions(ClusterOptions):
 
 @dataclass
 class SubmititOptions(ClusterOptions):
-    """Of ``python -m launchers.submitit``."""
+    """Options of ``python -m launchers.submitit``."""
 
     max_timeouts: int = 100
     folder: str = "runs/submitit"
@@ -87,7 +87,7 @@ class SubmititOptions(ClusterOptions):
 
 @dataclass
 class LocalOptions:
-    """Of ``python -m launchers.local``."""
+    """Options of ``python -m launchers.local``."""
 
     tasks_per_node: int = 1
     timeout_seconds: float | None = None

@@ -117,7 +117,7 @@ class OpenFiles:
         self._threads: dict[int, OrderedDict[Path, int]] = {}
 
     def descriptor(self, path: Path) -> int:
-        """Of a file open for reading; the calling thread's own, until it asks for other files.
+        """The descriptor of a file open for reading; it is the calling thread's own, until it asks for other files.
 
         Raises:
             UserError: if it cannot be opened.

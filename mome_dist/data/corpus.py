@@ -78,7 +78,7 @@ class Corpus:
 
     @property
     def geometry(self) -> str | None:
-        """Of the mouths in its crops (`mome_dist.speech.geometry`), or None where nothing tells it.
+        """The geometry of its crops (`mome_dist.speech.geometry`), or None where nothing tells it.
 
         Manifests of older versions do not name it: the synthetic corpora among them are as they are today, and of
         films these versions made crops that no encoder was trained on.

@@ -10,7 +10,7 @@ from mome_dist.data.order import Order, shares_of
 
 @dataclass(frozen=True)
 class Work:
-    """Of some steps, in video frames.
+    """The work of some steps, in video frames.
 
     Attributes:
         frames: of all utterances.

@@ -39,7 +39,7 @@ class Order(Protocol):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Of every utterance of the split, in video frames."""
+        """The length of every utterance of the split, in video frames."""
 
     def batch(self, step: int) -> list[int]:
         """Indices of the utterances that make the global batch of a step."""
@@ -51,7 +51,7 @@ class Order(Protocol):
         """Utterances of all steps before one."""
 
     def smallest_batch(self, steps: int) -> tuple[int, int]:
-        """Of the first ``steps`` steps the one with the fewest utterances, and their number. Where batches come in
+        """The step with the fewest utterances among the first ``steps``, and their number. Where batches come in
         epochs, all of the last one count."""
 
 

@@ -177,12 +177,12 @@ class _Plan:
         return list(groups.values())
 
     def readers(self, batch: Sequence[int]) -> list[ClipReader]:
-        """Of the utterances of a batch."""
+        """Readers of the utterances of a batch."""
         return [ClipReader(self.corpus, self.utterances[index], self.sources, self.seed) for index in batch]
 
 
 class _Features(NamedTuple):
-    """Of one stream of a batch, and how long the encoder took."""
+    """Features of one stream of a batch, and how long the encoder took."""
 
     clips: list[Tensor]
     seconds: float

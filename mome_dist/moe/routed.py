@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from mome_dist.moe.experts import ExpertWeights
 
 NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
-"""Of an expert's parts in DeepSpeed's state dicts, in the order of `ExpertWeights`."""
+"""Names of an expert's parts in DeepSpeed's state dicts, in the order of `ExpertWeights`."""
 
 
 class ExpertPart(NamedTuple):

@@ -30,11 +30,11 @@ class Transformer:
 
     @property
     def parameters(self) -> int:
-        """Of its linear maps; biases and norms are left out."""
+        """Weights of its linear maps; biases and norms are left out."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.ffn_width)
 
     def flops(self, frames: int) -> float:
-        """Of a forward pass over so many frames, all of which see each other."""
+        """FLOPs of a forward pass over so many frames, all of which see each other."""
         return 2 * frames * self.parameters + 4 * self.layers * frames**2 * self.width
 
 
@@ -59,7 +59,7 @@ class Convolution:
 
     @property
     def values(self) -> int:
-        """Of its output, for a frame."""
+        """Values of its output, for a frame."""
         return self.outputs * self.places
 
 
@@ -85,7 +85,7 @@ class EncoderShape:
 
     @property
     def width(self) -> int:
-        """Of a feature vector."""
+        """Size of a feature vector."""
         return self.transformer.width
 
     @property
@@ -104,7 +104,7 @@ class EncoderShape:
         return AUDIO_FRAMES * (self.padded or math.ceil(seconds))
 
     def front_flops(self, seconds: float) -> float:
-        """Of a forward pass before the Transformer."""
+        """FLOPs of a forward pass before the Transformer."""
         return self.frames(seconds) * sum(each.flops for each in self.front)
 
 

@@ -107,7 +107,7 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """Of all nodes."""
+        """Ranks of all nodes."""
         return self.nodes * self.ranks_per_node
 
     def flops(self, precision: str) -> float:

@@ -112,7 +112,7 @@ class Job:
 
     @property
     def frozen_parameters(self) -> int:
-        """Of the whole LLM, input and output embeddings apart."""
+        """Weights of the whole LLM, input and output embeddings apart."""
         shape = self.shape
         return shape.layers * (shape.layer_parameters + 2 * shape.hidden_size) + shape.hidden_size * (
             2 * shape.vocabulary + 1
@@ -120,13 +120,13 @@ class Job:
 
     @property
     def trained_parameters(self) -> int:
-        """Of the whole model."""
+        """Trained parameters of the whole model."""
         mome = (self.experts + self.shared) * self.expert_parameters + self.experts * self.shape.hidden_size
         return self.shape.layers * mome + self.first_stage_parameters
 
     @property
     def first_stage_parameters(self) -> int:
-        """Of what trains on the first stage beside its layers."""
+        """Parameters that train on the first stage beside its layers."""
         lora = sum(encoder.lora_parameters for encoder in self.encoders)
         return self.projector_parameters * self.projectors_train + lora
 

@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def seconds(self) -> list[float]:
-        """Of every step after the first ones."""
+        """Seconds of every step after the first ones."""
         return [step.seconds for step in self.steps[WARM_UP_STEPS:]]
 
     def difference(self, reference: Outcome) -> str | None:

@@ -41,7 +41,7 @@ def _build(probe: Probe, layout: Layout, zero: int) -> tuple[DistributedMoME, En
 
 
 def _lora() -> LoRATerms | None:
-    """Of an encoder that encodes nothing; its layers have numbers of one and of two digits."""
+    """Terms of an encoder that encodes nothing; its layers have numbers of one and of two digits."""
     encoder = nn.Sequential(*(nn.ModuleDict({name: nn.Linear(6, 5) for name in QUERY_AND_VALUE}) for _ in range(11)))
     attach_lora(encoder, rank=2, alpha=4)
     return LoRATerms.of({"video": encoder})

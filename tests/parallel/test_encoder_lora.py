@@ -226,7 +226,7 @@ def test_other_terms_are_refused(
 
 
 def test_a_run_may_start_from_the_weights_of_another(lab: Lab, whole: tuple[list[float], Path], tmp_path: Path) -> None:
-    """Of one with the same terms, and of the same encoder; or of one without any, its projectors kept."""
+    """It may be one with the same terms and the same encoder, or one without any, its projectors kept."""
     start = [*LIPS, VIDEO, "training.steps=3"]
     assert lab.train(1, tmp_path / "same", *start, f"training.init_from={whole[1]}")[0] < whole[0][0]
     save_lively_encoder(Corpus.open(lab.corpus), tmp_path / "encoder", seed=1)

@@ -175,7 +175,7 @@ def _made(
 def _cached_one_by_one(
     corpus_dir: Path, video_encoder: Path, directory: Path, utterances: int
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Of the feature store, where every clip was encoded by itself."""
+    """Features of the feature store, where every clip was encoded by itself."""
     corpus, config = Corpus.open(corpus_dir), RunConfig()
     found: dict[tuple[str, str], np.ndarray] = {}
     config.audio_encoder.path, config.audio_encoder.padding = str(asset_dir("whisper-tiny.en")), "clip"
@@ -200,7 +200,7 @@ def _digest(features: dict[tuple[str, str], np.ndarray]) -> str:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_features_are_the_bits_of_the_cache_on_every_tensor_parallel_rank(lab: Lab, tmp_path: Path, world: int) -> None:
-    """Of clips encoded one by one; two and three ranks share five clips of unequal lengths unevenly."""
+    """Clips are encoded one by one; two and three ranks share five clips of unequal lengths unevenly."""
     expected = run_world(_cached_one_by_one, 1, lab.corpus, lab.video_encoder, tmp_path, 5)[0]
     for features, training in run_world(_made, world, lab.corpus, lab.video_encoder, 1, 5):
         assert not training, "frozen encoders stay in eval mode"

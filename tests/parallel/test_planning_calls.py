@@ -33,7 +33,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _calls(dispatch: str, experts: int) -> int:
-    """Of a forward and backward pass with the balance loss, in bf16."""
+    """Calls of a forward and backward pass with the balance loss, in bf16."""
     layer = ExpertParallelMoME(64, experts, 4, 1, 12, ep_size=torch.distributed.get_world_size(), dispatch=dispatch)
     layer.set_deepspeed_parallelism()
     layer.initialize("counted", 0)

@@ -124,7 +124,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def facts_and_tensors(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Of a layout-free checkpoint: what its index says whatever the files, and every tensor."""
+    """What a layout-free checkpoint holds: what its index says whatever the files, and every tensor."""
     with CheckpointReader(checkpoint) as reader:
         reader.verify()
         cut = ("files", "tensors", "resharded")

@@ -112,7 +112,8 @@ def test_neighbours_order_and_padding_change_nothing(
 
 
 def next_log_probabilities(run: LoadedRun, view: View, audio: Tensor, prefix: list[int], text: list[int]) -> Tensor:
-    """Of the token after each of the first ``len(text) + 1`` places of a text: one clip, no cache, no padding."""
+    """Log probabilities of the token after each of the first ``len(text) + 1`` places of a text of one clip, without
+    cache and padding."""
     tokens = collate([Example([*prefix, *text, run.sequences.codec.eos], len(prefix))])
     with torch.no_grad():
         return run.model.label_logits(view, tokens, [audio], []).log_softmax(-1)

@@ -181,7 +181,7 @@ def test_mouths_like_the_drawn_ones_are_larger(film: Video, points: Points) -> N
     ids=["upside down", "turned left", "mirrored at the floor"],
 )
 def test_eyes_are_never_taken_for_a_mouth(mesh: FaceMesh, film: Video, quarters: int, flipped: bool) -> None:
-    """Of films whose metadata was lost, the mesh sees a face in 29, 43 and 74 of 100 frames, always upside down."""
+    """In films whose metadata was lost, the mesh sees a face in 29, 43 and 74 of 100 frames, always upside down."""
     turned = np.ascontiguousarray(np.rot90(film[:, ::-1] if flipped else film, quarters, (1, 2)))
     points = mesh.track(turned)
     assert np.isinf(points).any() and not np.isfinite(points).any()

@@ -99,7 +99,7 @@ def test_texts_of_lrs_may_have_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_records_hold_any_text(tmp_path: Path) -> None:
-    """Of an evaluation, whose texts are not escaped, and of a run's log."""
+    """Records of an evaluation, whose texts are not escaped, and of a run's log."""
     record = {"view": "asr(4)", "condition": "clean", "id": "a", "reference": "x", "hypothesis": NO_ENDS}
     put(tmp_path / "hypotheses.jsonl", f"{json.dumps(record, ensure_ascii=False)}\n".encode())
     assert read_texts(tmp_path) == {("asr(4)", "clean"): {"a": ("x", NO_ENDS)}}
