@@ -14,6 +14,7 @@ import io
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import soundfile
 from av.video.reformatter import ColorRange
@@ -116,11 +117,11 @@ def grey_levels(frame: av.VideoFrame) -> Video:
         # Packed RGB, palettes, 10-bit and so on: libswscale knows their ranges.
         return frame.to_ndarray(format="gray").astype(np.uint8, copy=False)
     plane = frame.planes[0]
-    luma = np.frombuffer(bytes(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    luma = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
     full_range = name == "gray" or name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
     if full_range:
         return luma
-    return _EXPANDED[luma]
+    return cv2.LUT(luma, _EXPANDED).astype(np.uint8, copy=False)
 
 
 def decode_video(data: bytes, source: str, frames: int | None = None) -> Video:

@@ -60,7 +60,7 @@ def recipe_crops(film: Video, placement: Placement) -> Video:
 
 
 def differences(expected: Placement, points: Points) -> NDArray[np.float64]:
-    """How ours differ from the recipe's, [frames, 4]: scale in %, rotation in degrees, place of the crop in its x and y."""
+    """Ours against the recipe's, [frames, 4]: scale in %, rotation in degrees, the crop's place in its x and y."""
     ours, theirs = align(averaged(points)).astype(np.float64), expected.matrix_FXY[:, :, :2]
     scale = 100 * (np.hypot(*ours[:, 0].T) / np.hypot(*theirs[:, 0].T) - 1)
     turn = np.degrees(np.arctan2(ours[:, 1, 0], ours[:, 0, 0]) - np.arctan2(theirs[:, 1, 0], theirs[:, 0, 0]))
