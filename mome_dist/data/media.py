@@ -117,7 +117,7 @@ def grey_levels(frame: av.VideoFrame) -> Video:
         # Packed RGB, palettes, 10-bit and so on: libswscale knows their ranges.
         return frame.to_ndarray(format="gray").astype(np.uint8, copy=False)
     plane = frame.planes[0]
-    luma = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    luma = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
     full_range = name == "gray" or name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
     if full_range:
         return luma
