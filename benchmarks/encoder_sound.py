@@ -5,19 +5,33 @@ python -m benchmarks.encoder_sound
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
 
-CLIPS, SECONDS, RATE, ROUNDS = 8, 30, 16_000, 9
+CLIPS, SECONDS, RATE = 8, 30, 16_000
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.encoder_sound",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="whose median counts")
+    return parser.parse_args(arguments)
 
 
 @main_guard
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure on one thread and print the median."""
+    options = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
     import numpy as np
     import torch
@@ -27,7 +41,7 @@ def main() -> None:
     extract = WhisperFeatureExtractor(feature_size=80)
     clips = list(np.random.default_rng(0).normal(size=(CLIPS, SECONDS * RATE)).astype(np.float32))
     took = []
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         began = time.process_time()
         extract(clips, sampling_rate=RATE, padding="max_length", max_length=SECONDS * RATE, return_tensors="pt")
         took.append((time.process_time() - began) / (CLIPS * SECONDS))

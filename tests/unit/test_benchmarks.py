@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks import data_speed, learning, long_film, moe_layer, plan_layout, reshard, save_stall, train_step
+from benchmarks import (
+    data_speed,
+    encoder_sound,
+    learning,
+    long_film,
+    moe_layer,
+    plan_layout,
+    reshard,
+    save_stall,
+    train_step,
+)
 from mome_dist import evaluate
 from mome_dist.config import load_config
 from mome_dist.config.validate import views_of
@@ -157,6 +167,7 @@ def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
     scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
+    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
         scripts[name].parse_arguments(shlex.split(arguments))

@@ -147,6 +147,7 @@ def test_beams_limit_and_output(run: Path, results: dict[str, Any], tmp_path: Pa
     assert (found["utterances"], found["split"], found["decoding"]["num_beams"]) == (2, "validation", 2)
     assert found["views"][0]["chance_wer"] is None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".owner",  # who wrote them
         "activations.safetensors",
         "hypotheses.jsonl",
         "results.json",
