@@ -62,7 +62,8 @@ class Desk:
     def reference(self, name: str, *more: str, world: int = 1, **sizes: int) -> list[float]:
         """Losses of the same training of experiment lrs3 in forked processes on this machine, without Slurm."""
         lab = replace(self.lab, experiment="lrs3")
-        return lab.train(world, self.folder / "runs" / name, *self.small(name, *more), **sizes)
+        arguments = self.small(name, *more)
+        return lab.train(world, self.folder / "runs" / name, *arguments, **sizes, timeout=patience(120))
 
     def processes(self, node: int) -> list[str]:
         """Ranks that run on a node."""

@@ -44,7 +44,7 @@ def test_what_a_test_leaves_is_named_and_put_right(slurm: Cluster) -> None:
     slurm.run(["scontrol", "update", "NodeName=node4", "State=DRAIN", "Reason=test"])
     slurm.kill_node(3)
     left = slurm.tidy()
-    assert {f"job {held} (wrap) is PENDING (JobHeldAdmin)", "node4 is drained", "node3 has no power"} <= set(left)
+    assert {f"job {held} (wrap) is PENDING (JobHeldUser)", "node4 is drained", "node3 has no power"} <= set(left)
     assert f"job {running} (wrap) is RUNNING (None)" in left
     slurm.kill_controller()
     assert "the controller is away" in slurm.tidy()

@@ -65,7 +65,7 @@ def test_of_two_jobs_of_one_run_the_second_is_refused_and_a_requeue_takes_over(d
         """Submit another job of this run; return what it says of the first job's state."""
         second = desk.submit("shared", [*TWO, "--nodelist=node[3-4]"], *few)
         assert second.wait_for_end() == "FAILED"
-        [line] = second.output().splitlines()
+        [line] = [text for text in second.output().splitlines() if text.startswith("error: ")]
         assert line.startswith(f"error: {job.run} belongs to job {job.id} (process ")
         assert f". Wait for its end, stop it with `scancel {job.id}`, or choose another output_dir." in line
         assert not (job.run / "slurm" / second.id).exists()
