@@ -98,7 +98,7 @@ class Allocation:
             except NodesError as error:
                 say(f"{error}; asking for other nodes")
                 self.record.begin(self.job.nodes, self._steps())
-                return self._requeue(tries.NODES_AWAY, None)
+                return self._requeue(tries.NODES_AWAY, None, commands.show_job(self.job.id))
             code = self._one_try()
             if code is not None:
                 return code
@@ -132,19 +132,21 @@ class Allocation:
         """The ranks were asked to stop, or a node is gone: come back later, unless that is arranged already."""
         reason = tries.NODE_LOST if end.node_lost else tries.why_stopped(known)
         if known.get("JobState") != "RUNNING":
-            return self._finish(reason, end.code, "waiting")
-        return self._requeue(reason, end.code)
+            return self._finish(reason, end.code, "waiting", known)
+        return self._requeue(reason, end.code, known)
 
-    def _requeue(self, reason: str, code: int | None) -> int:
-        self.record.end(reason, code, self._steps(), "waiting")
+    def _requeue(self, reason: str, code: int | None, known: dict[str, str]) -> int:
+        self.record.end(reason, code, self._steps(), "waiting", known)
         if self._given_up():
             return code or 1
         say(f"{reason}: back into the queue, to continue after step {self._steps() or 0}")
+        if self.record.held:
+            say(self.record.table())
         commands.requeue(self.job.id)
         return exit_codes.PREEMPTED
 
-    def _finish(self, reason: str, code: int, state: str) -> int:
-        self.record.end(reason, code, self._steps(), state)
+    def _finish(self, reason: str, code: int, state: str, known: dict[str, str] | None = None) -> int:
+        self.record.end(reason, code, self._steps(), state, known)
         say(self.record.table())
         return code
 

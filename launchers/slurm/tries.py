@@ -61,6 +61,8 @@ class Record:
         job: its number.
         module, arguments: what its ranks run.
         state: "running", "waiting" (to be started again), "finished", "failed" or "cancelled".
+        held: why Slurm keeps a waiting job until somebody releases it; None where it comes back by itself.
+        release: the command that lets a held job come back.
         exit_code: of the job; None until it ends for good.
     """
 
@@ -69,6 +71,8 @@ class Record:
     module: str
     arguments: list[str]
     state: str = "running"
+    held: str | None = None
+    release: str | None = None
     exit_code: int | None = None
     tries: list[Try] = field(default_factory=list)
 
@@ -84,15 +88,23 @@ class Record:
     def begin(self, nodes: list[str], step: int | None) -> Try:
         """Note the start of a try."""
         self.tries.append(Try(len(self.tries) + 1, nodes, _now(), step))
-        self.state = "running"
+        self.state, self.held, self.release = "running", None, None
         self.save()
         return self.tries[-1]
 
-    def end(self, reason: str, exit_code: int | None, step: int | None, state: str) -> None:
-        """Note the end of the last try, and what becomes of the job."""
+    def end(
+        self, reason: str, exit_code: int | None, step: int | None, state: str, known: Mapping[str, str] | None = None
+    ) -> None:
+        """Note the end of the last try, and what becomes of the job.
+
+        Args:
+            known: of a job that waits, what ``scontrol show job`` says.
+        """
         last = self.tries[-1]
         last.ended, last.reason, last.exit_code, last.last_step = _now(), reason, exit_code, step
         self.state = state
+        if state == "waiting" and (held := why_held(known or {})):
+            self.held, self.release = held, release_command(self.job)
         if state not in ("running", "waiting"):
             self.exit_code = exit_code
         self.save()
@@ -131,7 +143,9 @@ class Record:
 
     def table(self) -> str:
         """The record in plain text, one line a try."""
-        rows = [f"job {self.job}: {self.state}" + ("" if self.exit_code is None else f", exit code {self.exit_code}")]
+        code = "" if self.exit_code is None else f", exit code {self.exit_code}"
+        held = "" if self.held is None else f", held by Slurm ({self.held}) until `{self.release}`"
+        rows = [f"job {self.job}: {self.state}{code}{held}"]
         for entry in self.tries:
             steps = "" if entry.last_step is None else f"  steps {entry.first_step} -> {entry.last_step}"
             rows.append(
@@ -175,6 +189,23 @@ def why_stopped(known: Mapping[str, str]) -> str:
     if known.get("JobState") != "RUNNING":
         return REQUEUED
     return TIME_LIMIT if seconds_left(known) < _LONGEST_WARNING_SECONDS else ASKED
+
+
+def why_held(known: Mapping[str, str]) -> str | None:
+    """Slurm's reason to keep a job in the queue until somebody releases it; None for a job that it does not hold.
+
+    Slurm holds a job (``JobHeldUser``, ``JobHeldAdmin``, ``job_requeued_in_held_state``,
+    ``launch_failed_requeued_held``, ...) by taking away its priority, also while it runs or ends.
+
+    Args:
+        known: what ``scontrol show job`` says (`commands.show_job`).
+    """
+    return known["Reason"] if known.get("Priority") == "0" else None
+
+
+def release_command(job: str) -> str:
+    """What a user types to let a held job start."""
+    return f"scontrol release {job}"
 
 
 def seconds_left(known: Mapping[str, str]) -> float:

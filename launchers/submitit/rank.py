@@ -57,7 +57,7 @@ def run_rank(module: str, arguments: Sequence[str], max_tries: int) -> None:
     final = code in (0, USER_ERROR, INTERRUPTED) or known.get("JobState") == "CANCELLED"
     if job.global_rank == 0:
         reason, state = _judge(code, known, final)
-        record.end(reason, code, tries.saved_steps(module, run), state)
+        record.end(reason, code, tries.saved_steps(module, run), state, known)
         final = final or record.failures_without_progress() >= max_tries
         if final and code:
             record.fail(code)

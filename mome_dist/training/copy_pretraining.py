@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mome_dist.errors import UserError
 from mome_dist.llm import tiny
+from mome_dist.llm.precision import fast_precision
 from mome_dist.training.plain_world import World
 from mome_dist.training.step_progress import StepReport, ignore
 
@@ -124,10 +125,11 @@ class CopyTask:
 
 
 class CopyTrainer:
-    """Model and optimiser of one pre-training run on one rank."""
+    """Model and optimiser of one pre-training run on one rank; products are bf16 where rank 0's device has them."""
 
     def __init__(self, model: LlamaForCausalLM, task: CopyTask, settings: CopySettings, world: World) -> None:
         self.model, self.task, self.settings, self.world = model.to(world.device), task, settings, world
+        self.bf16 = world.agree(fast_precision() == "bf16")
         model.set_attn_implementation("eager")  # on rows this short a quarter faster than SDPA on a CPU
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -199,7 +201,7 @@ class CopyTrainer:
         # Padding stands on the right, where causal attention never looks back from a label.
         kept_BS = labels_BS[:, 1:] != IGNORED
         labels = labels_BS[:, 1:][kept_BS].to(self.world.device)
-        with torch.autocast(self.world.device.type, torch.bfloat16):
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
             hidden_BSH = self.model.model(input_ids=ids_BS[:, :-1].to(self.world.device), use_cache=False)[0]
             logits = self.model.lm_head(hidden_BSH[kept_BS.to(self.world.device)]).float()
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum().float()

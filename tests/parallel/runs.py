@@ -67,10 +67,12 @@ class Lab:
             *more,
         ]
 
-    def train(self, world: int, output: Path, *more: str, tp: int = 1, pp: int = 1, ep: int = 1) -> list[float]:
+    def train(
+        self, world: int, output: Path, *more: str, tp: int = 1, pp: int = 1, ep: int = 1, timeout: float = 120.0
+    ) -> list[float]:
         """Train in a forked world; return the losses of the steps done."""
         overrides = self.overrides(output, f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.ep={ep}", *more)
-        losses = run_world(_train, world, overrides, self.cache)
+        losses = run_world(_train, world, overrides, self.cache, timeout=timeout)
         assert all(rank == losses[0] for rank in losses), "ranks disagree on the losses"
         return losses[0]
 

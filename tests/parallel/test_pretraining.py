@@ -18,6 +18,7 @@ from mome_dist.data.media import encode_video
 from mome_dist.data.shards import CorpusWriter, EncodedUtterance
 from mome_dist.llm.tiny import tiny_llama, word_tokenizer
 from mome_dist.speech.video_encoder import VideoEncoder, VideoEncoderConfig
+from mome_dist.training import copy_pretraining
 from mome_dist.training.artefact import read_record
 from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
 from mome_dist.training.plain_world import open_world
@@ -51,6 +52,24 @@ def viseme_run() -> dict[str, Any]:
         trainer.calibrate()
         buffers = flat(trainer.encoder.buffers())
         return {"loss": loss, "gradient": gradient, "buffers": buffers, "accuracy": trainer.accuracy(UTTERANCES)}
+
+
+def products(fast: str) -> set[str]:
+    """Types of the products of a pre-training step where ``fast`` is the device's fast precision."""
+    copy_pretraining.fast_precision = lambda: fast  # in a forked process of its own
+    with open_world() as world:
+        tokenizer = word_tokenizer(TEXTS)
+        model = tiny_llama(tokenizer, hidden=32, layers=1, heads=2, kv_heads=1, ffn_width=64)
+        trainer = CopyTrainer(model, CopyTask(tokenizer, TEXTS), CopySettings(steps=1, batch_size=2), world)
+        seen: set[str] = set()
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.add(str(call[2].dtype)))
+        trainer.gradients(0)
+        return seen
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
+def test_the_llm_is_pretrained_in_what_the_device_multiplies_fast(fast: str, dtype: str) -> None:
+    assert run_world(products, 1, fast) == [{dtype}]
 
 
 def copy_run() -> dict[str, Any]:

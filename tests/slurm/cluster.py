@@ -29,6 +29,7 @@ import psutil
 
 from mome_dist.cli import main_guard
 from tests.slurm import packages, settings
+from tests.slurm.patience import patience
 from tests.slurm.settings import STATE, node_name
 
 _PR_SET_PDEATHSIG = 1
@@ -113,7 +114,7 @@ class Cluster:
             for process in self._processes.values():
                 process.kill()
         for process in self._processes.values():
-            process.wait(timeout=30)  # process 1 of a namespace is gone only after all others in it
+            process.wait(timeout=patience(30))  # process 1 of a namespace is gone only after all others in it
 
     def inside(self, command: Sequence[str], node: int | None = None, cwd: Path | None = None) -> list[str]:
         """The command that runs ``command`` on the controller's host, or on a node."""
@@ -130,13 +131,13 @@ class Cluster:
         cwd: Path | None = None,
         timeout: float = 60,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside the cluster and return what it said."""
+        """Run a command inside the cluster and return what it said; ``timeout`` is that of an idle machine."""
         done = subprocess.run(
             self.inside(command, node, cwd),
             env=environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
             check=False,
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -161,7 +162,10 @@ class Cluster:
         # In our own process namespace, where the node's number is the one we know.
         entered = ["nsenter", f"--target={self._init}", "--net", "--"]
         for command in (link, f"ip link set veth{number} master bridge0 up"):
-            subprocess.run([*entered, *command.split()], check=True, timeout=10)
+            subprocess.run([*entered, *command.split()], check=True, timeout=patience(10))
+        # slurmd's port: until then the controller of a node that was away for moments only still takes it for well.
+        knock = ["bash", "-c", f"exec 3<>/dev/tcp/{address}/6818"]
+        self._wait(lambda: self.run(knock, check=False).returncode == 0, f"slurmd on {name}")
 
     def kill_node(self, number: int) -> None:
         """Take a node's power away: every process on it is gone at once, and its network card."""
@@ -170,8 +174,48 @@ class Cluster:
 
     def idle_nodes(self) -> int:
         """How many nodes are idle."""
+        return sum(state == "idle" for state in self._node_states().values())
+
+    def tidy(self) -> list[str]:
+        """Bring the cluster back to where every test finds it: controller and nodes up, no jobs.
+
+        Returns:
+            what was left in another state; nothing of what ends by itself within seconds.
+        """
+        away = [] if "slurmctld" in self._processes else ["the controller is away"]
+        if away:
+            self.start_controller()
+        deadline = time.monotonic() + patience(5)
+        while (left := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if jobs := self.run(["squeue", "-h", "-o", "%A"]).stdout.split():
+            self.run(["scancel", *jobs])
+        for number in self._dead_nodes():
+            self.start_node(number)
+        self._wait(lambda: not self.run(["squeue", "-h"]).stdout, "end of cancelled jobs", 60)
+        self.resume_nodes()
+        self._wait(lambda: not self._left(), "rest", 60)
+        return away + left
+
+    def resume_nodes(self) -> list[str]:
+        """Bring back nodes that are down or drained, as an operator does; return their names."""
+        names = [name for name, state in self._node_states().items() if state.startswith(("down", "drain"))]
+        for name in names:
+            self.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"])
+        return names
+
+    def _left(self) -> list[str]:
+        """What is not as every test finds it."""
+        jobs = self.run(["squeue", "-h", "-o", "job %i (%j) is %T (%r)"]).stdout.splitlines()
+        nodes = [f"{name} is {state}" for name, state in self._node_states().items() if state != "idle"]
+        return [*jobs, *nodes, *(f"{node_name(number)} has no power" for number in self._dead_nodes())]
+
+    def _dead_nodes(self) -> list[int]:
+        return [number for number in range(1, self.nodes + 1) if node_name(number) not in self._processes]
+
+    def _node_states(self) -> dict[str, str]:
         told = self.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"], check=False).stdout
-        return sum(line.endswith(" idle") for line in told.splitlines())
+        return dict(line.split() for line in told.splitlines())
 
     def _start_namespaces(self) -> None:
         script = _CLUSTER_INIT.format(
@@ -238,14 +282,14 @@ class Cluster:
         return process.pid
 
     def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while not condition():
             if time.monotonic() > deadline:
                 logs = "".join(
                     f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}\n"
                     for path in sorted((self.folder / "logs").glob("*.log"))
                 )
-                raise RuntimeError(f"the Slurm cluster did not start: no {what} after {seconds} s\n{logs}")
+                raise RuntimeError(f"the Slurm cluster: no {what} after {patience(seconds):.0f} s\n{logs}")
             time.sleep(0.1)
 
 

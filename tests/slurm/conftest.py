@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +10,44 @@ import pytest
 from tests.parallel.runs import Lab
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.desk import Desk
+from tests.slurm.patience import patience
 
 NODES = 5  # two for each of two jobs, and one for a job whose node failed
+_RUNNING = pytest.StashKey[Cluster]()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Stretch the test's timeout by how slow this machine is."""
+    marker = item.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Every test leaves the cluster as it found it; one that does not fails itself, and no other.
+
+    No fixture: its end would not come where a fixture of a whole module fails, and leaves a job behind.
+    """
+    running = item.config.stash.get(_RUNNING, None)
+    left: list[str] = []
+    try:
+        left = running.tidy() if running else []
+    finally:
+        result = yield
+    assert not left, f"left on the cluster: {'; '.join(left)}"
+    return result
 
 
 @pytest.fixture(scope="package")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Cluster]:
     """The running cluster."""
     with cluster(NODES, tmp_path_factory.mktemp("cluster") / "files") as running:
+        pytestconfig.stash[_RUNNING] = running
         yield running
+        del pytestconfig.stash[_RUNNING]
 
 
 @pytest.fixture(scope="package")

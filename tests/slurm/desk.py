@@ -12,8 +12,10 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+from launchers.slurm import tries
 from tests.parallel.runs import Lab
 from tests.slurm.cluster import Cluster
+from tests.slurm.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 # Test settings that a user's session does not have. (OMP_NUM_THREADS stays: sums depend on the number of threads.)
@@ -41,7 +43,7 @@ class Desk:
         return {**{name: value for name, value in os.environ.items() if name not in _NOT_THE_USERS}, **mine}
 
     def run(self, arguments: Sequence[str], timeout: float = 60, check: bool = True) -> CompletedProcess[str]:
-        """Run a command on the login node, ``python`` being this one."""
+        """Run a command on the login node, ``python`` being this one; ``timeout`` is that of an idle machine."""
         words = [sys.executable if word == "python" else word for word in arguments]
         return self.cluster.run(words, check, environment=self.environment(), cwd=self.folder, timeout=timeout)
 
@@ -60,7 +62,8 @@ class Desk:
     def reference(self, name: str, *more: str, world: int = 1, **sizes: int) -> list[float]:
         """Losses of the same training of experiment lrs3 in forked processes on this machine, without Slurm."""
         lab = replace(self.lab, experiment="lrs3")
-        return lab.train(world, self.folder / "runs" / name, *self.small(name, *more), **sizes)
+        arguments = self.small(name, *more)
+        return lab.train(world, self.folder / "runs" / name, *arguments, **sizes, timeout=patience(120))
 
     def processes(self, node: int) -> list[str]:
         """Ranks that run on a node."""
@@ -137,15 +140,18 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
-        """Wait for something about this job."""
-        deadline = time.monotonic() + seconds
+        """Wait for something about this job that takes up to ``seconds`` on an idle machine."""
+        deadline = time.monotonic() + patience(seconds)
         while not condition():
             if time.monotonic() > deadline:
                 logs = "".join(
                     f"--- {path}\n{path.read_text(errors='replace')[-1500:]}\n" for path in self.run.rglob("rank-*.log")
                 )
+                known = self.show()
+                held = tries.why_held(known)
+                why = f", held ({held}) until `{tries.release_command(self.id)}`" if held else ""
                 raise AssertionError(
-                    f"job {self.id}: no {what} after {seconds} s\n{self.show()}\n{self.output()}\n{logs}"
+                    f"job {self.id}{why}: no {what} after {patience(seconds):.0f} s\n{known}\n{self.output()}\n{logs}"
                 )
             time.sleep(0.25)
 

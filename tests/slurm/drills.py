@@ -1,9 +1,14 @@
-"""What can happen to a job on a cluster, done to two jobs while they train; and how long each took to come back."""
+"""What can happen to a job on a cluster, done to two jobs while they train; and how long each took to come back.
+
+The controller is restarted while nothing else happens: one that comes back and does not know of a start may start a job
+a second time, and Slurm holds it then (`test_held`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,10 +57,29 @@ REQUEUED, PREEMPTED, TIME_LIMIT = "scontrol requeue", "preempted by a higher par
 RANK_KILLED, NODE_KILLED, CONTROLLER_RESTARTED = "one rank killed", "one node killed", "controller restarted"
 
 
-def cluster_wants_its_nodes(desk: Desk) -> tuple[Job, list[Drill]]:
-    """A job that an operator requeues, a more urgent job displaces, and the time limit ends."""
-    job = desk.submit("wanted", [*OPTIONS, "--nodelist=node[1-2]"], *RUN)
-    ask = desk.cluster.run
+def all_drills(desk: Desk) -> list[tuple[Job, Drill]]:
+    """Everything that can happen, each with the job it happened to; both jobs have ended."""
+    wanted = desk.submit("wanted", [*OPTIONS, "--nodelist=node[1-2]"], *RUN)
+    broken = desk.submit("broken", [*OPTIONS, "--exclude=node[1-2]"], *RUN)
+    wanted.wait_for_step(1, 180)
+    happened = [(broken, drill(broken, CONTROLLER_RESTARTED, _restart_controller))]
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(_cluster_wants_its_nodes, wanted), pool.submit(_things_break, broken)]
+    for job, drills in zip((wanted, broken), (future.result() for future in both), strict=True):
+        happened += [(job, entry) for entry in drills]
+        job.wait_for_end()
+    return happened
+
+
+def _restart_controller(job: Job) -> None:
+    job.desk.cluster.kill_controller()
+    time.sleep(2)
+    job.desk.cluster.start_controller()
+
+
+def _cluster_wants_its_nodes(job: Job) -> list[Drill]:
+    """An operator requeues the job, a more urgent one displaces it, and the time limit ends it."""
+    ask = job.desk.cluster.run
 
     def urgent(job: Job) -> None:
         ask(["sbatch", "--partition=urgent", "--nodelist=node1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"])
@@ -66,27 +90,23 @@ def cluster_wants_its_nodes(desk: Desk) -> tuple[Job, list[Drill]]:
         job.wait(lambda: job.summary()["state"] == "waiting", 100, "end of the time")
         ask(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
 
-    return job, [
+    return [
         drill(job, REQUEUED, lambda job: ask(["scontrol", "requeue", job.id])),
         drill(job, PREEMPTED, urgent),
         drill(job, TIME_LIMIT, limit),
     ]
 
 
-def things_break(desk: Desk) -> tuple[Job, list[Drill]]:
-    """A job that loses a rank, whose controller is away for a while, and that loses a node."""
-    job = desk.submit("broken", [*OPTIONS, "--exclude=node[1-2]"], *RUN)
+def _things_break(job: Job) -> list[Drill]:
+    """The job loses a rank, and then a node."""
+    cluster = job.desk.cluster
 
-    def controller(_: Job) -> None:
-        desk.cluster.kill_controller()
-        time.sleep(2)
-        desk.cluster.start_controller()
+    def lose_node(job: Job) -> None:
+        cluster.kill_node(lost := int(job.nodes()[1].removeprefix("node")))
+        job.wait(lambda: job.restarts == 1, 120, "requeue by Slurm")
+        cluster.start_node(lost)
 
-    return job, [
-        drill(job, RANK_KILLED, lambda job: job.kill_rank(job.nodes()[1])),
-        drill(job, CONTROLLER_RESTARTED, controller),
-        drill(job, NODE_KILLED, lambda job: desk.cluster.kill_node(int(job.nodes()[1].removeprefix("node")))),
-    ]
+    return [drill(job, RANK_KILLED, lambda job: job.kill_rank(job.nodes()[1])), drill(job, NODE_KILLED, lose_node)]
 
 
 def table(drills: list[Drill]) -> str:

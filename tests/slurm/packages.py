@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.slurm.patience import patience
+
 PACKAGES = (
     *("munge", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"),
     *("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server-core", "mariadb-client-core"),  # sacct reads a database
@@ -53,7 +55,13 @@ def _is_installed(name: str) -> bool:
 def _apt(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=patience(240),
+        check=False,
     )
 
 

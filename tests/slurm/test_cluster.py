@@ -14,6 +14,7 @@ import pytest
 from tests.slurm import packages
 from tests.slurm.cluster import Cluster
 from tests.slurm.desk import ROOT
+from tests.slurm.patience import patience
 
 pytestmark = pytest.mark.slurm
 
@@ -36,6 +37,20 @@ def test_it_is_a_cluster_of_several_nodes(slurm: Cluster) -> None:
     assert not Path("/run/cluster").exists(), "its files are not this machine's"
 
 
+def test_what_a_test_leaves_is_named_and_put_right(slurm: Cluster) -> None:
+    wait = ["sbatch", "--parsable", "--output=/dev/null"]
+    held = slurm.run([*wait, "--hold", "--wrap=true"]).stdout.strip()
+    running = slurm.run([*wait, "--nodelist=node1", "--wrap=sleep 3600"]).stdout.strip()
+    slurm.run(["scontrol", "update", "NodeName=node4", "State=DRAIN", "Reason=test"])
+    slurm.kill_node(3)
+    left = slurm.tidy()
+    assert {f"job {held} (wrap) is PENDING (JobHeldUser)", "node4 is drained", "node3 has no power"} <= set(left)
+    assert f"job {running} (wrap) is RUNNING (None)" in left
+    slurm.kill_controller()
+    assert "the controller is away" in slurm.tidy()
+    assert slurm.tidy() == [] and slurm.idle_nodes() == slurm.nodes
+
+
 def test_nothing_is_left_when_its_process_is_killed() -> None:
     before = daemons()
     command = [sys.executable, "-m", "tests.slurm.cluster", "--nodes=1"]
@@ -48,7 +63,8 @@ def test_nothing_is_left_when_its_process_is_killed() -> None:
     everything = {process.pid for process in psutil.Process(owner.pid).children(recursive=True)}
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait()
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in {*started, *everything} if psutil.pid_exists(pid)], 10)
+    ending = [psutil.Process(pid) for pid in {*started, *everything} if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(ending, patience(10))
     assert not alive, alive
 
 

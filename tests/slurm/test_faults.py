@@ -6,7 +6,6 @@ The times go to standard output (``pytest -s``), and as JSON into the file that 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,19 +26,15 @@ def unbroken(desk: Desk) -> list[float]:
 
 @pytest.fixture(scope="module")
 def done(desk: Desk, unbroken: list[float]) -> dict[str, tuple[Job, Drill]]:
-    """Both drills side by side: each fault, with the job it happened to."""
-    with ThreadPoolExecutor() as pool:
-        both = [future.result() for future in [pool.submit(run, desk) for run in _DRILLS]]
-    happened = [drill for _, done in both for drill in done]
-    for job, _ in both:
-        job.wait_for_end()
+    """Each fault, with the job it happened to."""
+    done = drills.all_drills(desk)
+    happened = [drill for _, drill in done]
     print("\n" + drills.table(happened))
     if "MOME_DIST_SLURM_TIMES" in os.environ:
         write_json(Path(os.environ["MOME_DIST_SLURM_TIMES"]), drills.records(happened))
-    return {drill.what: (job, drill) for job, done in both for drill in done}
+    return {drill.what: (job, drill) for job, drill in done}
 
 
-_DRILLS = (drills.cluster_wants_its_nodes, drills.things_break)
 # What happened, the reason in the summary, tries and requeues by Slurm that follow, and how Slurm accounts for the
 # start before. A preempted job has saved and requeued itself before Slurm would have.
 CASES = [

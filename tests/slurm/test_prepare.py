@@ -23,7 +23,7 @@ def test_a_job_array_makes_one_corpus(desk: Desk) -> None:
     job = desk.run([*words, "--clips-per-shard", "1"], timeout=120).stdout.strip()
     assert Job(desk, job, desk.folder).accounted(2) == ["COMPLETED", "COMPLETED"]
     told = [(desk.folder / f"slurm-{job}_{task}.out").read_text() for task in (1, 3)]
-    assert all("2/2" in text for text in told), "each task has done two of the four shards"
+    assert all("2 of 2 clips" in text for text in told), "each task has done two of the four shards"
     corpus = Corpus.open(desk.folder / "corpora/lrs2")
     corpus.verify()
     assert [len(corpus.split(name)) for name in ("train", "validation", "test")] == [2, 1, 1]

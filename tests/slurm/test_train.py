@@ -41,21 +41,24 @@ def start(desk: Desk, name: str, command: list[str], *more: str) -> Job:
 
 @pytest.fixture(scope="module")
 def started(desk: Desk) -> dict[str, Job]:
-    """The same training by sbatch, launchers.slurm and launchers.submitit side by side; two on the same nodes."""
+    """The same training by sbatch, launchers.slurm and launchers.submitit side by side, two on the same nodes."""
     together = "launcher.extra=['--nodelist=node[1-2]']"
     train = readme.command(readme.TRAIN)
     train[1:1] = ["--nodelist=node[1-2]", "--cpus-per-task=3"]
-    return {
+    jobs = {
         "sbatch": start(desk, "sbatch", train, *CUT),
         "slurm": start(desk, "slurm", [*readme.command(readme.SLURM), together], *SPREAD),
         "submitit": start(desk, "submitit", readme.command(readme.SUBMITIT), *SPREAD),
     }
+    for job in jobs.values():
+        job.wait_for_end(240)
+    return jobs
 
 
 @pytest.mark.parametrize("name", ["sbatch", "slurm", "submitit"])
 def test_two_nodes_train_like_one_process(started: dict[str, Job], one_process: list[float], name: str) -> None:
     job = started[name]
-    assert job.wait_for_end(240) == "COMPLETED", job.output()
+    assert job.state == "COMPLETED", job.output()
     assert job.losses() == pytest.approx(one_process, rel=1e-5)
     assert job.accounted() == ["COMPLETED"]
     summary = job.summary()
@@ -65,7 +68,6 @@ def test_two_nodes_train_like_one_process(started: dict[str, Job], one_process: 
 
 def test_experts_are_spread_over_both_nodes(started: dict[str, Job]) -> None:
     job = started["slurm"]
-    job.wait_for_end(240)
     log = (job.run / f"slurm/{job.id}/try-1/rank-0.log").read_text()
     # Ranks 0 and 1 on one node, 2 and 3 on the other: expert-parallel pairs are 0, 2 and 1, 3.
     assert "4 processes = tp 2 x pp 1 x dp 2 (ep 2)" in " ".join(log.split())
@@ -73,7 +75,6 @@ def test_experts_are_spread_over_both_nodes(started: dict[str, Job]) -> None:
 
 def test_submitit_knows_that_its_job_has_succeeded(started: dict[str, Job], desk: Desk) -> None:
     job = started["submitit"]
-    job.wait_for_end(240)
     ask = f"import submitit; job = submitit.SlurmJob('runs/submitit', '{job.id}', tasks=[0, 1, 2, 3])"
     assert (
         desk.run(["python", "-c", f"{ask}; print(job.results(), job.state)"]).stdout.strip()
@@ -82,7 +83,6 @@ def test_submitit_knows_that_its_job_has_succeeded(started: dict[str, Job], desk
 
 
 def test_a_run_is_evaluated_on_a_node(started: dict[str, Job], desk: Desk) -> None:
-    started["sbatch"].wait_for_end(240)
     command = [word.replace("runs/lrs3", "runs/sbatch") for word in readme.command(readme.EVALUATE)]
     found = re.search(r"job (\d+)", desk.run([*command, "limit=2", "max_new_tokens=4"]).stdout)
     assert found
@@ -132,7 +132,7 @@ def test_a_sweep_is_a_job_array(desk: Desk) -> None:
 
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(desk: Desk) -> None:
     before = desk.run(["squeue", "-h", "-o", "%i"]).stdout
-    awkward = "task.prompts.asr='say; rm -rf \"$HOME\"'"
+    awkward = "training.wandb_project='say; rm -rf \"$HOME\"'"
     more = ["--dry-run", *desk.small("dry", awkward)]
     words = shlex.split(desk.run([*readme.command(readme.SLURM), *more]).stdout)
     assert words[words.index("sbatch") + 1 : words.index("slurm/train.sh")] == [

@@ -81,6 +81,21 @@ def test_why_a_job_was_stopped(known: dict[str, str], reason: str) -> None:
     assert tries.why_stopped(known) == reason
 
 
+@pytest.mark.parametrize("reason", ["launch_failed_requeued_held", "JobHeldUser", "JobHeldAdmin"])
+def test_a_held_job_is_named_with_its_reason_and_the_command_that_releases_it(tmp_path: Path, reason: str) -> None:
+    known = {"JobState": "COMPLETING", "Reason": reason, "Priority": "0"}
+    made = record(tmp_path)
+    made.begin(NODES, 0)
+    made.end(tries.REQUEUED, 75, 10, "waiting", known)
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert (saved["state"], saved["held"], saved["release"]) == ("waiting", reason, "scontrol release 7")
+    assert f"job 7: waiting, held by Slurm ({reason}) until `scontrol release 7`" in made.table()
+    made.begin(NODES, 10)  # it was released
+    made.end(tries.REQUEUED, 75, 10, "waiting", {"JobState": "PENDING", "Reason": "BeginTime", "Priority": "42"})
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert (saved["held"], saved["release"]) == (None, None)
+
+
 def reports(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """What two nodes say of a shared folder, and what lies in it then."""
     (folder / "token").write_text("t")
