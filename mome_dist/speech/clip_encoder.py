@@ -235,6 +235,22 @@ def neighbourhoods(clips: Sequence[Tensor], size: int) -> Tensor:
     return torch.stack([frames[first + k] for k in range(size)], dim=1)
 
 
+class PointwiseConvolution(nn.Conv2d):
+    """A 1x1 convolution with a stride and no bias: one of stride 1 on the pixels that it reads.
+
+    The same sums. oneDNN's own strided form writes beyond its buffers in the backward pass, where the CPU has AVX2 and
+    no AVX-512, pictures are stored channels last and have fewer than 8 channels (seen in torch 2.13).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map [frames, in, H, W] to [frames, out, H / stride, W / stride]."""
+        down, right = self.stride
+        return F.conv2d(x_NCHW[:, :, ::down, ::right], self.weight)
+
+
 def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """True where a padded batch holds content, bool [B, max T]."""
     lengths_B = torch.tensor(lengths, device=device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
-from mome_dist.speech.clip_encoder import ClipEncoder, neighbourhoods
+from mome_dist.speech.clip_encoder import ClipEncoder, PointwiseConvolution, neighbourhoods
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+        self.shortcut = PointwiseConvolution(in_channels, out_channels, stride=2)
         self.shortcut_norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

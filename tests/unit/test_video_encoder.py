@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
-from mome_dist.speech.clip_encoder import neighbourhoods
+from mome_dist.speech.clip_encoder import PointwiseConvolution, neighbourhoods
 from mome_dist.speech.video_encoder import FrontEnd, VideoEncoder, VideoEncoderConfig
 
 SMALL = VideoEncoderConfig(trunk_widths=(4, 8), width=16, heads=2, ffn_width=32, position_kernel=5, dropout=0.2)
@@ -102,3 +102,16 @@ def test_mistakes_are_named(encoder: VideoEncoder, tmp_path: Path) -> None:
         encoder([torch.zeros(3, 96, 96)])
     with pytest.raises(UserError, match="multiple of heads"):
         VideoEncoderConfig(width=10, heads=4)
+
+
+def test_strided_shortcuts_are_those_of_torch() -> None:
+    """In another memory layout, where oneDNN's own does not write beyond its buffers."""
+    torch.manual_seed(0)
+    ours, x_NCHW = PointwiseConvolution(4, 8, stride=2), torch.randn(3, 4, 11, 11)
+    theirs = torch.nn.Conv2d(4, 8, 1, 2, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    inputs = [x_NCHW.contiguous(memory_format=torch.channels_last).requires_grad_(), x_NCHW.clone().requires_grad_()]
+    for convolution, given in zip((ours, theirs), inputs, strict=True):
+        convolution(given).square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mome_dist.speech.avhubert.config import AVHubertConfig
-from mome_dist.speech.clip_encoder import neighbourhoods
+from mome_dist.speech.clip_encoder import PointwiseConvolution, neighbourhoods
 
 # Frames that are encoded at once in eval mode: a stem of 64 channels takes half a megabyte a frame.
 FRAMES_AT_ONCE = 512
@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
         self.activation2 = nn.PReLU(out_channels)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != out_channels:
-            convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            convolution = PointwiseConvolution(in_channels, out_channels, stride)
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
