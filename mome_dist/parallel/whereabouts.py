@@ -119,12 +119,16 @@ class Whereabouts:
         keys = [f"whereabouts/{what}/{self._meetings[what]}/{rank}" for rank in range(self._size)]
         self._meetings[what] += 1
         pause, looked, heard = POLL_SECONDS[0], 0.0, [(-1, 0.0)] * self._size
+        answered = time.monotonic()
         with self._patiently():
             store = open_store(self._timeout)
             with self._lock:
                 self._store.set(keys[self._rank], "")
             while True:
-                all_here, broken = ask(lambda s: (s.check(keys), s.check([_BROKEN])), store) or (False, True)
+                answer = ask(lambda s: (s.check(keys), s.check([_BROKEN])), store)
+                # A busy machine answers late; a store that has not answered for long is gone.
+                answered = answered if answer is None else time.monotonic()
+                all_here, broken = answer or (False, time.monotonic() - answered > SILENT_SECONDS)
                 if all_here:
                     break
                 if time.monotonic() - looked > SILENT_SECONDS / 3 and (seen := self._look_up(store)):
