@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step_parts import WIDTHS, microbatch
+from mome_dist.config.derived import views_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import views_of
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.planning.job import Candidate, Clip

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mome_dist.config.derived import views_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import views_of
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import fast_precision
 from mome_dist.llm.shape import LLMShape

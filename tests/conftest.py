@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,12 @@ from mome_dist.planning import write
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put everything temporary, also what killed processes leave, into one folder that is removed at the end."""
+    """Put everything temporary, also what killed processes leave, into one folder that is removed at the end.
+
+    SIGTERM ends the tests as Ctrl-C does, so that fixtures are torn down and the folder goes; their forks just die.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     folder = Path(tempfile.mkdtemp(prefix="mome-tests-"))
     folder.chmod(0o755)  # the daemons of the test cluster are other users
     os.environ["TMPDIR"] = str(folder)

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
-from mome_dist.config.validate import check_encoders, check_values, refuse_lora
+from mome_dist.config.derived import refuse_lora
+from mome_dist.config.validate import check_encoders
+from mome_dist.config.values import check_values
 from mome_dist.quiet import quiet_libraries
 
 WIDTH = 120  # columns where there is no terminal to ask

@@ -16,7 +16,8 @@ from mome_dist.checkpoint.format import fingerprint
 from mome_dist.checkpoint.saved import Saved
 from mome_dist.checkpoint.select import read_saved
 from mome_dist.config import RunConfig
-from mome_dist.config.validate import check_values, streams_of, views_of
+from mome_dist.config.derived import streams_of, views_of
+from mome_dist.config.values import check_values
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of

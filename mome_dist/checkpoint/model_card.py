@@ -8,7 +8,7 @@ from typing import Any
 
 from mome_dist.assets import ASSETS
 from mome_dist.checkpoint.load import LoadedRun
-from mome_dist.config.validate import lora_of
+from mome_dist.config.derived import lora_of
 from mome_dist.evaluation.tables import markdown_report
 from mome_dist.speech.views import View
 from mome_dist.training.artefact import RECORD_FILE
@@ -113,9 +113,9 @@ view, file = View("{view.task}", {view.audio_rate}, {view.video_rate}), Path("{f
 text = transcribe(run, view, clips_of(file, view, run.config))
 ```
 
-Audio is resampled to 16 kHz; video must be 96x96 mouth crops. The frozen models are looked for where they were at the
-export and in the cache of assets; name other places with `--llm`, `--audio-encoder` and `--video-encoder`, or with the
-arguments of the same names of `load_adapter`."""
+Audio is resampled to 16 kHz. In a video of a face the mouth is found and cropped; 96x96 mouth crops are taken as they
+are. The frozen models are looked for where they were at the export and in the cache of assets; name other places with
+`--llm`, `--audio-encoder` and `--video-encoder`, or with the arguments of the same names of `load_adapter`."""
 
 
 def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:

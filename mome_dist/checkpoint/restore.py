@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.random_state import set_random_state
+from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import LoRAConfig
-from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import DistributedMoME

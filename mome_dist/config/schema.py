@@ -11,7 +11,7 @@ from typing import Any
 
 
 def one_of(default: str, *others: str) -> Any:
-    """A string field restricted to the given values (checked by `mome_dist.config.validate`)."""
+    """A string field restricted to the given values (checked by `mome_dist.config.values`)."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from mome_dist.config.derived import streams_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import check_geometry, streams_of
+from mome_dist.config.validate import check_geometry
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.media import FPS, SAMPLE_RATE

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import lora_of
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
 from mome_dist.paths import cache_root

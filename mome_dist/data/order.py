@@ -235,7 +235,7 @@ def order_of(
     """
     lengths = [utterance.length for utterance in utterances]
     if max_frames is None:
-        assert batch_size is not None, "see `mome_dist.config.validate`"
+        assert batch_size is not None, "see `mome_dist.config.values`"
         return BatchOrder(lengths, batch_size, pool, seed)
     too_long = [utterance for utterance in utterances if utterance.length > max_frames]
     if too_long:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launchers.ranks import Outcome, RankGroup
 from mome_dist import train
 from mome_dist.config import RunConfig, load_config
-from mome_dist.config.validate import layout_of
+from mome_dist.config.derived import layout_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.drills.injection import FAULT, READY, Injection, install

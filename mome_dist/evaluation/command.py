@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 
 from mome_dist.checkpoint.load import LoadedRun, load_run
+from mome_dist.config.derived import streams_read, views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig
-from mome_dist.config.validate import check_decoding, check_geometry, streams_read, views_of
+from mome_dist.config.validate import check_geometry
+from mome_dist.config.values import check_decoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap

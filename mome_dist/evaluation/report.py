@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
+from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import lora_of
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
+from mome_dist.config.derived import streams_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import check_values, streams_of
+from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.hardware import Cluster, cluster_of_gpus, measured_cluster

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mome_dist.config.derived import lora_of, streams_of, views_of
 from mome_dist.config.schema import LoRAConfig, RunConfig
-from mome_dist.config.validate import ATTENTION, lora_of, streams_of, views_of
+from mome_dist.config.values import ATTENTION
 from mome_dist.planning.encoder_shapes import AUDIO_FRAMES, EncoderShape, Transformer, encoder_shape
 from mome_dist.planning.hardware import Cluster
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import DataConfig, RunConfig
-from mome_dist.config.validate import streams_of, views_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
@@ -221,7 +221,7 @@ def typical_batch(data: DataConfig, seconds: float = Clip.seconds) -> int:
     """Utterances of a global batch where each takes so many seconds."""
     if data.batch_size is not None:
         return data.batch_size
-    assert data.max_frames is not None, "one of the two is set; see `mome_dist.config.validate`"
+    assert data.max_frames is not None, "one of the two is set; see `mome_dist.config.values`"
     return max(1, int(data.max_frames / (seconds * FRAMES_PER_SECOND["video"])))
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from mome_dist import nvidia_apex
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
-from mome_dist.config.validate import lora_of, views_of
+from mome_dist.config.derived import lora_of, views_of
 from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.device import current_device

@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from torch.utils.tensorboard import SummaryWriter
 
 from mome_dist.config import RunConfig
-from mome_dist.config.validate import views_of
+from mome_dist.config.derived import views_of
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.moe.statistics import RoutingCounts

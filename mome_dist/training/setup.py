@@ -29,8 +29,9 @@ from mome_dist.checkpoint.restore import (
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
+from mome_dist.config.derived import lora_of, streams_of, streams_read, views_of
 from mome_dist.config.schema import AugmentationConfig
-from mome_dist.config.validate import lora_of, settled_order, streams_of, streams_read, validation_batches, views_of
+from mome_dist.config.validate import settled_order, validation_batches
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
 from mome_dist.data.encoding import Encoder, load_encoder, split_features

@@ -8,8 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
+from mome_dist.config.derived import layout_of, refuse_lora
 from mome_dist.config.load import load_config
-from mome_dist.config.validate import check_values, layout_of, refuse_lora, validate
+from mome_dist.config.validate import validate
+from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
 from mome_dist.files import write_json

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mome_dist.config.derived import layout_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import layout_of
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world

@@ -15,9 +15,10 @@ from typing import Any
 
 from mome_dist.config.deepspeed.file import settled
 from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
+from mome_dist.config.derived import layout_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import check_values, layout_of
+from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import divisors
 from mome_dist.planning.hardware import Cluster

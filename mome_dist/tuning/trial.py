@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 from mome_dist.config.deepspeed.file import settled
+from mome_dist.config.derived import layout_of
 from mome_dist.config.load import load_config
-from mome_dist.config.validate import layout_of
 from mome_dist.files import write_json
 from mome_dist.text_files import lines_of
 from mome_dist.tuning.space import Trial

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.validate import check_values, layout_of, refuse_lora, views_of
+from mome_dist.config.derived import layout_of, refuse_lora, views_of
+from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.progress import stages

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import streams_of, views_of
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.experts import initial_value

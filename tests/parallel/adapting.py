@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mome_dist.build import build_reference, build_sequences
 from mome_dist.config import RunConfig, load_config, validate
-from mome_dist.config.validate import settled_order, views_of
+from mome_dist.config.derived import views_of
+from mome_dist.config.validate import settled_order
 from mome_dist.data import encoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder, load_encoder

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
 from mome_dist.config import load_config, validate
-from mome_dist.config.validate import views_of
+from mome_dist.config.derived import views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape

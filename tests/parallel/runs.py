@@ -12,7 +12,7 @@ import torch
 from mome_dist.assets import asset_dir
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config import load_config, validate
-from mome_dist.config.validate import streams_of
+from mome_dist.config.derived import streams_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer

@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from mome_dist import evaluate
 from mome_dist.config import load_config
-from mome_dist.config.validate import views_of
+from mome_dist.config.derived import views_of
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from tests.evaluation_run import make_run
 

@@ -1,0 +1,175 @@
+"""Checks of the values of a configuration that need no file and no number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mome_dist.config.derived import lora_of, streams_of, views_of
+from mome_dist.config.schema import DecodingConfig, RunConfig
+from mome_dist.errors import UserError
+
+# Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA_TARGETS = {"audio": (*ATTENTION, "fc1", "fc2"), "video": (*ATTENTION, "intermediate_dense", "output_dense")}
+
+
+def check_values(config: RunConfig) -> None:
+    """Check the values of a configuration that need no file and no number of processes.
+
+    Raises:
+        UserError: naming the first wrong key, and the fix.
+    """
+    _check_choices(config, "")
+    _check_numbers(config)
+    _check_augmentation(config)
+    _check_lora(config)
+
+
+def _check_choices(section: Any, prefix: str) -> None:
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{key}.")
+        choices = field.metadata.get("choices")
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
+                raise UserError(f"{key}={item!r}: choose from {', '.join(choices)}.")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least: dict[str, tuple[float | None, float]] = {
+        "mome.routed_experts": (config.mome.routed_experts, 1),
+        "mome.top_k": (config.mome.top_k, 1),
+        "mome.shared_experts": (config.mome.shared_experts, 0),
+        "mome.bottleneck": (config.mome.bottleneck, 1),
+        "mome.balance_loss": (config.mome.balance_loss, 0),
+        "mome.z_loss": (config.mome.z_loss, 0),
+        "mome.bias_rate": (config.mome.bias_rate, 0),
+        "mome.min_capacity": (config.mome.min_capacity, 1),
+        "projector.hidden_size": (config.projector.hidden_size, 1),
+        "data.batch_size": (config.data.batch_size, 1),
+        "data.max_frames": (config.data.max_frames, 1),
+        "data.accumulation": (config.data.accumulation, 1),
+        "data.bucket_batches": (config.data.bucket_batches, 1),
+        "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
+        "data.decode_threads": (config.data.decode_threads, 1),
+        "augmentation.crop": (1 if config.augmentation.crop is None else config.augmentation.crop, 1),
+        "augmentation.video_time_mask.width": (config.augmentation.video_time_mask.width, 0),
+        "augmentation.video_time_mask.stride": (config.augmentation.video_time_mask.stride, 1),
+        "augmentation.audio_time_mask.width": (config.augmentation.audio_time_mask.width, 0),
+        "augmentation.audio_time_mask.stride": (config.augmentation.audio_time_mask.stride, 1),
+        "augmentation.noise.talkers": (config.augmentation.noise.talkers, 1),
+        "training.steps": (config.training.steps, 1),
+        "training.epochs": (config.training.epochs, 1),
+        "training.save_every": (config.training.save_every, 0),
+        "training.log_seconds": (config.training.log_seconds, 0),
+        "training.max_skipped_steps": (config.training.max_skipped_steps, 0),
+        "training.validate_every": (config.training.validate_every, 0),
+        "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
+        "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),
+        "parallel.timeout_seconds": (config.parallel.timeout_seconds, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise UserError(f"{key}={value}: must be at least {least}.")
+    if (config.data.batch_size is None) == (config.data.max_frames is None):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} and data.max_frames={config.data.max_frames}: a batch is either "
+            "a number of utterances or a budget of video frames; set one of them and the other to null."
+        )
+    if config.mome.top_k > config.mome.routed_experts:
+        raise UserError(
+            f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
+            "cannot use more experts than there are."
+        )
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(config.mome, key)
+        if factor is not None and factor <= 0:
+            raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
+    check_decoding(config.decoding)
+    if not config.task.tasks:
+        raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
+    for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
+        rates = getattr(config.task, key)
+        if not rates or min(rates) < 1:
+            raise UserError(f"task.{key}={rates}: give rates of at least 1 (frames per token).")
+    views = len(views_of(config))
+    if config.task.views_per_step is not None and not 1 <= config.task.views_per_step <= views:
+        raise UserError(f"task.views_per_step={config.task.views_per_step}: must be null or from 1 to {views}.")
+    for task in config.task.tasks:
+        if task not in config.task.prompts:
+            raise UserError(f"task.prompts has no prompt for {task!r}.")
+    if config.projector.compression == "stack" and not config.projector.per_rate:
+        raise UserError(
+            "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
+        )
+
+
+def check_decoding(decoding: DecodingConfig) -> None:
+    """Raise UserError for settings of decoding that make no sense, by key."""
+    for key in ("num_beams", "batch_size", "max_new_tokens"):
+        value = getattr(decoding, key)
+        if value is not None and value < 1:
+            raise UserError(f"decoding.{key}={value}: must be at least 1.")
+    rate = decoding.tokens_per_second
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"decoding.tokens_per_second={rate}: must be above 0, or null for no such limit.")
+    if decoding.max_new_tokens is None and rate is None:
+        raise UserError(
+            "decoding.max_new_tokens=null leaves the length of a transcript without any limit: set it, or "
+            "decoding.tokens_per_second."
+        )
+    if not math.isfinite(decoding.length_penalty):
+        raise UserError(f"decoding.length_penalty={decoding.length_penalty}: must be a finite number.")
+    placement = decoding.device_map
+    if placement is not None and not isinstance(placement, str | Mapping):
+        raise UserError(f"decoding.device_map={placement!r}: give a name such as auto, or map modules to devices.")
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    augmentation = config.augmentation
+    dropout = augmentation.modality_dropout
+    for key, probability in {
+        "flip": augmentation.flip,
+        "noise.probability": augmentation.noise.probability,
+        "modality_dropout.audio": dropout.audio,
+        "modality_dropout.video": dropout.video,
+    }.items():
+        if not 0 <= probability <= 1:
+            raise UserError(f"augmentation.{key}={probability}: a probability is from 0 to 1.")
+    if dropout.audio + dropout.video > 1:
+        raise UserError(
+            f"augmentation.modality_dropout: audio={dropout.audio} and video={dropout.video} add up to more than 1, "
+            "but a view never loses both streams: lower one."
+        )
+    if augmentation.noise.source is not None and not augmentation.noise.snr:
+        raise UserError("augmentation.noise.snr is empty: give ratios in dB, or set augmentation.noise.source=null.")
+    if not all(snr is None or math.isfinite(snr) for snr in augmentation.noise.snr):
+        raise UserError(f"augmentation.noise.snr={augmentation.noise.snr}: ratios are finite; null is clean.")
+    if augmentation.active and config.data.features != "online":
+        raise UserError(
+            f"data.features={config.data.features} reads features that were made once from clean clips, which no "
+            "augmentation can change: set data.features=online, or augmentation=none."
+        )
+
+
+def _check_lora(config: RunConfig) -> None:
+    for stream, lora in lora_of(config).items():
+        key = f"{stream}_encoder.lora"
+        if lora.rank < 1:
+            raise UserError(f"{key}.rank={lora.rank}: must be at least 1.")
+        if not 0 < lora.alpha < math.inf:
+            raise UserError(f"{key}.alpha={lora.alpha}: must be above 0; terms are scaled by alpha / rank.")
+        unknown = [name for name in lora.targets if name not in LORA_TARGETS[stream]]
+        if unknown or not lora.targets:
+            raise UserError(f"{key}.targets={lora.targets}: choose from {', '.join(LORA_TARGETS[stream])}.")
+        if stream not in streams_of(config):
+            raise UserError(f"{key} is set, but task.tasks={config.task.tasks} reads no {stream}: set {key}=null.")
+        if config.data.features != "online":
+            raise UserError(
+                f"{key} is set, but data.features={config.data.features} reads features that were made once, which no "
+                f"training of the encoder can change: set data.features=online, or {key}=null."
+            )
