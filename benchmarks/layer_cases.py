@@ -42,9 +42,12 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     layers = build_layers(shape, ep, ep_rank)
     hidden_TH, gradient_TH = _tokens(shape, options.tokens, dtype)
     sent = _check_and_count(layers, hidden_TH, gradient_TH, TOLERANCE[options.precision])
-    seconds = interleaved(
-        {name: _pass(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}, options.rounds
+    timings = interleaved(
+        {name: one_pass(layer, hidden_TH, gradient_TH) for name, layer in layers.items()},
+        options.rounds,
+        warm_up=options.warm_up,
     )
+    seconds = {name: [each.device for each in rounds] for name, rounds in timings.items()}
     alltoall = layers["alltoall"]
     assert isinstance(alltoall, MoMELayer)
     counts_E = alltoall.mome.deepspeed_moe.counts()[:, :-1].sum(dim=0).double()
@@ -78,7 +81,7 @@ def _tokens(shape: LayerShape, tokens: int, dtype: torch.dtype) -> tuple[Tensor,
     return (hidden_TH + common_H).to(dtype).requires_grad_(), gradient_TH.to(dtype)
 
 
-def _pass(layer: StockLayer | MoMELayer, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
+def one_pass(layer: StockLayer | MoMELayer, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
     """One forward and backward pass."""
 
     def run() -> None:
@@ -98,7 +101,7 @@ def _check_and_count(
     for name, layer in layers.items():
         wire = WireBytes()
         with wire.counted():
-            _pass(layer, hidden_TH, gradient_TH)()
+            one_pass(layer, hidden_TH, gradient_TH)()
         sent[name] = wire.sent
         with torch.no_grad():
             actual = {"output": layer(hidden_TH)[0], "expert gradient": first_expert_gradient(layer)}

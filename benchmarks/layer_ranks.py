@@ -21,6 +21,7 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[23, 64], help="routed experts; rounded up for ep")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the hidden states")
     parser.add_argument("--rounds", type=int, default=11, help="turns of every candidate; the median counts")
+    parser.add_argument("--warm-up", type=int, default=2, help="turns before them that do not count")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,8 @@
-"""How everything here is timed: candidates take turns, all in the same processes, and the slowest rank counts."""
+"""How everything here is timed: candidates take turns, all in the same processes, and the slowest rank counts.
+
+On a GPU, CUDA events tell when its work began and ended, and the host's clock how long Python took to ask for it. On a
+CPU both are the same.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,27 +23,97 @@ from launchers.environment import usable_cores
 from mome_dist.versions import version_of
 
 WARM_UP_ROUNDS = 2
+CPU = torch.device("cpu")
 
 
-def interleaved(candidates: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round (A B C, A B C, ...), of the slowest rank; two first rounds do not count.
+class Timing(NamedTuple):
+    """Seconds of a piece of work.
+
+    Attributes:
+        device: until its last operation had ended.
+        host: until the last one was asked for.
+    """
+
+    device: float
+    host: float
+
+
+class Stopwatch:
+    """Marks between the parts of one piece of work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._host, self._events = device, list[float](), list[torch.cuda.Event]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.mark()
+
+    def mark(self) -> None:
+        """Begin the next part; the first one has begun already."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        self._host.append(time.perf_counter())
+
+    def parts(self) -> list[Timing]:
+        """Each part between two marks; waits for the last one."""
+        host = [after - before for before, after in pairwise(self._host)]
+        if self._device.type != "cuda":
+            return [Timing(seconds, seconds) for seconds in host]
+        self._events[-1].synchronize()
+        device = [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]
+        return [Timing(*both) for both in zip(device, host, strict=True)]
+
+
+def total(parts: Iterable[Timing]) -> Timing:
+    """Parts that follow each other, as one."""
+    return Timing(*(sum(each) for each in zip(*parts, strict=True)))
+
+
+def meet() -> None:
+    """Wait for the other ranks of the world, if there are any."""
+    if _ranks() > 1:
+        dist.barrier()
+
+
+def slowest(parts: list[Timing]) -> list[Timing]:
+    """The most that any rank took for each part."""
+    if _ranks() == 1:
+        return parts
+    seconds = torch.tensor(parts, dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return [Timing(*each) for each in seconds.tolist()]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device = CPU,
+    warm_up: int = WARM_UP_ROUNDS,
+) -> dict[str, list[Timing]]:
+    """What each candidate takes in each round (A B C, A B C, ...), on the slowest rank; first rounds do not count.
 
     Every rank of the world calls it with the same candidates.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(WARM_UP_ROUNDS + rounds):
+    timings: dict[str, list[Timing]] = {name: [] for name in candidates}
+    for turn in range(warm_up + rounds):
         for name, run in candidates.items():
-            dist.barrier()
-            began = time.perf_counter()
+            meet()
+            watch = Stopwatch(device)
             run()
-            elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-            dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-            if turn >= WARM_UP_ROUNDS:
-                seconds[name].append(float(elapsed))
-    return seconds
+            watch.mark()
+            (timing,) = slowest(watch.parts())
+            if turn >= warm_up:
+                timings[name].append(timing)
+    return timings
 
 
-def median_milliseconds(seconds: list[float]) -> float:
+def median_milliseconds(seconds: Iterable[float]) -> float:
+    """The middle one of some rounds."""
     return statistics.median(seconds) * 1e3
 
 

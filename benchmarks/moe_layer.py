@@ -100,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
     machine, cases = measure_worlds(
-        "benchmarks.layer_ranks", options, ("tokens", "hidden", "bottleneck", "experts", "precision", "rounds")
+        "benchmarks.layer_ranks",
+        options,
+        ("tokens", "hidden", "bottleneck", "experts", "precision", "rounds", "warm_up"),
     )
     given = sys.argv[1:] if arguments is None else arguments
     path = write_results(

@@ -78,14 +78,14 @@ def make_checkpoint(folder: Path, gigabytes: float, layout: Layout) -> None:
     complete(folder, index_of(record, files, merge_parts(described)))
 
 
-def measure(source: Path, scratch: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Figures of each work in each round (A B C, A B C, ...); one first round does not count."""
+def measure(source: Path, scratch: Path, rounds: int, warm_up: int) -> dict[str, list[dict[str, float]]]:
+    """Figures of each work in each round (A B C, A B C, ...); first ones do not count."""
     figures: dict[str, list[dict[str, float]]] = {work: [] for work in WORK}
-    for turn in range(rounds + 1):
+    for turn in range(warm_up + rounds):
         for work in WORK:
             command = [sys.executable, "-m", "benchmarks.reshard_process", work, str(source), str(scratch / "target")]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            if turn:
+            if turn >= warm_up:
                 figures[work].append(json.loads(done.stdout.splitlines()[-1]))
     return figures
 
@@ -128,7 +128,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="whose medians count")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before them that do not count")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     return parser.parse_args(arguments)
 
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         make_checkpoint(scratch / "source", options.gigabytes, Layout(tp=2, pp=1, ep=4, dp=4))
-        figures = measure(scratch / "source", scratch, options.rounds)
+        figures = measure(scratch / "source", scratch, options.rounds, options.warm_up)
     sections, medians = render(figures)
     path = write_results(
         name="reshard",

@@ -30,7 +30,7 @@ def measure_worlds(
     arguments = []
     for key in keys:
         value = getattr(options, key)
-        arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        arguments += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     machine: dict[str, Any] = {}
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

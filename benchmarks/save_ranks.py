@@ -46,7 +46,7 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from benchmarks.measuring import WARM_UP_ROUNDS, median_milliseconds
+    from benchmarks.measuring import median_milliseconds
     from benchmarks.step_parts import build, random_step, timed_step
     from mome_dist.checkpoint.save import CheckpointSaver
     from mome_dist.config import RunConfig
@@ -62,7 +62,7 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
         savers[form] = CheckpointSaver(config, layout, {}, {}, lambda step: step, runs.enter_context(owned_run(config)))
     waits: dict[str, list[float]] = {form: [] for form in FORMS}
     steps: dict[str, list[float]] = {form: [] for form in FORMS}
-    for number in range(WARM_UP_ROUNDS + options.rounds):
+    for number in range(options.warm_up + options.rounds):
         for form in FORMS:
             first = timed_step(trained, random_step(options, number))[-1]
             dist.barrier()
@@ -75,7 +75,7 @@ def _measure(options: argparse.Namespace, layout: Any) -> dict[str, Any]:
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if form in savers:
                 savers[form].finish()  # not timed: the next checkpoint is many steps away
-            if number >= WARM_UP_ROUNDS:
+            if number >= options.warm_up:
                 waits[form].append(float(seconds[0]))
                 steps[form].append(float(seconds[1]))
     written = Path(folder[0]).rglob("part-*.safetensors")

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.llm = options.llm or asset_dir("smollm2-135m")
     machine, cases = measure_worlds(
-        "benchmarks.save_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds")
+        "benchmarks.save_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds", "warm_up")
     )
     path = write_results(
         name="save_stall",

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.measuring import WARM_UP_ROUNDS, median_milliseconds
+from benchmarks.measuring import CPU, Stopwatch, median_milliseconds, meet, slowest, total
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
@@ -37,7 +35,6 @@ RATES = {"audio": [4, 16], "video": [2, 5]}
 # The longest and one of the shortest views of a step of two.
 VIEWS = [View("avsr", 4, 2), View("vsr", None, 5)]
 CLIP_SECONDS, TEXT_TOKENS, PROMPT_TOKENS = (2.0, 3.0), 9, 10
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -100,29 +97,29 @@ def microbatch(
 
 
 def timed_step(trained: Trained, step: Step) -> list[float]:
-    """Seconds of each of `PARTS`, and of the whole step."""
-    dist.barrier()
-    times = [time.perf_counter()]
+    """Seconds of each of `PARTS`, and of the whole step; of the slowest rank."""
+    meet()
+    watch = Stopwatch(CPU)
     with trained.engine.accumulate():
         forward_backward(trained.model, step)
-        times.append(time.perf_counter())
-    times.append(time.perf_counter())
+        watch.mark()
+    watch.mark()
     trained.engine.step(1e-5)
-    times.append(time.perf_counter())
-    return [*(after - before for before, after in pairwise(times)), times[-1] - times[0]]
+    watch.mark()
+    parts = watch.parts()
+    return [each.device for each in slowest([*parts, total(parts)])]
 
 
 def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]:
     """Median milliseconds of every part of both forms' steps, which take turns; the slowest rank counts."""
     forms = {form: build(form, options, layout) for form in FORMS}
     rounds: dict[str, list[list[float]]] = {form: [] for form in FORMS}
-    for number in range(WARM_UP_ROUNDS + options.rounds):
+    for number in range(options.warm_up + options.rounds):
         step = random_step(options, number)
         for form, trained in forms.items():
-            seconds = torch.tensor(timed_step(trained, step), dtype=torch.float64)
-            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-            if number >= WARM_UP_ROUNDS:
-                rounds[form].append(seconds.tolist())
+            seconds = timed_step(trained, step)
+            if number >= options.warm_up:
+                rounds[form].append(seconds)
     tokens = [batch.tokens.ids_BS.numel() for batch in random_step(options, 0).microbatches]
     return {
         "processes": dist.get_world_size(),

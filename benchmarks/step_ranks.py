@@ -17,6 +17,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bottleneck", type=int, default=12, help="units of an expert")
     parser.add_argument("--clips", type=int, default=8, help="of a microbatch of a process")
     parser.add_argument("--rounds", type=int, default=9, help="turns of both forms; the median counts")
+    parser.add_argument("--warm-up", type=int, default=2, help="turns before them that do not count")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

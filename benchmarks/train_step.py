@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.llm = options.llm or asset_dir("smollm2-135m")
     machine, cases = measure_worlds(
-        "benchmarks.step_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds")
+        "benchmarks.step_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds", "warm_up")
     )
     path = write_results(
         name="train_step",

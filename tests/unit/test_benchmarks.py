@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks import (
     moe_layer,
     plan_layout,
     reshard,
+    results,
     save_stall,
     train_step,
 )
@@ -29,42 +31,55 @@ from mome_dist import evaluate
 from mome_dist.config import load_config
 from mome_dist.config.derived import views_of
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.parallel.forked import fork_ranks
 from tests.evaluation_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, BOTTLENECK, EXPERTS, RANKS = 32, 4, 6, 2
+ROUNDS = ("--rounds", "1", "--warm-up", "0")  # whoever wants figures takes more
+Run = Callable[..., dict[str, Any]]
 
 
-def _run(module: str, results: Path, *arguments: str) -> dict[str, Any]:
-    """Run a benchmark as its README says; return its JSON file."""
-    command = [sys.executable, "-m", module, *arguments, "--results", str(results)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = results.glob("*.json")
-    markdown = path.with_suffix(".md").read_text()
-    assert markdown in done.stdout
-    assert str(ROOT) not in markdown.replace(str(results), "")
-    return json.loads(path.read_text())
+def _forked(module: str, processes: int, arguments: Sequence[str]) -> int:
+    """A world of a module on forks of this process, which has imported what takes a new one ten seconds."""
+    main = importlib.import_module(module).main
+
+    def run() -> int:
+        main(arguments)
+        return 0
+
+    return max(rank.wait() for rank in fork_ranks(run, processes))
 
 
-def test_a_long_film_takes_less_memory_than_its_pictures(tmp_path: Path) -> None:
-    cases = _run("benchmarks.long_film", tmp_path, "--minutes", "0.1")["figures"]["cases"]
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a benchmark with the arguments of its command; return its JSON file."""
+    monkeypatch.setattr(results, "launch", _forked)
+
+    def run(benchmark: ModuleType, *arguments: str) -> dict[str, Any]:
+        out = tmp_path / "results"
+        assert benchmark.main([*arguments, "--results", str(out)]) == 0
+        (path,) = out.glob("*.json")
+        markdown = path.with_suffix(".md").read_text()
+        assert markdown in capsys.readouterr().out
+        assert str(ROOT) not in markdown.replace(str(tmp_path), "")
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_a_long_film_takes_less_memory_than_its_pictures(run: Run) -> None:
+    cases = run(long_film, "--minutes", "0.1")["figures"]["cases"]
     assert set(cases) == set(long_film.WORK)
     assert cases["sound"]["film seconds"] == pytest.approx(6, abs=0.2)
     assert cases["mouths"]["pictures"] == 150 and cases["mouths"]["utterances"] == 1
     assert all(case["peak"] < 500e6 for case in cases.values())
 
 
-@pytest.fixture(scope="module")
-def layer_case(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def test_the_layer_benchmark_measures_and_predicts_every_candidate(run: Run) -> None:
     # Five experts, which two processes cannot share: six are taken.
-    sizes = f"--tokens 24 --hidden {HIDDEN} --bottleneck {BOTTLENECK} --experts 5 --rounds 2 --processes {RANKS}"
-    figures = _run("benchmarks.moe_layer", tmp_path_factory.mktemp("layer"), *sizes.split())["figures"]
-    (case,) = figures
-    return case
-
-
-def test_the_layer_benchmark_measures_and_predicts_every_candidate(layer_case: dict[str, Any]) -> None:
+    sizes = f"--tokens 24 --hidden {HIDDEN} --bottleneck {BOTTLENECK} --experts 5 --processes {RANKS}"
+    (layer_case,) = run(moe_layer, *sizes.split(), *ROUNDS)["figures"]
     assert layer_case["experts"] == EXPERTS and layer_case["processes"] == RANKS
     assert set(layer_case["candidates"]) == {"deepspeed", "alltoall", "gather"}
     for name, candidate in layer_case["candidates"].items():
@@ -72,9 +87,11 @@ def test_the_layer_benchmark_measures_and_predicts_every_candidate(layer_case: d
         assert (candidate["predicted"] is None) == (name == "deepspeed")
     predicted = {name: each["predicted"] for name, each in layer_case["candidates"].items() if each["predicted"]}
     assert layer_case["auto"] == min(predicted, key=lambda name: predicted[name])
+    _check_bytes(layer_case)
 
 
-def test_bytes_are_those_of_the_tensors_that_travel(layer_case: dict[str, Any]) -> None:
+def _check_bytes(layer_case: dict[str, Any]) -> None:
+    """They are those of the tensors that travel."""
     sent = {name: candidate["bytes_sent"] for name, candidate in layer_case["candidates"].items()}
     parameters = EXPERTS // RANKS * (2 * HIDDEN * BOTTLENECK + HIDDEN + BOTTLENECK)
     counts = 8 * (EXPERTS + 2)
@@ -96,9 +113,9 @@ def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_step_benchmark_splits_a_step(tmp_path: Path, small_llm: Path) -> None:
-    sizes = f"--experts 4 --bottleneck 2 --clips 2 --rounds 2 --processes {RANKS}"
-    (case,) = _run("benchmarks.train_step", tmp_path / "out", "--llm", str(small_llm), *sizes.split())["figures"]
+def test_the_step_benchmark_splits_a_step(run: Run, small_llm: Path) -> None:
+    sizes = f"--experts 4 --bottleneck 2 --clips 2 --processes {RANKS}"
+    (case,) = run(train_step, "--llm", str(small_llm), *sizes.split(), *ROUNDS)["figures"]
     for form, milliseconds in case["milliseconds"].items():
         step = milliseconds.pop("step")
         assert len(milliseconds) == 3 and all(part > 0 for part in milliseconds.values()), form
@@ -109,8 +126,8 @@ def test_the_step_benchmark_splits_a_step(tmp_path: Path, small_llm: Path) -> No
     assert added <= 2 * layer and added > 2 * layer - 20  # without MoME, the engine gets an idle expert of one unit
 
 
-def test_the_resharding_benchmark_writes_what_it_says(tmp_path: Path) -> None:
-    medians = _run("benchmarks.reshard", tmp_path, "--gigabytes", "0.01", "--rounds", "1")["figures"]["medians"]
+def test_the_resharding_benchmark_writes_what_it_says(run: Run) -> None:
+    medians = run(reshard, "--gigabytes", "0.01", *ROUNDS)["figures"]["medians"]
     assert medians["copy"]["of_copy"] == 1
     assert medians["canonical"]["bytes"] == pytest.approx(medians["copy"]["bytes"], rel=0.02)
     # Weights twice and two moments, instead of weights and two moments.
@@ -118,16 +135,15 @@ def test_the_resharding_benchmark_writes_what_it_says(tmp_path: Path) -> None:
     assert all(each["peak"] < 1e9 for each in medians.values())
 
 
-def test_the_benchmark_of_saving_measures_every_form(tmp_path: Path, small_llm: Path) -> None:
-    sizes = f"--experts 4 --bottleneck 2 --clips 2 --rounds 2 --processes {RANKS}"
-    (case,) = _run("benchmarks.save_stall", tmp_path / "out", "--llm", str(small_llm), *sizes.split())["figures"]
+def test_the_benchmark_of_saving_measures_every_form(run: Run, small_llm: Path) -> None:
+    sizes = f"--experts 4 --bottleneck 2 --clips 2 --processes {RANKS}"
+    (case,) = run(save_stall, "--llm", str(small_llm), *sizes.split(), *ROUNDS)["figures"]
     assert case["bytes"] > 0 and case["wait"]["no checkpoint"] < case["wait"]["written between steps"]
     assert set(case["two steps"]) == set(case["wait"]) and all(value > 0 for value in case["two steps"].values())
 
 
-def test_the_benchmark_of_data_times_every_transform(tmp_path: Path, tiny_corpus_dir: Path) -> None:
-    sizes = ["--corpus", str(tiny_corpus_dir), "--clips", "2", "--rounds", "1"]
-    figures = _run("benchmarks.data_speed", tmp_path, *sizes)["figures"]
+def test_the_benchmark_of_data_times_every_transform(run: Run, tiny_corpus_dir: Path) -> None:
+    figures = run(data_speed, "--corpus", str(tiny_corpus_dir), "--clips", "2", "--rounds", "1")["figures"]
     assert figures["clips"] == 2 and 2 < figures["seconds of speech"] < 12
     assert len(figures["seconds"]) == 11 and all(seconds > 0 for seconds in figures["seconds"].values())
 
