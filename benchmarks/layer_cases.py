@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.layer_candidates import LayerShape, MoMELayer, StockLayer, build_layers, first_expert_gradient
 from benchmarks.layer_ranks import STOCK
@@ -40,8 +40,11 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     rates = measure(load, group, dtype, torch.device("cpu"))
     choice = choose(load, rates, ep)
     layers = build_layers(shape, ep, ep_rank)
-    hidden_TH, gradient_TH = _tokens(shape, options.tokens, dtype)
-    sent = _check_and_count(layers, hidden_TH, gradient_TH, TOLERANCE[options.precision])
+    hidden_TH, gradient_TH = random_tokens(shape, options.tokens, dtype, seed=100 + dist.get_rank())
+    for name, errors in differences(layers, hidden_TH, gradient_TH).items():
+        for what, error in errors.items():
+            assert error < TOLERANCE[options.precision], f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
+    sent = {name: _bytes_sent(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}
     timings = interleaved(
         {name: one_pass(layer, hidden_TH, gradient_TH) for name, layer in layers.items()},
         options.rounds,
@@ -73,42 +76,48 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     }
 
 
-def _tokens(shape: LayerShape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """This rank's hidden states, and the gradient of the output."""
+def random_tokens(shape: LayerShape, tokens: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, H], and the gradient of the output; what all have in common loads the experts unevenly."""
     common_H = torch.randn(shape.hidden_size, generator=torch.Generator().manual_seed(1)) * COMMON
-    generator = torch.Generator().manual_seed(100 + dist.get_rank())
+    generator = torch.Generator().manual_seed(seed)
     hidden_TH, gradient_TH = torch.randn(2, tokens, shape.hidden_size, generator=generator)
     return (hidden_TH + common_H).to(dtype).requires_grad_(), gradient_TH.to(dtype)
 
 
-def one_pass(layer: StockLayer | MoMELayer, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
-    """One forward and backward pass."""
+def one_pass(layer: nn.Module, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
+    """One forward and backward pass of a layer that gives its output, and its auxiliary loss or None."""
 
     def run() -> None:
         layer.zero_grad(set_to_none=True)
         hidden_TH.grad = None
         output_TH, auxiliary = layer(hidden_TH)
-        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, torch.ones_like(auxiliary)])
+        losses = [] if auxiliary is None else [auxiliary]
+        torch.autograd.backward([output_TH, *losses], [gradient_TH, *map(torch.ones_like, losses)])
 
     return run
 
 
-def _check_and_count(
-    layers: dict[str, StockLayer | MoMELayer], hidden_TH: Tensor, gradient_TH: Tensor, tolerance: float
-) -> dict[str, float]:
-    """Bytes sent by each candidate in one pass, after seeing that all give the same output and expert gradient."""
-    sent, expected = {}, {}
+def differences(
+    layers: Mapping[str, StockLayer | MoMELayer], hidden_TH: Tensor, gradient_TH: Tensor
+) -> dict[str, dict[str, float]]:
+    """How far the output and the first expert's gradient of each layer are from DeepSpeed's, of the largest value."""
+    expected: dict[str, Tensor] = {}
+    found = {}
     for name, layer in layers.items():
-        wire = WireBytes()
-        with wire.counted():
-            one_pass(layer, hidden_TH, gradient_TH)()
-        sent[name] = wire.sent
+        one_pass(layer, hidden_TH, gradient_TH)()
         with torch.no_grad():
             actual = {"output": layer(hidden_TH)[0], "expert gradient": first_expert_gradient(layer)}
-        if name == STOCK:
-            expected = actual
-        for what, value in actual.items():
-            reference = expected[what].float()
-            error = float((value.float() - reference).abs().max() / reference.abs().max())
-            assert error < tolerance, f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
-    return sent
+        expected = actual if name == STOCK else expected
+        found[name] = {
+            what: float((value.float() - expected[what].float()).abs().max() / expected[what].float().abs().max())
+            for what, value in actual.items()
+        }
+    return found
+
+
+def _bytes_sent(layer: nn.Module, hidden_TH: Tensor, gradient_TH: Tensor) -> float:
+    """By this rank in one pass."""
+    wire = WireBytes()
+    with wire.counted():
+        one_pass(layer, hidden_TH, gradient_TH)()
+    return wire.sent

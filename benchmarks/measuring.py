@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -164,9 +166,10 @@ class WireBytes:
         return counting
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What was measured on, in words."""
     return {
+        **(_gpu(device) if device.type == "cuda" else {}),
         "processor": _processor(),
         "cores": usable_cores(),
         "threads of a process": torch.get_num_threads(),
@@ -175,6 +178,22 @@ def machine() -> dict[str, Any]:
         "torch": version_of("torch"),
         "deepspeed": version_of("deepspeed"),
         "megatron-core": version_of("megatron-core"),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU with its driver, and what kernels come from."""
+    properties = torch.cuda.get_device_properties(device)
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    told = subprocess.run(asked, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    return {
+        "GPU": properties.name,
+        "GPU memory, GB": round(properties.total_memory / 1e9, 1),
+        "driver": told.stdout.strip() if told and told.returncode == 0 else "unknown",
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
     }
 
 

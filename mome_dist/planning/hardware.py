@@ -1,4 +1,5 @@
-"""The machine that a plan is for: measured by `tools/check_cluster.py`, or put together from public figures.
+"""The machine that a plan is for: measured by `tools/check_cluster.py` or a benchmark, or put together from public
+figures.
 
 Public figures are peaks. What a run reaches of them is assumed below and no more than that: measure where you can.
 """
@@ -133,6 +134,7 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others, measure with tools/check_cluster.py.")
+    inside, between = _public_links(gpu)
     return Cluster(
         name=f"{nodes} x {gpus_per_node} {name.upper()} (public figures)",
         nodes=nodes,
@@ -144,41 +146,66 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
         fp32_flops=gpu.fp32_flops * PRODUCT_SHARE,
         memory_bytes=gpu.memory_bytes * MEMORY_SHARE,
         call=KERNEL_CALL,
-        inside=Link(gpu.inside * LINK_SHARE, INSIDE_LATENCY),
-        between=Link(gpu.between * LINK_SHARE, BETWEEN_LATENCY),
+        inside=inside,
+        between=between,
         workers=gpus_per_node,
         on_gpu=True,
         grouped_products=gpu.grouped_products,
     )
 
 
+def known_gpu(properties_name: str) -> str | None:
+    """The name in `GPUS` of what a driver calls "NVIDIA H200" or "NVIDIA A100-SXM4-80GB"; None for others.
+
+    Cards of the same name with other peaks (NVL, PCIe) are others.
+    """
+    words = properties_name.lower().replace("geforce rtx ", "rtx").replace("-", " ").split()
+    if not {"nvl", "pcie"}.isdisjoint(words):
+        return None
+    return next((name for name in GPUS if set(name.split("-")) <= set(words)), None)
+
+
 def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int | None = None) -> Cluster:
-    """A cluster from the JSON file that `tools/check_cluster.py` wrote; the sizes may be another allocation's.
+    """A cluster from the JSON file that `tools/check_cluster.py` wrote, or a benchmark of a GPU (`benchmarks.gpu`); the
+    sizes may be another allocation's.
 
     Raises:
-        UserError: if the file is missing or holds no such measurement.
+        UserError: if the file is missing or holds no such measurement, or no links where there are several ranks.
     """
     try:
-        found = read_json(path)
-        return _cluster_of(found, path.name, nodes, ranks_per_node)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return cluster_of_record(measured_record(path), path.name, nodes, ranks_per_node)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--measured {path}: is no measurement of tools/check_cluster.py ({error!r}); run it again."
+            f"--measured {path}: is no measurement of tools/check_cluster.py or benchmarks.gpu ({error!r}); run it "
+            "again."
         ) from error
 
 
-def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_per_node: int | None) -> Cluster:
-    rates, links, on_gpu = found["rates"], found["links"], found["device"] == "cuda"
-    ranks_per_node = ranks_per_node or found["ranks_per_node"]
-    inside = links.get("inside")
-    between = links.get("between") or inside
-    inside = inside or between
-    if inside is None:  # one rank: there is nothing to send
-        inside = between = {"bytes_per_second": rates["memory_bytes"], "latency": 0.0}
+def measured_record(path: Path) -> Mapping[str, Any]:
+    """What a file holds of the machine that it was measured on."""
+    found = read_json(path)
+    return found["figures"]["cluster"] if "figures" in found else found
+
+
+def cluster_of_record(
+    found: Mapping[str, Any], name: str, nodes: int | None = None, ranks_per_node: int | None = None
+) -> Cluster:
+    """A cluster of what `mome_dist.cluster.check.check_cluster` records of one.
+
+    Args:
+        name: of the file, for tables and messages.
+
+    Raises:
+        UserError: if there are several ranks, whose links were not measured and are not public either.
+        KeyError: if the record lacks something.
+    """
+    rates, on_gpu = found["rates"], found["device"] == "cuda"
+    nodes, ranks_per_node = nodes or found["nodes"], ranks_per_node or found["ranks_per_node"]
+    inside, between = _links(found, name, nodes * ranks_per_node)
     memory = found["memory_bytes"] * USABLE_SHARE / (1 if on_gpu else ranks_per_node)
     return Cluster(
-        name=f"{nodes or found['nodes']} x {ranks_per_node} ranks, measured ({name})",
-        nodes=nodes or found["nodes"],
+        name=f"{nodes} x {ranks_per_node} ranks, measured ({name})",
+        nodes=nodes,
         ranks_per_node=ranks_per_node,
         memory=memory,
         runtime=GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES,
@@ -187,9 +214,32 @@ def _cluster_of(found: Mapping[str, Any], name: str, nodes: int | None, ranks_pe
         fp32_flops=rates["fp32_flops"],
         memory_bytes=rates["memory_bytes"],
         call=rates["call"],
-        inside=Link(inside["bytes_per_second"], inside["latency"]),
-        between=Link(between["bytes_per_second"], between["latency"]),
+        inside=inside,
+        between=between,
         workers=ranks_per_node if on_gpu else min(ranks_per_node, found["cores"]),
         on_gpu=on_gpu,
         grouped_products=found.get("grouped_products", False),
     )
+
+
+def _links(found: Mapping[str, Any], name: str, ranks: int) -> tuple[Link, Link]:
+    """Inside a node and between nodes: as measured, or of a GPU that was measured alone, as public figures have it."""
+    measured = found["links"]
+    inside = measured.get("inside") or measured.get("between")
+    between = measured.get("between") or inside
+    if inside is not None:
+        return Link(inside["bytes_per_second"], inside["latency"]), Link(between["bytes_per_second"], between["latency"])
+    if ranks == 1:  # there is nothing to send
+        alone = Link(found["rates"]["memory_bytes"], 0.0)
+        return alone, alone
+    known = known_gpu(found.get("gpu", ""))
+    if known is None:
+        raise UserError(
+            f"--measured {name}: was measured on one rank, so it tells nothing of links: run tools/check_cluster.py on "
+            f"{ranks} ranks, or set --nodes 1 --ranks-per-node 1."
+        )
+    return _public_links(GPUS[known])
+
+
+def _public_links(gpu: GPU) -> tuple[Link, Link]:
+    return Link(gpu.inside * LINK_SHARE, INSIDE_LATENCY), Link(gpu.between * LINK_SHARE, BETWEEN_LATENCY)

@@ -1,0 +1,108 @@
+"""What the benchmarks of a GPU share: their options, the device, and the files that they write.
+
+No torch at the top: what is to be measured on the CPU of a machine with a GPU must say so before torch looks for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.results import RESULTS, write_results
+from mome_dist.errors import UserError
+from mome_dist.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+Sections = list[str]
+
+
+def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark of a GPU takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.gpu.{name}",
+        description=(doc or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="where; a GPU if there is one")
+    parser.add_argument("--tiny", action="store_true", help="sizes of a rehearsal on a CPU")
+    parser.add_argument("--rounds", type=int, help="turns of every candidate, whose median counts (9; tiny 1)")
+    parser.add_argument("--warm-up", type=int, help="turns before them that do not count (2; tiny 0)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    return parser
+
+
+def run(
+    name: str,
+    title: str,
+    options: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace, torch.device], Any],
+    render: Callable[[Any], Sections],
+) -> None:
+    """Measure, write ``gpu_NAME.md`` and ``gpu_NAME.json``, and print the table.
+
+    Args:
+        arguments: as given, for who wants to run it again.
+        measure: returns JSON values.
+        render: makes Markdown of them.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    device = open_device(options)
+    from benchmarks.measuring import machine
+
+    described = machine(device)
+    figures = measure(options, device)
+    given = sys.argv[1:] if arguments is None else arguments
+    sections = render(figures)
+    if options.tiny:
+        sections.insert(0, "**A rehearsal at tiny sizes: these figures mean nothing.**")
+    path = write_results(
+        name=f"gpu_{name}",
+        title=title,
+        command=" ".join([f"python -m benchmarks.gpu.{name}", *given]),
+        machine=described,
+        sections=sections,
+        figures=figures,
+        folder=options.results,
+    )
+    print(path.read_text())
+
+
+def open_device(options: argparse.Namespace) -> torch.device:
+    """The device that the options ask for, ready to use; settles how many rounds are measured.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    quiet_libraries()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise UserError(f"--device cuda: torch {torch.__version__} sees no GPU; --device cpu --tiny is the rehearsal.")
+    if not available:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(1)
+    options.rounds = options.rounds or (1 if options.tiny else 9)
+    options.warm_up = (0 if options.tiny else 2) if options.warm_up is None else options.warm_up
+    torch.manual_seed(0)
+    device = torch.device("cuda:0" if available else "cpu")
+    if available:
+        torch.cuda.set_device(device)
+    return device
+
+
+def target(met: bool | None, what: str, found: str) -> str:
+    """A line that judges an aim; None says that nothing can be said, as on a CPU."""
+    verdict = {True: "met", False: "MISSED", None: "not judged"}[met]
+    return f"- {verdict}: {what}; found: {found}"
