@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Sections = list[str]
 
 
-def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+def parser_of(name: str, doc: str | None, rounds: int = 9, warm_up: int = 2) -> argparse.ArgumentParser:
     """The options that every benchmark of a GPU takes."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.gpu.{name}",
@@ -30,9 +30,9 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where; a GPU if there is one")
-    parser.add_argument("--tiny", action="store_true", help="sizes of a rehearsal on a CPU")
-    parser.add_argument("--rounds", type=int, help="turns of every candidate, whose median counts (9; tiny 1)")
-    parser.add_argument("--warm-up", type=int, help="turns before them that do not count (2; tiny 0)")
+    parser.add_argument("--tiny", action="store_true", help="sizes of a rehearsal on a CPU, one turn")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of every candidate, whose median counts")
+    parser.add_argument("--warm-up", type=int, default=warm_up, help="turns before them that do not count")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     return parser
 
@@ -77,12 +77,13 @@ def run(
 
 
 def open_device(options: argparse.Namespace) -> torch.device:
-    """The device that the options ask for, ready to use; settles how many rounds are measured.
+    """The device that the options ask for, ready to use; a rehearsal has one round.
 
     Raises:
         UserError: if a GPU is asked for and there is none.
     """
     quiet_libraries()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
@@ -93,8 +94,8 @@ def open_device(options: argparse.Namespace) -> torch.device:
     if not available:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(1)
-    options.rounds = options.rounds or (1 if options.tiny else 9)
-    options.warm_up = (0 if options.tiny else 2) if options.warm_up is None else options.warm_up
+    if options.tiny:
+        options.rounds, options.warm_up = 1, 0
     torch.manual_seed(0)
     device = torch.device("cuda:0" if available else "cpu")
     if available:

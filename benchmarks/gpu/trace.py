@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ def cpu_trace(events: Iterable[Mapping[str, Any]]) -> Trace:
     innermost = []
     for mine in operations.values():
         mine.sort(key=lambda kernel: (kernel.start, -kernel.end))
-        following = [*mine[1:], None]
-        innermost += [one for one, after in zip(mine, following, strict=True) if after is None or after.start >= one.end]
+        calls_none = [one.end <= after.start for one, after in pairwise(mine)]
+        innermost += [one for one, alone in zip(mine, [*calls_none, True], strict=True) if alone]
     return _in_order(innermost)
 
 

@@ -228,7 +228,7 @@ def _links(found: Mapping[str, Any], name: str, ranks: int) -> tuple[Link, Link]
     inside = measured.get("inside") or measured.get("between")
     between = measured.get("between") or inside
     if inside is not None:
-        return Link(inside["bytes_per_second"], inside["latency"]), Link(between["bytes_per_second"], between["latency"])
+        return _link(inside), _link(between)
     if ranks == 1:  # there is nothing to send
         alone = Link(found["rates"]["memory_bytes"], 0.0)
         return alone, alone
@@ -239,6 +239,10 @@ def _links(found: Mapping[str, Any], name: str, ranks: int) -> tuple[Link, Link]
             f"{ranks} ranks, or set --nodes 1 --ranks-per-node 1."
         )
     return _public_links(GPUS[known])
+
+
+def _link(measured: Mapping[str, float]) -> Link:
+    return Link(measured["bytes_per_second"], measured["latency"])
 
 
 def _public_links(gpu: GPU) -> tuple[Link, Link]:

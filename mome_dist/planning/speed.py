@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 
 from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.experts import expert_seconds
+from mome_dist.planning.flops import OUTPUT_PRODUCTS, attention_flops, frozen_flops
 from mome_dist.planning.hardware import Cluster, Link
 from mome_dist.planning.job import Candidate, Job
 
@@ -162,7 +163,7 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: 
     links *= layers
     if stage == layout.pp - 1:
         logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp
-        products += 2 * 2 * logits * shape.hidden_size
+        products += OUTPUT_PRODUCTS * logits * shape.hidden_size
         bytes_moved += LOGIT_BYTES * logits
     if stage == 0:
         products += 6 * job.projector_parameters * tokens / len(job.lengths)
@@ -176,12 +177,10 @@ def _layer(
     """FLOP and bytes moved of one frozen layer, and the seconds of its collectives; forward and backward."""
     layout, hidden = candidate.layout, shape.hidden_size
     wide = job.element_bytes / 2
-    attention = 12 * tokens * length * shape.heads * shape.head_size / layout.tp
-    if job.attention == "sdpa":
-        attention /= 2  # causal kernels leave out the upper half
+    attention = attention_flops(shape, length, tokens, causal=job.attention == "sdpa") / layout.tp
     if layout.recompute == "selective":
         attention *= 4 / 3
-    flops = 4 * tokens * shape.layer_parameters / layout.tp + attention
+    flops = frozen_flops(shape, tokens) / layout.tp + attention
     split = layout.tp if layout.sequence_parallel else 1
     scores = tokens * length * shape.heads / layout.tp if job.attention == "eager" else 0.0
     if layout.recompute == "selective":

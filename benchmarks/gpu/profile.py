@@ -1,0 +1,72 @@
+"""Where the time of training steps goes on a GPU: kernels that take most, and why nothing runs in between.
+
+    python -m benchmarks.gpu.profile                   a step with MoME and encoders, as benchmarks.gpu.step has it
+    python -m benchmarks.gpu.profile --trace           and the whole trace, for chrome://tracing
+
+The table goes to benchmarks/results/ (see benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.command import Sections, parser_of, run
+from benchmarks.results import table
+from mome_dist.cli import main_guard
+
+SHOWN, NAME_WIDTH = 25, 90  # kernels of the table; templates have names of many lines
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = parser_of("profile", __doc__, rounds=3, warm_up=0)
+    parser.add_argument("--trace", action="store_true", help="keep the trace as gpu_profile_trace.json in --results")
+    return parser.parse_args(arguments)
+
+
+def render(figures: Mapping[str, Any]) -> Sections:
+    """Sections of the result file."""
+    kernels, span, steps = figures["kernels"], figures["span"], figures["steps"]
+    rows = [
+        [
+            each["name"][:NAME_WIDTH].replace("|", "\\|"),
+            f"{each['calls'] / steps:.0f}",
+            f"{each['seconds'] / steps * 1e3:.2f}",
+            f"{each['seconds'] / span:.1%}",
+        ]
+        for each in kernels[:SHOWN]
+    ]
+    rest = kernels[SHOWN:]
+    if rest:
+        calls, seconds = (sum(each[key] for each in rest) for key in ("calls", "seconds"))
+        others = f"{len(rest)} others"
+        rows.append([others, f"{calls / steps:.0f}", f"{seconds / steps * 1e3:.2f}", f"{seconds / span:.1%}"])
+    gpu = figures["device"] == "cuda"
+    return [
+        f"- a step: {span / steps * 1e3:.1f} ms in the trace, {figures['step'] * 1e3:.1f} ms without one (the best)\n"
+        f"- nothing runs: {figures['idle share']:.1%} of the time"
+        + (f", {figures['host share']:.1%} because Python has not asked for the next kernel yet" if gpu else "")
+        + f"\n- kernels and copies: {sum(each['calls'] for each in kernels) / steps:,.0f} a step",
+        f"The {min(SHOWN, len(kernels))} that take most of {len(kernels)}:",
+        table(["kernel", "a step", "ms a step", "of the time"], rows),
+    ]
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse_arguments(arguments)
+
+    def measure(options: argparse.Namespace, device: Any) -> Any:
+        from benchmarks.gpu import profile_work  # after the device is settled
+
+        return profile_work.measure(options, device)
+
+    run("profile", "Where a training step goes on a GPU", options, arguments, measure, render)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""FLOPs that a step needs: what a model FLOPs utilisation counts (MFU; PaLM, arXiv 2204.02311, appendix B).
+
+Needed are products only, each once: nothing that is computed again, no expert that a token did not choose, no key that
+a token does not see. Frozen weights have two products (forward, and the gradient of their input), trained ones three.
+"""
+
+from __future__ import annotations
+
+from mome_dist.llm.shape import LLMShape
+from mome_dist.planning.job import Job
+
+FROZEN, TRAINED = 2, 3  # products of a map, forward and backward
+OUTPUT_PRODUCTS = 2 * FROZEN  # FLOPs for each logit and hidden value of the frozen output layer
+
+
+def frozen_flops(shape: LLMShape, tokens: float) -> float:
+    """Of the maps of one frozen layer, forward and backward."""
+    return 2 * FROZEN * tokens * shape.layer_parameters
+
+
+def attention_flops(shape: LLMShape, length: int, tokens: float, causal: bool) -> float:
+    """Of scores and weighted sums of one layer, forward and backward, for tokens in sequences of a length.
+
+    Args:
+        causal: whether keys behind a token are left out; else they are computed, and then masked.
+    """
+    flops = 2 * 2 * TRAINED * tokens * length * shape.heads * shape.head_size
+    return flops / 2 if causal else flops
+
+
+def step_flops(job: Job) -> dict[str, float]:
+    """FLOPs of a step of the whole job by part: "llm", "experts" with their router, "encoders".
+
+    Projectors are left out: they are less than a hundredth of the LLM's, and by how much depends on the clips' streams.
+    """
+    shape, views = job.shape, job.views_per_step / len(job.lengths)
+    llm = experts = 0.0
+    for length in job.lengths:
+        tokens = length * job.batch_size * views
+        layer = frozen_flops(shape, tokens) + attention_flops(shape, length, tokens, causal=True)
+        outputs = OUTPUT_PRODUCTS * job.labels * job.batch_size * views * shape.vocabulary * shape.hidden_size
+        llm += shape.layers * layer + outputs
+        used = job.experts + 2 * (job.top_k + job.shared) * job.bottleneck  # outputs for a token
+        experts += shape.layers * 2 * TRAINED * tokens * used * shape.hidden_size
+    encoders = sum(
+        job.batch_size
+        * each.share
+        * (each.shape.front_flops(each.seconds) + each.shape.transformer.flops(each.shape.frames(each.seconds)))
+        for each in job.encoders
+    )
+    return {"llm": llm, "experts": experts, "encoders": encoders}
