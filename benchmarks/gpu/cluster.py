@@ -18,8 +18,10 @@ from mome_dist.planning.hardware import cluster_of_record
 from mome_dist.planning.job import Candidate, Clip, job_of
 from mome_dist.planning.llms import find_shape
 
+TINY_SIDE = 64  # of the products that a rehearsal takes rates from
 
-def cluster_record(device: torch.device) -> dict[str, Any]:
+
+def cluster_record(device: torch.device, tiny: bool) -> dict[str, Any]:
     """This rank alone, in the form of `mome_dist.cluster.check.check_cluster`."""
     report = describe_rank(device)
     return {
@@ -29,7 +31,7 @@ def cluster_record(device: torch.device) -> dict[str, Any]:
         "ranks_per_node": 1,
         "cores": report["hardware"]["cores"],
         "memory_bytes": report["memory_bytes"],
-        "rates": measure_rates(device).record(),
+        "rates": measure_rates(device, TINY_SIDE if tiny else None).record(),
         "grouped_products": report["hardware"].get("grouped_products", False),
         "links": {},
     }

@@ -84,10 +84,10 @@ def render(figures: Mapping[str, Any]) -> Sections:
     about = (
         "Hidden states bf16; parameters fp32 (DeepSpeed's and ours) or bf16 (Megatron-Core's and the products). K = 4, "
         f"one shared expert. {figures['cases'][0]['passes']} passes, one behind the other, make a timing; `ms` is "
-        "until the last kernel ends, `host` until Python has asked for it, `busy` the time in which a kernel ran, from a "
-        "trace. A floor has as many units as the form that it stands under computes for a token: `local` all experts, "
-        "`alltoall` the chosen ones and the shared one. Megatron-Core's experts run one after the other, for its "
-        "grouped products need Transformer Engine."
+        "until the last kernel ends, `host` until Python has asked for it, `busy` the time in which a kernel ran, from "
+        "a trace. A floor has as many units as the form that it stands under computes for a token: `local` all "
+        "experts, `alltoall` the chosen ones and the shared one. Megatron-Core's experts run one after the other, for "
+        "its grouped products need Transformer Engine."
     )
     return ["\n".join(judged), about, *sections]
 

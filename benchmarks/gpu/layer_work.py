@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Figures of both sizes."""
     sizes = [(3072, 24, 12), (2048, 64, 128)] if not options.tiny else [(64, 6, 4), (32, 8, 8)]
     with parallel_world(Layout.for_world(1), 0, timeout_seconds=600):
-        cluster = cluster_record(device)
+        cluster = cluster_record(device, options.tiny)
         cases = [_case(LayerShape(h, e, 4, b), options, device, cluster) for h, e, b in sizes]
     return {"cluster": cluster, "cases": cases}
 

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.encoding import Encoder
@@ -22,10 +23,11 @@ from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.tiny import word_tokenizer
 from mome_dist.parallel.layout import Layout
-from mome_dist.planning.encoder_shapes import VIDEO_SIZES, WHISPERS
+from mome_dist.planning.encoder_shapes import VIDEO_SIZES, WHISPERS, encoder_shape
 from mome_dist.planning.llms import find_shape
 from mome_dist.speech.avhubert.config import AVHubertConfig
 from mome_dist.speech.avhubert.model import AVHubertEncoder
+from mome_dist.speech.projector import Projectors
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
 
 WEIGHT_SCALE = 0.02  # of the LLM's weights, as such models start with
@@ -148,6 +150,22 @@ def random_llm(config: RunConfig, layout: Layout, device: torch.device) -> Froze
         else:
             parameter.normal_(std=WEIGHT_SCALE)
     return llm
+
+
+def random_projectors(config: RunConfig) -> Projectors:
+    """The projectors of a run with their initial values."""
+    views, settings = views_of(config), config.projector
+    streams = streams_of(config)
+    projectors = Projectors(
+        {stream: encoder_shape(config, stream).width for stream in streams},
+        {stream: sorted({getattr(view, f"{stream}_rate") for view in views} - {None}) for stream in streams},
+        LLMShape.from_directory(config.llm.path).hidden_size,
+        settings.hidden_size,
+        settings.per_rate,
+        settings.compression,
+    )
+    projectors.initialize(config.seed, WEIGHT_SCALE)
+    return projectors
 
 
 def random_whisper(config: RunConfig, device: torch.device) -> WhisperAudioEncoder:

@@ -47,7 +47,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "idle share": trace.idle_share,
         "host share": trace.host_share,
         "kernels": [
-            {"name": name, "calls": len(seconds), "seconds": sum(seconds)}
-            for name, seconds in trace.by_name().items()
+            {"name": name, "calls": len(seconds), "seconds": sum(seconds)} for name, seconds in trace.by_name().items()
         ],
     }

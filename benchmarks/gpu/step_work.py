@@ -28,7 +28,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Figures of all forms."""
     sizes = TINY if options.tiny else PAPER
     with tempfile.TemporaryDirectory() as scratch, parallel_world(Layout.for_world(1), 0, 600), ExitStack() as opened:
-        cluster = cluster_record(device)
+        cluster = cluster_record(device, options.tiny)
         config = configuration(sizes, _folder(scratch, "measured"))
         expected = predictions(sizes, cluster, _folder(scratch, "predicted"))
         forms, peaks = {}, {}

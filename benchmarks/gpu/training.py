@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from benchmarks.gpu.models import WEIGHT_SCALE, Sizes, configuration, random_encoders, random_llm, text_of
+from benchmarks.gpu.models import Sizes, configuration, random_encoders, random_llm, random_projectors, text_of
 from benchmarks.measuring import Stopwatch, Timing
 from mome_dist.build import build_sequences, mome_arguments
 from mome_dist.config.derived import streams_of, streams_read, views_of
@@ -27,7 +27,6 @@ from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.paths import configs_dir
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.speech.matryoshka import audio_frames
-from mome_dist.speech.projector import Projectors
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.engine import Engine
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
@@ -59,28 +58,13 @@ class _RandomClips(ClipLoader):
 def build_model(config: RunConfig, with_mome: bool, device: torch.device) -> DistributedMoME:
     """The frozen LLM with projectors, and with MoME in every layer or without, in a world of one."""
     llm = random_llm(config, Layout.for_world(1), device)
-    views = views_of(config)
-    rates = {
-        stream: sorted({rate for view in views if (rate := getattr(view, f"{stream}_rate")) is not None})
-        for stream in ("audio", "video")
-    }
-    settings = config.projector
-    projectors = Projectors(
-        {stream: encoder_shape(config, stream).width for stream in streams_of(config)},
-        rates,
-        llm.config.hidden_size,
-        settings.hidden_size,
-        settings.per_rate,
-        settings.compression,
-    )
-    projectors.initialize(config.seed, WEIGHT_SCALE)
     momes = {}
     if with_mome:
         losses = {"balance_loss": config.mome.balance_loss, "z_loss": config.mome.z_loss}
         momes = attach_mome(
             llm, config.mome.placement, config.seed, ep_size=1, dispatch="local", **losses, **mome_arguments(config)
         )
-    return DistributedMoME([Chunk(llm, projectors.to(device), momes)], 1).train()
+    return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1).train()
 
 
 class Training:

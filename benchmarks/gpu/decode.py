@@ -1,0 +1,69 @@
+"""Decoding on a GPU, greedy and with beams, with MoME and without; and whether it writes what a CPU writes.
+
+    python -m benchmarks.gpu.decode                    shapes of Llama 3.2-3B
+
+The table goes to benchmarks/results/ (see benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.command import Sections, parser_of, run, target
+from benchmarks.results import table
+from mome_dist.cli import main_guard
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = parser_of("decode", __doc__, rounds=2, warm_up=1)
+    parser.add_argument("--tokens", type=int, default=24, help="that are written of each clip")
+    return parser.parse_args(arguments)
+
+
+def render(figures: Mapping[str, Any]) -> Sections:
+    """Sections of the result file."""
+    rows = []
+    plain = {(each["clips"], each["beams"]): each for each in figures["speed"] if each["model"] == "LLM"}
+    for each in figures["speed"]:
+        longer = each["milliseconds"] / plain[each["clips"], each["beams"]]["milliseconds"] - 1
+        rows.append(
+            [
+                str(each["clips"]),
+                str(each["beams"]),
+                each["model"],
+                f"{each['milliseconds']:.1f}",
+                f"{each['milliseconds'] / figures['tokens']:.2f}",
+                f"{each['tokens a second']:,.0f}",
+                "" if each["model"] == "LLM" else f"{longer:+.1%}",
+            ]
+        )
+    equal, clips = (sum(each[key] for each in figures["parity"]) for key in ("equal", "clips"))
+    return [
+        target(
+            equal == clips, "in fp32, the device writes the tokens that the CPU writes", f"{equal} of {clips} clips"
+        ),
+        f"{figures['tokens']} tokens a clip, the LLM in bf16, random weights, the finest view. Texts are compared on a "
+        "small model, greedy and with 5 beams, in every view.",
+        table(["clips", "beams", "model", "ms", "ms a token", "tokens/s", "MoME adds"], rows),
+    ]
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse_arguments(arguments)
+
+    def measure(options: argparse.Namespace, device: Any) -> Any:
+        from benchmarks.gpu import decode_work  # after the device is settled
+
+        return decode_work.measure(options, device)
+
+    run("decode", "Decoding on a GPU", options, arguments, measure, render)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

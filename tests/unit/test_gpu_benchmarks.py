@@ -1,0 +1,171 @@
+"""The benchmarks of a GPU, rehearsed on the CPU at tiny sizes; what they read from traces; what is committed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# The working parts are imported here once, not in every fork.
+from benchmarks.gpu import (
+    decode,
+    decode_work,
+    encoders,
+    encoders_work,
+    layer,
+    layer_work,
+    profile,
+    profile_work,
+    step,
+    step_work,
+)
+from benchmarks.gpu.trace import cpu_trace, gpu_trace
+from mome_dist.parallel.forked import run_forked
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = {
+    "layer": (layer, layer_work),
+    "step": (step, step_work),
+    "encoders": (encoders, encoders_work),
+    "decode": (decode, decode_work),
+    "profile": (profile, profile_work),
+}
+
+
+def _rehearsed(benchmark: ModuleType, *arguments: str) -> tuple[int, str]:
+    """What a benchmark returns and prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = benchmark.main([*arguments, "--tiny", "--device", "cpu"])
+    return code, printed.getvalue()
+
+
+def _figures(name: str, results: Path, *arguments: str) -> dict[str, Any]:
+    """The figures of a rehearsal in a fork of this process, since a benchmark opens a world."""
+    given = ["--results", str(results), *arguments]
+    ((code, printed),) = run_forked(_rehearsed, 1, BENCHMARKS[name][0], *given)
+    assert code == 0
+    path = results / f"gpu_{name}.json"
+    assert path.with_suffix(".md").read_text() in printed
+    stored = json.loads(path.read_text())
+    assert stored["command"].startswith(f"python -m benchmarks.gpu.{name} --results")
+    return stored["figures"]
+
+
+def test_the_layer_is_measured_beside_its_peers_and_its_floors(tmp_path: Path) -> None:
+    figures = _figures("layer", tmp_path)
+    assert len(figures["cases"]) == 2
+    for case in figures["cases"]:
+        found = case["candidates"]
+        assert {"deepspeed", "alltoall", "local", "megatron allgather"} < set(found) and len(found) == 6
+        assert all(0 < each["least"] <= each["milliseconds"] <= each["most"] for each in found.values())
+        # Router, gates and bookkeeping are what a layer has beyond two products.
+        ratios = layer.ratios(case)
+        assert ratios["floor"] > 1 and ratios["busy floor"] > 1
+        assert max(found["local"]["differs"].values()) < layer.DIFFERENCE
+        assert found["local"]["predicted"] > 0 and found["deepspeed"]["predicted"] is None
+
+
+def test_a_step_is_measured_in_three_forms_and_predicted(tmp_path: Path) -> None:
+    figures = _figures("step", tmp_path)
+    _check_step(figures)
+    # Predictions are made anew from what is stored.
+    stored = json.loads((tmp_path / "gpu_step.json").read_text())
+    for case in stored["figures"]["cases"].values():
+        case["predicted"]["seconds"] = 0.0
+    (tmp_path / "gpu_step.json").write_text(json.dumps(stored))
+    assert _figures("step", tmp_path, "--predict") == figures
+
+
+def _check_step(figures: dict[str, Any]) -> None:
+    figures = copy.deepcopy(figures)
+    plain, mome, whole = figures["cases"].values()
+    for case in (plain, mome, whole):
+        assert sum(case["milliseconds"].values()) == pytest.approx(case["step"], rel=1e-6)
+        assert case["tokens"] == plain["tokens"] > 0 and case["predicted"]["bytes"] > 0
+    assert plain["kernels"] < mome["kernels"] < whole["kernels"]
+    assert whole["milliseconds"]["encoders"] > 10 * mome["milliseconds"]["encoders"]
+    needed = [case["predicted"]["flops"] for case in (plain, mome, whole)]
+    assert [bool(each["experts"]) for each in needed] == [False, True, True]
+    assert [bool(each["encoders"]) for each in needed] == [False, False, True]
+    assert step.utilisation(figures, "with MoME") is None, "no CPU has a published peak"
+    # A step that takes a second and needs half of what the GPU does in one.
+    figures["peak flops"], whole["step"] = 2 * sum(needed[2].values()), 1000.0
+    assert step.utilisation(figures, "with MoME and encoders") == 0.5
+
+
+def test_encoders_are_compared_with_float64_in_every_precision(tmp_path: Path) -> None:
+    figures = _figures("encoders", tmp_path)
+    assert set(figures["encoders"]) == {"audio", "video"} and figures["spectrogram"]["host"] > 0
+    for precisions in figures["encoders"].values():
+        assert 0 < precisions["fp32"]["error"] < 1e-5 < precisions["bf16"]["error"] < 5e-2
+        assert set(precisions) == {"fp32", "TF32", "bf16", "as torch has it"}
+
+
+def test_decoding_is_measured_with_mome_and_without(tmp_path: Path) -> None:
+    figures = _figures("decode", tmp_path)
+    assert [(each["clips"], each["beams"]) for each in figures["speed"][::2]] == [(1, 1), (8, 1), (1, 15)]
+    assert {each["model"] for each in figures["speed"]} == {"LLM", "with MoME"}
+    assert all(0 < each["tokens"] <= figures["tokens"] * each["clips"] for each in figures["speed"])
+    assert len(figures["parity"]) == 8 and all(each["equal"] == each["clips"] for each in figures["parity"])
+
+
+def test_a_profile_sums_up_its_trace(tmp_path: Path) -> None:
+    figures = _figures("profile", tmp_path, "--trace")
+    assert json.loads((tmp_path / "gpu_profile_trace.json").read_text())["traceEvents"]
+    seconds = [each["seconds"] for each in figures["kernels"]]
+    assert seconds == sorted(seconds, reverse=True)
+    assert figures["busy"] <= sum(seconds) * 1.001 and 0 < figures["idle share"] < 1
+
+
+def _event(category: str, name: str, start: float, length: float, correlation: int | None = None) -> dict[str, Any]:
+    arguments = {} if correlation is None else {"correlation": correlation}
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "tid": 1, "args": arguments}
+
+
+def test_a_trace_tells_why_a_gpu_was_idle() -> None:
+    """Three kernels in 100 us: 20 us of nothing because Python came late, 10 us although it had asked in time."""
+    events = [
+        _event("cuda_runtime", "cudaLaunchKernel", 0, 2, 1),
+        _event("kernel", "product", 10, 30, 1),
+        _event("gpu_memcpy", "copy", 20, 20, 2),  # beside it
+        _event("cuda_runtime", "cudaMemcpyAsync", 3, 2, 2),
+        _event("cuda_runtime", "cudaLaunchKernelExC", 60, 2, 3),
+        _event("kernel", "product", 70, 20, 3),  # 30 us of nothing before it, of which it was asked for after 20
+        _event("cuda_driver", "cuLaunchKernel", 62, 2, 4),
+        _event("kernel", "norm", 90, 20, 4),
+        _event("gpu_user_annotation", "step", 0, 200),
+        {"ph": "M", "name": "process_name"},
+    ]
+    trace = gpu_trace(events)
+    assert [kernel.name for kernel in trace.kernels] == ["product", "copy", "product", "norm"]
+    assert trace.span == pytest.approx(100e-6) and trace.busy == pytest.approx(70e-6)
+    assert trace.idle_share == pytest.approx(0.3) and trace.host_share == pytest.approx(0.2)
+    assert {name: sum(each) for name, each in trace.by_name().items()} == pytest.approx(
+        {"product": 50e-6, "copy": 20e-6, "norm": 20e-6}
+    )
+
+
+def test_on_a_cpu_the_innermost_operations_count() -> None:
+    events = [
+        _event("cpu_op", "aten::linear", 0, 10),
+        _event("cpu_op", "aten::addmm", 1, 8),
+        _event("cpu_op", "aten::add", 20, 5),
+        _event("python_function", "forward", 0, 30),
+    ]
+    trace = cpu_trace(events)
+    assert [kernel.name for kernel in trace.kernels] == ["aten::addmm", "aten::add"]
+    assert trace.busy == pytest.approx(13e-6) and trace.host_share == 0
+
+
+def test_a_gpu_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert layer.main(["--device", "cuda", "--results", str(tmp_path)]) == 2
+    assert re.fullmatch(r"error: --device cuda: torch \S+ sees no GPU; .*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
