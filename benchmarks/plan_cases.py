@@ -15,8 +15,9 @@ from mome_dist.files import write_json
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.layout import Layout
-from mome_dist.planning.hardware import CPU_KERNEL_BYTES, measured_cluster
+from mome_dist.planning.hardware import CPU_KERNEL_BYTES
 from mome_dist.planning.job import Candidate, Clip, job_of
+from mome_dist.planning.measured import measured_cluster
 from mome_dist.planning.memory import memory
 from mome_dist.planning.speed import step_time
 

@@ -14,9 +14,9 @@ from mome_dist.cluster.rates import measure_rates
 from mome_dist.config.load import load_config
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import expert_seconds
-from mome_dist.planning.hardware import cluster_of_record
 from mome_dist.planning.job import Candidate, Clip, job_of
 from mome_dist.planning.llms import find_shape
+from mome_dist.planning.measured import cluster_of_record
 
 TINY_SIDE = 64  # of the products that a rehearsal takes rates from
 

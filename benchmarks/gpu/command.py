@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def run(
     options: argparse.Namespace,
     arguments: Sequence[str] | None,
     measure: Callable[[argparse.Namespace, torch.device], Any],
+    summary: Callable[[Any], list[str]],
     render: Callable[[Any], Sections],
 ) -> None:
     """Measure, write ``gpu_NAME.md`` and ``gpu_NAME.json``, and print the table.
@@ -50,7 +51,8 @@ def run(
     Args:
         arguments: as given, for who wants to run it again.
         measure: returns JSON values.
-        render: makes Markdown of them.
+        summary: makes lines of them, aims that are judged first.
+        render: makes the other sections.
 
     Raises:
         UserError: if a GPU is asked for and there is none.
@@ -60,20 +62,24 @@ def run(
 
     described = machine(device)
     figures = measure(options, device)
-    given = sys.argv[1:] if arguments is None else arguments
-    sections = render(figures)
-    if options.tiny:
-        sections.insert(0, "**A rehearsal at tiny sizes: these figures mean nothing.**")
-    path = write_results(
-        name=f"gpu_{name}",
-        title=title,
-        command=" ".join([f"python -m benchmarks.gpu.{name}", *given]),
-        machine=described,
-        sections=sections,
-        figures=figures,
-        folder=options.results,
-    )
-    print(path.read_text())
+    command = " ".join([f"python -m benchmarks.gpu.{name}", *(sys.argv[1:] if arguments is None else arguments)])
+    publish(name, title, command, described, figures, summary, render, options)
+
+
+def publish(
+    name: str,
+    title: str,
+    command: str,
+    machine: Mapping[str, Any],
+    figures: Any,
+    summary: Callable[[Any], list[str]],
+    render: Callable[[Any], Sections],
+    options: argparse.Namespace,
+) -> None:
+    """Write the two files of a benchmark, and print the one for people."""
+    rehearsal = ["**A rehearsal at tiny sizes: these figures mean nothing.**"] if "--tiny" in command.split() else []
+    sections = [*rehearsal, "\n".join(summary(figures)), *render(figures)]
+    print(write_results(f"gpu_{name}", title, command, machine, sections, figures, options.results).read_text())
 
 
 def open_device(options: argparse.Namespace) -> torch.device:

@@ -24,28 +24,47 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
-    """Sections of the result file."""
-    rows = []
-    plain = {(each["clips"], each["beams"]): each for each in figures["speed"] if each["model"] == "LLM"}
-    for each in figures["speed"]:
-        longer = each["milliseconds"] / plain[each["clips"], each["beams"]]["milliseconds"] - 1
-        rows.append(
-            [
-                str(each["clips"]),
-                str(each["beams"]),
-                each["model"],
-                f"{each['milliseconds']:.1f}",
-                f"{each['milliseconds'] / figures['tokens']:.2f}",
-                f"{each['tokens a second']:,.0f}",
-                "" if each["model"] == "LLM" else f"{longer:+.1%}",
-            ]
-        )
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """Whether texts are those of a CPU, and what MoME adds to each search."""
     equal, clips = (sum(each[key] for each in figures["parity"]) for key in ("equal", "clips"))
+    added = [
+        f"{longer:+.0%} ({each['clips']} clips, {each['beams']} beams)"
+        for each, longer in _longer(figures)
+        if longer is not None
+    ]
     return [
         target(
             equal == clips, "in fp32, the device writes the tokens that the CPU writes", f"{equal} of {clips} clips"
         ),
+        f"- MoME adds to decoding {', '.join(added)}",
+    ]
+
+
+def _longer(figures: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float | None]]:
+    """Each measured search, and by which part it is longer than the one of the LLM alone; None for that itself."""
+    plain = {(each["clips"], each["beams"]): each for each in figures["speed"] if each["model"] == "LLM"}
+    return [
+        (each, None if each["model"] == "LLM" else each["milliseconds"] / base["milliseconds"] - 1)
+        for each in figures["speed"]
+        for base in [plain[each["clips"], each["beams"]]]
+    ]
+
+
+def render(figures: Mapping[str, Any]) -> Sections:
+    """Sections of the result file."""
+    rows = [
+        [
+            str(each["clips"]),
+            str(each["beams"]),
+            each["model"],
+            f"{each['milliseconds']:.1f}",
+            f"{each['milliseconds'] / figures['tokens']:.2f}",
+            f"{each['tokens a second']:,.0f}",
+            "" if longer is None else f"{longer:+.1%}",
+        ]
+        for each, longer in _longer(figures)
+    ]
+    return [
         f"{figures['tokens']} tokens a clip, the LLM in bf16, random weights, the finest view. Texts are compared on a "
         "small model, greedy and with 5 beams, in every view.",
         table(["clips", "beams", "model", "ms", "ms a token", "tokens/s", "MoME adds"], rows),
@@ -62,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return decode_work.measure(options, device)
 
-    run("decode", "Decoding on a GPU", options, arguments, measure, render)
+    run("decode", "Decoding on a GPU", options, arguments, measure, summary, render)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,10 @@ def _speed(
     for clips, beams in SEARCHES:
         decoding = DecodingConfig(num_beams=beams, max_new_tokens=tokens)
         written: dict[str, int] = {}
-
-        def run(name: str, clips: int = clips, decoding: DecodingConfig = decoding, out: Any = written) -> None:
-            texts = _search(models[name], sequences, view, features, clips, decoding)
-            out[name] = sum(map(len, texts))
-
-        runs: dict[str, Callable[[], object]] = {name: (lambda name=name, run=run: run(name)) for name in models}
+        runs = {
+            name: partial(_counted, written, name, partial(_search, model, sequences, view, features, clips, decoding))
+            for name, model in models.items()
+        }
         timings = interleaved(runs, options.rounds, device, options.warm_up)
         for name, rounds in timings.items():
             milliseconds = median_milliseconds(each.device for each in rounds)
@@ -116,6 +115,11 @@ def _speed(
                 }
             )
     return found
+
+
+def _counted(written: dict[str, int], name: str, search: Callable[[], list[list[int]]]) -> None:
+    """Search, and keep how many tokens were written."""
+    written[name] = sum(map(len, search()))
 
 
 def _parity(config: RunConfig, sizes: Sizes, tokens: int, device: torch.device) -> list[dict[str, Any]]:

@@ -24,6 +24,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser_of("encoders", __doc__, rounds=5, warm_up=1).parse_args(arguments)
 
 
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """Speed and error of bf16 against fp32, and where the spectrogram is fast."""
+    lines = [
+        f"- {NAMES[stream]}: bf16 is {each['fp32']['milliseconds'] / each['bf16']['milliseconds']:.2f} times as fast "
+        f"as fp32, its error {each['bf16']['error']:.1e}"
+        for stream, each in figures["encoders"].items()
+    ]
+    sound = figures["spectrogram"]
+    places = ", ".join(f"{sound[where]:.2f} ms on the {where}" for where in ("host", "device") if where in sound)
+    apart = f"; they differ by {sound['difference']:.1e}" if "difference" in sound else ""
+    return [*lines, f"- log-mel spectrogram of {figures['clips']} clips: {places}{apart}"]
+
+
 def render(figures: Mapping[str, Any]) -> Sections:
     """Sections of the result file."""
     rows = []
@@ -40,15 +53,11 @@ def render(figures: Mapping[str, Any]) -> Sections:
             ]
             for name, each in precisions.items()
         ]
-    sound, clips = figures["spectrogram"], figures["clips"]
-    places = "; ".join(f"on the {where} {sound[where]:.2f} ms" for where in ("host", "device") if where in sound)
-    apart = f"; they differ by {sound['difference']:.1e}" if "difference" in sound else ""
     return [
-        f"{clips} clips of {figures['seconds']:g} s at once, random weights of the encoders' shapes. The error is the "
-        "norm of the difference from the same encoder in float64, over the norm of its features. Times of Whisper are "
-        "without its spectrogram.",
+        f"{figures['clips']} clips of {figures['seconds']:g} s at once, random weights of the encoders' shapes. The "
+        "error is the norm of the difference from the same encoder in float64, over the norm of its features. Times of "
+        "Whisper are without its spectrogram, which training makes on the host.",
         table(["encoder", "precision", "error", "ms", "host ms", "times fp32's speed"], rows),
-        f"Log-mel spectrogram of the {clips} clips: {places}{apart}. Training makes it on the host.",
     ]
 
 
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return encoders_work.measure(options, device)
 
-    run("encoders", "Encoders on a GPU", options, arguments, measure, render)
+    run("encoders", "Encoders on a GPU", options, arguments, measure, summary, render)
 
 
 if __name__ == "__main__":

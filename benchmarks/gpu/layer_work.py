@@ -19,6 +19,7 @@ from benchmarks.layer_cases import differences, one_pass, random_tokens
 from benchmarks.measuring import interleaved, median_milliseconds
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.planning.measured import Check
 
 DTYPE = torch.bfloat16
 INPUT_SETS = 4  # that take turns: one alone would stay in the cache
@@ -33,7 +34,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     with parallel_world(Layout.for_world(1), 0, timeout_seconds=600):
         cluster = cluster_record(device, options.tiny)
         cases = [_case(LayerShape(h, e, 4, b), options, device, cluster) for h, e, b in sizes]
-    return {"cluster": cluster, "cases": cases}
+    planned = [
+        Check(f"a layer, H {case['hidden_size']}, {name}", "ms", each["predicted"], each["milliseconds"])
+        for case in cases
+        for name, each in case["candidates"].items()
+        if each["predicted"] is not None
+    ]
+    return {"cluster": cluster, "cases": cases, "planned": [asdict(check) for check in planned]}
 
 
 def _case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.flops import step_flops
-from mome_dist.planning.hardware import GPUS, cluster_of_record, known_gpu
+from mome_dist.planning.hardware import GPUS, known_gpu
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
+from mome_dist.planning.measured import Check, cluster_of_record
 from mome_dist.planning.memory import memory
 from mome_dist.planning.speed import step_time
 
@@ -58,6 +59,16 @@ def predictions(sizes: Sizes, record: Mapping[str, Any], folder: Path) -> dict[s
             "flops": step_flops(job),
         }
     return found
+
+
+def step_checks(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measured steps beside what was predicted of them, as `mome_dist.planning.measured.Check` has it."""
+    checks = []
+    for form, case in cases.items():
+        checks.append(Check(f"a step, {form}", "ms", case["predicted"]["seconds"] * 1e3, case["step"]))
+        if case["bytes"] is not None:
+            checks.append(Check(f"tensors, {form}", "GB", case["predicted"]["bytes"] / 1e9, case["bytes"] / 1e9))
+    return [asdict(check) for check in checks]
 
 
 def peak_flops(record: Mapping[str, Any]) -> float | None:

@@ -27,9 +27,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """How long a step is, how many kernels it has, and how long none runs."""
+    span, steps = figures["span"], figures["steps"]
+    late = f", {figures['host share']:.1%} because Python has not asked for the next kernel yet"
+    return [
+        f"- a step: {span / steps * 1e3:.1f} ms in the trace, {figures['step'] * 1e3:.1f} ms without one (the best)",
+        f"- nothing runs {figures['idle share']:.1%} of the time{late if figures['device'] == 'cuda' else ''}",
+        f"- kernels and copies: {sum(each['calls'] for each in figures['kernels']) / steps:,.0f} a step",
+    ]
+
+
 def render(figures: Mapping[str, Any]) -> Sections:
     """Sections of the result file."""
     kernels, span, steps = figures["kernels"], figures["span"], figures["steps"]
+    shown, rest = kernels[:SHOWN], kernels[SHOWN:]
+    if rest:
+        others = {key: sum(each[key] for each in rest) for key in ("calls", "seconds")}
+        shown = [*shown, {"name": f"{len(rest)} others", **others}]
     rows = [
         [
             each["name"][:NAME_WIDTH].replace("|", "\\|"),
@@ -37,22 +52,9 @@ def render(figures: Mapping[str, Any]) -> Sections:
             f"{each['seconds'] / steps * 1e3:.2f}",
             f"{each['seconds'] / span:.1%}",
         ]
-        for each in kernels[:SHOWN]
+        for each in shown
     ]
-    rest = kernels[SHOWN:]
-    if rest:
-        calls, seconds = (sum(each[key] for each in rest) for key in ("calls", "seconds"))
-        others = f"{len(rest)} others"
-        rows.append([others, f"{calls / steps:.0f}", f"{seconds / steps * 1e3:.2f}", f"{seconds / span:.1%}"])
-    gpu = figures["device"] == "cuda"
-    return [
-        f"- a step: {span / steps * 1e3:.1f} ms in the trace, {figures['step'] * 1e3:.1f} ms without one (the best)\n"
-        f"- nothing runs: {figures['idle share']:.1%} of the time"
-        + (f", {figures['host share']:.1%} because Python has not asked for the next kernel yet" if gpu else "")
-        + f"\n- kernels and copies: {sum(each['calls'] for each in kernels) / steps:,.0f} a step",
-        f"The {min(SHOWN, len(kernels))} that take most of {len(kernels)}:",
-        table(["kernel", "a step", "ms a step", "of the time"], rows),
-    ]
+    return ["What takes most:", table(["kernel", "a step", "ms a step", "of the time"], rows)]
 
 
 @main_guard
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return profile_work.measure(options, device)
 
-    run("profile", "Where a training step goes on a GPU", options, arguments, measure, render)
+    run("profile", "Where a training step goes on a GPU", options, arguments, measure, summary, render)
 
 
 if __name__ == "__main__":

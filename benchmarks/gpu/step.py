@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, run, target
-from benchmarks.results import table, write_results
+from benchmarks.gpu.command import Sections, parser_of, publish, run, target
+from benchmarks.results import table
 from mome_dist.cli import main_guard
+from mome_dist.planning.measured import Check
 
 NAME, TITLE = "step", "A training step on a GPU"
 LEAST_MFU, MOST_MOME = 0.25, 0.06
@@ -46,30 +47,25 @@ def added_by_mome(figures: Mapping[str, Any]) -> float:
     return (mome - plain) / mome
 
 
-def errors(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Predicted against measured, minus one, of seconds and of bytes where they were measured, by form."""
-    found = {}
-    for form, case in figures["cases"].items():
-        expected = case["predicted"]
-        found[form] = {"seconds": expected["seconds"] * 1e3 / case["step"] - 1}
-        if case["bytes"] is not None:
-            found[form]["bytes"] = expected["bytes"] / case["bytes"] - 1
-    return found
-
-
-def render(figures: Mapping[str, Any]) -> Sections:
-    """Sections of the result file."""
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """The aims, judged, and the error of the plan."""
     *_, whole = figures["cases"]
-    on_gpu, job = figures["cluster"]["device"] == "cuda", figures["job"]
-    mfu, mome, wrong = utilisation(figures, whole), added_by_mome(figures), errors(figures)
-    judged = [
+    on_gpu = figures["cluster"]["device"] == "cuda"
+    mfu, mome = utilisation(figures, whole), added_by_mome(figures)
+    return [
         target(
             None if mfu is None else mfu >= LEAST_MFU,
             f"MFU at least {LEAST_MFU:.0%} with the real router and encoders",
             "no published peak" if mfu is None else f"{mfu:.1%}",
         ),
         target(mome <= MOST_MOME if on_gpu else None, f"MoME at most {MOST_MOME:.0%} of a step", f"{mome:.1%}"),
+        *(f"- planned, {Check(**each)}" for each in figures["planned"]),
     ]
+
+
+def render(figures: Mapping[str, Any]) -> Sections:
+    """Sections of the result file."""
+    job = figures["job"]
     rows, parts = [], []
     for form, case in figures["cases"].items():
         used = utilisation(figures, form)
@@ -83,10 +79,9 @@ def render(figures: Mapping[str, Any]) -> Sections:
                 str(case["kernels"]),
                 f"{case['tokens'] / case['step'] * 1e3:,.0f}",
                 "-" if used is None else f"{used:.1%}",
-                f"{case['predicted']['seconds'] * 1e3:.1f} ({wrong[form]['seconds']:+.0%})",
+                f"{case['predicted']['seconds'] * 1e3:.1f}",
                 "-" if case["bytes"] is None else f"{case['bytes'] / 1e9:.2f}",
-                f"{case['predicted']['bytes'] / 1e9:.2f}"
-                + (f" ({wrong[form]['bytes']:+.0%})" if "bytes" in wrong[form] else ""),
+                f"{case['predicted']['bytes'] / 1e9:.2f}",
             ]
         )
         parts.append([form, *(f"{case['milliseconds'][part]:.1f}" for part in case["milliseconds"])])
@@ -107,14 +102,19 @@ def render(figures: Mapping[str, Any]) -> Sections:
         f"{rates['call'] * 1e6:.1f} us a call."
     )
     names = list(next(iter(figures["cases"].values()))["milliseconds"])
-    sections = ["\n".join(judged), about, measured, table(columns, rows)]
-    return [*sections, "## Milliseconds of the parts", table(["step", *names], parts)]
+    return [
+        about,
+        measured,
+        table(columns, rows),
+        "## Milliseconds of the parts",
+        table(["step", *names], parts),
+    ]
 
 
 def _predict(options: argparse.Namespace) -> None:
     """Write today's predictions beside what was measured."""
     from benchmarks.gpu.models import PAPER, TINY
-    from benchmarks.gpu.predictions import predictions
+    from benchmarks.gpu.predictions import predictions, step_checks
 
     stored = json.loads((options.results / f"gpu_{NAME}.json").read_text(encoding="utf-8"))
     figures = stored["figures"]
@@ -123,10 +123,8 @@ def _predict(options: argparse.Namespace) -> None:
         found = predictions(sizes, figures["cluster"], Path(folder))
     for form, case in figures["cases"].items():
         case["predicted"] = found[form]
-    path = write_results(
-        f"gpu_{NAME}", TITLE, stored["command"], stored["machine"], render(figures), figures, options.results
-    )
-    print(path.read_text())
+    figures["planned"] = step_checks(figures["cases"])
+    publish(NAME, TITLE, stored["command"], stored["machine"], figures, summary, render, options)
 
 
 @main_guard
@@ -142,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.predict:
         _predict(options)
     else:
-        run(NAME, TITLE, options, arguments, measure, render)
+        run(NAME, TITLE, options, arguments, measure, summary, render)
 
 
 if __name__ == "__main__":

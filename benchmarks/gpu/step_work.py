@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.cluster import cluster_record
 from benchmarks.gpu.models import PAPER, TINY, configuration, random_encoders
-from benchmarks.gpu.predictions import FORMS, peak_flops, predictions
+from benchmarks.gpu.predictions import FORMS, peak_flops, predictions, step_checks
 from benchmarks.gpu.trace import traced
 from benchmarks.gpu.training import PARTS, Training, build_model, engine_of
 from benchmarks.measuring import Timing, median_milliseconds, total
@@ -81,6 +81,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "sizes": "tiny" if options.tiny else "paper",
         "job": asdict(sizes),
         "cases": cases,
+        "planned": step_checks(cases),
     }
 
 

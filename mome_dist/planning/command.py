@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.planning.encoder_shapes import encoder_shape
-from mome_dist.planning.hardware import Cluster, cluster_of_gpus, measured_cluster
+from mome_dist.planning.hardware import Cluster, cluster_of_gpus
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import find_shape
+from mome_dist.planning.measured import Check, checks_of, measured_cluster
 from mome_dist.planning.search import Plan, Search, search, stage_memory
 from mome_dist.planning.write import deepspeed_settings, layout_overrides, overrides, write_parallel
 
@@ -39,6 +41,7 @@ def plan_command(options: argparse.Namespace, console: Console | None = None) ->
     deepspeed_of(config)  # a plan brings its own settings, but a wrong file should not wait for the run
     cluster = cluster_of(options)
     job = job_of_options(options, config, cluster)
+    checks = [] if options.measured is None else checks_of(options.measured)
     found = search(job, cluster)
     winner = found.plans[0].candidate
     layout, deepspeed = layout_overrides(winner), f"deepspeed=zero{winner.zero}"
@@ -48,10 +51,10 @@ def plan_command(options: argparse.Namespace, console: Console | None = None) ->
     if options.write_deepspeed:
         deepspeed = write_deepspeed(deepspeed_settings(winner), options.write_deepspeed)
     if options.json:
-        print(json.dumps(_record(job, cluster, found, options.top), indent=2))
+        print(json.dumps(_record(job, cluster, checks, found, options.top), indent=2))
     else:
         use = " ".join([*layout, deepspeed, *overrides(winner)])
-        _print(job, cluster, found, options.top, use, console or _console())
+        _print(job, cluster, checks, found, options.top, use, console or _console())
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
@@ -84,7 +87,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH, highlight=False)
 
 
-def _print(job: Job, cluster: Cluster, found: Search, top: int, use: str, console: Console) -> None:
+def _print(
+    job: Job, cluster: Cluster, checks: Sequence[Check], found: Search, top: int, use: str, console: Console
+) -> None:
     console.print(
         f"{job.frozen_parameters / 1e9:.2f} billion frozen parameters ({job.precision}), "
         f"{job.trained_parameters / 1e6:.0f} million trained; a step of {job.batch_size} utterances in "
@@ -92,6 +97,8 @@ def _print(job: Job, cluster: Cluster, found: Search, top: int, use: str, consol
     )
     console.print(f"encoders in a step: {_encoders(job)}", soft_wrap=True)
     console.print(f"{cluster.name}: {cluster.memory / GB:.1f} GB a rank may be used")
+    for check in checks:
+        console.print(f"  measured there, {check}", soft_wrap=True)
     table = Table(title=f"the fastest of {len(found.plans)} layouts that fit")
     columns = ("tp", "pp", "dp", "ep", "zero", "dispatch", "sp", "recompute", "accum.", "clips", "GB", "s a step")
     for column in columns:
@@ -166,9 +173,10 @@ def _print_time(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _record(job: Job, cluster: Cluster, found: Search, top: int) -> dict[str, Any]:
+def _record(job: Job, cluster: Cluster, checks: Sequence[Check], found: Search, top: int) -> dict[str, Any]:
     return {
         "cluster": asdict(cluster),
+        "checks": [asdict(check) | {"error": check.error} for check in checks],
         "job": asdict(job),
         "plans": [
             {
@@ -187,7 +195,9 @@ def _record(job: Job, cluster: Cluster, found: Search, top: int) -> dict[str, An
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """The options that name the machine."""
     parser.add_argument("--gpu", help="a GPU with public figures, such as h100")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="what tools/check_cluster.py wrote")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="JSON of tools/check_cluster.py or benchmarks.gpu"
+    )
     parser.add_argument("--nodes", type=int, help="nodes (1, or as measured)")
     parser.add_argument("--ranks-per-node", type=int, help="GPUs or processes of a node (8, or as measured)")
 

@@ -1,5 +1,4 @@
-"""The machine that a plan is for: measured by `tools/check_cluster.py` or a benchmark, or put together from public
-figures.
+"""The machine that a plan is for, put together from public figures; `mome_dist.planning.measured` has measured ones.
 
 Public figures are peaks. What a run reaches of them is assumed below and no more than that: measure where you can.
 """
@@ -8,11 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from mome_dist.errors import UserError
-from mome_dist.text_files import read_json
 
 # Shares of the published peaks that are counted on: of matrix products, of memory traffic, of links.
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.75
@@ -134,7 +130,7 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others, measure with tools/check_cluster.py.")
-    inside, between = _public_links(gpu)
+    inside, between = public_links(gpu)
     return Cluster(
         name=f"{nodes} x {gpus_per_node} {name.upper()} (public figures)",
         nodes=nodes,
@@ -165,85 +161,6 @@ def known_gpu(properties_name: str) -> str | None:
     return next((name for name in GPUS if set(name.split("-")) <= set(words)), None)
 
 
-def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int | None = None) -> Cluster:
-    """A cluster from the JSON file that `tools/check_cluster.py` wrote, or a benchmark of a GPU (`benchmarks.gpu`); the
-    sizes may be another allocation's.
-
-    Raises:
-        UserError: if the file is missing or holds no such measurement, or no links where there are several ranks.
-    """
-    try:
-        return cluster_of_record(measured_record(path), path.name, nodes, ranks_per_node)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--measured {path}: is no measurement of tools/check_cluster.py or benchmarks.gpu ({error!r}); run it "
-            "again."
-        ) from error
-
-
-def measured_record(path: Path) -> Mapping[str, Any]:
-    """What a file holds of the machine that it was measured on."""
-    found = read_json(path)
-    return found["figures"]["cluster"] if "figures" in found else found
-
-
-def cluster_of_record(
-    found: Mapping[str, Any], name: str, nodes: int | None = None, ranks_per_node: int | None = None
-) -> Cluster:
-    """A cluster of what `mome_dist.cluster.check.check_cluster` records of one.
-
-    Args:
-        name: of the file, for tables and messages.
-
-    Raises:
-        UserError: if there are several ranks, whose links were not measured and are not public either.
-        KeyError: if the record lacks something.
-    """
-    rates, on_gpu = found["rates"], found["device"] == "cuda"
-    nodes, ranks_per_node = nodes or found["nodes"], ranks_per_node or found["ranks_per_node"]
-    inside, between = _links(found, name, nodes * ranks_per_node)
-    memory = found["memory_bytes"] * USABLE_SHARE / (1 if on_gpu else ranks_per_node)
-    return Cluster(
-        name=f"{nodes} x {ranks_per_node} ranks, measured ({name})",
-        nodes=nodes,
-        ranks_per_node=ranks_per_node,
-        memory=memory,
-        runtime=GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES,
-        reserves=on_gpu,
-        bf16_flops=rates["bf16_flops"],
-        fp32_flops=rates["fp32_flops"],
-        memory_bytes=rates["memory_bytes"],
-        call=rates["call"],
-        inside=inside,
-        between=between,
-        workers=ranks_per_node if on_gpu else min(ranks_per_node, found["cores"]),
-        on_gpu=on_gpu,
-        grouped_products=found.get("grouped_products", False),
-    )
-
-
-def _links(found: Mapping[str, Any], name: str, ranks: int) -> tuple[Link, Link]:
-    """Inside a node and between nodes: as measured, or of a GPU that was measured alone, as public figures have it."""
-    measured = found["links"]
-    inside = measured.get("inside") or measured.get("between")
-    between = measured.get("between") or inside
-    if inside is not None:
-        return _link(inside), _link(between)
-    if ranks == 1:  # there is nothing to send
-        alone = Link(found["rates"]["memory_bytes"], 0.0)
-        return alone, alone
-    known = known_gpu(found.get("gpu", ""))
-    if known is None:
-        raise UserError(
-            f"--measured {name}: was measured on one rank, so it tells nothing of links: run tools/check_cluster.py on "
-            f"{ranks} ranks, or set --nodes 1 --ranks-per-node 1."
-        )
-    return _public_links(GPUS[known])
-
-
-def _link(measured: Mapping[str, float]) -> Link:
-    return Link(measured["bytes_per_second"], measured["latency"])
-
-
-def _public_links(gpu: GPU) -> tuple[Link, Link]:
+def public_links(gpu: GPU) -> tuple[Link, Link]:
+    """Inside a node and between nodes."""
     return Link(gpu.inside * LINK_SHARE, INSIDE_LATENCY), Link(gpu.between * LINK_SHARE, BETWEEN_LATENCY)

@@ -10,7 +10,7 @@ import pytest
 
 from mome_dist.cluster.check import Limits, check_cluster
 from mome_dist.files import write_json
-from mome_dist.planning.hardware import measured_cluster
+from mome_dist.planning.measured import measured_cluster
 from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel

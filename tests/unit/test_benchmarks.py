@@ -27,6 +27,7 @@ from benchmarks import (
     save_stall,
     train_step,
 )
+from benchmarks.gpu import told
 from mome_dist import evaluate
 from mome_dist.config import load_config
 from mome_dist.config.derived import views_of
@@ -180,10 +181,12 @@ def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_c
 
 
 def test_documented_commands_are_understood() -> None:
-    commands = re.findall(r"^python -m benchmarks\.(\w+) *([^#\n]*)", (ROOT / "benchmarks/README.md").read_text(), re.M)
+    page = (ROOT / "benchmarks/README.md").read_text()
+    commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
     scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
+    scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
         scripts[name].parse_arguments(shlex.split(arguments))

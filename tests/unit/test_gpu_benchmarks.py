@@ -25,9 +25,15 @@ from benchmarks.gpu import (
     profile_work,
     step,
     step_work,
+    told,
 )
+from benchmarks.gpu.models import PAPER, TINY, Sizes
+from benchmarks.gpu.predictions import predictions, step_checks
 from benchmarks.gpu.trace import cpu_trace, gpu_trace
+from benchmarks.results import RESULTS
+from mome_dist.errors import UserError
 from mome_dist.parallel.forked import run_forked
+from mome_dist.planning.measured import Check
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {
@@ -82,6 +88,21 @@ def test_a_step_is_measured_in_three_forms_and_predicted(tmp_path: Path) -> None
         case["predicted"]["seconds"] = 0.0
     (tmp_path / "gpu_step.json").write_text(json.dumps(stored))
     assert _figures("step", tmp_path, "--predict") == figures
+    _check_that_plans_are_checked(figures, tmp_path)
+
+
+def _check_that_plans_are_checked(figures: dict[str, Any], folder: Path) -> None:
+    """One that is right, one that is off."""
+    for case in figures["cases"].values():
+        case["step"], case["bytes"] = case["predicted"]["seconds"] * 1e3, case["predicted"]["bytes"]
+    figures["planned"] = step_checks(figures["cases"])
+    (folder / "right").mkdir()
+    _check_plan(figures, TINY, folder / "right")
+    case["bytes"] *= 0.8
+    figures["planned"] = step_checks(figures["cases"])
+    (folder / "wrong").mkdir()
+    with pytest.raises(AssertionError, match=r"tensors, with MoME and encoders: .* \(\+25%\)"):
+        _check_plan(figures, TINY, folder / "wrong")
 
 
 def _check_step(figures: dict[str, Any]) -> None:
@@ -169,3 +190,39 @@ def test_a_gpu_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixtu
     assert layer.main(["--device", "cuda", "--results", str(tmp_path)]) == 2
     assert re.fullmatch(r"error: --device cuda: torch \S+ sees no GPU; .*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_tells_what_was_run_on_a_gpu_and_what_was_not() -> None:
+    (part,) = told.PART.findall(told.PAGE.read_text(encoding="utf-8"))
+    assert part == told.told(RESULTS), "run: python -m benchmarks.gpu.told"
+    assert (part == told.NOTHING) == (not list(RESULTS.glob("gpu_*.json")))
+
+
+def test_a_rehearsal_is_not_told_as_a_measurement(tmp_path: Path) -> None:
+    _figures("decode", tmp_path)
+    with pytest.raises(UserError, match=r"gpu_decode\.json comes from a rehearsal"):
+        told.told(tmp_path)
+    # The same file, had it come from a GPU: its own lines, and the names of all others.
+    path = tmp_path / "gpu_decode.json"
+    stored = json.loads(path.read_text())
+    stored["machine"] |= {"GPU": "NVIDIA H200", "driver": "1", "CUDA": "13"}
+    stored["command"] = "python -m benchmarks.gpu.decode"
+    path.write_text(json.dumps(stored))
+    lines = told.told(tmp_path).splitlines()
+    assert "NVIDIA H200" in lines[0] and lines[2:4] == decode.summary(stored["figures"])
+    assert lines[-1] == "Not run on a GPU yet: step, layer, profile, encoders."
+
+
+def _check_plan(figures: dict[str, Any], sizes: Sizes, folder: Path) -> None:
+    """The predictions are those of today's planner, and not far off."""
+    today = predictions(sizes, figures["cluster"], folder)
+    for form, case in figures["cases"].items():
+        assert case["predicted"] == today[form], "run: python -m benchmarks.gpu.step --predict"
+    assert figures["planned"] == step_checks(figures["cases"])
+    for check in (Check(**each) for each in figures["planned"]):
+        assert abs(check.error) <= {"GB": 0.10, "ms": 0.25}[check.unit], str(check)
+
+
+def test_committed_plans_of_a_gpu_hold_what_is_aimed_at(tmp_path: Path) -> None:
+    for path in RESULTS.glob("gpu_step.json"):
+        _check_plan(json.loads(path.read_text())["figures"], PAPER, tmp_path)

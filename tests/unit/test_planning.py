@@ -19,9 +19,10 @@ from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import expert_seconds
-from mome_dist.planning.hardware import GPUS, Cluster, Link, cluster_of_gpus, measured_cluster
+from mome_dist.planning.hardware import GPUS, Cluster, Link, cluster_of_gpus
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import LLMS, find_shape
+from mome_dist.planning.measured import measured_cluster
 from mome_dist.planning.memory import memory
 from mome_dist.planning.search import predict, search
 from mome_dist.planning.speed import all_reduce, step_time
