@@ -22,7 +22,7 @@ SHOWN, NAME_WIDTH = 25, 90  # kernels of the table; templates have names of many
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = parser_of("profile", __doc__, rounds=3, warm_up=0)
+    parser = parser_of("profile", __doc__, rounds=2, warm_up=0)
     parser.add_argument("--trace", action="store_true", help="keep the trace as gpu_profile_trace.json in --results")
     return parser.parse_args(arguments)
 

@@ -16,8 +16,6 @@ from benchmarks.measuring import total
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 
-FIRST_STEPS = 2
-
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A trace of some steps, summed up by kernel."""
@@ -28,8 +26,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         keep = options.results / "gpu_profile_trace.json"
     with tempfile.TemporaryDirectory() as scratch, parallel_world(Layout.for_world(1), 0, 600):
         training = training_of(sizes, Path(scratch), device)
-        for number in range(FIRST_STEPS):
-            training.step(number)
+        training.step()  # makes the optimiser's state, and prepares kernels
         untraced = [total(training.step(number)).device for number in range(options.rounds)]
 
         def steps() -> None:

@@ -7,11 +7,14 @@ import copy
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 # The working parts are imported here once, not in every fork.
 from benchmarks.gpu import (
@@ -27,12 +30,17 @@ from benchmarks.gpu import (
     step_work,
     told,
 )
-from benchmarks.gpu.models import PAPER, TINY, Sizes
-from benchmarks.gpu.predictions import predictions, step_checks
+from benchmarks.gpu.models import PAPER, TINY, Sizes, configuration
+from benchmarks.gpu.predictions import jobs, predictions, step_checks
 from benchmarks.gpu.trace import cpu_trace, gpu_trace
+from benchmarks.gpu.training import Training, build_model, engine_of
 from benchmarks.results import RESULTS
 from mome_dist.errors import UserError
 from mome_dist.parallel.forked import run_forked
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.planning.flops import step_flops
+from mome_dist.planning.job import Job
 from mome_dist.planning.measured import Check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +128,35 @@ def _check_step(figures: dict[str, Any]) -> None:
     # A step that takes a second and needs half of what the GPU does in one.
     figures["peak flops"], whole["step"] = 2 * sum(needed[2].values()), 1000.0
     assert step.utilisation(figures, "with MoME and encoders") == 0.5
+
+
+def _counted(folder: Path) -> tuple[list[dict[str, int]], list[Job]]:
+    """FLOPs that torch counts of a step without MoME and with it, by operation; and the planner's jobs."""
+    config, cpu, counts = configuration(TINY, folder), torch.device("cpu"), []
+    with parallel_world(Layout.for_world(1), 0, timeout_seconds=60):
+        for with_mome in (False, True):
+            model = build_model(config, with_mome, cpu)
+            training = Training(config, TINY, model, engine_of(config, model), {}, cpu)
+            with FlopCounterMode(display=False) as counter:
+                training.step()
+            counts.append({str(name): count for name, count in counter.get_flop_counts()["Global"].items()})
+    return counts, list(jobs(config, TINY).values())[:2]
+
+
+def test_flops_of_a_step_are_those_that_torch_counts(tmp_path: Path) -> None:
+    (((plain, with_mome), (frozen, mome)),) = run_forked(_counted, 1, tmp_path)
+    tokens, layers, hidden = sum(mome.lengths) * mome.batch_size, mome.shape.layers, mome.shape.hidden_size
+    needed = step_flops(frozen)
+    # The eager attention of a CPU computes keys that a token does not see, too.
+    attention = plain["aten.bmm"] / 2
+    # Of the projectors, the first map has no gradient of its input: five products, of which two are forward.
+    projectors = 2.5 * plain["aten.addmm"]
+    assert needed["llm"] + attention + projectors == sum(plain.values())
+    # This form computes all experts; and their output biases, weighted by the gates, are a product as well.
+    everywhere = step_flops(replace(mome, top_k=mome.experts))["experts"]
+    biases = 6 * tokens * layers * (mome.experts + mome.shared) * hidden
+    assert everywhere + biases == sum(with_mome.values()) - sum(plain.values())
+    assert step_flops(mome)["experts"] < everywhere and step_flops(mome)["llm"] == needed["llm"]
 
 
 def test_encoders_are_compared_with_float64_in_every_precision(tmp_path: Path) -> None:

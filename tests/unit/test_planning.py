@@ -19,7 +19,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import expert_seconds
-from mome_dist.planning.hardware import GPUS, Cluster, Link, cluster_of_gpus
+from mome_dist.planning.hardware import GPUS, Cluster, Link, cluster_of_gpus, known_gpu
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import LLMS, find_shape
 from mome_dist.planning.measured import measured_cluster
@@ -230,6 +230,68 @@ def test_a_measurement_for_other_sizes(tmp_path: Path) -> None:
     assert (cluster.ranks, cluster.workers) == (4, 2)
     assert cluster.between == cluster.inside == Link(1e9, 1e-4)
     assert cluster.memory == pytest.approx(20e9 * 0.92 / 4)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 NVL", None),  # another peak than the H100 of the table
+        ("NVIDIA L4", None),
+        ("", None),
+    ],
+)
+def test_the_name_that_a_driver_gives_a_gpu(driver: str, name: str | None) -> None:
+    assert known_gpu(driver) == name
+
+
+def _benchmarked(path: Path, gpu: str) -> Path:
+    """Results of a benchmark of one GPU."""
+    cluster = {
+        "device": "cuda",
+        "gpu": gpu,
+        "nodes": 1,
+        "ranks_per_node": 1,
+        "cores": 16,
+        "memory_bytes": 150e9,
+        "rates": {"bf16_flops": 7e14, "fp32_flops": 5e13, "memory_bytes": 4e12, "call": 5e-6},
+        "grouped_products": True,
+        "links": {},
+    }
+    planned = [{"what": "a step, with MoME", "unit": "ms", "predicted": 330.0, "measured": 300.0}]
+    path.write_text(json.dumps({"command": "", "machine": {}, "figures": {"cluster": cluster, "planned": planned}}))
+    return path
+
+
+def test_a_gpu_that_was_measured_alone_makes_a_cluster_with_public_links(tmp_path: Path) -> None:
+    path = _benchmarked(tmp_path / "gpu_step.json", "NVIDIA H200")
+    alone, node = measured_cluster(path), measured_cluster(path, 2, 8)
+    public = cluster_of_gpus("h200", 2, 8)
+    assert (node.ranks, node.bf16_flops, node.call, node.grouped_products) == (16, 7e14, 5e-6, True)
+    assert (node.inside, node.between) == (public.inside, public.between)
+    assert alone.inside.latency == 0 and alone.memory == node.memory == pytest.approx(150e9 * 0.92)
+    unknown = _benchmarked(tmp_path / "gpu_step.json", "Some GPU")
+    assert measured_cluster(unknown).ranks == 1
+    with pytest.raises(UserError, match=r"--measured gpu_step\.json: .* tells nothing of links") as problem:
+        measured_cluster(unknown, 1, 8)
+    assert "is no measurement" not in str(problem.value)
+
+
+def test_a_plan_says_how_far_plans_were_off_on_the_measured_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--measured", str(_benchmarked(tmp_path / "gpu_step.json", "NVIDIA H200")), "--ranks-per-node", "8"]
+    words += ["--llm", "llama-3.2-3b", "mome.routed_experts=24"]
+    assert plan_layout.main(words) == 0
+    assert "measured there, a step, with MoME: 300 ms measured, 330 predicted (+10%)" in capsys.readouterr().out
+    assert plan_layout.main([*words, "--json"]) == 0
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert check["error"] == pytest.approx(0.1)
 
 
 def test_the_cheaper_dispatch_is_the_one_that_was_measured(tmp_path: Path) -> None:
