@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.measuring import WARM_UP_ROUNDS, machine
+from benchmarks.measuring import interleaved, machine
 from benchmarks.results import RESULTS, table, write_results
 from mome_dist.cli import main_guard
 from mome_dist.config.schema import AugmentationConfig, NoiseConfig, TimeMaskConfig
@@ -89,15 +88,16 @@ def measure(
     todo: Mapping[str, Callable[[Utterance], object]], utterances: Sequence[Utterance], rounds: int
 ) -> dict[str, float]:
     """Median seconds that each candidate takes for all utterances; the candidates take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in todo}
-    for turn in range(WARM_UP_ROUNDS + rounds):
-        for name, run in todo.items():
-            began = time.perf_counter()
+
+    def over_all(candidate: Callable[[Utterance], object]) -> Callable[[], None]:
+        def run() -> None:
             for utterance in utterances:
-                run(utterance)
-            if turn >= WARM_UP_ROUNDS:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+                candidate(utterance)
+
+        return run
+
+    timings = interleaved({name: over_all(candidate) for name, candidate in todo.items()}, rounds)
+    return {name: statistics.median(each.host for each in taken) for name, taken in timings.items()}
 
 
 def render(figures: Mapping[str, Any]) -> list[str]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from benchmarks.measuring import CPU, Stopwatch, meet, slowest
 from benchmarks.step_parts import WIDTHS, microbatch
 from mome_dist.config.derived import views_of
 from mome_dist.config.schema import RunConfig
@@ -25,7 +24,6 @@ from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 
 WARM_UP_STEPS = 1  # it makes the optimiser's state and prepares kernels
-CPU = torch.device("cpu")
 # Bytes from which the C library gives every block its own pages, which go back to the system when it is freed: what a
 # process occupies is then what it uses, give or take a few pages.
 OWN_PAGES = 64 * 1024
@@ -105,15 +103,15 @@ def run_steps(trial: Trial, rounds: int) -> list[float]:
     seconds = []
     for number in range(WARM_UP_STEPS + rounds):
         step = _step(trial)
-        dist.barrier()
-        began = time.perf_counter()
+        meet()
+        watch = Stopwatch(CPU)
         with engine.accumulate():
             forward_backward(model, step)
         engine.step(1e-5)
-        elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        watch.mark()
+        (elapsed,) = slowest(watch.parts())
         if number >= WARM_UP_STEPS:
-            seconds.append(float(elapsed))
+            seconds.append(elapsed.device)
     return seconds
 
 

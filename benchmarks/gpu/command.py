@@ -6,6 +6,7 @@ No torch at the top: what is to be measured on the CPU of a machine with a GPU m
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,6 @@ from mome_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
-
-Sections = list[str]
 
 
 def parser_of(name: str, doc: str | None, rounds: int = 9, warm_up: int = 2) -> argparse.ArgumentParser:
@@ -42,26 +41,27 @@ def run(
     title: str,
     options: argparse.Namespace,
     arguments: Sequence[str] | None,
-    measure: Callable[[argparse.Namespace, torch.device], Any],
     summary: Callable[[Any], list[str]],
-    render: Callable[[Any], Sections],
+    render: Callable[[Any], list[str]],
 ) -> None:
     """Measure, write ``gpu_NAME.md`` and ``gpu_NAME.json``, and print the table.
 
+    What measures is ``measure(options, device)`` of ``benchmarks.gpu.NAME_work``, which returns JSON values; it is
+    imported when the device is settled.
+
     Args:
         arguments: as given, for who wants to run it again.
-        measure: returns JSON values.
-        summary: makes lines of them, aims that are judged first.
+        summary: makes lines of the figures, aims that are judged first.
         render: makes the other sections.
 
     Raises:
-        UserError: if a GPU is asked for and there is none.
+        UserError: if there is no GPU for it, or a rehearsal has nowhere to go.
     """
     device = open_device(options)
     from benchmarks.measuring import machine
 
     described = machine(device)
-    figures = measure(options, device)
+    figures = importlib.import_module(f"benchmarks.gpu.{name}_work").measure(options, device)
     command = " ".join([f"python -m benchmarks.gpu.{name}", *(sys.argv[1:] if arguments is None else arguments)])
     publish(name, title, command, described, figures, summary, render, options)
 
@@ -73,7 +73,7 @@ def publish(
     machine: Mapping[str, Any],
     figures: Any,
     summary: Callable[[Any], list[str]],
-    render: Callable[[Any], Sections],
+    render: Callable[[Any], list[str]],
     options: argparse.Namespace,
 ) -> None:
     """Write the two files of a benchmark, and print the one for people."""
@@ -86,8 +86,12 @@ def open_device(options: argparse.Namespace) -> torch.device:
     """The device that the options ask for, ready to use; a rehearsal has one round.
 
     Raises:
-        UserError: if a GPU is asked for and there is none.
+        UserError: if there is no GPU for it, or a rehearsal has nowhere to go.
     """
+    if options.tiny and options.results.resolve() == RESULTS:
+        raise UserError(
+            "--tiny: its figures mean nothing and do not belong beside measured ones: set --results FOLDER."
+        )
     quiet_libraries()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start
     if options.device == "cpu":
@@ -95,8 +99,11 @@ def open_device(options: argparse.Namespace) -> torch.device:
     import torch
 
     available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise UserError(f"--device cuda: torch {torch.__version__} sees no GPU; --device cpu --tiny is the rehearsal.")
+    if not available and (options.device == "cuda" or not options.tiny):
+        raise UserError(
+            f"torch {torch.__version__} sees no GPU (--device {options.device or 'cuda'}): --tiny --device cpu is the "
+            "rehearsal."
+        )
     if not available:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, run, target
+from benchmarks.gpu.command import parser_of, run, target
 from benchmarks.results import table
 from mome_dist.cli import main_guard
 
@@ -50,7 +50,7 @@ def _longer(figures: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float |
     ]
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
+def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file."""
     rows = [
         [
@@ -75,13 +75,7 @@ def render(figures: Mapping[str, Any]) -> Sections:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-
-    def measure(options: argparse.Namespace, device: Any) -> Any:
-        from benchmarks.gpu import decode_work  # after the device is settled
-
-        return decode_work.measure(options, device)
-
-    run("decode", "Decoding on a GPU", options, arguments, measure, summary, render)
+    run("decode", "Decoding on a GPU", options, arguments, summary, render)
 
 
 if __name__ == "__main__":

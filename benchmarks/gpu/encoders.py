@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, run
+from benchmarks.gpu.command import parser_of, run
 from benchmarks.results import table
 from mome_dist.cli import main_guard
 
@@ -37,7 +37,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     return [*lines, f"- log-mel spectrogram of {figures['clips']} clips: {places}{apart}"]
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
+def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file."""
     rows = []
     for stream, precisions in figures["encoders"].items():
@@ -65,13 +65,7 @@ def render(figures: Mapping[str, Any]) -> Sections:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-
-    def measure(options: argparse.Namespace, device: Any) -> Any:
-        from benchmarks.gpu import encoders_work  # after the device is settled
-
-        return encoders_work.measure(options, device)
-
-    run("encoders", "Encoders on a GPU", options, arguments, measure, summary, render)
+    run("encoders", "Encoders on a GPU", options, arguments, summary, render)
 
 
 if __name__ == "__main__":

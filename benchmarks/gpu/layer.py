@@ -1,7 +1,7 @@
 """The MoME layer on a GPU against DeepSpeed's, Megatron-Core's and two products alone, forward and backward.
 
     python -m benchmarks.gpu.layer                     one GPU
-    python -m benchmarks.gpu.layer --device cpu --tiny --results /tmp/rehearsal
+    python -m benchmarks.gpu.layer --device cpu --tiny --results rehearsal
 
 The table goes to benchmarks/results/ (see benchmarks/README.md).
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, run, target
+from benchmarks.gpu.command import parser_of, run, target
 from benchmarks.results import table
 from mome_dist.cli import main_guard
 
@@ -75,7 +75,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     return [*lines, target(max(errors) <= DIFFERENCE, what, f"{max(errors):.1e}")]
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
+def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file: a table of each size."""
     about = (
         "Hidden states bf16; parameters fp32 (DeepSpeed's and ours) or bf16 (Megatron-Core's and the products). K = 4, "
@@ -88,6 +88,7 @@ def render(figures: Mapping[str, Any]) -> Sections:
     sections = [about]
     for case in figures["cases"]:
         sections += [f"## {_size(case)}, {case['tokens']} tokens", _table(case)]
+        sections += [f"Does not run here: {name} ({' '.join(why.split())})." for name, why in case["failed"].items()]
     return sections
 
 
@@ -118,13 +119,7 @@ def _table(case: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-
-    def measure(options: argparse.Namespace, device: Any) -> Any:
-        from benchmarks.gpu import layer_work  # after the device is settled
-
-        return layer_work.measure(options, device)
-
-    run("layer", "MoME layer on a GPU", options, arguments, measure, summary, render)
+    run("layer", "MoME layer on a GPU", options, arguments, summary, render)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,8 @@ def _case(
     inputs = [_on(device, *random_tokens(shape, tokens, DTYPE, seed)) for seed in range(INPUT_SETS)]
     wrong = differences(ours, *inputs[0])
     layers: dict[str, nn.Module] = {**ours}
-    layers["megatron allgather"] = MegatronLayer(shape, DTYPE, "allgather").to(device)
-    if device.type == "cuda":
-        layers["megatron alltoall"] = MegatronLayer(shape, DTYPE, "alltoall").to(device)
+    peers, failed = _megatron_layers(shape, inputs[0], device)
+    layers |= peers
     units = {ALL: shape.experts + 1, CHOSEN: shape.top_k + 1}
     for name, experts in units.items():
         layers[name] = Products(shape.hidden_size, experts * shape.bottleneck, DTYPE).to(device)
@@ -77,7 +76,24 @@ def _case(
             "predicted": predicted.get(name),
             "differs": wrong.get(name),
         }
-    return {"tokens": tokens, **asdict(shape), "passes": passes, "candidates": found}
+    return {"tokens": tokens, **asdict(shape), "passes": passes, "candidates": found, "failed": failed}
+
+
+def _megatron_layers(
+    shape: LayerShape, one_input: tuple[Tensor, Tensor], device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Megatron-Core's layer by dispatcher; and of those that do not run here, why: all else is worth measuring still."""
+    found: dict[str, nn.Module] = {}
+    failed = {}
+    for dispatcher in ("allgather", "alltoall") if device.type == "cuda" else ("allgather",):
+        try:
+            layer = MegatronLayer(shape, DTYPE, dispatcher).to(device)
+            one_pass(layer, *one_input)()
+        except Exception as problem:
+            failed[f"megatron {dispatcher}"] = f"{type(problem).__name__}: {problem}"
+        else:
+            found[f"megatron {dispatcher}"] = layer
+    return found, failed
 
 
 def _on(device: torch.device, hidden_TH: Tensor, gradient_TH: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, run
+from benchmarks.gpu.command import parser_of, run
 from benchmarks.results import table
 from mome_dist.cli import main_guard
 
@@ -38,7 +38,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
+def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file."""
     kernels, span, steps = figures["kernels"], figures["span"], figures["steps"]
     shown, rest = kernels[:SHOWN], kernels[SHOWN:]
@@ -61,13 +61,7 @@ def render(figures: Mapping[str, Any]) -> Sections:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-
-    def measure(options: argparse.Namespace, device: Any) -> Any:
-        from benchmarks.gpu import profile_work  # after the device is settled
-
-        return profile_work.measure(options, device)
-
-    run("profile", "Where a training step goes on a GPU", options, arguments, measure, summary, render)
+    run("profile", "Where a training step goes on a GPU", options, arguments, summary, render)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A training step of the paper's job on one GPU: the frozen LLM alone, with MoME, with MoME and the encoders.
 
     python -m benchmarks.gpu.step                      one GPU of 80 GB or more
-    python -m benchmarks.gpu.step --device cpu --tiny --results /tmp/rehearsal
+    python -m benchmarks.gpu.step --device cpu --tiny --results rehearsal
     python -m benchmarks.gpu.step --predict            measures nothing: new predictions for what was measured before
 
 Shapes are those of Llama 3.2-3B, Whisper medium and AV-HuBERT large; weights and clips are random, made on the machine.
@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.command import Sections, parser_of, publish, run, target
+from benchmarks.gpu.command import parser_of, publish, run, target
 from benchmarks.results import table
 from mome_dist.cli import main_guard
+from mome_dist.errors import UserError
 from mome_dist.planning.measured import Check
 
 NAME, TITLE = "step", "A training step on a GPU"
@@ -63,7 +64,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def render(figures: Mapping[str, Any]) -> Sections:
+def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file."""
     job = figures["job"]
     rows, parts = [], []
@@ -112,11 +113,18 @@ def render(figures: Mapping[str, Any]) -> Sections:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    """Write today's predictions beside what was measured."""
+    """Write today's predictions beside what was measured.
+
+    Raises:
+        UserError: if nothing was.
+    """
     from benchmarks.gpu.models import PAPER, TINY
     from benchmarks.gpu.predictions import predictions, step_checks
 
-    stored = json.loads((options.results / f"gpu_{NAME}.json").read_text(encoding="utf-8"))
+    path = options.results / f"gpu_{NAME}.json"
+    if not path.is_file():
+        raise UserError(f"--predict: {path} does not exist: measure on a GPU first, or set --results.")
+    stored = json.loads(path.read_text(encoding="utf-8"))
     figures = stored["figures"]
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"tiny": TINY, "paper": PAPER}[figures["sizes"]]
@@ -131,16 +139,10 @@ def _predict(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-
-    def measure(options: argparse.Namespace, device: Any) -> Any:
-        from benchmarks.gpu import step_work  # after the device is settled
-
-        return step_work.measure(options, device)
-
     if options.predict:
         _predict(options)
     else:
-        run(NAME, TITLE, options, arguments, measure, summary, render)
+        run(NAME, TITLE, options, arguments, summary, render)
 
 
 if __name__ == "__main__":

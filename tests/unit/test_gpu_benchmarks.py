@@ -81,10 +81,19 @@ def test_the_layer_is_measured_beside_its_peers_and_its_floors(tmp_path: Path) -
         assert {"deepspeed", "alltoall", "local", "megatron allgather"} < set(found) and len(found) == 6
         assert all(0 < each["least"] <= each["milliseconds"] <= each["most"] for each in found.values())
         # Router, gates and bookkeeping are what a layer has beyond two products.
-        ratios = layer.ratios(case)
-        assert ratios["floor"] > 1 and ratios["busy floor"] > 1
+        assert found["local"]["kernels"] > found["products of all experts"]["kernels"]
         assert max(found["local"]["differs"].values()) < layer.DIFFERENCE
         assert found["local"]["predicted"] > 0 and found["deepspeed"]["predicted"] is None
+        assert case["failed"] == {}
+    # Times are a matter of chance here: these are not.
+    for name, times in {"deepspeed": 8.0, "local": 2.0, "alltoall": 3.0, "products of all experts": 1.6}.items():
+        found[name] |= {"milliseconds": times, "busy": times / 2}
+    assert layer.ratios(case) == pytest.approx({"deepspeed": 4, "floor": 1.25, "busy floor": 1.25})
+    figures["cluster"]["device"] = "cuda"
+    assert [line.partition(":")[0] for line in layer.summary(figures)[2:]] == ["- met", "- met", "- met"]
+    # A peer that does not run is told.
+    figures["cases"][1]["failed"] = {"megatron alltoall": "RuntimeError: no\nstreams"}
+    assert layer.render(figures)[-1] == "Does not run here: megatron alltoall (RuntimeError: no streams)."
 
 
 def test_a_step_is_measured_in_three_forms_and_predicted(tmp_path: Path) -> None:
@@ -120,7 +129,6 @@ def _check_step(figures: dict[str, Any]) -> None:
         assert sum(case["milliseconds"].values()) == pytest.approx(case["step"], rel=1e-6)
         assert case["tokens"] == plain["tokens"] > 0 and case["predicted"]["bytes"] > 0
     assert plain["kernels"] < mome["kernels"] < whole["kernels"]
-    assert whole["milliseconds"]["encoders"] > 10 * mome["milliseconds"]["encoders"]
     needed = [case["predicted"]["flops"] for case in (plain, mome, whole)]
     assert [bool(each["experts"]) for each in needed] == [False, True, True]
     assert [bool(each["encoders"]) for each in needed] == [False, False, True]
@@ -223,9 +231,21 @@ def test_on_a_cpu_the_innermost_operations_count() -> None:
     assert trace.busy == pytest.approx(13e-6) and trace.host_share == 0
 
 
-def test_a_gpu_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert layer.main(["--device", "cuda", "--results", str(tmp_path)]) == 2
-    assert re.fullmatch(r"error: --device cuda: torch \S+ sees no GPU; .*\n", capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda", "--tiny"], r"torch \S+ sees no GPU \(--device cuda\): "),
+        ([], r"torch \S+ sees no GPU \(--device cuda\): "),
+        (["--device", "cpu"], r"torch \S+ sees no GPU \(--device cpu\): "),
+        (["--tiny", "--results", str(RESULTS)], "--tiny: its figures mean nothing"),
+        (["--predict"], r"--predict: \S+gpu_step.json does not exist: measure"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert step.main(["--results", str(tmp_path), *arguments]) == 2
+    assert re.fullmatch(f"error: {words}.*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
