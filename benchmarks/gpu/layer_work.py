@@ -82,7 +82,7 @@ def _case(
 def _megatron_layers(
     shape: LayerShape, one_input: tuple[Tensor, Tensor], device: torch.device
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Megatron-Core's layer by dispatcher; and of those that do not run here, why: all else is worth measuring still."""
+    """Megatron-Core's layer by dispatcher, and why others do not run here: all else is worth measuring still."""
     found: dict[str, nn.Module] = {}
     failed = {}
     for dispatcher in ("allgather", "alltoall") if device.type == "cuda" else ("allgather",):
