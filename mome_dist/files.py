@@ -97,8 +97,7 @@ def published_directory(directory: Path, replace: bool) -> Iterator[Path]:
         built, old = folder / "new", folder / "old"
         built.mkdir()
         yield built
-        for path in [*built.rglob("*"), built]:
-            fsync(path)
+        finish_tree(built)
         while True:
             try:
                 built.rename(directory)
@@ -115,6 +114,18 @@ def published_directory(directory: Path, replace: bool) -> Iterator[Path]:
             with suppress(FileNotFoundError):  # another process is replacing it, too
                 directory.rename(old)
         fsync(directory.parent)
+
+
+def finish_tree(directory: Path) -> None:
+    """Flush a directory that was made with the user's umask to disk, and give every file in it the permissions of that.
+
+    Some writers go through temporary files that only their owner may read, which would spoil what colleagues share.
+    """
+    mode = directory.stat().st_mode & 0o666
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            path.chmod(mode)
+        fsync(path)
 
 
 def write_once(path: Path, text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mome_dist.assets.download import check_sha256, download_wheel, extract_members
 from mome_dist.assets.registry import Asset, find_asset
 from mome_dist.errors import UserError
-from mome_dist.files import aside, fsync, sha256_of
+from mome_dist.files import aside, finish_tree, fsync, sha256_of
 from mome_dist.ownership import owned
 from mome_dist.paths import cache_root
 
@@ -94,7 +94,7 @@ def _build(asset: Asset, scratch: Path, progress: Progress) -> Path:
     progress("converting")
     asset.convert(extracted, built)
     _write_manifest(asset, built)
-    _finish_tree(built)
+    finish_tree(built)
     return built
 
 
@@ -152,15 +152,3 @@ def _replace_directory(new: Path, final: Path, scratch: Path) -> None:
         final.rename(scratch / "old")
     new.rename(final)
     fsync(final.parent)
-
-
-def _finish_tree(directory: Path) -> None:
-    """Flush a finished directory to disk, with the permissions of the user's umask on every file.
-
-    Some writers go through temporary files that only their owner may read, which would spoil a shared cache.
-    """
-    mode = (directory / MANIFEST).stat().st_mode
-    for path in [*directory.rglob("*"), directory]:
-        if path.is_file():
-            path.chmod(mode)
-        fsync(path)

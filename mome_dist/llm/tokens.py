@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
+from mome_dist.llm.shape import unreadable
 
 TOKENIZER, SETTINGS, OLD_SETTINGS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MODEL, GENERATION = "config.json", "generation_config.json"
@@ -262,7 +263,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"llm.path: {path} cannot be read ({error}); fetch it again.") from error
+        raise unreadable(path, error) from error
     if not isinstance(document, dict):
         raise UserError(f"llm.path: {path} holds no JSON object; fetch it again.")
     return document

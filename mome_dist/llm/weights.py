@@ -17,10 +17,9 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mome_dist.errors import UserError
 from mome_dist.llm.directory import EMBEDDING, FINAL_NORM, TensorIndex
 from mome_dist.llm.megatron import FrozenLLM
-from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.shape import LLMShape, unreadable
 from mome_dist.llm.slice_cache import SliceCache
 
 
@@ -48,7 +47,7 @@ class SafetensorsReader:
             try:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
-                raise UserError(f"llm.path: {path} cannot be read ({error}); fetch it again.") from error
+                raise unreadable(path, error) from error
         return self._open[path].get_slice(name)
 
 

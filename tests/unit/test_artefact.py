@@ -23,6 +23,18 @@ def test_publish_replace_and_skip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
+def test_who_may_read_one_file_of_it_may_read_all(tmp_path: Path) -> None:
+    with publish(tmp_path / "llm", {"steps": 1}, {}) as directory:
+        (directory / "weights").touch(0o600)  # as some writers leave it
+        (directory / "folder").mkdir()
+        (directory / "folder/more").touch(0o600)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "llm").rglob("*")}
+    (tmp_path / "mine").touch()
+    (tmp_path / "folder").mkdir()
+    assert modes.pop("folder") == (tmp_path / "folder").stat().st_mode
+    assert set(modes.values()) == {(tmp_path / "mine").stat().st_mode} and len(modes) == 3
+
+
 def test_a_failure_leaves_the_old_artefact(tmp_path: Path) -> None:
     out = tmp_path / "encoder"
     with publish(out, {"steps": 1}, {}) as directory:

@@ -18,7 +18,7 @@ from mome_dist.config import load_config, validate
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import SINGLE, TensorIndex, check_directory, layer_tensors
 from mome_dist.llm.hugging_face import load_hugging_face
-from mome_dist.llm.shape import LLMShape, RopeScaling
+from mome_dist.llm.shape import LLMShape, RopeScaling, unreadable
 from tests import tiny_llms
 
 ROPE = tiny_llms.LLAMA3_ROPE
@@ -202,6 +202,11 @@ def test_wrong_shards_are_named(models: Path, tmp_path: Path, damage: Damage, me
         check_directory(directory)
     assert str(directory) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_somebody_else_is_not_to_be_fetched_again() -> None:
+    told = str(unreadable(Path("weights"), PermissionError(13, "Permission denied")))
+    assert told == "llm.path: weights cannot be read (Permission denied); give this user the right to read it."
 
 
 def test_windows_that_no_layer_has_are_accepted(models: Path) -> None:
