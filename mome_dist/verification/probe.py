@@ -40,10 +40,12 @@ class Probe:
     Attributes:
         config: the run's configuration.
         steps: optimiser steps.
+        device: of the batches.
     """
 
     config: RunConfig
     steps: int
+    device: torch.device = torch.device("cpu")
 
     @property
     def widths(self) -> dict[str, int]:
@@ -74,9 +76,9 @@ class Probe:
         """Some utterances in one view, padded to ``length`` tokens and at least ``rows`` sequences."""
         return MicroBatch(
             view,
-            collate([self.example(number, view) for number in numbers], length, rows),
-            [_features(number, "audio") for number in numbers] if view.audio_rate is not None else [],
-            [_features(number, "video") for number in numbers] if view.video_rate is not None else [],
+            collate([self.example(number, view) for number in numbers], length, rows).to(self.device),
+            [_features(n, "audio").to(self.device) for n in numbers] if view.audio_rate is not None else [],
+            [_features(n, "video").to(self.device) for n in numbers] if view.video_rate is not None else [],
         )
 
     def example(self, number: int, view: View) -> Example:
