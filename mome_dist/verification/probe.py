@@ -31,6 +31,7 @@ from mome_dist.training.batches import Step
 WIDTHS = {"audio": 12, "video": 10}  # of the random features
 TAGS = {"bos": 1, "eos": 2, "prompt": 3, "audio": (4, 5), "video": (6, 7)}
 FIRST_WORD = 8  # ids below it are tags
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Probe:
 
     config: RunConfig
     steps: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def widths(self) -> dict[str, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
-from mome_dist.moe.experts import initial_value
 from mome_dist.moe.local import LocalMoME
 
 DISPATCHES = ("local", "gather", "alltoall")
@@ -38,8 +38,9 @@ SIZES = {"cpu": Sizes(32, 6, 2, 1, 3, 40), "cuda": Sizes(3072, 23, 4, 1, 12, 102
 
 
 def value_of(name: str, shape: tuple[int, ...], inputs: int) -> Tensor:
-    """fp32 values of a tensor by its global name, uniform in +-3 / sqrt(inputs), so that every path carries a signal."""
-    return 3 * initial_value(f"{name}.down_weight", (*shape, inputs), SEED)[..., 0]
+    """fp32 values of a tensor by its global name, uniform in +-3 / sqrt(inputs): every path carries a signal."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) * (3 / math.sqrt(inputs))
 
 
 def one_process_form(sizes: Sizes) -> LocalMoME:

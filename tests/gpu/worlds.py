@@ -63,9 +63,7 @@ def assert_equal(comparisons: dict[str, Comparison]) -> None:
         assert not comparison.mismatches, (name, comparison.mismatches[:3])
 
 
-def _outcomes(
-    probe: Probe, cases: Sequence[Case], optimizer: str, ports: Sequence[int], backend: str
-) -> list[Outcome]:
+def _outcomes(probe: Probe, cases: Sequence[Case], optimizer: str, ports: Sequence[int], backend: str) -> list[Outcome]:
     """This rank's outcome of every case; each world meets at a port of its own."""
     outcomes = []
     for case, port in zip(cases, ports, strict=True):
