@@ -32,15 +32,15 @@ def _one_message() -> tuple[list[float], list[float]]:
     with parallel_world(Layout.for_world(2), 0, timeout_seconds=60) as at, messages_over_the_host():
         names = p2p_communication.torch.distributed
         tensor = torch.full((2, 3), float(1 - at.dp)).t()  # not contiguous
+        operation = names.isend if at.dp == 0 else names.irecv
+        (work,) = names.batch_isend_irecv([names.P2POp(operation, tensor, 1 - at.dp, dist.group.WORLD)])
         if at.dp == 0:
-            (work,) = names.batch_isend_irecv([names.P2POp(names.isend, tensor, 1, dist.group.WORLD)])
             tensor.fill_(-1)
             work.wait()
-        else:
-            (work,) = names.batch_isend_irecv([names.P2POp(names.irecv, tensor, 0, dist.group.WORLD)])
         dist.barrier()  # the message has arrived
         before = tensor.flatten().tolist()
-        work.wait()
+        if at.dp == 1:
+            work.wait()
         return before, tensor.flatten().tolist()
 
 
