@@ -38,7 +38,7 @@ lint: setup  ## ruff and mypy
 
 test: setup lint  ## lint and all tests
 	$(PY) tools/fetch_assets.py --for-tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
 	$(PY) tools/fetch_assets.py

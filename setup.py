@@ -52,7 +52,14 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "test": ["pytest==9.2.0", "pytest-timeout==2.4.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML==6.0.12.20261113"],
+    "test": [
+        "pytest==9.2.0",
+        "pytest-timeout==2.4.0",
+        "pytest-xdist==3.8.0",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        "types-PyYAML==6.0.12.20261113",
+    ],
     # DeepSpeed reads free GPU memory through NVML; torch's CUDA build brings CUDA, NCCL and Triton itself.
     "gpu": ["nvidia-ml-py==13.615.71"],
     "wandb": ["wandb==0.31.0"],

@@ -7,6 +7,7 @@ Spawned ones begin with nothing, import for seconds, and may use GPUs.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -15,8 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _objects_left_alone() -> Iterator[None]:
+    """Keep what the parent holds out of the garbage collections of its forks: they would copy every page of it."""
+    if gc.get_freeze_count():  # the parent has done so for good
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _take_place(rank: int, world: int, port: int) -> None:
@@ -65,29 +79,30 @@ def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | No
         logs: folder for what each rank prints (``rank-N.log``); by default it goes where the parent prints.
     """
     port, ranks = _free_port(), []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setpgid(0, 0)
-                if logs is not None:
-                    log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                    os.dup2(log, 1)
-                    os.dup2(log, 2)
-                    # A parent that captures output has objects of its own in their place.
-                    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
-                _take_place(rank, world, port)
-                code = main(*args)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        with suppress(ProcessLookupError, PermissionError):  # the child has done it, or is gone
-            os.setpgid(pid, pid)
-        ranks.append(ForkedRank(pid))
+    with _objects_left_alone():
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    os.setpgid(0, 0)
+                    if logs is not None:
+                        log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                        os.dup2(log, 1)
+                        os.dup2(log, 2)
+                        # A parent that captures output has objects of its own in their place.
+                        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+                    _take_place(rank, world, port)
+                    code = main(*args)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            with suppress(ProcessLookupError, PermissionError):  # the child has done it, or is gone
+                os.setpgid(pid, pid)
+            ranks.append(ForkedRank(pid))
     return ranks
 
 
@@ -135,8 +150,9 @@ def _run(
     workers = [
         context.Process(target=_worker, args=(function, rank, world, port, results, args)) for rank in range(world)
     ]
-    for worker in workers:
-        worker.start()
+    with _objects_left_alone():
+        for worker in workers:
+            worker.start()
     gathered: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:

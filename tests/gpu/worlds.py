@@ -6,11 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed does when it makes an engine
 import torch
 
-import mome_dist.parallel.build
-import mome_dist.parallel.initialize
-import mome_dist.training.engine  # noqa: F401  imported once here, inherited by every fork
 from launchers.environment import free_port
 from mome_dist.parallel.backend import BACKEND, GLOO
 from mome_dist.parallel.forked import run_forked, run_spawned

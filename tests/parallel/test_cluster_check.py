@@ -18,6 +18,12 @@ pytestmark = pytest.mark.parallel
 PATIENT = Limits(clock=1.0, link=0.0, rate=0.0)
 
 
+@pytest.fixture(autouse=True)
+def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core without bf16 takes a second for each product of the usual size."""
+    monkeypatch.setattr("mome_dist.cluster.rates.CPU_SIDE", 256)
+
+
 def _check(shared: Path, stray: Path | None) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"node{rank // 2}"

@@ -35,6 +35,7 @@ from tests.parallel.worlds import run_world
 
 LONG = 300  # seconds: a timeout that no test waits for
 SOON = 30  # seconds in which a world must have ended, on a busy machine
+COLLECTIVE = 5  # seconds: a timeout of collectives that a test waits for; ranks of a busy machine meet within it
 
 
 def _call_it_nccl(folder: Path) -> None:
@@ -200,10 +201,10 @@ def test_a_failed_step_leaves_no_gradient_and_enters_no_collective(
 def _wait(folder: Path, fault: str) -> int:
     """Rank 0 works for longer than a collective may take; the others wait for it."""
     whereabouts.SILENT_SECONDS = 3.0
-    with parallel_world(Layout.for_world(3), 0, 1):
+    with parallel_world(Layout.for_world(3), 0, COLLECTIVE):
         report("hashing", patient=True)
         if os.environ["RANK"] == "0" and fault == "none":
-            time.sleep(4)
+            time.sleep(2 * COLLECTIVE)
         if os.environ["RANK"] == "1" and fault != "none":
             time.sleep(1)
             if fault == "kill":

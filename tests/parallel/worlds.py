@@ -10,6 +10,8 @@ import torch
 
 torch.set_num_threads(1)
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed does when it makes an engine
+
 import mome_dist.parallel.build
 import mome_dist.parallel.initialize
 import mome_dist.training.engine
