@@ -6,7 +6,7 @@ Without it, a GPU is used where there is one.
 
 import os
 
-DEVICE = "MOME_DIST_TEST_DEVICE"
+from tools.gpu_suite import DEVICE
 
 if os.environ.get(DEVICE) == "cpu":  # before anything asks CUDA
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from mome_dist.files import write_json
-from tests.gpu import DEVICE
 from tests.probes import small_probe
-from tools.gpu_suite import FIGURES
+from tools.gpu_suite import DEVICE, FIGURES
 
 Record = Callable[..., None]
 

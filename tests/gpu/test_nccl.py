@@ -85,7 +85,9 @@ def _exchanges(world: int) -> Seen:
         sizes, own = [other + 1 for other in range(world)], [rank + 1] * world
         exchange = all_to_all(dist.group.WORLD, sizes, own)
         exchange.start(torch.full((sum(sizes), 1), float(rank), device=device))
-        check("all-to-all of unequal parts", exchange.finish(), [float(r) for r in range(world) for _ in range(rank + 1)])
+        check(
+            "all-to-all of unequal parts", exchange.finish(), [float(r) for r in range(world) for _ in range(rank + 1)]
+        )
         received = torch.empty(2, device=device)
         for work in dist.batch_isend_irecv(
             [
