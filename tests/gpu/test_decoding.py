@@ -38,7 +38,7 @@ def _written(probe: Probe, device: torch.device, beams: int, limit: int) -> list
     probe = dataclasses.replace(probe, device=device)
     model = build_reference(probe.config, probe.widths).eval()
     wake(((n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n), probe.config.seed)
-    model.llm.to(device)  # type: ignore[arg-type]
+    model.llm.to(device)
     model.to(device)
     written: list[list[int]] = []
     for view in probe.views:

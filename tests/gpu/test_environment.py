@@ -36,7 +36,7 @@ def test_the_device_says_what_it_is(device: torch.device, record: Record) -> Non
         multiprocessors=found.multi_processor_count,
         memory_bytes=found.total_memory,
         cuda=torch.version.cuda,
-        nccl=".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
+        nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
     assert fast_precision() == "bf16", "this GPU does not multiply bf16 in hardware"
 

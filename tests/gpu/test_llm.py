@@ -50,7 +50,7 @@ def _ids_BS(directory: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def _hugging_face(directory: Path, device: torch.device) -> np.ndarray:
-    model = load_hugging_face(directory, torch.float32).to(device)  # type: ignore[arg-type]
+    model = load_hugging_face(directory, torch.float32).to(device)
     model.set_attn_implementation("eager")
     return model(input_ids=_ids_BS(directory).to(device)).logits.cpu().numpy()
 

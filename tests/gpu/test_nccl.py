@@ -83,7 +83,9 @@ def _exchanges(world: int) -> Seen:
         check("broadcast", sent, [float(world - 1)] * 2)
         # Every rank sends rank r as many rows as r + 1.
         sizes, own = [other + 1 for other in range(world)], [rank + 1] * world
-        exchange = all_to_all(dist.group.WORLD, sizes, own)
+        everybody = dist.group.WORLD
+        assert everybody is not None
+        exchange = all_to_all(everybody, sizes, own)
         exchange.start(torch.full((sum(sizes), 1), float(rank), device=device))
         check(
             "all-to-all of unequal parts", exchange.finish(), [float(r) for r in range(world) for _ in range(rank + 1)]
