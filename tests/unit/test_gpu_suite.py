@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
+from tests.gpu.test_synchronisation import MOST_IN_A_LAYER, MOST_IN_A_STEP
 from tools import gpu_suite
 from tools.gpu_suite import CHECKS, FAILED, FIGURES, PASSED, ROOT, TIMED_OUT, Check, chosen_checks, run_suite
 
@@ -148,3 +150,13 @@ def test_every_file_of_tests_is_a_check() -> None:
     files = {path.name.removeprefix("test_").removesuffix(".py") for path in (ROOT / "tests/gpu").glob("test_*.py")}
     named = {check.name: check.command[-1] for check in CHECKS if "pytest" in check.command}
     assert named == {name: f"tests/gpu/test_{name}.py" for name in files}
+
+
+def test_the_page_names_every_check_with_its_limit_and_the_waits() -> None:
+    page = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z]+) \| (\d+) \|", page, re.MULTILINE)
+    assert rows == [(check.name, f"{check.seconds:g}") for check in CHECKS]
+    layer, step = MOST_IN_A_LAYER, MOST_IN_A_STEP
+    assert (layer["local"], layer["gather"], step[1]) == (0, 0, step[2])
+    waits = f"0 times in a layer (`alltoall`: {layer['alltoall']}), {step[0]} times in a step at ZeRO 0, {step[1]} at"
+    assert waits in page
