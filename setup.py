@@ -1,7 +1,8 @@
-"""Packaging of mome_dist, and the one place where its direct dependencies are pinned.
+"""Packaging of mome_dist, and the one place where the versions that it may run on are named.
 
-Every direct dependency is pinned exactly, because Megatron-Core, DeepSpeed and Transformers break each other between
-minor versions. What those bring along is locked in ``constraints.txt`` (used by ``make setup``).
+Megatron-Core, DeepSpeed and Transformers break each other between minor versions. So every range ends before the next
+one that nobody has tried, and ``make setup`` installs exactly what ``constraints.txt`` pins, which the tests run on.
+The lower ends are those of an image for GPUs with torch 2.11 that the same tests were rehearsed on.
 
 The name ``apex`` is absent on purpose: the package of that name in the public index is an unrelated web toolkit.
 NVIDIA's Apex is built from source and used where it can be imported and CUDA is present (`mome_dist.nvidia_apex`).
@@ -22,33 +23,33 @@ PYTHON_REQUIRES = ">=3.11,<3.13"
 
 REQUIREMENTS = [
     # the training stack
-    "torch==2.13.0",
-    "megatron-core==0.16.1",  # 0.17 and later need Python 3.12
-    "deepspeed==0.19.8",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
-    "transformers==5.23.0",
-    "accelerate==1.15.0",  # transformers needs it to read GGUF
-    "gguf==0.19.0",
-    "tokenizers==0.23.3",
-    "safetensors==0.8.0",
-    "einops==0.8.2",
+    "torch>=2.11,<2.14",
+    "megatron-core>=0.16.1,<0.17",  # 0.17 and later need Python 3.12
+    "deepspeed>=0.19.8,<0.20",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
+    "transformers>=5.17,<5.24",
+    "accelerate>=1.15,<2",  # transformers needs it to read GGUF
+    "gguf>=0.19,<0.20",
+    "tokenizers>=0.23.2,<0.24",
+    "safetensors>=0.8,<0.9",
+    "einops>=0.8.2,<0.9",
     # configuration and launching
-    "hydra-core==1.3.8",
-    "omegaconf==2.3.1",
-    "submitit==1.5.4",
-    "hydra-submitit-launcher==1.2.0",
-    "psutil==7.2.2",
-    "rich==15.0.0",
+    "hydra-core>=1.3.8,<1.4",
+    "omegaconf>=2.3.1,<2.4",
+    "submitit>=1.5.4,<1.6",
+    "hydra-submitit-launcher>=1.2,<1.3",
+    "psutil>=7.2,<8",
+    "rich>=15,<16",
     # data
-    "webdataset==1.0.2",
-    "numpy==2.4.6",
-    "scipy==1.17.1",
-    "soundfile==0.14.0",
-    "av==18.1.0",
-    "opencv-python-headless==5.0.0.93",
+    "webdataset>=1.0.2,<1.1",
+    "numpy>=2.4,<2.6",
+    "scipy>=1.17,<2",
+    "soundfile>=0.14,<0.15",
+    "av>=18,<19",
+    "opencv-python-headless>=5,<6",
     # evaluation and reports
-    "jiwer==4.0.0",
-    "tensorboard==2.21.0",
-    "matplotlib==3.11.2",
+    "jiwer>=4,<5",
+    "tensorboard>=2.21,<3",
+    "matplotlib>=3.11,<4",
 ]
 
 EXTRAS = {

@@ -6,6 +6,7 @@ Weights are large enough that a mistake anywhere shows in the logits, and biases
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def edit_config(directory: Path, remove: tuple[str, ...] = (), **values: Any) ->
 
 def _randomised(model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
+    matrix_scale = 0.15 * math.sqrt(SIZES["hidden_size"] / model.config.hidden_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale, offset = (0.1, 1.0) if "norm" in name else (0.15, 0.0)
+            scale, offset = (0.1, 1.0) if "norm" in name else (matrix_scale, 0.0)
             if name.endswith("bias"):
                 scale = 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)

@@ -12,7 +12,7 @@ readonly pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 # torch goes first and alone, so that the user chooses its build (CPU or CUDA). Its exact version, local suffix such as
 # +cpu included, then constrains everything else: pip cannot swap it for another build.
-torch_pin=$(sed -nE 's/^ *"(torch==[^"]+)",.*$/\1/p' setup.py)
+torch_pin=$(grep -E '^torch==' constraints.txt)
 read -r -a torch_args <<<"${TORCH_PIP_ARGS:-}"
 "${pip[@]}" install --constraint constraints.txt "${torch_args[@]}" "$torch_pin"
 

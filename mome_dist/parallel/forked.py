@@ -1,7 +1,8 @@
-"""Worlds of forked processes on one machine's CPU: the parent imports once, the workers start in milliseconds.
+"""Worlds of processes on one machine, from one function.
 
-A fork inherits no threads: the parent must not open a process group, nor run torch operations on more than one thread,
-before it forks.
+Forked ones start in milliseconds, for the parent has imported everything; but a fork inherits no threads and no GPU:
+the parent must not open a process group, use CUDA, nor run torch operations on more than one thread, before it forks.
+Spawned ones begin with nothing, import for seconds, and may use GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,22 @@ def run_forked(function: Callable[..., Any], world: int, *args: Any, timeout: fl
     Raises:
         RuntimeError: if a rank fails, ends, or gives no result within ``timeout`` seconds; no process is left behind.
     """
-    context = multiprocessing.get_context("fork")
+    return _run(multiprocessing.get_context("fork"), function, world, args, timeout)
+
+
+def run_spawned(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`run_forked` with ranks that may use GPUs; the function and its arguments are pickled, so it has a name in a
+    module."""
+    return _run(multiprocessing.get_context("spawn"), function, world, args, timeout)
+
+
+def _run(
+    context: ForkContext | SpawnContext,
+    function: Callable[..., Any],
+    world: int,
+    args: tuple[Any, ...],
+    timeout: float,
+) -> list[Any]:
     results, port = context.Queue(), _free_port()
     workers = [
         context.Process(target=_worker, args=(function, rank, world, port, results, args)) for rank in range(world)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import deepspeed
@@ -21,10 +21,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mome_dist.parallel import cpu_shim, rendezvous
+from mome_dist.parallel.backend import GLOO
 from mome_dist.parallel.device import own_place
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.memory import keep_freed_memory
 from mome_dist.parallel.mpu import MegatronMPU
+from mome_dist.parallel.staging import messages_over_the_host
 from mome_dist.parallel.whereabouts import watched
 
 
@@ -47,8 +49,9 @@ def parallel_world(layout: Layout, seed: int, timeout_seconds: int) -> Iterator[
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    staged = messages_over_the_host() if backend == GLOO and device.type == "cuda" else nullcontext()
     rendezvous.join(backend, timeout_seconds)
-    with rendezvous.timeout_of_every_group(timeout_seconds), watched(timeout_seconds, _close):
+    with staged, rendezvous.timeout_of_every_group(timeout_seconds), watched(timeout_seconds, _close):
         assert dist.get_world_size() == layout.world_size, "the layout was made for another number of processes"
         _start_deepspeed(backend, timedelta(seconds=timeout_seconds))
         parallel_state.initialize_model_parallel(
@@ -70,7 +73,7 @@ def _start_deepspeed(backend: str, timeout: timedelta) -> None:
     deepspeed_logger.setLevel(logging.ERROR)
     # DeepSpeed reads the rank from the environment even where torch.distributed is initialised already.
     os.environ.setdefault("LOCAL_RANK", "0")
-    if backend == "gloo":
+    if backend == GLOO:
         # Otherwise a C++ extension for shared memory is compiled at the first start, for most of a minute, and every
         # start asks the compiler for all others. No operation of DeepSpeed's own is used here.
         deepspeed.ops.__compatible_ops__ = {}

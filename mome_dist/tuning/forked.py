@@ -34,9 +34,9 @@ def timed_steps(config: RunConfig, llm: Path, settings: Mapping[str, Any], steps
     config = small_modules(config, llm)
     layout = layout_of(config, int(os.environ["WORLD_SIZE"]))
     dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)
-    probe, timed = Probe(config, steps), []
+    probe, timed = Probe(config, steps, current_device()), []
     with parallel_world(layout, config.seed, TIMEOUT_SECONDS) as at:
-        model = build_distributed(config, layout, probe.widths, dispatch, current_device()).train()
+        model = build_distributed(config, layout, probe.widths, dispatch, probe.device).train()
         engine = Engine(model.trainable_modules(), config.optimizer, settings, layout.sequence_parallel)
         for number in range(steps):
             step = probe.step(number, at.dp, layout)

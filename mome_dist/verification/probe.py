@@ -31,6 +31,7 @@ from mome_dist.training.batches import Step
 WIDTHS = {"audio": 12, "video": 10}  # of the random features
 TAGS = {"bos": 1, "eos": 2, "prompt": 3, "audio": (4, 5), "video": (6, 7)}
 FIRST_WORD = 8  # ids below it are tags
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Probe:
     Attributes:
         config: the run's configuration.
         steps: optimiser steps.
+        device: of the batches.
     """
 
     config: RunConfig
     steps: int
+    device: torch.device = CPU
 
     @property
     def widths(self) -> dict[str, int]:
@@ -74,9 +77,9 @@ class Probe:
         """Some utterances in one view, padded to ``length`` tokens and at least ``rows`` sequences."""
         return MicroBatch(
             view,
-            collate([self.example(number, view) for number in numbers], length, rows),
-            [_features(number, "audio") for number in numbers] if view.audio_rate is not None else [],
-            [_features(number, "video") for number in numbers] if view.video_rate is not None else [],
+            collate([self.example(number, view) for number in numbers], length, rows).to(self.device),
+            [_features(n, "audio").to(self.device) for n in numbers] if view.audio_rate is not None else [],
+            [_features(n, "video").to(self.device) for n in numbers] if view.video_rate is not None else [],
         )
 
     def example(self, number: int, view: View) -> Example:

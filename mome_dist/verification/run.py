@@ -87,7 +87,7 @@ def configured(probe: Probe, case: Case) -> Probe:
     placement = case.placement or config.mome.placement
     # Nothing may be dropped: which tokens exceed a rank's capacity depends on the layout by definition.
     config.mome = dataclasses.replace(config.mome, placement=placement, capacity_factor=None)
-    return Probe(config, probe.steps)
+    return dataclasses.replace(probe, config=config)
 
 
 def optimizer_of(probe: Probe, name: str) -> OptimizerConfig:
@@ -112,7 +112,8 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
     with parallel_world(case.layout, probe.config.seed, TIMEOUT_SECONDS) as at:
         if plant is not None:
             plant()
-        model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, current_device()).train()
+        probe = dataclasses.replace(probe, device=current_device())
+        model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, probe.device).train()
         wake(((p.name, p.index, p.value) for p in model.trained_parts() if _is_expert(p.name)), probe.config.seed)
         engine = Engine(model.trainable_modules(), settings, case.settings, case.layout.sequence_parallel)
         for number in range(probe.steps):
