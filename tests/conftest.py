@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.paths import configs_dir
 from mome_dist.planning import write
+from tests.patience import patience
 
 _HERE = Path(__file__).parent
 _ORDER = ["slurm", "quickstart", "parallel", "gpu", "unit"]
@@ -36,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share the tests out to two processes, of which one mostly waits for a cluster at first.
 
@@ -46,6 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder, *_, file = item.path.relative_to(_HERE).parts
         item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else f"{folder}/{Path(file).stem}"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Stretch the test's timeout by how slow this machine is."""
+    marker = item.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    return (yield)
 
 
 def pytest_collection_finish() -> None:

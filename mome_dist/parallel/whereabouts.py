@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import torch.distributed as dist
 
@@ -94,8 +94,11 @@ class Whereabouts:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._timeout, self._limit = timeout_seconds, limit_seconds
         self._serving = dist.distributed_c10d._get_default_store()  # must outlive the process groups
-        self._store = open_store(STORE_SECONDS)
-        self._listening = open_store(STORE_SECONDS)  # of the heart: a question may never be answered
+        # Ranks of a busy machine may be long in connecting. That one of them is lost is told by those that wait for it.
+        self._store = open_store(timeout_seconds)
+        self._listening = open_store(timeout_seconds)  # of the heart: a question may never be answered
+        for store in (self._store, self._listening):
+            store.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._mine = Sighting(socket.gethostname(), None, "starting", time.time())
         self._entered, self._patient = time.monotonic(), True
         self._lock, self._closed = threading.Lock(), threading.Event()

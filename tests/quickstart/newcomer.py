@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mome_dist.assets import assets_root
+from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,10 @@ class Newcomer:
         return cls(folder)
 
     def run(self, command: str | list[str], timeout: float = 300) -> str:
-        """Run ``python ...`` with this Python and return its standard output; any other exit code than 0 fails."""
+        """Run ``python ...`` with this Python and return its standard output; any other exit code than 0 fails.
+
+        ``timeout`` is that of an idle machine.
+        """
         arguments = shlex.split(command) if isinstance(command, str) else command
         environment = {**os.environ, "MOME_DIST_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -39,7 +43,7 @@ class Newcomer:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
         )
         shown = shlex.join(arguments)
         assert done.returncode == 0, f"{shown} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"

@@ -28,8 +28,8 @@ from pathlib import Path
 import psutil
 
 from mome_dist.cli import main_guard
+from tests.patience import patience
 from tests.slurm import packages, settings
-from tests.slurm.patience import patience
 from tests.slurm.settings import STATE, node_name
 
 _PR_SET_PDEATHSIG = 1

@@ -10,19 +10,9 @@ import pytest
 from tests.parallel.runs import Lab
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.desk import Desk
-from tests.slurm.patience import patience
 
 NODES = 5  # two for each of two jobs, and one for a job whose node failed
 _RUNNING = pytest.StashKey[Cluster]()
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Stretch the test's timeout by how slow this machine is."""
-    marker = item.get_closest_marker("timeout")
-    seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
-    item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
-    return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

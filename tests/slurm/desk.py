@@ -14,8 +14,8 @@ from typing import Any
 
 from launchers.slurm import tries
 from tests.parallel.runs import Lab
+from tests.patience import patience
 from tests.slurm.cluster import Cluster
-from tests.slurm.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 # Test settings that a user's session does not have. (OMP_NUM_THREADS stays: sums depend on the number of threads.)

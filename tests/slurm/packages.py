@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.slurm.patience import patience
+from tests.patience import patience
 
 PACKAGES = (
     *("munge", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"),

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.patience import patience
 from tests.slurm import packages
 from tests.slurm.cluster import Cluster
 from tests.slurm.desk import ROOT
-from tests.slurm.patience import patience
 
 pytestmark = pytest.mark.slurm
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from tests.patience import patience
 from tests.slurm.desk import Desk
-from tests.slurm.patience import patience
 
 pytestmark = [pytest.mark.slurm, pytest.mark.parallel]
 

@@ -1,4 +1,4 @@
-"""How long the tests of this folder wait: times of an idle machine, stretched by how slow this one is."""
+"""How long tests wait: times of an idle machine, stretched by how slow this one is."""
 
 from __future__ import annotations
 
