@@ -33,10 +33,12 @@ assets: setup  ## fetch the pretrained models into the cache (a second run does 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(PY) -m mypy --python-version 3.12
+	printf '%s\n' 3.11 3.12 | xargs -P 2 -I{} $(PY) -m mypy --python-version {}
 
-test: setup lint  ## lint and all tests
+# The tests of GPUs are rehearsed on the CPU; tools/gpu_suite.py runs them on a GPU.
+test: export CUDA_VISIBLE_DEVICES :=
+test: export MOME_DIST_TEST_DEVICE := cpu
+test: setup lint  ## lint and all tests, on the CPU
 	$(PY) tools/fetch_assets.py --for-tests
 	$(PY) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 

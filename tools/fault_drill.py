@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import main_guard
+from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
 
@@ -40,10 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the drill and print a table; 1 if anything was lost."""
     options = parse_arguments(arguments)
-    # Workers are forked: no library may start threads before that.
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
+    compute_on_cpu()
+    os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     os.environ.update(GLOO_SOCKET_IFNAME="lo", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quiet_libraries()
     import torch
 

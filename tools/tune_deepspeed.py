@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mome_dist.cli import main_guard
 from mome_dist.planning.command import add_cluster_options, add_job_options
+from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
 
@@ -50,9 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
     if options.shrink:
-        # Workers are forked: no library may start threads before that.
-        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        compute_on_cpu()
+        os.environ["HF_HUB_OFFLINE"] = "1"
         quiet_libraries()
         import torch
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import main_guard
+from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
 
@@ -39,9 +40,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify and print a table; 1 if anything differs."""
     options = parse_arguments(arguments)
-    # Workers are forked: no library may start threads before that.
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    compute_on_cpu()
+    os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     quiet_libraries()
     import torch
 

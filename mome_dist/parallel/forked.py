@@ -25,6 +25,14 @@ from typing import Any
 _POLL_SECONDS = 0.5
 
 
+def compute_on_cpu() -> None:
+    """Prepare this process for forking worlds; to be called before it imports torch.
+
+    No library starts threads, and none touches a GPU: one that the parent has looked at is lost to its forks.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -162,3 +162,11 @@ def test_the_page_names_every_check_with_its_limit_and_the_waits() -> None:
     assert (layer["local"], layer["gather"], step[1]) == (0, 0, step[2])
     waits = f"0 times in a layer (`alltoall`: {layer['alltoall']}), {step[0]} times in a step at ZeRO 0, {step[1]} at"
     assert waits in page
+
+
+def test_every_check_is_there() -> None:
+    for check in CHECKS:
+        flag, *words = check.command
+        assert flag == "-m"
+        file = words[-1] if words[0] == "pytest" else f"{words[0].replace('.', '/')}.py"
+        assert (ROOT / file).is_file(), check.name
