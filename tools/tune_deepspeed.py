@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import main_guard
-from mome_dist.planning.command import add_cluster_options, add_job_options
 from mome_dist.parallel.forked import compute_on_cpu
+from mome_dist.planning.command import add_cluster_options, add_job_options
 from mome_dist.quiet import quiet_libraries
 
 
