@@ -40,7 +40,7 @@ test: export CUDA_VISIBLE_DEVICES :=
 test: export MOME_DIST_TEST_DEVICE := cpu
 test: setup lint  ## lint and all tests, on the CPU
 	$(PY) tools/fetch_assets.py --for-tests
-	$(PY) -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
 	$(PY) tools/fetch_assets.py

@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,17 +39,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to two processes, of which one mostly waits for a cluster at first.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share files out to the processes of `make test`; all that uses the cluster stays in one of them."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    A file stays in one process, and so does all that uses the cluster. Worlds are forked before unit tests have started
-    torch's threads, which a fork would miss.
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what waits for a cluster most of the time, while the other process goes on with the rest.
+
+    Worlds are forked before unit tests have started torch's threads, which a fork would miss.
     """
     items.sort(key=lambda item: _ORDER.index(item.path.relative_to(_HERE).parts[0]))
-    for item in items:
-        folder, *_, file = item.path.relative_to(_HERE).parts
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else f"{folder}/{Path(file).stem}"))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
