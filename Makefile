@@ -33,7 +33,8 @@ assets: setup  ## fetch the pretrained models into the cache (a second run does 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	printf '%s\n' 3.11 3.12 | xargs -P 2 -I{} $(PY) -m mypy --python-version {}
+	$(PY) -m mypy
+	$(PY) -m mypy --python-version 3.12
 
 # The tests of GPUs are rehearsed on the CPU; tools/gpu_suite.py runs them on a GPU.
 test: export CUDA_VISIBLE_DEVICES :=
