@@ -105,8 +105,8 @@ def render(figures: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"A film of {figures['minutes']:g} minutes in {WIDTH}x{HEIGHT}, {figures['bytes'] / _MB:.0f} MB, each piece of "
-        "work in a process of its own. Peak: the whole process with its libraries.",
-        table(["work", "minutes read", "utterances", "peak MB", "seconds", "ms a picture"], rows),
+        "work in a process of its own. Peak: the whole process with its libraries. Times: of the CPU.",
+        table(["work", "minutes read", "utterances", "peak MB", "CPU s", "CPU ms a picture"], rows),
     ]
 
 

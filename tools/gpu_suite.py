@@ -32,7 +32,7 @@ from launchers.gpus import visible_gpus
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import write_json
-from mome_dist.text_files import read_json
+from mome_dist.text_files import read_json, split_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("runs/gpu")
@@ -150,7 +150,7 @@ def run_check(check: Check, results: Path, rehearsal: bool) -> Outcome:
         rehearsal=rehearsal,
         started=started,
         figures=read_json(figures) if figures.exists() else {},
-        tail=log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:],
+        tail=split_lines(log.read_text(encoding="utf-8", errors="replace"))[-TAIL_LINES:],
     )
     write_json(results / f"{check.name}.json", asdict(outcome))
     figures.unlink(missing_ok=True)

@@ -159,6 +159,6 @@ def _run(encoder: Encoder, clips: Sequence[Tensor], tf32: bool | None) -> Callab
 
 
 def _distance(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Of all features together: the norm of the difference over that of the exact ones."""
+    """The norm of the difference of all features over that of the exact ones."""
     reference, other = (torch.cat([each.double().flatten() for each in features]) for features in (exact, found))
     return float((other - reference).norm() / reference.norm())

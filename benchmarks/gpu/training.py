@@ -146,7 +146,7 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Of a step, padding left out."""
+        """Tokens of a step, padding left out."""
         step = self._builder.build(self._batch, self._views)
         return sum(int((~each.tokens.padding_BS).sum()) for each in step.microbatches)
 

@@ -14,12 +14,12 @@ OUTPUT_PRODUCTS = 2 * FROZEN  # FLOPs for each logit and hidden value of the fro
 
 
 def frozen_flops(shape: LLMShape, tokens: float) -> float:
-    """Of the maps of one frozen layer, forward and backward."""
+    """FLOPs of the maps of one frozen layer, forward and backward."""
     return 2 * FROZEN * tokens * shape.layer_parameters
 
 
 def attention_flops(shape: LLMShape, length: int, tokens: float, causal: bool) -> float:
-    """Of scores and weighted sums of one layer, forward and backward, for tokens in sequences of a length.
+    """FLOPs of scores and weighted sums of one layer, forward and backward, for tokens in sequences of a length.
 
     Args:
         causal: whether keys behind a token are left out; else they are computed, and then masked.

@@ -39,7 +39,7 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a part of what was measured."""
+        """How far the prediction is off, as a part of what was measured."""
         return self.predicted / self.measured - 1
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ CLEAR = 1e-4  # of logits, whose fp32 error is some 1e-6
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer, and the number of its tokens."""
+    """Sizes of a layer, and the number of its tokens."""
 
     hidden: int
     experts: int

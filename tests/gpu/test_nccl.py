@@ -9,12 +9,14 @@ fails, for it would show nothing. docs/gpu.md says what to report.
 from __future__ import annotations
 
 import socket
+import statistics
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.measuring import interleaved
 from mome_dist.moe.dispatch.exchange import all_to_all
 from mome_dist.parallel.backend import GLOO, NCCL
 from mome_dist.parallel.device import current_device
@@ -23,12 +25,12 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.verification.probe import Probe
 from tests.gpu.conftest import Record
 from tests.gpu.test_layouts import BY_WORLD, ON_A_CPU, named
-from tests.gpu.timing import median_seconds
 from tests.gpu.worlds import assert_equal, compare_layouts, run_ranks
 
 pytestmark = pytest.mark.gpu
 
 LARGE = {"cpu": 1 << 12, "cuda": 1 << 28}  # numbers of a tensor whose exchange is timed
+ROUNDS = 10
 
 
 @dataclass
@@ -60,7 +62,8 @@ def _exchanges(world: int) -> Seen:
     with parallel_world(Layout.for_world(world), 0, timeout_seconds=60):
         rank, device = dist.get_rank(), current_device()
         large = torch.ones(LARGE[device.type], device=device)
-        seconds = median_seconds(device, lambda: dist.all_reduce(large, op=dist.ReduceOp.MAX))
+        (timings,) = interleaved({"": lambda: dist.all_reduce(large, op=dist.ReduceOp.MAX)}, ROUNDS, device).values()
+        seconds = statistics.median(each.device for each in timings)
         rate = 2 * (world - 1) / world * large.numel() * large.element_size() / seconds / 1e9
         seen = Seen(dist.get_backend(), str(device), socket.gethostname(), rate)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from mome_dist.parallel.forked import compute_on_cpu
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+compute_on_cpu()
 
 import torch
 
