@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
-from mome_dist.speech.views import View, all_views
+from mome_dist.speech.views import View, all_views, streams_read
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -40,13 +38,6 @@ def views_of(config: RunConfig) -> list[View]:
 def streams_of(config: RunConfig) -> list[str]:
     """The streams that the views of a run use: "audio", "video" or both."""
     return streams_read(views_of(config))
-
-
-def streams_read(views: Sequence[View]) -> list[str]:
-    """The streams that some views use: "audio", "video" or both."""
-    audio = any(view.audio_rate is not None for view in views)
-    video = any(view.video_rate is not None for view in views)
-    return [stream for stream, used in (("audio", audio), ("video", video)) if used]
 
 
 def lora_of(config: RunConfig) -> dict[str, LoRAConfig]:

@@ -1,59 +1,91 @@
-"""Causal self-attention for Megatron-Core layers, on any device.
+"""Causal self-attention over packed sequences, on any device.
 
-Sequences are padded on the right and attention is causal, so no real token ever attends to padding and no mask beyond
-the causal one is needed.
+No token sees another sequence. On CUDA the variable-length flash kernel of torch reads the sequences where they are;
+elsewhere, and in fp32, those of one view are padded on the right for the products of attention alone. Attention is
+causal, so that no real token ever attends to padding and no mask beyond the causal one is needed.
+
+Shape suffixes: N tokens, G groups of heads with a key and a value each, Q queries of a group, d channels of a head.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mome_dist.token_context import TokenContext
+
+KERNELS = ("eager", "sdpa")
+
 
 class CausalAttention(nn.Module):
-    """Core attention with grouped key-value heads. ``kernel``: "eager" (explicit products) or "sdpa" (fused)."""
+    """Core attention with grouped key-value heads.
 
-    kernel = "sdpa"
+    Args:
+        kernel: "eager" (explicit products), "sdpa" (fused), or "auto": at a few dozen tokens a sequence explicit
+            products are faster on a CPU, fused kernels on a GPU.
+        head_size: d.
+    """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_unused: Any) -> None:
+    def __init__(self, kernel: str, head_size: int) -> None:
         super().__init__()
-        assert config.attention_dropout == 0.0, "the frozen LLM has no dropout"
-        self.scale = 1 / math.sqrt(config.kv_channels)
+        self.kernel, self.scale = kernel, 1 / math.sqrt(head_size)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_mask: Any, **_unused: Any) -> Tensor:
-        """query [S, B, heads, d], key and value [S, B, kv_heads, d] -> [S, B, heads * d]."""
-        query_BNSd, key_BGSd, value_BGSd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if self.kernel == "eager":
-            output_BNSd = self._eager(query_BNSd, key_BGSd, value_BGSd)
-        else:
-            output_BNSd = F.scaled_dot_product_attention(
-                query_BNSd, key_BGSd, value_BGSd, is_causal=True, scale=self.scale, enable_gqa=True
-            )
-        return output_BNSd.permute(2, 0, 1, 3).flatten(2)
-
-    def _eager(self, query_BNSd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor) -> Tensor:
-        batch, heads, length, _ = query_BNSd.shape
-        groups = key_BGSd.shape[1]
-        # The heads of one group share keys: fold them into the rows of one product instead of copying keys.
-        query = query_BNSd.reshape(batch, groups, -1, query_BNSd.shape[-1])
-        scores = torch.matmul(query, key_BGSd.transpose(-1, -2)).float() * self.scale
-        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.view(batch, groups, heads // groups, length, length).masked_fill(future, -torch.inf)
-        weights = scores.softmax(dim=-1).to(value_BGSd.dtype).view(batch, groups, -1, length)
-        return torch.matmul(weights, value_BGSd).view(batch, heads, length, -1)
+    def forward(self, qkv_NGXd: Tensor, context: TokenContext) -> Tensor:
+        """The queries of each group, then its key and its value, [N, G, Q + 2, d] -> [N, G * Q * d]."""
+        kernel = self.kernel
+        if kernel == "auto":
+            kernel = "eager" if qkv_NGXd.device.type == "cpu" else "sdpa"
+        if kernel == "sdpa" and qkv_NGXd.is_cuda and qkv_NGXd.dtype in (torch.bfloat16, torch.float16):
+            return _flash(qkv_NGXd, context, self.scale)
+        padding, outputs = context.padding, []
+        batches = padding.pad(qkv_NGXd).split([rows * length for rows, length in padding.shapes])
+        for batch, (rows, length) in zip(batches, padding.shapes, strict=True):
+            qkv_BGXSd = batch.view(rows, length, *batch.shape[1:]).permute(0, 2, 3, 1, 4)
+            product = _eager if kernel == "eager" else _fused
+            output_BGQSd = product(qkv_BGXSd[:, :, :-2], qkv_BGXSd[:, :, -2], qkv_BGXSd[:, :, -1], self.scale)
+            outputs.append(output_BGQSd.permute(0, 3, 1, 2, 4).reshape(rows * length, -1))
+        return padding.strip(torch.cat(outputs), context.tokens)
 
 
-class EagerCausalAttention(CausalAttention):
-    kernel = "eager"
+def _fused(query_BGQSd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, scale: float) -> Tensor:
+    query_BNSd = query_BGQSd.flatten(1, 2)
+    output_BNSd = F.scaled_dot_product_attention(
+        query_BNSd, key_BGSd, value_BGSd, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return output_BNSd.view(query_BGQSd.shape)
 
 
-def attention_class(kernel: str, device: torch.device) -> type[CausalAttention]:
-    """Resolve "auto": at a few dozen tokens a sequence explicit products are faster on CPU, the fused kernel on GPU."""
-    if kernel == "auto":
-        kernel = "eager" if device.type == "cpu" else "sdpa"
-    return EagerCausalAttention if kernel == "eager" else CausalAttention
+def _eager(query_BGQSd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, scale: float) -> Tensor:
+    batch, groups, queries, length, _ = query_BGQSd.shape
+    # The heads of one group share keys: fold them into the rows of one product instead of copying keys.
+    scores = torch.matmul(query_BGQSd.flatten(2, 3), key_BGSd.transpose(-1, -2)).float() * scale
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    scores = scores.view(batch, groups, queries, length, length).masked_fill(future, -torch.inf)
+    weights = scores.softmax(dim=-1).to(value_BGSd.dtype).view(batch, groups, -1, length)
+    return torch.matmul(weights, value_BGSd).view(query_BGQSd.shape)
+
+
+def _flash(qkv_NGXd: Tensor, context: TokenContext, scale: float) -> Tensor:
+    """Torch's flash attention over sequences of any lengths. It comes in two forms: torch 2.11 cannot share keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_Nhd = qkv_NGXd[:, :, :-2].flatten(1, 2)
+    key_NGd, value_NGd = qkv_NGXd[:, :, -2], qkv_NGXd[:, :, -1]
+    accepted = inspect.signature(varlen_attn).parameters
+    sharing = {"enable_gqa": True} if "enable_gqa" in accepted else {}
+    if not sharing:
+        queries = query_Nhd.shape[1] // key_NGd.shape[1]
+        key_NGd, value_NGd = (each.repeat_interleave(queries, dim=1) for each in (key_NGd, value_NGd))
+    # A window of every token to the left and none to the right.
+    causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+    starts, longest = context.starts_B1, max(context.lengths)
+    longest = max(longest, context.tokens - context.alive)
+    output_Nhd = varlen_attn(
+        query_Nhd, key_NGd, value_NGd, starts, starts, longest, longest, scale=scale, **causal, **sharing
+    )
+    assert isinstance(output_Nhd, Tensor)
+    return output_Nhd.flatten(1)

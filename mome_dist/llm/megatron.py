@@ -7,6 +7,8 @@ module goes; `mome_dist.parallel.model` decides which module and on which proces
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,123 +27,164 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mome_dist.llm.attention import attention_class
+from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.norm import RMSNorm
-from mome_dist.llm.rope import inverse_frequencies
+from mome_dist.llm.rope import Rotation, inverse_frequencies
 from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.swiglu import swiglu
+from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.layout import Layout
+from mome_dist.token_context import Labels, TokenContext
 
 
-class MoMESlot:
-    """Mixin: a module whose first output gets ``mome(first input)`` added. Megatron's attention, feed-forward and layer
-    modules all take the hidden states [S, B, H] first and return a pair that starts with their output."""
+@dataclass(frozen=True)
+class LayerContext:
+    """What a layer gets beside hidden states.
+
+    Attributes:
+        tokens: of the whole pass.
+        own: those that this rank holds between products: all, but under sequence parallelism.
+        rotation: rotary positions.
+        load: where routers count; None where nobody asks.
+    """
+
+    tokens: TokenContext
+    own: TokenContext
+    rotation: Rotation
+    load: PassLoad | None
+
+
+class MoMESlot(nn.Module):
+    """Mixin: a place beside a module that a MoME module may fill; it reads what the module reads."""
 
     mome: Any  # the MoME module, or None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_module("mome", None)  # type: ignore[attr-defined]
-        self.valid_SB: Tensor | None = None
-        self.auxiliary_scale = 1.0
+        self.register_module("mome", None)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        output, rest = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        if self.mome is None:
-            return output, rest
-        addition = self.mome(hidden_states, self.valid_SB)
-        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
-            # The auxiliary loss of this layer joins the backward pass here, whatever pipeline stage this is.
-            addition = MoEAuxLossAutoScaler.apply(addition, self.mome.auxiliary_loss() * self.auxiliary_scale)
-        return output + addition, rest
+    def beside(self, hidden_N1H: Tensor, output_N1H: Tensor, context: LayerContext) -> Tensor:
+        """What the module gives for ``hidden_N1H``, and what fills the slot gives."""
+        return output_N1H if self.mome is None else output_N1H + self.mome(hidden_N1H, context.own, context.load)
 
 
 class MoMESelfAttention(MoMESlot, SelfAttention):
     """Self-attention with a slot beside it (placement "mhsa")."""
 
+    def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
+        """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        qkv_N1Z, _ = self.linear_qkv(hidden_N1H)
+        groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        qkv_NGXd = context.rotation(qkv_N1Z.view(qkv_N1Z.shape[0], groups, -1, head))
+        if self.checkpoint_core_attention and torch.is_grad_enabled():
+            attend = partial(self.core_attention, context=context.tokens)
+            attended_NZ = tensor_parallel.checkpoint(attend, False, qkv_NGXd)
+        else:
+            attended_NZ = self.core_attention(qkv_NGXd, context.tokens)
+        output_N1H, _ = self.linear_proj(attended_NZ[:, None])
+        return self.beside(hidden_N1H, output_N1H, context)
+
 
 class MoMEMLP(MoMESlot, MLP):
     """Feed-forward network with a slot beside it (placement "ffn")."""
 
+    def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
+        """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        gate_up, _ = self.linear_fc1(hidden_N1H)
+        output_N1H, _ = self.linear_fc2(swiglu(gate_up))
+        return self.beside(hidden_N1H, output_N1H, context)
+
 
 class MoMETransformerLayer(MoMESlot, TransformerLayer):
-    """A layer with a slot beside it (placement "layer"), which also tells its sub-layers which tokens are padding."""
+    """A layer with a slot beside it (placement "layer")."""
 
     def slot(self, placement: str) -> MoMESlot:
         """The part of this layer that the MoME module of a placement belongs to."""
         slots = {"mhsa": self.self_attention, "ffn": self.mlp, "layer": self}
         return slots[placement]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        padding_BS = kwargs.get("padding_mask")
-        valid_SB = None if padding_BS is None else ~padding_BS.t()
-        if valid_SB is not None and self.config.sequence_parallel:
-            tp = parallel_state.get_tensor_model_parallel_world_size()
-            valid_SB = valid_SB.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]
+    def forward(
+        self, hidden_states: Tensor, *_unused: Any, packed_seq_params: LayerContext, **_also: Any
+    ) -> tuple[Tensor, None]:
+        """[N, 1, H] -> the same, and None for Megatron-Core's cross-attention.
+
+        Args:
+            packed_seq_params: the name under which Megatron-Core's block hands its layers a context.
+        """
+        context = packed_seq_params
         for part in (self, self.self_attention, self.mlp):
-            part.valid_SB = valid_SB
             if part.mome is not None:
                 part.mome.prefetch(hidden_states.dtype)
-        return super().forward(hidden_states, *args, **kwargs)
+        attended = hidden_states + self.self_attention(self.input_layernorm(hidden_states), context)
+        output = attended + self.mlp(self.pre_mlp_layernorm(attended), context)
+        return self.beside(hidden_states, output, context), None
 
 
 class FrozenLLM(GPTModel):
-    """A `GPTModel` that takes embeddings, and gives the summed token cross-entropy at label positions only.
+    """A `GPTModel` that takes embeddings of packed tokens, and gives the token cross-entropy at label positions only.
 
     The output layer is by far the widest product of a small LLM; here it sees only positions that have a label.
     """
 
-    def embed(self, ids_BS: Tensor) -> Tensor:
-        """Token ids int64 [B, S] -> embeddings [S, B, H]; first pipeline stage only."""
-        return self.embedding.word_embeddings(ids_BS).transpose(0, 1)
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Token ids int64 [N] -> embeddings [N, H]; first pipeline stage only."""
+        return self.embedding.word_embeddings(ids_N[None])[0]
 
     def forward(
-        self, embedded_SBH: Tensor | None, padding_BS: Tensor, label_index_N: Tensor, labels_N: Tensor
+        self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None, labels: Labels
     ) -> Tensor:
         """Run this pipeline stage.
 
         Args:
-            embedded_SBH: input of the first stage; None on later ones (the schedule sets their input).
-            padding_BS: bool [B, S], True where there is no token.
-            label_index_N: int64 [N], positions ``s * B + b`` whose output predicts a label.
-            labels_N: int64 [N], the labels.
+            embedded_NH: input of the first stage; None on later ones (the schedule sets their input).
+            load: where the stage's routers count; None where nobody asks.
+            labels: what is to be predicted.
 
         Returns:
-            Hidden states [S, B, H]; on the last stage the sum over labels of the cross-entropy, an fp32 scalar.
+            Hidden states [N, 1, H] (of this rank's tokens under sequence parallelism); on the last stage the sum of the
+            cross-entropy over the labels of each view, fp32 [V].
         """
-        hidden_SBH = self._decode(embedded_SBH, padding_BS)
+        hidden_N1H = self._decode(embedded_NH, context, load)
         if not self.post_process:
-            return hidden_SBH
-        hidden_SBH = self._whole_sequence(hidden_SBH)
-        selected_N1H = hidden_SBH.flatten(0, 1).index_select(0, label_index_N)[:, None]
-        logits_N1V, _ = self.output_layer(selected_N1H)
-        return vocab_parallel_cross_entropy(logits_N1V.float(), labels_N[:, None]).sum()
+            return hidden_N1H
+        selected_L1H = self._whole(hidden_N1H).index_select(0, labels.index_L)
+        logits_L1V, _ = self.output_layer(selected_L1H)
+        losses_L1 = vocab_parallel_cross_entropy(logits_L1V.float(), labels.ids_L[:, None])
+        return context.members_VN.index_select(1, labels.index_L) @ losses_L1[:, 0]
 
-    def logits(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
-        """As `forward`, but the last stage returns fp32 logits [S, B, V / tp] of every position."""
-        hidden_SBH = self._decode(embedded_SBH, padding_BS)
+    def logits(self, embedded_NH: Tensor | None, context: TokenContext) -> Tensor:
+        """As `forward`, but the last stage returns fp32 logits [N, vocabulary / tp] of every position."""
+        hidden_N1H = self._decode(embedded_NH, context, None)
         if not self.post_process:
-            return hidden_SBH
-        return self.output_layer(self._whole_sequence(hidden_SBH))[0].float()
+            return hidden_N1H
+        return self.output_layer(self._whole(hidden_N1H))[0][:, 0].float()
 
-    def _whole_sequence(self, hidden_SBH: Tensor) -> Tensor:
+    def _whole(self, hidden_N1H: Tensor) -> Tensor:
         """Undo sequence parallelism. The output layer (see `build_frozen_llm`) gives its whole input gradient on every
         rank, so the backward pass only takes this rank's part of it."""
         if not self.config.sequence_parallel:
-            return hidden_SBH
-        return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+            return hidden_N1H
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden_N1H, tensor_parallel_output_grad=False)
 
-    def _decode(self, embedded_SBH: Tensor | None, padding_BS: Tensor) -> Tensor:
-        if embedded_SBH is not None and self.config.sequence_parallel:
-            embedded_SBH = tensor_parallel.scatter_to_sequence_parallel_region(embedded_SBH)
+    def _decode(self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None) -> Tensor:
+        embedded_N1H = None if embedded_NH is None else embedded_NH[:, None]
+        own = context
+        if self.config.sequence_parallel:
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            own = context.part(parallel_state.get_tensor_model_parallel_rank(), ranks)
+            if embedded_N1H is not None:
+                embedded_N1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_N1H)
+        queries = self.config.num_attention_heads // self.config.num_query_groups
+        frequencies = self.rotary_pos_emb.inv_freq.to(context.positions_N.device)
+        rotation = Rotation.of(context.positions_N, frequencies, queries, self.config.params_dtype)
         return self.decoder(
-            hidden_states=embedded_SBH,
+            hidden_states=embedded_N1H,
             attention_mask=None,
-            rotary_pos_emb=self.rotary_pos_emb(padding_BS.shape[1]),
-            padding_mask=padding_BS,
+            packed_seq_params=LayerContext(context, own, rotation, load),
         )
 
 
-def _layer_spec(attention: type[nn.Module]) -> ModuleSpec:
+def _layer_spec() -> ModuleSpec:
     return ModuleSpec(
         module=MoMETransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -152,7 +194,7 @@ def _layer_spec(attention: type[nn.Module]) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=attention,
+                    core_attention=IdentityOp,  # `build_frozen_llm` puts it in
                     linear_proj=RowParallelLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
@@ -240,9 +282,7 @@ def build_frozen_llm(
     vp_stage = chunk if layout.virtual > 1 else None
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     layers = layout.stages(shape.layers)[chunk * layout.pp + pp_rank]
-    spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(attention_class(attention, device))] * layers, layer_norm=RMSNorm
-    )
+    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm)
     model = FrozenLLM(
         config,
         spec,
@@ -255,6 +295,8 @@ def build_frozen_llm(
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention = CausalAttention(attention, shape.head_size)
     # Megatron-Core's own frequencies know the scaling of Llama 3.1 only, with its constants built in.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     if model.post_process and layout.sequence_parallel:

@@ -2,8 +2,9 @@
 
 The losses are means over the tokens of the global batch, not of one shard: with ``global_counts`` and ``global_tokens``
 summed over the data-parallel ranks, the sum over ranks of what `load_balance_loss` returns equals the loss of the whole
-batch in one process, and so do its gradients. The count of tokens per expert carries no gradient, which is why no
-collective is needed in the backward pass.
+batch in one process, and so do its gradients. The count of tokens per expert carries no gradient: it is a factor of the
+others. So in training nobody waits for it in the forward pass, and nobody computes the losses' values: their gradients
+join the backward pass (`add_balance`), by which time the counts of all layers have been summed in one collective.
 
 The bias of an expert is added to its score for the choice of experts only. After every optimiser step it moves by a
 fixed amount, up for experts below the mean load of the global batch and down for those above, so no gradient pulls
@@ -14,9 +15,13 @@ Wang et al. (arXiv 2408.15664) algorithm 1 for the bias.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mome_dist.moe.load import PassLoad
 from mome_dist.moe.router import Routing
 
 
@@ -49,6 +54,52 @@ def router_z_loss(routing: Routing, global_tokens: Tensor) -> Tensor:
     """This rank's part of the mean over tokens of ``logsumexp(logits)^2``."""
     squared_T = routing.logits_TE.float().logsumexp(dim=-1).square()
     return _masked_sum(squared_T, routing.valid_T) / global_tokens.clamp(min=1).float()
+
+
+def add_balance(
+    output_TH: Tensor, routing: Routing, members_VT: Tensor, load: PassLoad, place: int, balance: float, z: float
+) -> Tensor:
+    """The output of a module, whose backward pass adds the gradients of its balance and z-loss.
+
+    The losses are those of each view by itself, in the mean over views, times ``load.share``.
+
+    Args:
+        members_VT: fp32 [V, T], 1 where a token counts for a view.
+        load: of the pass; summed over ranks by the time of the backward pass.
+        place: of the module in it.
+        balance, z: coefficients of the two losses.
+    """
+    sums_VE = members_VT @ routing.probs_TE
+    squares_V1 = members_VT @ routing.logits_TE.logsumexp(dim=-1, keepdim=True).square() if z else None
+    return _AddBalance.apply(output_TH, sums_VE, squares_V1, load, place, routing.experts_TK.shape[1], balance, z)
+
+
+class _AddBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output_TH: Tensor,
+        sums_VE: Tensor,
+        squares_V1: Tensor | None,
+        load: PassLoad,
+        place: int,
+        top_k: int,
+        balance: float,
+        z: float,
+    ) -> Tensor:
+        ctx.load, ctx.place, ctx.top_k, ctx.balance, ctx.z = load, place, top_k, balance, z
+        return output_TH.view_as(output_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        counts_VX = ctx.load.of(ctx.place)
+        views, experts = counts_VX.shape[0], counts_VX.shape[1] // 2 - 1
+        tokens_V1 = counts_VX[:, -2:-1].clamp(min=1).float()
+        share_V1 = ctx.load.share / views / tokens_V1
+        # Of experts * sum_e (asked_e / (top_k * tokens)) * (sum of probabilities_e / tokens).
+        grad_VE = counts_VX[:, :experts] * (share_V1 * (ctx.balance * experts / ctx.top_k) / tokens_V1)
+        return gradients[0], grad_VE, share_V1 * ctx.z if ctx.z else None, None, None, None, None, None
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

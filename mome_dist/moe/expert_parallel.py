@@ -5,7 +5,7 @@ keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 - the router (`mome_dist.moe.router`) is fp32, knows padding, and scores and normalises as configured;
 - the balance loss, and the load that moves the router's bias, are over the global batch, not per shard
-  (`mome_dist.moe.balance`);
+  (`mome_dist.moe.balance`), and counted once a pass for all layers (`mome_dist.moe.load`);
 - capacity is agreed on by all ranks, since ranks hold different numbers of tokens, and no expert's rows are padded to
   those of the busiest one (`mome_dist.moe.ragged`);
 - tokens may stay where they are and weights travel instead (`mome_dist.moe.dispatch`);
@@ -20,13 +20,14 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
+from mome_dist.moe.balance import add_balance, updated_bias
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.load import PassLoad
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.statistics import RoutingStatistics, first_pass
+from mome_dist.token_context import TokenContext
 
 
 class ExpertParallelMoME(MoE):
@@ -39,7 +40,10 @@ class ExpertParallelMoME(MoE):
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
         capacity_factor, eval_capacity_factor, min_capacity, drop_policy: see `AllToAllDispatch`.
-        balance_loss, z_loss: coefficients of the losses that `auxiliary_loss` returns.
+        balance_loss, z_loss: coefficients of the auxiliary losses.
+
+    Attributes:
+        place: among the modules of its stage.
     """
 
     def __init__(
@@ -84,8 +88,7 @@ class ExpertParallelMoME(MoE):
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
         self.balance_loss, self.z_loss = balance_loss, z_loss
         self.bias_rate = bias_rate
-        self.step_load_E: Tensor | None = None  # int64, routes of the step so far, over the global batch
-        self.statistics = RoutingStatistics()
+        self.place = 0
 
     @property
     def ep_rank(self) -> int:
@@ -93,7 +96,7 @@ class ExpertParallelMoME(MoE):
         return dist.get_rank(self.deepspeed_moe.ep_group) if self.ep_size > 1 else 0
 
     def set_token_group(self, group: dist.ProcessGroup | None) -> None:
-        """Tell which ranks hold different tokens: the balance loss and the capacity are agreed on over them."""
+        """Tell which ranks hold different tokens: the capacity is agreed on over them."""
         self.deepspeed_moe.token_group = group
 
     @torch.no_grad()
@@ -110,21 +113,35 @@ class ExpertParallelMoME(MoE):
             for number, value in enumerate(parameter):
                 value.copy_(initial_value(f"{prefix}.shared.{number}.{name}", tuple(value.shape), seed))
 
-    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[..., H] -> [..., H] in the same dtype. ``valid`` is bool [...]; padding gets the shared experts only."""
+    def forward(self, hidden: Tensor, tokens: TokenContext, load: PassLoad | None = None) -> Tensor:
+        """[..., H] -> [..., H] in the same dtype; dead tokens get the shared experts only.
+
+        Args:
+            tokens: of the hidden states, as many as these have rows.
+            load: where to count; None counts nothing, and adds no auxiliary loss.
+        """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-        valid_T = None if valid is None else valid.reshape(-1)
-        output_TH = self.deepspeed_moe(hidden_TH, valid_T, self.shared)
-        if self.training and first_pass():
-            self._count()
+        dispatch = self.deepspeed_moe
+        output_TH = dispatch(hidden_TH, tokens.alive_N, self.shared)
+        if load is not None:
+            routing = dispatch.routing
+            assert routing is not None
+            if load.counting:
+                load.put(self.place, self._counts(tokens))
+            if torch.is_grad_enabled():
+                output_TH = add_balance(
+                    output_TH, routing, tokens.members_VN, load, self.place, self.balance_loss, self.z_loss
+                )
         return output_TH.view(hidden.shape)
 
-    def _count(self) -> None:
-        load_X, dropped_E = self.deepspeed_moe.load()
-        self.statistics.add(load_X, dropped_E)
-        if self.router_bias is not None:
-            load_E = load_X[:-2]
-            self.step_load_E = load_E if self.step_load_E is None else self.step_load_E + load_E
+    @torch.no_grad()
+    def _counts(self, tokens: TokenContext) -> Tensor:
+        """fp32 [V, X] of the latest pass (see `mome_dist.moe.load`); whole numbers up to 2^24 are exact."""
+        dispatch = self.deepspeed_moe
+        asked_VE = tokens.members_VN @ dispatch.routing.selected_TE().float()
+        kept_TE = dispatch.kept_TE()
+        dropped_VE = torch.zeros_like(asked_VE) if kept_TE is None else asked_VE - tokens.members_VN @ kept_TE.float()
+        return torch.cat([asked_VE, dropped_VE, tokens.sizes_V2.float()], dim=1)
 
     @property
     def router_bias(self) -> Tensor | None:
@@ -132,22 +149,11 @@ class ExpertParallelMoME(MoE):
         return self.deepspeed_moe.gate.bias_E
 
     @torch.no_grad()
-    def update_bias(self) -> None:
-        """Move the router's bias by the load of the training passes since the last call; once after every step."""
-        if self.router_bias is not None and self.step_load_E is not None:
-            self.router_bias.copy_(updated_bias(self.router_bias, self.step_load_E, self.bias_rate))
-        self.step_load_E = None
+    def update_bias(self, load_E: Tensor) -> None:
+        """Move the router's bias by the load of a step, int64 [E] over the global batch; once after every step."""
+        if self.router_bias is not None:
+            self.router_bias.copy_(updated_bias(self.router_bias, load_E, self.bias_rate))
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what the dispatch can do before the hidden states (of this dtype) are there."""
         self.deepspeed_moe.prefetch(dtype)
-
-    def auxiliary_loss(self) -> Tensor:
-        """This rank's part of the weighted balance and z-loss of the latest forward pass, a scalar with gradient."""
-        routing, counts_RX = self.deepspeed_moe.routing, self.deepspeed_moe.counts()
-        assert routing is not None
-        counts_X = counts_RX.sum(dim=0)
-        loss = self.balance_loss * load_balance_loss(routing, counts_X[:-1], counts_X[-1])
-        if self.z_loss:
-            loss = loss + self.z_loss * router_z_loss(routing, counts_X[-1])
-        return loss

@@ -1,7 +1,7 @@
-"""Counts of what the router did, by view: tokens, padding, routes to each expert, and routes lost to capacity.
+"""Counts of what the routers did, by view: tokens, positions, routes to each expert, and routes lost to capacity.
 
-A module counts on its own device and only adds up: nothing is copied to the host or sent to other ranks until `take`.
-What it adds comes from the dispatch, which has gathered the counts of all ranks that hold other tokens anyway.
+Counts are summed on the device that holds them, and over ranks once a pass (`mome_dist.moe.load`): nothing is copied to
+the host until `take`.
 """
 
 from __future__ import annotations
@@ -9,58 +9,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-
-def first_pass() -> bool:
-    """Whether this forward pass is not a recomputation of activations, which runs inside the backward pass.
-
-    Whether gradients are enabled cannot tell: a recomputed part runs first without them and then with them, and by then
-    later microbatches of the pipeline, in other views, have been through.
-    """
-    return torch._C._current_graph_task_id() == -1
+from mome_dist.moe.load import PassLoad
 
 
 class RoutingStatistics:
-    """Running counts of one module since the last `take`.
+    """Running counts of the modules of a stage since the last `take`.
 
     Attributes:
-        view: of the microbatch that runs now, set from outside; counts are kept apart by it.
+        step_load_LE: int64 [L, E], routes to each expert in the passes since it was last set to None, over the global
+            batch; None without any.
     """
 
     def __init__(self) -> None:
-        self.view = ""
-        self._loads: dict[str, Tensor] = {}
-        self._dropped: dict[str, Tensor] = {}
+        self.step_load_LE: Tensor | None = None
+        self._waiting: list[PassLoad] = []
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, load_X: Tensor, dropped_E: Tensor | None) -> None:
-        """Count one forward pass.
+    def expect(self, load: PassLoad) -> None:
+        """Count a pass whose sum over ranks is under way."""
+        self._waiting.append(load)
 
-        Args:
-            load_X: int64 [E + 2], routes asked for by expert, then tokens, then positions (tokens and padding).
-            dropped_E: int64 [E], routes of them that got no slot; None if nothing can be dropped.
-        """
-        _accumulate(self._loads, self.view, load_X)
-        if dropped_E is not None:
-            _accumulate(self._dropped, self.view, dropped_E)
+    def settle(self) -> None:
+        """Add up what was expected; after the backward passes of a step, when it has arrived."""
+        for load in self._waiting:
+            counts_LVX = load.all()
+            for view, counts_LX in zip(load.views, counts_LVX.unbind(dim=1), strict=True):
+                self._sums[view] = counts_LX if view not in self._sums else self._sums[view] + counts_LX
+            load_LE = counts_LVX[..., : counts_LVX.shape[-1] // 2 - 1].sum(dim=1)
+            self.step_load_LE = load_LE if self.step_load_LE is None else self.step_load_LE + load_LE
+        self._waiting = []
 
     def take(self) -> dict[str, Tensor]:
-        """By view, int64 [2E + 2]: asked, dropped, tokens, positions. Starts again from zero."""
-        loads, dropped = self._loads, self._dropped
-        self._loads, self._dropped = {}, {}
-        taken = {}
-        for view, load_X in loads.items():
-            asked_E, rest_2 = load_X[:-2], load_X[-2:]
-            taken[view] = torch.cat([asked_E, dropped.get(view, torch.zeros_like(asked_E)), rest_2])
-        return taken
-
-
-def _accumulate(sums: dict[str, Tensor], view: str, counts: Tensor) -> None:
-    if view in sums:
-        sums[view] += counts
-    else:
-        sums[view] = counts.clone()
+        """By view, int64 [L, 2E + 2]: asked, dropped, tokens, positions. Starts again from zero."""
+        sums, self._sums = self._sums, {}
+        return sums
 
 
 @dataclass(frozen=True)
@@ -83,8 +67,8 @@ class RoutingCounts:
         """The counts of some views together, of all if none is named, for JSON.
 
         Returns:
-            ``tokens`` and ``positions`` (padding included), the same in every layer; ``asked``, routes to each expert,
-            a token counting once for each of its top-K and padding never, and ``dropped``, routes of them that an
+            ``tokens`` and ``positions`` (dead tokens included), the same in every layer; ``asked``, routes to each
+            expert, a token counting once for each of its top-K and a dead one never, and ``dropped``, routes of them that an
             expert over capacity lost, each [layers][experts].
         """
         packed_LX = self.packed_VLX[[self.views.index(view) for view in views or self.views]].sum(dim=0)

@@ -8,37 +8,36 @@ groups, which ranks hold which experts, and what every local parameter is called
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
+from mome_dist.moe.statistics import RoutingStatistics
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import TokenBatch
-from mome_dist.speech.views import View
+from mome_dist.speech.sequence import PackedTokens
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one rank works on.
+    """What one forward pass of one rank works on: some clips in all views of the step.
 
     Attributes:
-        view: task and rates.
         tokens: the sequences, on the model's device.
-        audio, video: encoder features of each clip, [T_i, d]; empty lists on later pipeline stages and for streams that
-            the view does not use.
+        features: encoder features of each clip by stream, [T_i, d]; empty on later pipeline stages, and without the
+            streams that no view uses.
     """
 
-    view: View
-    tokens: TokenBatch
-    audio: list[Tensor]
-    video: list[Tensor]
+    tokens: PackedTokens
+    features: Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,18 @@ class Chunk(nn.Module):
     Args:
         llm: the chunk's layers of the frozen LLM, MoME modules in their slots.
         projectors: on the first chunk of the pipeline, None on others.
-        momes: the MoME modules by global layer number.
+        momes: the MoME modules by global layer number, in the order of the layers.
+
+    Attributes:
+        statistics: of their routers.
     """
 
     def __init__(self, llm: FrozenLLM, projectors: Projectors | None, momes: dict[int, ExpertParallelMoME]) -> None:
         super().__init__()
+        self.token_group = token_group(llm.config.sequence_parallel)
+        self.statistics = RoutingStatistics()
+        for place, mome in enumerate(momes.values()):
+            mome.place = place
         self.llm = llm
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.vp_stage = llm.vp_stage
@@ -115,31 +121,31 @@ class Chunk(nn.Module):
         self.llm.set_input_tensor(input_tensor)
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        """Input embeddings [S, B, H] with the projected speech tokens in place; first stage only."""
+        """Input embeddings [N, H] with the projected speech tokens in place; first stage only."""
         assert self.projectors is not None
-        embedded_SBH = self.llm.embed(batch.tokens.ids_BS)
-        shape = embedded_SBH.shape
-        flat_NH = embedded_SBH.flatten(0, 1)
-        for stream, features, rate, index in (
-            ("audio", batch.audio, batch.view.audio_rate, batch.tokens.audio_index),
-            ("video", batch.video, batch.view.video_rate, batch.tokens.video_index),
-        ):
-            if rate is not None:
-                speech_NH = self.projectors(stream, features, rate).to(flat_NH.dtype)
-                flat_NH = flat_NH.index_copy(0, index, speech_NH)
-        if self.config.recompute_granularity == "full" and not flat_NH.requires_grad:
+        embedded_NH = self.projectors.insert(self.llm.embed(batch.tokens.ids_N), batch.tokens.speech, batch.features)
+        if self.config.recompute_granularity == "full" and not embedded_NH.requires_grad:
             # Nothing below the first layer trains. A recomputed block whose inputs need no gradient would take its
             # parameters for frozen too.
-            flat_NH.requires_grad_()
-        return flat_NH.view(shape)
+            embedded_NH.requires_grad_()
+        return embedded_NH
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Hidden states [S, B, H], or on the last stage the summed cross-entropy (fp32 scalar)."""
-        tokens = batch.tokens
-        for mome in self.momes.values():
-            mome.statistics.view = str(batch.view)
-        embedded_SBH = self.embed(batch) if self.llm.pre_process else None
-        return self.llm(embedded_SBH, tokens.padding_BS, tokens.label_index, tokens.labels)
+    def forward(self, batch: MicroBatch, share: float = 1.0) -> Tensor:
+        """Hidden states [N, 1, H], or on the last stage the cross-entropy summed over the labels of each view, [V].
+
+        Args:
+            share: what the auxiliary losses of this pass count for in the step's, times what the engine divides by.
+        """
+        context = batch.tokens.context
+        embedded_NH = self.embed(batch) if self.llm.pre_process else None
+        if not self.training:
+            return self.llm(embedded_NH, context, None, batch.tokens.labels)
+        load = PassLoad(context.view_names, self.token_group, share)
+        output = self.llm(embedded_NH, context, load, batch.tokens.labels)
+        if self.momes:
+            load.reduce()
+            self.statistics.expect(load)
+        return output
 
 
 class DistributedMoME(nn.Module):
@@ -221,13 +227,6 @@ def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: obj
     Returns:
         The modules by global layer number, counted from zero.
     """
-    # The ranks that hold different tokens: under sequence parallelism also those of the tensor-parallel group.
-    if llm.config.sequence_parallel:
-        token_group = parallel_state.get_tensor_and_data_parallel_group()
-    else:
-        token_group = parallel_state.get_data_parallel_group()
-    # The engine averages gradients over data-parallel ranks, while each rank's auxiliary loss is its part of a sum.
-    auxiliary_scale = parallel_state.get_data_parallel_world_size()
     device = next(llm.parameters()).device
     momes: dict[int, ExpertParallelMoME] = {}
     for layer in llm.decoder.layers:
@@ -235,12 +234,18 @@ def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: obj
         number = layer.layer_number - 1
         mome = ExpertParallelMoME(llm.config.hidden_size, **mome_arguments)  # type: ignore[arg-type]
         mome.set_deepspeed_parallelism()
-        mome.set_token_group(token_group)
+        mome.set_token_group(token_group(llm.config.sequence_parallel))
         mome.initialize(f"mome.{number}", seed)
-        slot = layer.slot(placement)
-        slot.mome, slot.auxiliary_scale = mome.to(device), auxiliary_scale
+        layer.slot(placement).mome = mome.to(device)
         momes[number] = mome
     return momes
+
+
+def token_group(sequence_parallel: bool) -> dist.ProcessGroup:
+    """The ranks that hold different tokens: under sequence parallelism also those of the tensor-parallel group."""
+    if sequence_parallel:
+        return parallel_state.get_tensor_and_data_parallel_group()
+    return parallel_state.get_data_parallel_group()
 
 
 def rank_writes(parameter: Tensor) -> bool:

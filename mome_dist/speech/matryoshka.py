@@ -8,6 +8,9 @@ Source: MoME (arXiv 2510.04136) and Llama-MTSK (arXiv 2503.06362).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,26 +29,38 @@ def compressed_length(frames: int, rate: int) -> int:
     return max(frames // rate, 1)
 
 
-def compress(features_Td: Tensor, rate: int, method: str) -> Tensor:
-    """Compress one clip's features.
+def compress(frames_Td: Tensor, lengths: Sequence[int], rate: int, method: str) -> Tensor:
+    """Compress the features of some clips, in one operation for all of them.
 
     Args:
-        features_Td: [T, d], real frames only (no padding).
+        frames_Td: [T, d], the frames of one clip after the other; real ones only, no padding.
+        lengths: frames of each clip; they add up to T.
         rate: frames per token, at least 1.
         method: "pool" averages the frames of a window: [N, d]. "stack" concatenates them: [N, rate * d].
 
     Returns:
-        ``N = compressed_length(T, rate)`` tokens. A clip shorter than one window is averaged over what there is, or
-        stacked with zeros behind.
+        ``compressed_length(length, rate)`` tokens of each clip. A clip shorter than one window is averaged over what
+        there is, or stacked with zeros behind.
     """
-    frames, width = features_Td.shape
-    tokens = compressed_length(frames, rate)
+    short = min(lengths) < rate
+    if short:
+        frames_Td = F.pad(frames_Td, (0, 0, 0, 1))  # a frame of zeros, which fills up windows
+    windows, first = [], 0
+    for length in lengths:
+        tokens = compressed_length(length, rate)
+        window = torch.arange(first, first + tokens * rate)
+        window[length:] = len(frames_Td) - 1
+        windows.append(window)
+        first += length
+    index = torch.cat(windows).to(frames_Td.device, non_blocking=True)
+    windows_Nrd = frames_Td.index_select(0, index).unflatten(0, (-1, rate))
     if method == "stack":
-        missing = max(tokens * rate - frames, 0)
-        return F.pad(features_Td, (0, 0, 0, missing))[: tokens * rate].reshape(tokens, rate * width)
-    if frames < rate:
-        return features_Td.mean(dim=0, keepdim=True)
-    return features_Td[: tokens * rate].reshape(tokens, rate, width).mean(dim=1)
+        return windows_Nrd.flatten(1)
+    if not short:
+        return windows_Nrd.mean(dim=1)
+    counts = [min(length, rate) for length in lengths for _ in range(compressed_length(length, rate))]
+    counts_N1 = torch.tensor(counts, dtype=frames_Td.dtype)[:, None].to(frames_Td.device, non_blocking=True)
+    return windows_Nrd.sum(dim=1) / counts_N1
 
 
 def sequence_length(seconds: float, audio_rate: int, video_rate: int, overhead: int = PUBLISHED_OVERHEAD) -> int:

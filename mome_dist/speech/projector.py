@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.speech.matryoshka import compress
+from mome_dist.speech.sequence import SpeechPlaces
 
 
 class Projectors(nn.Module):
@@ -88,5 +89,52 @@ class Projectors(nn.Module):
         Returns:
             fp32 [sum of compressed lengths, H], clips one after the other.
         """
-        tokens = torch.cat([compress(clip.float(), rate, self.compression) for clip in features])
-        return cast(nn.ModuleDict, self.streams[stream])[self._key(rate)](tokens)
+        return self._project(stream, features, [rate])[0]
+
+    def insert(
+        self, embedded_NH: Tensor, places: Sequence[SpeechPlaces], features: Mapping[str, Sequence[Tensor]]
+    ) -> Tensor:
+        """Put speech tokens where sequences have them.
+
+        Clips are projected once for all views that read them at the same rate. A clip without a stream reads zeros for
+        its features.
+
+        Args:
+            embedded_NH: [N, H] of any float dtype.
+            places: of the speech tokens of every view.
+            features: of each clip, by stream.
+
+        Returns:
+            [N, H], in the same dtype.
+        """
+        rows, index = [], []
+        for stream in dict.fromkeys(place.stream for place in places):
+            own = [place for place in places if place.stream == stream]
+            clips = list(features[stream])
+            nothing = any(place.absent_T is not None for place in own)
+            if nothing:
+                clips.append(clips[0].new_zeros(1, clips[0].shape[1]))
+            rates = list(dict.fromkeys(place.rate for place in own))
+            projected = dict(zip(rates, self._project(stream, clips, rates), strict=True))
+            for place in own:
+                tokens_TH = projected[place.rate]
+                if nothing:
+                    tokens_TH, absent_1H = tokens_TH[:-1], tokens_TH[-1:]
+                    if place.absent_T is not None:
+                        tokens_TH = torch.where(place.absent_T[:, None], absent_1H, tokens_TH)
+                rows.append(tokens_TH)
+                index.append(place.index_T)
+        if not rows:
+            return embedded_NH
+        return embedded_NH.index_copy(0, torch.cat(index), torch.cat(rows).to(embedded_NH.dtype))
+
+    def _project(self, stream: str, clips: Sequence[Tensor], rates: Sequence[int]) -> list[Tensor]:
+        """The tokens of all clips at each rate, fp32 [T, H]; rates that share a projector go through it together."""
+        frames_Td, lengths = torch.cat([clip.float() for clip in clips]), [len(clip) for clip in clips]
+        found: dict[int, Tensor] = {}
+        for key in dict.fromkeys(map(self._key, rates)):
+            own = [rate for rate in rates if self._key(rate) == key]
+            tokens = [compress(frames_Td, lengths, rate, self.compression) for rate in own]
+            projected = cast(nn.ModuleDict, self.streams[stream])[key](torch.cat(tokens))
+            found |= dict(zip(own, projected.split([len(each) for each in tokens]), strict=True))
+        return [found[rate] for rate in rates]

@@ -7,19 +7,22 @@ layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``lora.*``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.router import Routing
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import AUDIO, VIDEO, TokenBatch
+from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
 from mome_dist.speech.views import View
 
 
@@ -41,6 +44,12 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
     targets[placement].register_forward_hook(add, with_kwargs=True)
+
+
+def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
+    """The routing of the latest pass, padding left out."""
+    assert mome.last_routing is not None
+    return mome.last_routing.restricted_to(valid_BS.flatten())
 
 
 class _ClipLimits(StoppingCriteria):
@@ -86,6 +95,7 @@ class MoMESpeechLM(nn.Module):
             _attach(layer, placement, mome)
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
+        self._routings: list[list[Routing]] = []  # of the latest `label_logits`, by view and layer
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -112,42 +122,37 @@ class MoMESpeechLM(nn.Module):
         for number, mome in enumerate(self.momes):
             mome.initialize(f"mome.{number}", seed)
 
-    def _insert(
-        self, embedded_NH: Tensor, view: View, clips: dict[str, Sequence[Tensor]], at: dict[str, Tensor]
-    ) -> Tensor:
-        for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)):
-            if rate is not None:
-                speech = self.projectors(stream, clips[stream], rate).to(embedded_NH.dtype)
-                embedded_NH = embedded_NH.index_copy(0, at[stream], speech)
-        return embedded_NH
+    def label_logits(self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """What the labels of a pass are predicted from, fp32 [L, V], view by view: every sequence by itself, padded
+        beside the others of its view."""
+        embedded_NH = self.llm.get_input_embeddings()(tokens.ids_N)
+        embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features)
+        sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
+        logits, first = [], 0
+        self._routings = []
+        for rows in tokens.context.view_sequences:
+            embedded_BSH = pad_sequence(sequences[first : first + rows], batch_first=True)
+            lengths_B = torch.tensor(tokens.context.lengths[first : first + rows], device=embedded_BSH.device)
+            valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
+            output = self.llm(inputs_embeds=embedded_BSH, attention_mask=valid_BS.long(), use_cache=False)
+            logits.append(output.logits[valid_BS])
+            self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
+            first += rows
+        return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
-    def label_logits(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
-        """What the labels of a batch are predicted from, fp32 [L, V]."""
-        ids_SB = tokens.ids_BS.t()
-        embedded_SBH = self.llm.get_input_embeddings()(ids_SB)
-        at = {"audio": tokens.audio_index, "video": tokens.video_index}
-        flat = self._insert(embedded_SBH.flatten(0, 1), view, {"audio": audio, "video": video}, at)
-        embedded_BSH = flat.view(embedded_SBH.shape).transpose(0, 1)
-        logits_BSV = self.llm(
-            inputs_embeds=embedded_BSH, attention_mask=(~tokens.padding_BS).long(), use_cache=False
-        ).logits
-        return logits_BSV.transpose(0, 1).flatten(0, 1)[tokens.label_index].float()
+    def loss(self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """Summed cross-entropy over the labels of a pass, fp32 scalar."""
+        return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
 
-    def loss(self, view: View, tokens: TokenBatch, audio: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
-        """Summed cross-entropy over the labels of a batch, fp32 scalar."""
-        return F.cross_entropy(self.label_logits(view, tokens, audio, video), tokens.labels, reduction="sum")
-
-    def auxiliary_loss(self, valid_BS: Tensor, balance_loss: float, z_loss: float) -> Tensor:
-        """Sum over layers of the weighted balance and z-losses of the latest forward pass, padding left out."""
-        valid_T, losses = valid_BS.flatten(), []
-        tokens = valid_T.sum()
-        for mome in self.momes:
-            assert mome.last_routing is not None
-            routing = mome.last_routing.restricted_to(valid_T)
-            counts_E = routing.selected_TE().sum(dim=0)
+    def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
+        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses."""
+        losses = []
+        for routing in itertools.chain.from_iterable(self._routings):
+            assert routing.valid_T is not None
+            tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)
             loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() / len(self._routings)
 
     @torch.no_grad()
     def generate(
@@ -184,7 +189,9 @@ class MoMESpeechLM(nn.Module):
         mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
         embedded_BSH = embed(ids_BS.clamp(min=0)).to(device)
         at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
-        flat = self._insert(embedded_BSH.flatten(0, 1), view, {"audio": audio, "video": video}, at)
+        rates = {"audio": view.audio_rate, "video": view.video_rate}
+        places = [SpeechPlaces(stream, rate, at[stream], None) for stream, rate in rates.items() if rate is not None]
+        flat = self.projectors.insert(embedded_BSH.flatten(0, 1), places, {"audio": audio, "video": video})
         # Everything that decides is set here; see `__init__` for what a model brings along.
         search = GenerationConfig(
             do_sample=False,

@@ -1,22 +1,24 @@
-"""The token sequence that the LLM sees, and its batches with length masks.
+"""The token sequence that the LLM sees, and how those of a pass are packed one after another.
 
 ``<bos> <audio> A.. </audio> <video> V.. </video> prompt text <eos>``; streams that a task does not use are left out,
 and so is ``<bos>`` where the LLM has none (Qwen2).
-The loss is on the text and the final ``<eos>`` only; padding is never a target and never attended to.
+The loss is on the text and the final ``<eos>`` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mome_dist.llm.tokens import TokenTable, check_rows
 from mome_dist.speech.views import View
+from mome_dist.token_context import ALIGNMENT, Labels, Modality, TokenContext
 
 AUDIO, VIDEO = -1, -2  # placeholders of speech tokens in a sequence of token ids
 
@@ -102,60 +104,111 @@ class SequenceBuilder:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Sequences of a batch, padded on the right, and where things are in it.
-
-    Flat positions count sequence first, ``s * B + b``, which is the order of the LLM's hidden states [S, B, H].
+class SpeechPlaces:
+    """Where a view has the tokens of a stream.
 
     Attributes:
-        ids_BS: int64 [B, S]; zero at speech tokens and padding.
-        padding_BS: bool [B, S], True at padding.
-        audio_index, video_index: int64 [N], flat positions of speech tokens, clip by clip.
-        label_index: int64 [L], flat positions whose output predicts ``labels``.
-        labels: int64 [L], text and end tokens.
+        stream: "audio" or "video".
+        rate: frames a token.
+        index_T: int64 [T], positions in the pass, clip by clip.
+        absent_T: bool [T], tokens of clips that go without this stream in this view; None if there are none.
     """
 
-    ids_BS: Tensor
-    padding_BS: Tensor
-    audio_index: Tensor
-    video_index: Tensor
-    label_index: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """A copy on a device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    stream: str
+    rate: int
+    index_T: Tensor
+    absent_T: Tensor | None
 
 
-def longest_input(examples: Sequence[Example]) -> int:
-    """Length to which a batch of examples is padded: the last token of a sequence is only ever a label, no input."""
-    return max(len(example.ids) for example in examples) - 1
+@dataclass(frozen=True)
+class PackedTokens:
+    """The sequences of a pass: the same clips in one view after another.
+
+    Attributes:
+        views: in order.
+        ids_N: int64 [N]; zero at speech tokens and dead ones.
+        context: lengths, views and modalities.
+        speech: of every view, the streams that it reads.
+        labels: text and end tokens.
+    """
+
+    views: tuple[View, ...]
+    ids_N: Tensor
+    context: TokenContext
+    speech: tuple[SpeechPlaces, ...]
+    labels: Labels
+
+    def to(self, device: torch.device) -> PackedTokens:
+        """A copy on a device; the host does not wait for it."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            ids_N=moved(self.ids_N),
+            context=self.context.to(device),
+            speech=tuple(
+                replace(each, index_T=moved(each.index_T), absent_T=moved(each.absent_T)) for each in self.speech
+            ),
+            labels=self.labels.to(device),
+        )
 
 
-def collate(examples: Sequence[Example], length: int | None = None, rows: int = 0) -> TokenBatch:
-    """Pad a batch of examples on the right, to the longest input or to ``length``, and with empty sequences to at least
-    ``rows``."""
-    inputs = [example.ids[:-1] for example in examples]
-    length, batch = length or longest_input(examples), max(len(inputs), rows)
-    ids_BS = torch.zeros(batch, length, dtype=torch.int64)
-    padding_BS = torch.ones(batch, length, dtype=torch.bool)
-    label_index, labels = [], []
-    for row, (example, ids) in enumerate(zip(examples, inputs, strict=True)):
-        ids_BS[row, : len(ids)] = torch.tensor(ids)
-        padding_BS[row, : len(ids)] = False
-        label_index += [s * batch + row for s in range(example.prefix_length - 1, len(ids))]
-        labels += example.ids[example.prefix_length :]
-    return TokenBatch(
-        ids_BS=ids_BS.clamp(min=0),
-        padding_BS=padding_BS,
-        audio_index=_flat_positions(ids_BS, AUDIO),
-        video_index=_flat_positions(ids_BS, VIDEO),
-        label_index=torch.tensor(label_index),
-        labels=torch.tensor(labels),
+Absent = Callable[[View, int, str], bool]
+"""Whether a clip, by its place in the pass, goes without a stream in a view."""
+
+
+def pack(
+    sequences: Sequence[tuple[View, Sequence[Example]]],
+    absent: Absent | None = None,
+    multiple: int = ALIGNMENT,
+    least: int = 0,
+) -> PackedTokens:
+    """Lay out the sequences of the same clips in one view after another; the last token of a sequence is only ever a
+    label, no input.
+
+    Args:
+        sequences: of each view, clip by clip; a view may come twice.
+        absent: which clips go without a stream; None if none does.
+        multiple, least: of N, see `TokenContext.of`.
+    """
+    ids: list[int] = []
+    index: list[int] = []
+    labels: list[int] = []
+    speech: list[SpeechPlaces] = []
+    for view, examples in sequences:
+        begin = len(ids)
+        for example in examples:
+            index += range(len(ids) + example.prefix_length - 1, len(ids) + len(example.ids) - 1)
+            labels += example.ids[example.prefix_length :]
+            ids += example.ids[:-1]
+        ids_T = torch.tensor(ids[begin:])
+        for stream, placeholder, rate in (("audio", AUDIO, view.audio_rate), ("video", VIDEO, view.video_rate)):
+            if rate is not None:
+                index_T = (ids_T == placeholder).nonzero()[:, 0]
+                absent_T = _absent(view, stream, placeholder, examples, absent)
+                speech.append(SpeechPlaces(stream, rate, begin + index_T, absent_T))
+    ids_N = torch.tensor(ids)
+    modality_N = int(Modality.AUDIO) * (ids_N == AUDIO) + int(Modality.VIDEO) * (ids_N == VIDEO)
+    lengths = [(str(view), [len(example.ids) - 1 for example in examples]) for view, examples in sequences]
+    context = TokenContext.of(lengths, modality_N, multiple, least)
+    return PackedTokens(
+        views=tuple(view for view, _ in sequences),
+        ids_N=F.pad(ids_N.clamp(min=0), (0, context.tokens - len(ids))),
+        context=context,
+        speech=tuple(speech),
+        labels=Labels(torch.tensor(index), torch.tensor(labels)),
     )
 
 
-def _flat_positions(ids_BS: Tensor, placeholder: int) -> Tensor:
-    """Positions ``s * B + b`` of a placeholder, row by row."""
-    rows, columns = (ids_BS == placeholder).nonzero(as_tuple=True)
-    return columns * ids_BS.shape[0] + rows
+def _absent(
+    view: View, stream: str, placeholder: int, examples: Sequence[Example], absent: Absent | None
+) -> Tensor | None:
+    if absent is None:
+        return None
+    clips = [absent(view, clip, stream) for clip in range(len(examples))]
+    if not any(clips):
+        return None
+    tokens = torch.tensor([example.ids.count(placeholder) for example in examples])
+    return torch.tensor(clips).repeat_interleave(tokens)

@@ -45,6 +45,13 @@ def all_views(
     return [view for task in TASKS if task in tasks for view in by_task[task]]
 
 
+def streams_read(views: Sequence[View]) -> list[str]:
+    """The streams that some views use: "audio", "video" or both."""
+    audio = any(view.audio_rate is not None for view in views)
+    video = any(view.video_rate is not None for view in views)
+    return [stream for stream, used in (("audio", audio), ("video", video)) if used]
+
+
 def views_of_step(views: Sequence[View], per_step: int | None, step: int, seed: int) -> list[View]:
     """The views that a step trains on: all, or ``per_step`` of them.
 

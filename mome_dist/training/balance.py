@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -16,21 +15,18 @@ def update_router_biases(model: DistributedMoME) -> None:
     up in no fixed order might let them differ by a token; the first rank's loads are taken, so that the biases stay
     equal on all of them. Nothing is sent without a bias.
     """
-    momes = [mome for mome in model.momes.values() if mome.step_load_E is not None]
-    if momes and parallel_state.get_tensor_model_parallel_world_size() > 1:
-        loads_LE = torch.stack([mome.step_load_E for mome in momes if mome.step_load_E is not None])
-        dist.broadcast(
-            loads_LE,
-            src=parallel_state.get_tensor_model_parallel_src_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-        for mome, load_E in zip(momes, loads_LE, strict=True):
-            mome.step_load_E = load_E
-    for mome in momes:
-        mome.update_bias()
+    for chunk in model.parts():
+        load_LE = chunk.statistics.step_load_LE
+        if load_LE is not None and any(mome.router_bias is not None for mome in chunk.momes.values()):
+            if parallel_state.get_tensor_model_parallel_world_size() > 1:
+                source = parallel_state.get_tensor_model_parallel_src_rank()
+                dist.broadcast(load_LE, src=source, group=parallel_state.get_tensor_model_parallel_group())
+            for mome, load_E in zip(chunk.momes.values(), load_LE, strict=True):
+                mome.update_bias(load_E)
+    forget_router_loads(model)
 
 
 def forget_router_loads(model: DistributedMoME) -> None:
-    """Drop the loads of a step that is not taken."""
-    for mome in model.momes.values():
-        mome.step_load_E = None
+    """Drop the loads of a step that was taken, or is not."""
+    for chunk in model.parts():
+        chunk.statistics.step_load_LE = None

@@ -6,7 +6,7 @@ stage read encoder features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,8 +18,9 @@ from mome_dist.data.order import share_of_rank
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
-from mome_dist.speech.sequence import Example, SequenceBuilder, collate, longest_input
-from mome_dist.speech.views import View
+from mome_dist.speech.sequence import Absent, Example, SequenceBuilder, pack
+from mome_dist.speech.views import View, streams_read
+from mome_dist.token_context import ALIGNMENT
 
 FeatureReader = Callable[[str], Tensor]
 LeftOut = Callable[[str, View], str | None]
@@ -31,7 +32,7 @@ class Step:
     """The microbatches of one optimiser step on one rank.
 
     Attributes:
-        microbatches: one for every view and chunk, in order.
+        microbatches: one for every part of the batch, in order.
         views: of the step.
         label_tokens: text and end tokens of the global batch, over all ranks; the same in every view.
     """
@@ -39,6 +40,11 @@ class Step:
     microbatches: list[MicroBatch]
     views: list[View]
     label_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank in all sequences, dead ones left out."""
+        return sum(each.tokens.context.alive for each in self.microbatches)
 
 
 class BatchBuilder:
@@ -48,11 +54,11 @@ class BatchBuilder:
         utterances: of the split.
         sequences: lays out token sequences.
         features: encoder features by stream ("audio", "video") and utterance id; None on ranks that do not embed.
-        accumulation: chunks that a global batch is cut into.
+        accumulation: parts that a global batch is cut into.
         dp_rank, dp_size: of this rank.
         device: where the microbatches go.
-        layout: whose sequence parallelism wants lengths that tp divides, and whose interleaved schedule wants one
-            length and one number of sequences for all microbatches of a step.
+        layout: whose sequence parallelism wants numbers of tokens that tp divides, and whose interleaved schedule wants
+            one number of tokens for all microbatches of a step.
     """
 
     def __init__(
@@ -78,61 +84,64 @@ class BatchBuilder:
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
-        parts = [(chunk, view) for view in views for chunk in self._share(batch, self._dp_rank)]
-        examples = [self._examples(*part) for part in parts]
-        one_shape = self._layout.virtual > 1
-        longest = max(map(longest_input, examples)) if one_shape else 0
-        rows = max(map(len, examples)) if one_shape else 0
+        parts = self._parts(batch, self._dp_rank)
+        laid_out = [[(view, self._examples(part, view)) for view in views] for part in parts]
+        multiple = token_multiple(self._layout)
+        least = max(map(input_tokens, laid_out)) if self._layout.virtual > 1 else 0
         microbatches = [
-            self._microbatch(*part, each, longest, rows) for part, each in zip(parts, examples, strict=True)
+            MicroBatch(
+                pack(each, self._absent(part), multiple, least).to(self._device), self._read_features(part, views)
+            )
+            for part, each in zip(parts, laid_out, strict=True)
         ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
 
     def own(self, batch: Sequence[int]) -> list[Utterance]:
         """This rank's utterances of a global batch."""
-        return [utterance for chunk in self._share(batch, self._dp_rank) for utterance in chunk]
+        return [utterance for part in self._parts(batch, self._dp_rank) for utterance in part]
 
     def ids(self, batch: Sequence[int]) -> list[str]:
         """Names of the utterances of a batch."""
         return [self._utterances[i].id for i in batch]
 
     def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
-        """Positions of a microbatch of the first data-parallel rank, padding included: the mean over views of a global
-        batch, the same on all ranks."""
-        parts = self._share(batch, 0)
-        sizes = [longest_input(self._examples(part, view)) * len(part) for view in views for part in parts]
-        return sum(sizes) // len(sizes)
+        """Tokens of a microbatch of the first data-parallel rank, in the mean; the same on all ranks."""
+        parts = self._parts(batch, 0)
+        return sum(input_tokens([(view, self._examples(part, view)) for view in views]) for part in parts) // len(parts)
 
-    def _share(self, batch: Sequence[int], dp_rank: int) -> list[list[Utterance]]:
-        """A rank's utterances of a global batch, by chunk."""
+    def _parts(self, batch: Sequence[int], dp_rank: int) -> list[list[Utterance]]:
+        """A rank's utterances of a global batch, by microbatch."""
         lengths = [self._utterances[i].length for i in batch]
         shares = share_of_rank(batch, lengths, self._accumulation, dp_rank, self._dp_size)
-        return [[self._utterances[i] for i in chunk] for chunk in shares]
+        return [[self._utterances[i] for i in part] for part in shares]
 
     def _examples(self, utterances: Sequence[Utterance], view: View) -> list[Example]:
         return [self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances]
 
-    def _microbatch(
-        self, utterances: Sequence[Utterance], view: View, examples: Sequence[Example], longest: int, rows: int
-    ) -> MicroBatch:
-        """One forward pass over some utterances, padded to at least ``longest`` tokens and ``rows`` sequences."""
-        length = max(longest, longest_input(examples))
-        if self._layout.sequence_parallel:
-            length += -length % self._layout.tp
-        return MicroBatch(
-            view=view,
-            tokens=collate(examples, length, rows).to(self._device),
-            audio=list(self._read("audio", utterances, view)) if view.audio_rate is not None else [],
-            video=list(self._read("video", utterances, view)) if view.video_rate is not None else [],
-        )
+    def _absent(self, utterances: Sequence[Utterance]) -> Absent | None:
+        left_out = self._left_out
+        if left_out is None:
+            return None
+        return lambda view, clip, stream: left_out(utterances[clip].id, view) == stream
 
-    def _read(self, stream: str, utterances: Sequence[Utterance], view: View) -> Iterator[Tensor]:
-        if self._features is not None:
-            for utterance in utterances:
-                features = self._features[stream](utterance.id).to(self._device)
-                absent = self._left_out is not None and self._left_out(utterance.id, view) == stream
-                yield torch.zeros_like(features) if absent else features
+    def _read_features(self, utterances: Sequence[Utterance], views: Sequence[View]) -> dict[str, list[Tensor]]:
+        if self._features is None:
+            return {}
+        return {
+            stream: [self._features[stream](each.id).to(self._device, non_blocking=True) for each in utterances]
+            for stream in streams_read(views)
+        }
+
+
+def token_multiple(layout: Layout) -> int:
+    """What divides the number of tokens of a pass: parts of tensor-parallel ranks are aligned, too."""
+    return ALIGNMENT * (layout.tp if layout.sequence_parallel else 1)
+
+
+def input_tokens(sequences: Sequence[tuple[View, Sequence[Example]]]) -> int:
+    """Input tokens of some sequences."""
+    return sum(len(example.ids) - 1 for _, examples in sequences for example in examples)
 
 
 def speech_lengths(utterance: Utterance, view: View) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def _run(
                 ledger.after_step()
                 losses.append(result.loss)
                 seconds = time.monotonic() - began
-                tokens = sum(int((~m.tokens.padding_BS).sum()) for m in step.microbatches) * layout.dp
+                tokens = step.tokens * layout.dp
                 pace.append(tokens / seconds)
                 names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
                 metrics.step(

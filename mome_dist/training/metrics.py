@@ -1,6 +1,6 @@
 """What a run writes while it trains: ``metrics.jsonl``, ``routing.jsonl``, TensorBoard, and W&B if asked.
 
-A line of ``routing.jsonl`` has the counts since the line before: ``tokens``, ``positions`` (padding included), and
+A line of ``routing.jsonl`` has the counts since the line before: ``tokens``, ``positions`` (dead ones included), and
 ``asked`` and ``dropped`` routes [layers][experts]. At every checkpoint it also has ``by_view``, the same by task and
 rates since the last checkpoint: it is the larger part, and a resume continues from checkpoints only, so that the lines
 of a run add up to all its steps however often it was interrupted.
@@ -106,9 +106,9 @@ def gather_routing(model: DistributedMoME, config: RunConfig) -> RoutingCounts:
     views = tuple(str(view) for view in views_of(config))
     shape = (len(views), model.config.num_layers, 2 * config.mome.routed_experts + 2)
     packed_VLX = torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
-    for layer, mome in model.momes.items():
-        for view, counts_X in mome.statistics.take().items():
-            packed_VLX[views.index(view), layer] = counts_X
+    for chunk in model.parts():
+        for view, counts_LX in chunk.statistics.take().items():
+            packed_VLX[views.index(view), list(chunk.momes)] = counts_LX
     dist.all_reduce(packed_VLX, group=parallel_state.get_pipeline_model_parallel_group())
     return RoutingCounts(views, packed_VLX.cpu())
 

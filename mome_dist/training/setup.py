@@ -29,7 +29,7 @@ from mome_dist.checkpoint.restore import (
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import lora_of, streams_of, streams_read, views_of
+from mome_dist.config.derived import lora_of, streams_of, views_of
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.config.validate import settled_order, validation_batches
 from mome_dist.data.corpus import Corpus
@@ -51,7 +51,7 @@ from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.paths import cache_root
 from mome_dist.speech.lora import LoRATerms
-from mome_dist.speech.views import views_of_step
+from mome_dist.speech.views import streams_read, views_of_step
 from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader

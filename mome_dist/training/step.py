@@ -1,7 +1,8 @@
 """One training step: the pipeline schedule over the microbatches of a step, then the engine's step.
 
 The objective is the mean over views of the token-weighted mean cross-entropy over the global batch, plus the mean over
-microbatches of the sum over layers of the auxiliary losses (each MoE layer adds its own, as in Switch Transformer).
+microbatches and their views of the sum over layers of the auxiliary losses (each MoE layer adds its own, as in Switch
+Transformer).
 Every factor that a layout would otherwise bring in is cancelled here: the schedule divides by the number of
 microbatches, the engine by the data-parallel size.
 """
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch
@@ -50,35 +50,38 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     def forward_step(batches: Any, stage: Chunk) -> tuple[Tensor, Any]:
         batch: MicroBatch = next(batches)
 
-        def loss_of(cross_entropy: Tensor) -> tuple[Tensor, tuple[View, Tensor]]:
-            part = cross_entropy * weight
-            return part * (count * data_parallel), (batch.view, part.detach())
+        def loss_of(cross_entropy_V: Tensor) -> tuple[Tensor, Tensor]:
+            part_V = cross_entropy_V * weight
+            return part_V.sum() * (count * data_parallel), part_V.detach()
 
-        return stage(batch), loss_of
+        return stage(batch, data_parallel / count), loss_of
 
-    device = step.microbatches[0].tokens.ids_BS.device
-    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / count, device=device))
-    parts: Sequence[tuple[View, Tensor]] = get_forward_backward_func()(
+    context = step.microbatches[0].tokens.context
+    parts: Sequence[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         # The interleaved schedule reads the microbatches once for each chunk.
         data_iterator=[iter(step.microbatches) for _ in model.chunks],
         model=model.parts(),
         num_microbatches=count,
         # Only the interleaved schedule needs sizes; the others exchange shapes.
-        seq_length=step.microbatches[0].tokens.ids_BS.shape[1],
-        micro_batch_size=step.microbatches[0].tokens.ids_BS.shape[0],
+        seq_length=context.tokens,
+        micro_batch_size=1,
         forward_only=forward_only,
     )
-    return _reduce(parts, step.views, device)
+    for chunk in model.parts():
+        chunk.statistics.settle()
+    return _reduce(parts, step.views, context.members_VN.device)
 
 
-def _reduce(parts: Sequence[tuple[View, Tensor]], views: Sequence[View], device: torch.device) -> StepLosses:
-    """Add up the parts of all ranks; only the last pipeline stage has any."""
-    distinct = list(dict.fromkeys(views))
-    sums = torch.zeros(len(distinct), dtype=torch.float64, device=device)
-    for view, part in parts:
-        sums[distinct.index(view)] += part
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    by_view = {view: float(total) * len(views) / views.count(view) for view, total in zip(distinct, sums, strict=True)}
-    return StepLosses(float(sums.sum()), by_view)
+def _reduce(parts: Sequence[Tensor], views: Sequence[View], device: torch.device) -> StepLosses:
+    """Add up the parts of all ranks, [V] each; only the last pipeline stage has any."""
+    sums_V = torch.zeros(len(views), dtype=torch.float64, device=device)
+    for part_V in parts:
+        sums_V += part_V
+    dist.all_reduce(sums_V, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums_V, group=parallel_state.get_pipeline_model_parallel_group())
+    losses = sums_V.tolist()
+    by_view: dict[View, float] = {}
+    for view, loss in zip(views, losses, strict=True):  # a view may come twice
+        by_view[view] = by_view.get(view, 0.0) + loss * len(views) / views.count(view)
+    return StepLosses(sum(losses), by_view)

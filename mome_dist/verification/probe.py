@@ -24,9 +24,10 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
-from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
-from mome_dist.training.batches import Step
+from mome_dist.token_context import ALIGNMENT
+from mome_dist.training.batches import Step, input_tokens, token_multiple
 
 WIDTHS = {"audio": 12, "video": 10}  # of the random features
 TAGS = {"bos": 1, "eos": 2, "prompt": 3, "audio": (4, 5), "video": (6, 7)}
@@ -63,24 +64,19 @@ class Probe:
         batch = list(range(number * size, (number + 1) * size))
         frames = [_frames(i, "video") for i in batch]
         chunks = share_of_rank(batch, frames, self.config.data.accumulation, dp_rank, layout.dp)
-        parts = [(chunk, view) for view in self.views for chunk in chunks]
-        lengths = [longest_input([self.example(i, view) for i in chunk]) for chunk, view in parts]
-        rows = 0
-        if layout.virtual > 1:
-            lengths, rows = [max(lengths)] * len(lengths), max(map(len, chunks))
-        if layout.sequence_parallel:
-            lengths = [length + -length % layout.tp for length in lengths]
-        microbatches = [self.microbatch(*part, length, rows) for part, length in zip(parts, lengths, strict=True)]
+        least = max(input_tokens(self._laid_out(chunk)) for chunk in chunks) if layout.virtual > 1 else 0
+        microbatches = [self.microbatch(chunk, token_multiple(layout), least) for chunk in chunks]
         return Step(microbatches, self.views, sum(len(_text(i, self._vocabulary)) + 1 for i in batch))
 
-    def microbatch(self, numbers: Sequence[int], view: View, length: int, rows: int = 0) -> MicroBatch:
-        """Some utterances in one view, padded to ``length`` tokens and at least ``rows`` sequences."""
+    def microbatch(self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0) -> MicroBatch:
+        """Some utterances in all views; their number of tokens as in `TokenContext.of`."""
         return MicroBatch(
-            view,
-            collate([self.example(number, view) for number in numbers], length, rows).to(self.device),
-            [_features(n, "audio").to(self.device) for n in numbers] if view.audio_rate is not None else [],
-            [_features(n, "video").to(self.device) for n in numbers] if view.video_rate is not None else [],
+            pack(self._laid_out(numbers), None, multiple, least).to(self.device),
+            {stream: [_features(n, stream).to(self.device) for n in numbers] for stream in self.widths},
         )
+
+    def _laid_out(self, numbers: Sequence[int]) -> list[tuple[View, list[Example]]]:
+        return [(view, [self.example(number, view) for number in numbers]) for view in self.views]
 
     def example(self, number: int, view: View) -> Example:
         """The token sequence of utterance ``number``."""

@@ -147,10 +147,10 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     for number in range(probe.steps):
         step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
         for batch in step.microbatches:
-            loss = model.loss(batch.view, batch.tokens, batch.audio, batch.video)
+            loss = model.loss(batch.tokens, batch.features)
             loss = loss / (step.label_tokens * len(step.views))
             total += loss.item()
-            auxiliary = model.auxiliary_loss(~batch.tokens.padding_BS, mome.balance_loss, mome.z_loss)
+            auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)
             (loss + auxiliary / len(step.microbatches)).backward()
         if number == 0:
             outcome.gradients = {name: _array(p.grad) for name, p in named.items() if p.grad is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
-from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate, longest_input
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
+from mome_dist.token_context import ALIGNMENT
 from mome_dist.training.batches import Step
 from mome_dist.verification.probe import wake
 
@@ -81,15 +83,11 @@ def example(number: int, view: View) -> Example:
     return Example([*ids, 3, *text, 2], len(ids) + 1)
 
 
-def microbatch(numbers: list[int], view: View) -> MicroBatch:
-    examples = [example(number, view) for number in numbers]
-    length = longest_input(examples)
-    return MicroBatch(
-        view,
-        collate(examples, length + length % 2),  # sequence parallelism halves it
-        [utterance(number)[0] for number in numbers] if view.audio_rate else [],
-        [utterance(number)[1] for number in numbers] if view.video_rate else [],
-    )
+def microbatch(numbers: list[int], views: Sequence[View] = VIEWS) -> MicroBatch:
+    sequences = [(view, [example(number, view) for number in numbers]) for view in views]
+    clips = [utterance(number) for number in numbers]
+    features = {"audio": [audio for audio, _, _ in clips], "video": [video for _, video, _ in clips]}
+    return MicroBatch(pack(sequences, multiple=2 * ALIGNMENT), features)  # sequence parallelism halves it
 
 
 def step_of(batch: list[int], dp_rank: int, dp_size: int, accumulation: int = 2) -> Step:
@@ -97,4 +95,4 @@ def step_of(batch: list[int], dp_rank: int, dp_size: int, accumulation: int = 2)
 
     chunks = share_of_rank(batch, [len(utterance(number)[1]) for number in batch], accumulation, dp_rank, dp_size)
     labels = sum(len(utterance(number)[2]) + 1 for number in batch)
-    return Step([microbatch(chunk, view) for view in VIEWS for chunk in chunks], VIEWS, labels)
+    return Step([microbatch(chunk) for chunk in chunks], VIEWS, labels)

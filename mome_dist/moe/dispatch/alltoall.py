@@ -1,8 +1,8 @@
 """Tokens travel: each goes to the ranks that hold its experts, and the results come back.
 
 What travels are the rows of the routes that are kept, sorted by expert, and nothing else: ranks send each other unequal
-numbers of rows. How many follows from the counts that are gathered for the balance loss anyway. The gates travel along
-(`mome_dist.moe.ragged` says why).
+numbers of rows. How many follows from counts that are gathered first. The gates travel along (`mome_dist.moe.ragged`
+says why).
 Source: GShard (arXiv 2006.16668) algorithm 2 for capacity; MegaBlocks (arXiv 2211.15841) for experts of unequal loads.
 """
 
@@ -16,7 +16,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
-from mome_dist.moe.dispatch.exchange import all_to_all
+from mome_dist.moe.dispatch.exchange import Flight, all_to_all, gathered
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert, ragged_experts
 from mome_dist.moe.routed import RoutedExperts
@@ -48,11 +48,14 @@ class AllToAllDispatch(Dispatch):
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.drop_policy = min_capacity, drop_policy
         self.kept_TK: Tensor | None = None  # bool, which routes of the latest forward pass an expert took
+        # Slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
+        self.capacity: int | None = None
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
-        routing = self._route(hidden_TH, valid_T)
+        self.routing = routing = self.gate(hidden_TH, valid_T)
+        counting = self._count(routing)
         weights = self.experts.weights(hidden_TH.dtype)  # beside the counts that travel
-        counts_RX = self.counts()
+        counts_RX = counting.land().view(-1, self.num_experts + 1)
         self.capacity = self._capacity(counts_RX)
         self.kept_TK = self._keep(routing, self.capacity)
         sent_SE = self._rows_of_ranks(counts_RX)
@@ -82,6 +85,31 @@ class AllToAllDispatch(Dispatch):
         back.start(groups.placement.collect(results_PH))
         output_TH = tokens.collect(back.finish())
         return output_TH if shared_TH is None else output_TH + shared_TH
+
+    def kept_TE(self) -> Tensor | None:
+        if self.capacity is None:
+            return None
+        assert self.routing is not None and self.kept_TK is not None
+        return torch.zeros_like(self.routing.probs_TE, dtype=torch.bool).scatter_(
+            1, self.routing.experts_TK, self.kept_TK
+        )
+
+    @property
+    def count_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose counts are gathered: those with other tokens where capacity is agreed on, else those that
+        exchange rows."""
+        agreeing = self.token_group if self._factor() is not None else None
+        return agreeing or (self.ep_group if self.ep_size > 1 else None)
+
+    def _count(self, routing: Routing) -> Flight:
+        """int64 [R * (E + 1)]: each rank's tokens per expert, then its number of tokens."""
+        asked_E = routing.selected_TE().sum(dim=0)
+        tokens = asked_E.sum() // self.gate.k
+        counts_X = torch.cat([asked_E, tokens[None]])
+        group = self.count_group
+        if group is None or dist.get_world_size(group) == 1:
+            return Flight(counts_X, counts_X, None)
+        return gathered(counts_X, group)
 
     def _factor(self) -> float | None:
         return self.capacity_factor if self.training else self.eval_capacity_factor

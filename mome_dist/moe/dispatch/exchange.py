@@ -21,16 +21,17 @@ Launch = Callable[[Tensor], "Flight"]
 @dataclass
 class Flight:
     """A collective under way: what it will have written when ``work`` is done; ``source`` must live until then.
-    ``parts`` of equal size are summed when it has landed."""
+    ``parts`` of equal size are summed when it has landed. Without ``work`` it has."""
 
     result: Tensor
     source: Tensor
-    work: dist.Work
+    work: dist.Work | None
     parts: int = 1
 
     def land(self) -> Tensor:
         """Wait, and return the result."""
-        self.work.wait()
+        if self.work is not None:
+            self.work.wait()
         return self.result if self.parts == 1 else self.result.view(self.parts, -1).sum(dim=0)
 
 

@@ -35,7 +35,7 @@ class GatherDispatch(Dispatch):
             self._exchange.start(self.experts.packed.flatten())
 
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
-        routing = self._route(hidden_TH, valid_T)
+        self.routing = routing = self.gate(hidden_TH, valid_T)
         if self.ep_size == 1:
             weights = self.experts.weights(hidden_TH.dtype)
         else:

@@ -1,0 +1,238 @@
+"""What layers know of the tokens that they see.
+
+A pass works on any sequences of any views, one after another and view by view, with no padding between them: hidden
+states are [N, 1, H]. Norms, linear maps and experts see N tokens; only attention looks at sequences. N is rounded up
+with dead tokens at the end, which belong to no sequence and no view.
+
+Shape suffixes: N tokens, dead ones included; B sequences; V views; P places of a padded batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 8
+"""N is a multiple of it: kernels of matrix products are chosen by the number of rows."""
+
+
+class Modality(IntEnum):
+    """What a token is: text, its tags and dead tokens; speech that was heard; speech that was seen."""
+
+    TEXT = 0
+    AUDIO = 1
+    VIDEO = 2
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """The tokens of a pass, or a rank's consecutive part of them.
+
+    Attributes:
+        lengths: tokens of each sequence, in order; of the whole pass, also in a part of it.
+        view_names: of the views, in order.
+        view_sequences: sequences of each view.
+        members_VN: fp32 [V, N], 1 where a token belongs to a view, else 0.
+        sizes_V2: int64 [V, 2], tokens of each view, and positions: dead tokens count with the last view.
+        modality_N: int8 [N], see `Modality`.
+        alive_N: bool [N]; None if no token is dead.
+        positions_N: int64 [N], of each token in its sequence; zero for dead tokens.
+    """
+
+    lengths: tuple[int, ...]
+    view_names: tuple[str, ...]
+    view_sequences: tuple[int, ...]
+    members_VN: Tensor
+    sizes_V2: Tensor
+    modality_N: Tensor
+    alive_N: Tensor | None
+    positions_N: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        views: Sequence[tuple[str, Sequence[int]]],
+        modality: Sequence[int] | Tensor | None = None,
+        multiple: int = ALIGNMENT,
+        least: int = 0,
+    ) -> Self:
+        """The context of whole sequences, on the CPU.
+
+        Args:
+            views: name of each view, and the tokens of each of its sequences.
+            modality: of every token that is alive; None if all are text.
+            multiple: of tokens, which dead ones fill up.
+            least: tokens at least.
+        """
+        lengths = tuple(itertools.chain.from_iterable(each for _, each in views))
+        alive = sum(lengths)
+        tokens = max(alive, least)
+        tokens += -tokens % multiple
+        sizes = torch.tensor([sum(each) for _, each in views])
+        members_VN = torch.zeros(len(views), tokens)
+        for row, start, size in zip(members_VN, (sizes.cumsum(0) - sizes).tolist(), sizes.tolist(), strict=True):
+            row[start : start + size] = 1
+        positions = sizes.clone()
+        positions[-1] += tokens - alive
+        modality_N = torch.zeros(tokens, dtype=torch.int8)
+        if modality is not None:
+            modality_N[:alive] = torch.as_tensor(modality, dtype=torch.int8)
+        positions_N = torch.zeros(tokens, dtype=torch.int64)
+        positions_N[:alive] = torch.cat([torch.arange(length) for length in lengths])
+        return cls(
+            lengths=lengths,
+            view_names=tuple(name for name, _ in views),
+            view_sequences=tuple(len(each) for _, each in views),
+            members_VN=members_VN,
+            sizes_V2=torch.stack([sizes, positions], dim=1),
+            modality_N=modality_N,
+            alive_N=torch.arange(tokens) < alive if tokens > alive else None,
+            positions_N=positions_N,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Dead ones included."""
+        return self.modality_N.numel()
+
+    @property
+    def alive(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on a device; the host does not wait for it."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def part(self, rank: int, ranks: int) -> Self:
+        """The ``rank``-th of ``ranks`` equal consecutive parts, for what looks at tokens one by one."""
+        if ranks == 1:
+            return self
+        size = self.tokens // ranks
+        own = slice(rank * size, (rank + 1) * size)
+        members_VN = self.members_VN[:, own].contiguous()
+        sizes_V2 = members_VN.sum(dim=1, dtype=torch.float64).long()[:, None].repeat(1, 2)
+        alive_N = None if self.alive_N is None else self.alive_N[own]
+        if alive_N is not None:
+            sizes_V2[-1, 1] += size - alive_N.sum()
+        return replace(
+            self,
+            members_VN=members_VN,
+            sizes_V2=sizes_V2,
+            modality_N=self.modality_N[own],
+            alive_N=alive_N,
+            positions_N=self.positions_N[own],
+        )
+
+    @cached_property
+    def starts_B1(self) -> Tensor:
+        """int32, where each sequence starts and the last one ends; dead tokens count as one more sequence."""
+        lengths = [*self.lengths, *([self.tokens - self.alive] if self.tokens > self.alive else [])]
+        starts_B1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return starts_B1.to(self.modality_N.device, non_blocking=True)
+
+    @cached_property
+    def padding(self) -> Padding:
+        """How sequences are padded where a product wants batches."""
+        return Padding.of(self.lengths, self.view_sequences, self.modality_N.device)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is to be predicted.
+
+    Attributes:
+        index_L: int64 [L], tokens whose output predicts a label.
+        ids_L: int64 [L], the labels.
+    """
+
+    index_L: Tensor
+    ids_L: Tensor
+
+    def to(self, device: torch.device) -> Labels:
+        """A copy on a device; the host does not wait for it."""
+        return Labels(self.index_L.to(device, non_blocking=True), self.ids_L.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Sequences of a view side by side, padded to its longest; the batches of all views one after the other.
+
+    Attributes:
+        shapes: sequences and padded length of each view's batch.
+        take_P: int64 [P], the token at each place; where there is none, the first one of the sequence.
+        places: int64 [alive tokens], the place of each token.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    take_P: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], batches: Sequence[int], device: torch.device) -> Self:
+        """Pad the first ``batches[0]`` sequences together, then the next ones."""
+        shapes, take, places, sequence, first, place = [], [], [], 0, 0, 0
+        for rows in batches:
+            longest = max(lengths[sequence : sequence + rows], default=0)
+            shapes.append((rows, longest))
+            for length in lengths[sequence : sequence + rows]:
+                row = torch.full((longest,), first)
+                row[:length] += torch.arange(length)
+                take.append(row)
+                places.append(torch.arange(place, place + length))
+                first, place = first + length, place + longest
+            sequence += rows
+        take_P, placed = (torch.cat(each).to(device, non_blocking=True) for each in (take, places))
+        return cls(tuple(shapes), take_P, placed)
+
+    def pad(self, rows_N: Tensor) -> Tensor:
+        """[N, ...] -> [P, ...]. Padding repeats a token: nothing may come back from there."""
+        return _Pad.apply(rows_N, self)
+
+    def strip(self, rows_P: Tensor, tokens: int) -> Tensor:
+        """[P, ...] -> [tokens, ...], zero for dead tokens."""
+        return _Strip.apply(rows_P, self, tokens)
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_N: Tensor, padding: Padding) -> Tensor:
+        ctx.padding, ctx.tokens = padding, rows_N.shape[0]
+        return rows_N.index_select(0, padding.take_P)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _stripped(gradients[0], ctx.padding, ctx.tokens), None
+
+
+class _Strip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_P: Tensor, padding: Padding, tokens: int) -> Tensor:
+        ctx.padding = padding
+        return _stripped(rows_P, padding, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        padding: Padding = ctx.padding
+        rows_P = gradients[0].new_zeros(padding.take_P.numel(), *gradients[0].shape[1:])
+        rows_P.index_copy_(0, padding.places, gradients[0][: padding.places.numel()])
+        return rows_P, None, None
+
+
+def _stripped(rows_P: Tensor, padding: Padding, tokens: int) -> Tensor:
+    alive = padding.places.numel()
+    if alive == tokens:
+        return rows_P.index_select(0, padding.places)
+    rows_N = rows_P.new_empty(tokens, *rows_P.shape[1:])
+    torch.index_select(rows_P, 0, padding.places, out=rows_N[:alive])
+    rows_N[alive:] = 0
+    return rows_N
