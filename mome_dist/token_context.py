@@ -109,9 +109,9 @@ class TokenContext:
 
     def to(self, device: torch.device) -> Self:
         """A copy on a device; the host does not wait for it."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         moved = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **(values | moved))
 
     def part(self, rank: int, ranks: int) -> Self:
         """The ``rank``-th of ``ranks`` equal consecutive parts, for what looks at tokens one by one."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +77,15 @@ def _flash(qkv_NGXd: Tensor, context: TokenContext, scale: float) -> Tensor:
     query_Nhd = qkv_NGXd[:, :, :-2].flatten(1, 2)
     key_NGd, value_NGd = qkv_NGXd[:, :, -2], qkv_NGXd[:, :, -1]
     accepted = inspect.signature(varlen_attn).parameters
-    sharing = {"enable_gqa": True} if "enable_gqa" in accepted else {}
-    if not sharing:
+    shares_keys = "enable_gqa" in accepted
+    if not shares_keys:
         queries = query_Nhd.shape[1] // key_NGd.shape[1]
         key_NGd, value_NGd = (each.repeat_interleave(queries, dim=1) for each in (key_NGd, value_NGd))
     # A window of every token to the left and none to the right.
-    causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+    options |= {"enable_gqa": True} if shares_keys else {}
     starts, longest = context.starts_B1, max(context.lengths)
     longest = max(longest, context.tokens - context.alive)
-    output_Nhd = varlen_attn(
-        query_Nhd, key_NGd, value_NGd, starts, starts, longest, longest, scale=scale, **causal, **sharing
-    )
+    output_Nhd = varlen_attn(query_Nhd, key_NGd, value_NGd, starts, starts, longest, longest, scale=scale, **options)
     assert isinstance(output_Nhd, Tensor)
     return output_Nhd.flatten(1)

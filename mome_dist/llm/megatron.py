@@ -24,7 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.llm.attention import CausalAttention
@@ -54,14 +54,14 @@ class LayerContext:
     load: PassLoad | None
 
 
-class MoMESlot(nn.Module):
+class MoMESlot:
     """Mixin: a place beside a module that a MoME module may fill; it reads what the module reads."""
 
     mome: Any  # the MoME module, or None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_module("mome", None)
+        self.register_module("mome", None)  # type: ignore[attr-defined]
 
     def beside(self, hidden_N1H: Tensor, output_N1H: Tensor, context: LayerContext) -> Tensor:
         """What the module gives for ``hidden_N1H``, and what fills the slot gives."""

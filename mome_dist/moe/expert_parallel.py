@@ -138,6 +138,7 @@ class ExpertParallelMoME(MoE):
     def _counts(self, tokens: TokenContext) -> Tensor:
         """fp32 [V, X] of the latest pass (see `mome_dist.moe.load`); whole numbers up to 2^24 are exact."""
         dispatch = self.deepspeed_moe
+        assert dispatch.routing is not None
         asked_VE = tokens.members_VN @ dispatch.routing.selected_TE().float()
         kept_TE = dispatch.kept_TE()
         dropped_VE = torch.zeros_like(asked_VE) if kept_TE is None else asked_VE - tokens.members_VN @ kept_TE.float()

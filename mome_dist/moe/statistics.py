@@ -68,8 +68,8 @@ class RoutingCounts:
 
         Returns:
             ``tokens`` and ``positions`` (dead tokens included), the same in every layer; ``asked``, routes to each
-            expert, a token counting once for each of its top-K and a dead one never, and ``dropped``, routes of them that an
-            expert over capacity lost, each [layers][experts].
+            expert, a token counting once for each of its top-K and a dead one never, and ``dropped``, routes of them
+            that an expert over capacity lost, each [layers][experts].
         """
         packed_LX = self.packed_VLX[[self.views.index(view) for view in views or self.views]].sum(dim=0)
         experts = packed_LX.shape[1] // 2 - 1

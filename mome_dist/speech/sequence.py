@@ -119,6 +119,11 @@ class SpeechPlaces:
     index_T: Tensor
     absent_T: Tensor | None
 
+    def to(self, device: torch.device) -> SpeechPlaces:
+        """A copy on a device; the host does not wait for it."""
+        absent_T = None if self.absent_T is None else self.absent_T.to(device, non_blocking=True)
+        return replace(self, index_T=self.index_T.to(device, non_blocking=True), absent_T=absent_T)
+
 
 @dataclass(frozen=True)
 class PackedTokens:
@@ -140,17 +145,11 @@ class PackedTokens:
 
     def to(self, device: torch.device) -> PackedTokens:
         """A copy on a device; the host does not wait for it."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
         return replace(
             self,
-            ids_N=moved(self.ids_N),
+            ids_N=self.ids_N.to(device, non_blocking=True),
             context=self.context.to(device),
-            speech=tuple(
-                replace(each, index_T=moved(each.index_T), absent_T=moved(each.absent_T)) for each in self.speech
-            ),
+            speech=tuple(each.to(device) for each in self.speech),
             labels=self.labels.to(device),
         )
 
