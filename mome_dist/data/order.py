@@ -7,7 +7,7 @@ Both take pools of a few batches, sort each by length (less padding), and shuffl
 reshuffled every epoch, holds every utterance once an epoch, is the same for every number of ranks, and continues
 exactly from any step.
 
-The ranks and accumulation chunks of a step get parts of its batch from `share_of_rank`.
+The ranks and microbatches of a step get parts of its batch (`shares_of`, `mome_dist.data.parts`).
 """
 
 from __future__ import annotations

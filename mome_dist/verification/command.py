@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.derived import layout_of, refuse_lora, views_of
+from mome_dist.config.derived import layout_of, refuse_lora
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
@@ -109,4 +109,4 @@ def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
 
 
 def _microbatches(config: RunConfig) -> int:
-    return len(views_of(config)) * config.data.accumulation
+    return config.data.fixed_accumulation
