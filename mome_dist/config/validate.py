@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import layout_of, streams_of
+from mome_dist.config.derived import layout_of, least_parts, streams_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values

@@ -1,7 +1,7 @@
 """The parts of a global batch: for every microbatch of a step, and in it for every data-parallel rank.
 
-Whole utterances are dealt, each with all its views: their clips are encoded, pooled and projected once. A part's work is
-that of its tokens, their attention included; what is dealt out evenly is work, not clips.
+Whole utterances are dealt, each with all its views: their clips are encoded, pooled and projected once. What is dealt
+out evenly is work, not clips: that of all tokens, their attention included.
 
 How many parts a step is cut into is fixed, or follows from a budget of tokens for a rank's microbatch: then one global
 batch trains on any number of ranks, in as many microbatches as it takes there. All ranks find the same number, since
