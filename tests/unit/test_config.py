@@ -115,9 +115,9 @@ WRONG = [
     ),
     (["parallel.virtual=2"], 2, r"parallel.virtual=2 interleaves pipeline stages, but parallel.pp=1"),
     (
-        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2"],
+        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2", "data.accumulation=2"],
         3,
-        r"needs a multiple of parallel.pp=3 microbatches a step, but there are 2",
+        r"needs a multiple of parallel.pp=3 microbatches a step, but data.accumulation=2: choose a multiple, or auto",
     ),
     (["parallel.sequence_parallel=true"], 2, r"parallel.sequence_parallel=true splits sequences .* parallel.tp=1"),
     (
