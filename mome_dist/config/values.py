@@ -81,6 +81,13 @@ def _check_numbers(config: RunConfig) -> None:
             f"data.batch_size={config.data.batch_size} and data.max_frames={config.data.max_frames}: a batch is either "
             "a number of utterances or a budget of video frames; set one of them and the other to null."
         )
+    if isinstance(config.data.accumulation, str) and config.data.accumulation != "auto":
+        raise UserError(f"data.accumulation={config.data.accumulation!r}: give a number of microbatches, or auto.")
+    if config.data.accumulation != "auto" and config.data.microbatch_tokens is not None:
+        raise UserError(
+            f"data.microbatch_tokens={config.data.microbatch_tokens} cuts batches only with data.accumulation=auto, but "
+            f"that is {config.data.accumulation}: set one of them."
+        )
     if config.mome.top_k > config.mome.routed_experts:
         raise UserError(
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
