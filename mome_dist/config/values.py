@@ -85,8 +85,8 @@ def _check_numbers(config: RunConfig) -> None:
         raise UserError(f"data.accumulation={config.data.accumulation!r}: give a number of microbatches, or auto.")
     if config.data.accumulation != "auto" and config.data.microbatch_tokens is not None:
         raise UserError(
-            f"data.microbatch_tokens={config.data.microbatch_tokens} cuts batches only with data.accumulation=auto, but "
-            f"that is {config.data.accumulation}: set one of them."
+            f"data.microbatch_tokens={config.data.microbatch_tokens} cuts batches only with data.accumulation=auto, "
+            f"but that is {config.data.accumulation}: set one of them."
         )
     if config.mome.top_k > config.mome.routed_experts:
         raise UserError(

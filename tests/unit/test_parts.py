@@ -80,7 +80,7 @@ def test_the_line_on_an_epoch_says_what_ranks_wait_for() -> None:
     assert work.imbalance == 1.25
     line = (work + work).describe(1234, 2)
     assert line == (
-        "an epoch is 1,234 steps; in the mean 5.0 utterances, 80 video frames and 80 tokens a step, in 2.0 microbatches; "
-        "the fullest rank has 25.0% more work than the mean"
+        "an epoch is 1,234 steps; in the mean 5.0 utterances, 80 video frames and 80 tokens a step, in 2.0 "
+        "microbatches; the fullest rank has 25.0% more work than the mean"
     )
     assert "fullest" not in work.describe(1234, 1)
