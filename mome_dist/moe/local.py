@@ -113,7 +113,7 @@ class LocalMoME(nn.Module):
             if self.last_routing is not None:
                 self.last_routing = None
             packed = self._packed(hidden.dtype)
-            return packed.added_to(base_TH, hidden_TH, self.top_k, self._choose).view(hidden.shape)
+            return packed.added_to(base_TH, hidden_TH, self._choose).view(hidden.shape)
         hidden_TH = hidden_TH.float()
         self.last_routing = routing = self._route(F.linear(hidden_TH, self.router_weight))
         if self.observer is not None:
