@@ -35,7 +35,6 @@ FORMS = ("LLM", "with MoME")
 VIEW, FEATURE_WIDTH = View("asr", 4, None), 384
 TAGS_AND_PROMPT = 10  # tokens of a prefix that are no speech
 MOME_SCALE = 0.3  # of what is added to the modules' initial values, where experts add nothing yet
-NO_TOKEN = -1  # as the end of a text, so that every text is as long as it may be
 Search = Callable[[], list[list[int]]]
 
 
@@ -80,15 +79,16 @@ def build(form: str, options: argparse.Namespace, precision: str) -> MoMESpeechL
 
 
 def search_of(model: MoMESpeechLM, clips: int, beams: int, options: argparse.Namespace) -> Search:
-    """Decoding of random clips."""
+    """Decoding of random clips, whose texts are all as long as they may be: no token of the LLM ends them."""
     speech = options.prefix - TAGS_AND_PROMPT
     generator = torch.Generator().manual_seed(2)
     audio = [torch.randn(speech * 4, FEATURE_WIDTH, generator=generator) for _ in range(clips)]
+    end = model.llm.config.vocab_size
     prefix = [1, *[AUDIO] * speech, *range(2, TAGS_AND_PROMPT + 1)]
 
     def search() -> list[list[int]]:
         return model.generate(
-            [prefix] * clips, VIEW, audio, [], eos=NO_TOKEN, limits=[options.tokens] * clips, num_beams=beams
+            [prefix] * clips, VIEW, audio, [], eos=end, limits=[options.tokens] * clips, num_beams=beams
         )
 
     return search

@@ -7,7 +7,7 @@ its weights are laid out once (`mome_dist.moe.packed`), and again as soon as any
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ class LocalMoME(nn.Module):
     def _packed(self, dtype: torch.dtype) -> PackedExperts:
         """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for
         every layer and token."""
-        sources = [*self._parameters.values()]
+        sources: list[Any] = [*self._parameters.values()]
         for stack in self._modules.values():
             sources += stack._parameters.values() if stack is not None else ()
         if self._pack is None or not self._pack.is_of(sources, dtype):
