@@ -55,13 +55,16 @@ class PackedExperts:
             down_bias_N = down_bias_XU.flatten().to(dtype)
         self._down_NH, self._down_bias_N = down_NH, down_bias_N
         self._up_NH = up_XUH.flatten(0, 1).to(dtype)
-        # The same memory, expert by expert.
-        self._down_XR, self._up_XR = (part.view(experts, self.units * hidden_size) for part in (down_NH, self._up_NH))
-        self._down_bias_XU = down_bias_N.view(experts, self.units)
+        if router_weight.device.type == "cpu":
+            # For one token, expert by expert; input biases are further rows behind the weights.
+            bias_rows = -(-self.units // hidden_size)
+            bias_XR = F.pad(down_bias_XU, (0, bias_rows * hidden_size - self.units))
+            self._down_XR = torch.cat([down_XUH.flatten(1), bias_XR], dim=1).to(dtype)
+            self._up_XR = self._up_NH.view(experts, self.units * hidden_size)
         device = router_weight.device
         self._is_shared_1X = (torch.arange(experts, device=device) >= self.routed).float()[None]
-        self._shared = torch.arange(self.routed, experts, device=device)
-        self._ones = torch.ones(experts - self.routed, device=device)
+        self._shared_1S = torch.arange(self.routed, experts, device=device)[None]
+        self._ones_1S = torch.ones(1, experts - self.routed, device=device)
 
     def added_to(self, base_TH: Tensor, hidden_TH: Tensor, choose: Choose) -> Tensor:
         """``base + MoME(hidden)``: [T, H].
@@ -90,13 +93,14 @@ class PackedExperts:
 
     def _one_token(self, base_1H: Tensor, hidden_1H: Tensor, choose: Choose) -> Tensor:
         experts_1K, gates_1K = choose(self._logits(hidden_1H))
-        experts = torch.cat([experts_1K[0], self._shared])
-        gates = torch.cat([gates_1K[0], self._ones])
+        experts = torch.cat([experts_1K, self._shared_1S], dim=1).view(-1)
+        gates_1X = torch.cat([gates_1K, self._ones_1S], dim=1)
         width = hidden_1H.shape[1]
-        bias = self._down_bias_XU.index_select(0, experts).view(-1)
-        # With a gap after each number: PyTorch hands numbers that lie side by side to oneDNN, whose GELU takes longer
-        # to start than all of this.
-        narrow = bias.new_empty(len(bias), 2)[:, 0]
-        torch.addmv(bias, self._down_XR.index_select(0, experts).view(-1, width), hidden_1H[0], out=narrow)
-        inputs = F.gelu(narrow).reshape(-1, self.units).mul_(gates.unsqueeze(1))
-        return torch.addmm(base_1H, inputs.view(1, -1), self._up_XR.index_select(0, experts).view(-1, width))
+        down_XR = self._down_XR.index_select(0, experts)
+        narrow_XU = torch.mv(down_XR.view(-1, width), hidden_1H[0]).view(len(experts), -1)[:, : self.units]
+        weights = self.units * width
+        narrow_XU.add_(down_XR[:, weights : weights + self.units])
+        # These numbers do not lie side by side: those that do, PyTorch hands to oneDNN, whose GELU takes longer to
+        # start than all of this.
+        inputs_XU = F.gelu(narrow_XU).mul_(gates_1X.t())
+        return torch.addmm(base_1H, inputs_XU.view(1, -1), self._up_XR.index_select(0, experts).view(-1, width))
