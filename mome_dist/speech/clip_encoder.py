@@ -153,8 +153,9 @@ class ClipEncoder(nn.Module):
             )
         top, left = (clip.shape[1] - crop) // 2, (clip.shape[2] - crop) // 2
         weight = self.transformer.layer_norm.weight
-        pixels = self.shrink(clip[:, top : top + crop, left : left + crop].to(weight.device, weight.dtype))
-        return (pixels / 255.0 - self.config.pixel_mean) / self.config.pixel_std
+        pixels = clip[:, top : top + crop, left : left + crop].to(weight.device, _statistics(weight.dtype))
+        # Rounded once, at the end: grey values near the mean would lose most of their digits in bf16.
+        return ((self.shrink(pixels) / 255.0 - self.config.pixel_mean) / self.config.pixel_std).to(weight.dtype)
 
     def save_pretrained(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write ``config.json`` (with ``extra`` entries beside the shape) and ``model.safetensors``."""
@@ -167,6 +168,10 @@ class ClipEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32, frozen: bool = True) -> Self:
         """Load what `save_pretrained` wrote, frozen unless asked otherwise.
+
+        Args:
+            dtype: of the weights. Statistics of BatchNorms and of features, and the scales of BatchNorms, are not
+                rounded to less than fp32: torch applies them to pictures of any precision, and they cost nothing.
 
         Raises:
             UserError: a file is missing, damaged or of another format.
@@ -184,7 +189,8 @@ class ClipEncoder(nn.Module):
             raise UserError(
                 f"{path}: key 'encoder' must have exactly the keys {sorted(known)}. Make the encoder again."
             )
-        encoder = cls(cls.shape(**shape)).to(dtype)
+        encoder = cls(cls.shape(**shape))
+        _set_precision(encoder, dtype)
         weights = directory / WEIGHTS_FILE
         try:
             encoder.load_state_dict(load_file(weights))
@@ -255,6 +261,20 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """True where a padded batch holds content, bool [B, max T]."""
     lengths_B = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device) < lengths_B[:, None]
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics, beside weights of a dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights to a dtype; buffers and BatchNorms have at least fp32."""
+    encoder.to(_statistics(dtype))
+    for module in encoder.modules():
+        if not isinstance(module, nn.BatchNorm2d):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _hubert_config(shape: ClipShape) -> HubertConfig:
