@@ -115,6 +115,19 @@ class ClipEncoder(nn.Module):
         self.train(False)
         return self
 
+    def set_precision(self, dtype: torch.dtype) -> Self:
+        """Cast the weights to a dtype.
+
+        Scales of BatchNorms, their statistics and those of features stay fp32 or better: torch applies them to pictures
+        of any precision, and they cost nothing.
+        """
+        self.to(_statistics(dtype))
+        for module in self.modules():
+            if not isinstance(module, nn.BatchNorm2d):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Switch mode as usual, except that a frozen encoder stays in eval mode."""
         return super().train(mode and not self.frozen)
@@ -170,8 +183,7 @@ class ClipEncoder(nn.Module):
         """Load what `save_pretrained` wrote, frozen unless asked otherwise.
 
         Args:
-            dtype: of the weights. Statistics of BatchNorms and of features, and the scales of BatchNorms, are not
-                rounded to less than fp32: torch applies them to pictures of any precision, and they cost nothing.
+            dtype: of the weights, see `set_precision`.
 
         Raises:
             UserError: a file is missing, damaged or of another format.
@@ -189,8 +201,7 @@ class ClipEncoder(nn.Module):
             raise UserError(
                 f"{path}: key 'encoder' must have exactly the keys {sorted(known)}. Make the encoder again."
             )
-        encoder = cls(cls.shape(**shape))
-        _set_precision(encoder, dtype)
+        encoder = cls(cls.shape(**shape)).set_precision(dtype)
         weights = directory / WEIGHTS_FILE
         try:
             encoder.load_state_dict(load_file(weights))
@@ -266,15 +277,6 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 def _statistics(dtype: torch.dtype) -> torch.dtype:
     """Of statistics, beside weights of a dtype."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights to a dtype; buffers and BatchNorms have at least fp32."""
-    encoder.to(_statistics(dtype))
-    for module in encoder.modules():
-        if not isinstance(module, nn.BatchNorm2d):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
 
 
 def _hubert_config(shape: ClipShape) -> HubertConfig:

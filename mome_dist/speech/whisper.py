@@ -124,6 +124,11 @@ class WhisperAudioEncoder(nn.Module):
         """What besides the weights decides the features (JSON values), for their fingerprint."""
         return {"kind": "whisper", "padding": self.padding, "normalize": self.normalize}
 
+    def set_precision(self, dtype: torch.dtype) -> WhisperAudioEncoder:
+        """Cast the weights to a dtype."""
+        self.encoder.to(dtype)
+        return self
+
     def train(self, mode: bool = True) -> WhisperAudioEncoder:
         """Stay in eval mode whatever ``mode`` says: a frozen encoder has no dropout and no layer drop."""
         return super().train(False)
