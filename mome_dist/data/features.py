@@ -230,18 +230,19 @@ def to_float16(features: Sequence[Tensor], utterance_ids: Sequence[str], encoder
     """
     if not features:
         return []
-    if all(each.ndim == 2 and each.shape[1] == features[0].shape[1] for each in features):
+    width = features[0].shape[-1]
+    if all(each.ndim == 2 and each.shape[1] == width for each in features):
         together = torch.cat([each.detach() for each in features])
         if _largest(together) <= _FLOAT16_MAX:  # false for NaN, too
             return list(together.to(torch.float16).split([len(each) for each in features]))
     for name, each in zip(utterance_ids, features, strict=True):
         largest = _largest(each.detach())
-        if each.ndim != 2 or not largest <= _FLOAT16_MAX:
+        if each.ndim != 2 or each.shape[1] != width or not largest <= _FLOAT16_MAX:
             raise UserError(
                 f"Encoder {encoder_name!r} gives {name!r} features of shape {list(each.shape)} and size {largest}; "
                 f"they must be [frames, width], finite and at most {_FLOAT16_MAX:.0f}. Check its weights."
             )
-    raise UserError(f"Encoder {encoder_name!r} gives {utterance_ids[0]!r} features of another width than others.")
+    raise AssertionError("one of them is wrong")
 
 
 def _largest(values: Tensor) -> float:

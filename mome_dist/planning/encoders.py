@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from mome_dist.config.derived import lora_of, streams_of, views_of
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.config.values import ATTENTION
-from mome_dist.planning.encoder_shapes import AUDIO_FRAMES, EncoderShape, Transformer, encoder_shape
+from mome_dist.planning.encoder_shapes import EncoderShape, Transformer, encoder_shape
 from mome_dist.planning.hardware import BYTES, Cluster
 
 FP16, FP32 = 2, 4  # bytes
 CLIPS_TOGETHER, FRAMES_TOGETHER = 8, 512  # that an encoder is given at once, and the front end of AV-HuBERT
-# Bytes that a forward pass in fp32 reads and writes beside its products: for each value of a token's hidden state in a layer
-# (two norms, two sums, heads laid out and back), of its feed-forward units, and of the largest pictures before the
-# layers (norm, activation, pooling). Operations that it calls for a layer, and for a batch besides.
+# Bytes that a forward pass in fp32 reads and writes beside its products: for each value of a token's hidden state in a
+# layer (two norms, two sums, heads laid out and back), of its feed-forward units, and of the largest pictures before
+# the layers (norm, activation, pooling). Operations that it calls for a layer, and for a batch besides.
 HIDDEN_BYTES, UNIT_BYTES, PICTURE_BYTES = 64, 8, 40
 LAYER_CALLS, BATCH_CALLS = 20, 120
 # Values for a token in hidden sizes: held at once by the layer that is computed, beside twice its feed-forward units;

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mome_dist.errors import UserError
 
+BYTES = {"bf16": 2, "fp32": 4}  # of a value, by precision
 # Shares of the published peaks that are counted on: of matrix products, of memory traffic, of links.
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.75
-BYTES = {"bf16": 2, "fp32": 4}  # of a value, by precision
 INSIDE_LATENCY, BETWEEN_LATENCY = 10e-6, 25e-6  # seconds of a collective of nothing: NVLink or PCIe; a network
 KERNEL_CALL = 6e-6  # seconds from Python to a kernel
 # Of a GPU's memory: context, libraries and NCCL's buffers; and the share that fragmentation may waste.

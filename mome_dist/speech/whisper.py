@@ -10,11 +10,10 @@ Two paddings are offered:
     the form Whisper was trained with. The default for real training.
 ``"clip"``
     every clip is padded to its own length rounded up to whole seconds, and clips of equal padded length share a batch.
-    On short clips this is about ten times cheaper; the features differ slightly, since silence no longer takes part in
-    attention.
+    On short clips this is several times cheaper; the features differ, since silence no longer takes part in attention.
 
-In both a clip's features depend on the clip alone, never on its neighbours in the batch. README.md has what the choice
-costs and changes on real speech, as ``benchmarks/encoder_padding.py`` measures it.
+In both a clip's features depend on the clip alone, never on its neighbours in the batch. What the choice costs and
+changes on real speech is in ``benchmarks/results/encoder_padding.md``.
 
 In bf16 the weights, products and hidden states are bf16; the spectrogram is fp32 whatever the encoder's precision, and
 so are the statistics inside a LayerNorm.
