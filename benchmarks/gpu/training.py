@@ -22,6 +22,7 @@ from mome_dist.data.encoding import Encoder
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
+from mome_dist.llm.precision import dtype_of
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.paths import configs_dir
@@ -127,7 +128,8 @@ class Training:
         return OnlineEncoding(held, loader, encoders, lambda step: clips, MANY_STEPS, group, self._device)
 
     def step(self, number: int = 0) -> list[Timing]:
-        """One step as `mome_dist.training.loop` does it: what each of `PARTS` takes."""
+        """One step as `mome_dist.training.loop` does it, but for the encoders, which are timed by themselves and not
+        beside the passes of the step before: what each of `PARTS` takes."""
         watch = Stopwatch(self._device)
         if self._online is not None:
             self._online.load(number)
@@ -166,4 +168,7 @@ def training_of(sizes: Sizes, folder: Path, device: torch.device) -> Training:
     """Everything at once: MoME, and encoders in the step."""
     config = configuration(sizes, folder)
     model = build_model(config, True, device)
-    return Training(config, sizes, model, engine_of(config, model), random_encoders(config, device), device)
+    encoders = random_encoders(config, device)
+    for stream, encoder in encoders.items():
+        encoder.set_precision(dtype_of(getattr(config, f"{stream}_encoder").precision))
+    return Training(config, sizes, model, engine_of(config, model), encoders, device)

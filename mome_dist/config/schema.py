@@ -52,12 +52,14 @@ class LoRAConfig:
 class AudioEncoderConfig:
     path: str = ""
     padding: str = one_of("30s", "clip")
+    precision: str = one_of("fp32", "bf16", "auto")  # what a run saved before there was a choice; configs/ has auto
     lora: LoRAConfig | None = None
 
 
 @dataclass
 class VideoEncoderConfig:
     path: str = ""
+    precision: str = one_of("fp32", "bf16", "auto")  # as that of the audio encoder
     lora: LoRAConfig | None = None
 
 

@@ -327,7 +327,10 @@ def _online(
     adaptation = Adaptation(encoders, group, device) if lora_of(config) else None
     logged = augmentation.noise is not None and config.augmentation.noise.log
     noise_log = NoiseLog(Path(config.output_dir), start) if logged else None
-    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device, adaptation, noise_log)
+    # A GPU encodes beside the passes of the step before, which takes encoders that no step changes.
+    ahead = bool(encoders) and adaptation is None and device.type == "cuda"
+    steps = config.training.steps
+    return OnlineEncoding(held, loader, encoders, plan, steps, group, device, adaptation, noise_log, ahead)
 
 
 def _validation_online(

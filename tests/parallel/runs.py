@@ -50,7 +50,7 @@ class Lab:
             f"experiment={self.experiment}",
             f"data.corpus={self.corpus}",
             f"llm.path={self.llm}",
-            "llm.precision=fp32",
+            *(f"{frozen}.precision=fp32" for frozen in ("llm", "audio_encoder", "video_encoder")),
             f"video_encoder.path={self.video_encoder}",
             f"audio_encoder.path={asset_dir('whisper-tiny.en')}",
             f"output_dir={output}",

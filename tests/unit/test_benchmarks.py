@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from benchmarks import (
     data_speed,
     decode,
+    encoder_padding,
     encoder_sound,
     learning,
     long_film,
@@ -166,6 +167,16 @@ def test_clips_are_read_and_augmented_faster_than_aimed_at() -> None:
     assert figures["seconds of speech"] / figures["seconds"][data_speed.EVERYTHING] >= 20
 
 
+def test_the_benchmark_of_padding_tells_cost_and_difference(run: Run) -> None:
+    figures = run(encoder_padding, "--rounds", "1")["figures"]
+    committed = json.loads((ROOT / "benchmarks/results/encoder_padding.json").read_text())["figures"]
+    whole, own = (figures["cpu seconds"][way] for way in ("30s", "clip"))
+    assert whole["encoding"] > 3 * own["encoding"] > own["spectrogram"] > 0
+    for key in ("cosine", "difference"):
+        assert figures[key] == pytest.approx(committed[key], rel=1e-3)
+    assert encoder_padding.summary(committed) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_corpus_dir: Path) -> None:
     """Its tables from two finished evaluations; trainings are those of the commands that it starts."""
     arguments = ["--experiments", "tiny", "--runs", str(tmp_path / "runs"), "training.steps=7"]
@@ -197,7 +208,8 @@ def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
     scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
-    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film, "decode": decode}
+    scripts |= {"decode": decode, "encoder_padding": encoder_padding}
+    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:
