@@ -62,8 +62,8 @@ class BatchOrder:
     Attributes:
         lengths: of every utterance of the split, in any unit.
         batch_size: utterances a step, over all ranks.
-        pool: batches that are sorted by length together. More of them mean clips of like lengths; one means that a batch holds
-            all lengths, which a short training learns more from.
+        pool: batches that are sorted by length together. More of them mean clips of like lengths; one means that a
+            batch holds all lengths, which a short training learns more from.
         seed: of the run.
     """
 
