@@ -47,7 +47,7 @@ def _found(size: str, device: torch.device) -> dict[str, Arrays]:
             output_TH.square().mean().backward()
             gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             by_dispatch[dispatch] = _arrays(
-                {"output": output_TH, "input": hidden_TH.grad} | named_parts(module, gradients)
+                {"output": output_TH, "input": hidden_TH.grad, **named_parts(module, gradients)}
             )
     return by_dispatch
 

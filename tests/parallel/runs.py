@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +100,15 @@ def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
 
 def losses_by_view(run: LoadedRun, step: Step) -> dict[str, float]:
     """Mean cross-entropy of a step's labels in each view, by Hugging Face's Llama in one process."""
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = {}
     with torch.no_grad():
         for batch in step.microbatches:
             logits_LV = run.model.label_logits(batch.tokens, batch.features)
             losses_L = F.cross_entropy(logits_LV, batch.tokens.labels.ids_L, reduction="none")
             # Every view has the same clips, hence the same labels.
             for view, losses in zip(batch.tokens.views, losses_L.chunk(len(batch.tokens.views)), strict=True):
-                sums[str(view)] += losses.sum().item() / step.label_tokens
-    return dict(sums)
+                sums[str(view)] = sums.get(str(view), 0.0) + losses.sum().item() / step.label_tokens
+    return sums
 
 
 def reference_validation(run: Path, cache: Path) -> dict[str, float]:

@@ -135,7 +135,7 @@ def _dead_tokens_routed() -> None:
 
 FAULTS: list[tuple[Callable[[], None], str, str, str]] = [
     # the fault, the case that meets it, what the report names, and the ratio that it gives ("" for any)
-    (_twice_the_gradient_of_what_was_dispatched, "ep2 gather", ".routed.", "2.00 = ep = dp"),
+    (_twice_the_gradient_of_what_was_dispatched, "ep2 gather", ".routed.", "2.00 = ep = dp = microbatches"),
     (_one_expert_without_gradient, "ep2", "mome.1.routed.", ""),
     (_router_cut_off, "dp2 zero1", "router_weight", ""),
     (_auxiliary_loss_of_the_shard, "ep2", "router_weight", ""),
