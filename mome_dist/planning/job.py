@@ -151,14 +151,21 @@ class Candidate:
         """Utterances of a microbatch of the fullest rank."""
         return -(-job.batch_size // (self.accumulation * self.layout.dp))
 
+    def longest_pass(self, job: Job) -> list[tuple[int, int]]:
+        """(sequence length, tokens) of each view of a microbatch of the fullest rank, where a step has the longest
+        views."""
+        each = self.utterances(job)
+        return [(length, length * each) for length in sorted(job.lengths, reverse=True)[: job.views_per_step]]
+
+    def mean_pass(self, job: Job) -> list[tuple[int, float]]:
+        """(sequence length, tokens) of every view in a microbatch, in the mean over steps."""
+        share = self.utterances(job) * job.views_per_step / len(job.lengths)
+        return [(length, length * share) for length in job.lengths]
+
     def encoded(self, job: Job) -> tuple[int, int]:
         """Clips of a step on the fullest data-parallel rank, and those that a rank of its first stage encodes."""
         clips = -(-job.batch_size // self.layout.dp)
         return clips, -(-clips // self.layout.tp)
-
-    def microbatches(self, job: Job) -> int:
-        """Forward passes of a rank in a step."""
-        return job.views_per_step * self.accumulation
 
     def name(self) -> str:
         """In short, for tables and messages."""

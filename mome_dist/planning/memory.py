@@ -74,27 +74,27 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
     trained = FP32 * (shared + routed + (partition if candidate.zero else 0))
     gradients = FP32 * (shared + routed)
     moments = FP32 * job.moments * partition
-    tokens = _in_flight(job, candidate, stage)
-    longest = max(job.lengths) * candidate.utterances(job)
-    per_layer = sum(_layer_bytes(job, shape, candidate, length, count) for length, count in tokens)
-    one_layer = _layer_bytes(job, shape, candidate, max(job.lengths), longest)
-    experts = sum(_mome_bytes(job, candidate, count) for _, count in tokens)
-    one_mome = _mome_bytes(job, candidate, longest)
-    logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp if last else 0.0
-    inputs = sum(count for _, count in tokens) * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
+    views, in_flight = candidate.longest_pass(job), min(layout.pp - stage, candidate.accumulation)
+    tokens = sum(count for _, count in views)
+    one_layer = sum(_layer_bytes(job, shape, candidate, length, count) for length, count in views)
+    one_mome = _mome_bytes(job, candidate, tokens)
+    labels = candidate.utterances(job) * job.labels * job.views_per_step
+    logits = labels * shape.vocabulary / layout.tp if last else 0.0
+    inputs = in_flight * tokens * shape.hidden_size * job.element_bytes / _sequence_share(candidate)
     if layout.recompute == "full":
         # Only each layer's input is kept; one layer at a time is computed again.
         activations, experts_kept = layers * inputs + one_layer, one_mome
     else:
-        activations, experts_kept = layers * per_layer, layers * experts
+        activations, experts_kept = layers * in_flight * one_layer, layers * in_flight * one_mome
     # What came from the stage before, what went to the next, and both ends of the model.
-    activations += inputs * ((stage > 0) + (not last)) + _end_bytes(job, candidate, tokens, stage == 0, last)
+    activations += inputs * ((stage > 0) + (not last))
+    activations += _end_bytes(job, candidate, in_flight * tokens, stage == 0, last)
     kept = activations + experts_kept + logits * FP32
     clips, own_clips = candidate.encoded(job)
     encoders = job.encoders if stage == 0 else ()
     working = max(
         logits * job.element_bytes,
-        _layer_working(job, shape, candidate, longest),
+        _layer_working(job, shape, candidate, tokens),
         # Gradients are reduced, and clips encoded, when no activations are there: the peak only where few are kept.
         gradients / 2 + bucket - kept,
         *(encoder.working_bytes(own_clips) - kept for encoder in encoders),
@@ -140,20 +140,6 @@ def _shares(candidate: Candidate) -> tuple[float, float]:
     return 1 / layout.dp, layout.ep / layout.dp
 
 
-def _in_flight(job: Job, candidate: Candidate, stage: int) -> list[tuple[int, int]]:
-    """(sequence length, tokens) of the microbatches that a stage keeps at its fullest moment.
-
-    Microbatches come view by view; any run of consecutive ones may be in flight together. The views of a step may be
-    any, so the longest are taken.
-    """
-    each, count = candidate.utterances(job), candidate.microbatches(job)
-    window = min(candidate.layout.pp - stage, count)
-    longest_first = sorted(job.lengths, reverse=True)
-    # A view's chunks follow each other.
-    run = [longest_first[min(i // candidate.accumulation, len(longest_first) - 1)] for i in range(window)]
-    return [(length, length * each) for length in run]
-
-
 def _sequence_share(candidate: Candidate) -> int:
     """Ranks over which the hidden states between products are split."""
     return candidate.layout.tp if candidate.layout.sequence_parallel else 1
@@ -164,15 +150,15 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
     e, tp = job.element_bytes, candidate.layout.tp
     heads, kv_heads, d = shape.heads / tp, shape.kv_heads / tp, shape.head_size
     norms = 2 * tokens * shape.hidden_size * FP32 / _sequence_share(candidate)  # their scaled inputs, fp32
-    values = tokens * (heads + 2 * kv_heads) * d * e  # a view of them keeps the whole of queries, keys and values
-    turned = tokens * (heads + kv_heads) * d * e  # queries and keys after rotation
+    values = tokens * (heads + 2 * kv_heads) * d * e  # queries, keys and values after rotation
+    folded = tokens * heads * d * e  # queries once more, group by group
     scores: float = tokens * length * heads * (FP32 + (e if e < FP32 else 0))  # softmax, and its copy for the product
     if job.attention == "sdpa":
         scores = tokens * heads * (d * e + FP32)  # output and log-sum
     if candidate.layout.recompute == "selective":
         scores = 0.0
-    gated = 4 * tokens * shape.ffn_size / tp * e  # both halves of the first product, the activated one, the other
-    return norms + values + turned + scores + gated
+    gated = 2 * tokens * shape.ffn_size / tp * e  # both halves of the first product
+    return norms + values + folded + scores + gated
 
 
 def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
@@ -198,13 +184,13 @@ def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int)
     """Gradients inside the backward pass of one layer, beside what is kept of it."""
     e, tp, hidden = job.element_bytes, candidate.layout.tp, shape.hidden_size
     feed_forward = tokens * (4 * shape.ffn_size / tp + 2 * hidden) * e
-    attention = 3 * tokens * max(job.lengths) * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
+    length, of_view = candidate.longest_pass(job)[0]  # attention goes view by view
+    attention = 3 * of_view * length * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
     experts = tokens * (3 * job.units * e + 2 * hidden * FP32) if candidate.dispatch != "alltoall" else 0.0
     return max(feed_forward, attention, experts)
 
 
-def _end_bytes(job: Job, candidate: Candidate, tokens: list[tuple[int, int]], first: bool, last: bool) -> float:
+def _end_bytes(job: Job, candidate: Candidate, positions: int, first: bool, last: bool) -> float:
     """The projectors, as if all positions were speech, and the final norm."""
-    positions = sum(count for _, count in tokens)
     projectors = positions * job.projector_values * FP32 * (first and job.projectors_train)
     return projectors + positions * job.shape.hidden_size * FP32 * last / _sequence_share(candidate)

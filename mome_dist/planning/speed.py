@@ -9,9 +9,8 @@ counted from the code: how many bytes an operation on every value reads and writ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.experts import expert_seconds
@@ -108,9 +107,9 @@ def _encoding(job: Job, candidate: Candidate, cluster: Cluster) -> float:
 @lru_cache(maxsize=8)  # a search asks for the same passes with every ZeRO stage
 def _schedule(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     """Forward and backward passes of all microbatches."""
-    layout, count = candidate.layout, candidate.microbatches(job)
+    layout, count = candidate.layout, candidate.accumulation
     distinct = sorted({0, layout.pp - 1, layout.pp // 2})
-    stages = [_mean(job, partial(_pass, job, candidate, cluster, at)) for at in distinct]
+    stages = [_pass(job, candidate, cluster, at) for at in distinct]
     slowest = max(stages, key=lambda stage: stage.total)
     # Stages between the ends are alike.
     weights = [1, layout.pp - 2, 1] if layout.pp > 2 else [1] * layout.pp
@@ -118,7 +117,7 @@ def _schedule(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     bubble = (layout.pp - 1) * slowest.total
     if layout.pp > 1:
         span = layout.tp * layout.dp * 2  # this stage and the next
-        hidden = _mean_tokens(job, candidate) * job.shape.hidden_size * job.element_bytes
+        hidden = sum(count for _, count in candidate.mean_pass(job)) * job.shape.hidden_size * job.element_bytes
         link = cluster.link(span)
         transfer = hidden / (layout.tp if layout.sequence_parallel else 1) / link.bytes_per_second + link.latency
         bubble += 2 * (count + layout.pp - 1) * transfer
@@ -141,20 +140,11 @@ def _in_order(stages: list[_Pass], pp: int) -> list[_Pass]:
     return stages if pp > 2 else stages[:pp]
 
 
-def _mean(job: Job, of_length: Callable[[int], _Pass]) -> _Pass:
-    """Mean over the views, which a step draws alike."""
-    each = [of_length(length) for length in job.lengths]
-    return _Pass(*(sum(getattr(one, f.name) for one in each) / len(each) for f in fields(_Pass)))
-
-
-def _mean_tokens(job: Job, candidate: Candidate) -> float:
-    return sum(job.lengths) / len(job.lengths) * candidate.utterances(job)
-
-
-def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: int) -> _Pass:
+def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int) -> _Pass:
     layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
-    layers, tokens = layout.stages(shape.layers)[stage], length * candidate.utterances(job)
-    flops, moved, links = _layer(job, shape, candidate, cluster, length, tokens)
+    layers, views = layout.stages(shape.layers)[stage], candidate.mean_pass(job)
+    tokens = sum(count for _, count in views)
+    flops, moved, links = _layer(job, shape, candidate, cluster, views)
     experts = layers * expert_seconds(job, candidate, cluster, tokens)
     again = 1 + FORWARD_SHARE if layout.recompute == "full" else 1.0
     products, bytes_moved, calls = layers * flops, layers * moved * again, layers * LAYER_CALLS * again
@@ -162,7 +152,8 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: 
         products, experts = products * 1.5, experts * (1 + 1 / 3)
     links *= layers
     if stage == layout.pp - 1:
-        logits = candidate.utterances(job) * job.labels * shape.vocabulary / layout.tp
+        labels = candidate.utterances(job) * job.labels * job.views_per_step
+        logits = labels * shape.vocabulary / layout.tp
         products += OUTPUT_PRODUCTS * logits * shape.hidden_size
         bytes_moved += LOGIT_BYTES * logits
     if stage == 0:
@@ -172,17 +163,18 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int, length: 
 
 
 def _layer(
-    job: Job, shape: LLMShape, candidate: Candidate, cluster: Cluster, length: int, tokens: float
+    job: Job, shape: LLMShape, candidate: Candidate, cluster: Cluster, views: Sequence[tuple[int, float]]
 ) -> tuple[float, float, float]:
     """FLOP and bytes moved of one frozen layer, and the seconds of its collectives; forward and backward."""
     layout, hidden = candidate.layout, shape.hidden_size
-    wide = job.element_bytes / 2
-    attention = attention_flops(shape, length, tokens, causal=job.attention == "sdpa") / layout.tp
+    wide, tokens = job.element_bytes / 2, sum(count for _, count in views)
+    causal = job.attention == "sdpa"
+    attention = sum(attention_flops(shape, length, count, causal) for length, count in views) / layout.tp
     if layout.recompute == "selective":
         attention *= 4 / 3
     flops = frozen_flops(shape, tokens) / layout.tp + attention
     split = layout.tp if layout.sequence_parallel else 1
-    scores = tokens * length * shape.heads / layout.tp if job.attention == "eager" else 0.0
+    scores = 0.0 if causal else sum(count * length for length, count in views) * shape.heads / layout.tp
     if layout.recompute == "selective":
         scores *= 1 + FORWARD_SHARE
     turned = tokens * (shape.heads + shape.kv_heads) * shape.head_size / layout.tp
