@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from benchmarks.layer_ranks import STOCK
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
+from mome_dist.token_context import TokenContext
 
 BALANCE_LOSS = 0.01
 
@@ -71,7 +73,13 @@ class StockLayer(nn.Module):
 
 
 class MoMELayer(nn.Module):
-    """Our layer with one of its dispatches."""
+    """Our layer with one of its dispatches.
+
+    Attributes:
+        load: of the latest pass.
+    """
+
+    load: PassLoad
 
     def __init__(self, shape: LayerShape, ep: int, dispatch: str) -> None:
         super().__init__()
@@ -88,11 +96,14 @@ class MoMELayer(nn.Module):
         self.mome.set_deepspeed_parallelism()
         self.mome.set_token_group(parallel_state.get_data_parallel_group())
 
-    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] -> [T, H] and the weighted balance loss."""
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, None]:
+        """[T, H] -> [T, H], whose backward pass adds the gradients of the weighted balance loss."""
+        context, group = TokenContext.of([("text", [len(hidden_TH)])], multiple=1), self.mome.deepspeed_moe.token_group
+        self.load = PassLoad(context.view_names, group)
         self.mome.prefetch(hidden_TH.dtype)
-        output_TH = self.mome(hidden_TH)
-        return output_TH, self.mome.auxiliary_loss()
+        output_TH = self.mome(hidden_TH, context, self.load)
+        self.load.reduce()
+        return output_TH, None
 
 
 def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLayer | MoMELayer]:

@@ -53,7 +53,7 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     seconds = {name: [each.device for each in rounds] for name, rounds in timings.items()}
     alltoall = layers["alltoall"]
     assert isinstance(alltoall, MoMELayer)
-    counts_E = alltoall.mome.deepspeed_moe.counts()[:, :-1].sum(dim=0).double()
+    counts_E = alltoall.load.of(0)[0, : shape.experts].double()
     candidates = {
         name: {
             "milliseconds": median_milliseconds(times),

@@ -19,7 +19,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.planning.job import Candidate, Clip
-from mome_dist.training.batches import Step
+from mome_dist.training.batches import Step, token_multiple
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 
@@ -85,10 +85,9 @@ def _step(trial: Trial) -> Step:
     config, candidate = trial.config, trial.candidate
     assert config.data.batch_size is not None
     each = config.data.batch_size // (candidate.accumulation * candidate.layout.dp)
-    views = views_of(config)
+    views, clip, multiple = views_of(config), trial.clip, token_multiple(candidate.layout)
     batches = [
-        microbatch(view, [trial.clip.seconds] * each, trial.clip.text_tokens, trial.clip.prompt_tokens)
-        for view in views
+        microbatch(views, [clip.seconds] * each, clip.text_tokens, clip.prompt_tokens, multiple)
         for _ in range(candidate.accumulation)
     ]
     return Step(batches, views, (trial.clip.text_tokens + 1) * config.data.batch_size)

@@ -22,8 +22,9 @@ from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_
 from mome_dist.paths import configs_dir
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import AUDIO, VIDEO, Example, collate
-from mome_dist.speech.views import View
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
+from mome_dist.speech.views import View, streams_read
+from mome_dist.token_context import ALIGNMENT
 from mome_dist.training.batches import Step
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
@@ -71,29 +72,44 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
 
 
 def random_step(options: argparse.Namespace, number: int) -> Step:
-    """One microbatch of random clips for each view; the same on every rank, so that all have the same work."""
+    """A microbatch of random clips in all views; the same on every rank, so that all have the same work."""
     drawn = random.Random(number)
     seconds = [drawn.uniform(*CLIP_SECONDS) for _ in range(options.clips)]
     labels = (TEXT_TOKENS + 1) * options.clips * dist.get_world_size()
-    return Step([microbatch(view, seconds) for view in VIEWS], VIEWS, labels)
+    return Step([microbatch(VIEWS, seconds)], VIEWS, labels)
 
 
 def microbatch(
-    view: View, seconds: Sequence[float], text_tokens: int = TEXT_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+    views: Sequence[View],
+    seconds: Sequence[float],
+    text_tokens: int = TEXT_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
+    multiple: int = ALIGNMENT,
 ) -> MicroBatch:
-    """Random clips of some lengths in one view; token ids are below ten and below the text's length."""
-    features: dict[str, list[torch.Tensor]] = {"audio": [], "video": []}
-    examples = []
-    for clip in seconds:
-        ids = [1]
-        for stream, rate, placeholder in (("audio", view.audio_rate, AUDIO), ("video", view.video_rate, VIDEO)):
-            if rate is not None:
-                frames = int(clip * FRAMES_PER_SECOND[stream])
-                features[stream].append(torch.randn(frames, WIDTHS[stream]))
-                ids += [2, *[placeholder] * compressed_length(frames, rate), 3]
-        ids += [4] * prompt_tokens
-        examples.append(Example([*ids, *range(5, 5 + text_tokens), 0], len(ids)))
-    return MicroBatch(view, collate(examples), features["audio"], features["video"])
+    """Random clips of some lengths in some views; token ids are below ten and below the text's length.
+
+    Args:
+        multiple: of tokens, see `mome_dist.token_context.TokenContext.of`.
+    """
+    sequences = [(view, [_example(view, clip, text_tokens, prompt_tokens) for clip in seconds]) for view in views]
+    features = {
+        stream: [torch.randn(_frames(stream, clip), WIDTHS[stream]) for clip in seconds]
+        for stream in streams_read(views)
+    }
+    return MicroBatch(pack(sequences, multiple=multiple), features)
+
+
+def _example(view: View, seconds: float, text_tokens: int, prompt_tokens: int) -> Example:
+    ids = [1]
+    for stream, rate, placeholder in (("audio", view.audio_rate, AUDIO), ("video", view.video_rate, VIDEO)):
+        if rate is not None:
+            ids += [2, *[placeholder] * compressed_length(_frames(stream, seconds), rate), 3]
+    ids += [4] * prompt_tokens
+    return Example([*ids, *range(5, 5 + text_tokens), 0], len(ids))
+
+
+def _frames(stream: str, seconds: float) -> int:
+    return int(seconds * FRAMES_PER_SECOND[stream])
 
 
 def timed_step(trained: Trained, step: Step) -> list[float]:
@@ -120,10 +136,10 @@ def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]
             seconds = timed_step(trained, step)
             if number >= options.warm_up:
                 rounds[form].append(seconds)
-    tokens = [batch.tokens.ids_BS.numel() for batch in random_step(options, 0).microbatches]
+    (batch,) = random_step(options, 0).microbatches
     return {
         "processes": dist.get_world_size(),
-        "tokens": tokens,
+        "tokens": dict(zip(map(str, VIEWS), batch.tokens.context.sizes_V2[:, 0].tolist(), strict=True)),
         "trained parameters": {
             form: sum(p.numel() for p in trained.model.trainable_modules().parameters())
             for form, trained in forms.items()

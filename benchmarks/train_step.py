@@ -44,13 +44,13 @@ def render(cases: Sequence[dict[str, Any]], llm: str, options: argparse.Namespac
             times = [f"{plain[part]:.0f}", f"{mome[part]:.0f}", f"{added:+.0f}", f"{added / plain['step']:+.1%}"]
             rows.append([str(processes), part, *times])
         summary.append(f"- {processes} process(es): MoME makes a step {mome['step'] / plain['step'] - 1:.1%} longer")
-    tokens, parameters = cases[0]["tokens"], cases[0]["trained parameters"]
+    parameters = cases[0]["trained parameters"]
+    tokens = " and ".join(f"{count} tokens in {view}" for view, count in cases[0]["tokens"].items())
     return [
         f"{llm}, frozen, bf16. MoME beside the feed-forward network of every layer: {options.experts} routed experts "
         f"of {options.bottleneck} units and a shared one, K = 4; `local` in one process, `gather` in more. ZeRO 1, "
-        f"AdamW. Each process has one thread and two microbatches a step, of {options.clips} clips: {tokens[0]} tokens "
-        f"(AVSR (4,2)) and {tokens[1]} (VSR (5)), padding included. One process trains {parameters['projectors']:,} "
-        f"parameters without MoME and {parameters['mome']:,} with it.",
+        f"AdamW. Each process has one thread and one microbatch a step, of {options.clips} clips: {tokens}. "
+        f"One process trains {parameters['projectors']:,} parameters without MoME and {parameters['mome']:,} with it.",
         "\n".join(summary),
         "## Milliseconds; forward and backward without MoME are the LLM's and the projectors'",
         table(columns, rows),

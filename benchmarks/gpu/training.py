@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from benchmarks.gpu.models import Sizes, configuration, random_encoders, random_llm, random_projectors, text_of
 from benchmarks.measuring import Stopwatch, Timing
 from mome_dist.build import build_sequences, mome_arguments
-from mome_dist.config.derived import streams_of, streams_read, views_of
+from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder
@@ -28,6 +28,7 @@ from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.paths import configs_dir
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.speech.matryoshka import audio_frames
+from mome_dist.speech.views import streams_read
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.engine import Engine
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
@@ -148,9 +149,9 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, padding left out."""
+        """Tokens of a step, dead ones left out."""
         step = self._builder.build(self._batch, self._views)
-        return sum(int((~each.tokens.padding_BS).sum()) for each in step.microbatches)
+        return step.tokens
 
     def close(self) -> None:
         """End the threads that read ahead."""

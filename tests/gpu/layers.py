@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.local import LocalMoME
+from tests.packed import counted, one_view
 
 DISPATCHES = ("local", "gather", "alltoall")
 SEED = 0
@@ -62,6 +63,11 @@ def parallel_form(sizes: Sizes, dispatch: str, device: torch.device, **settings:
         for name, value in named_parts(module, {name: p.detach() for name, p in module.named_parameters()}).items():
             value.copy_(_value(name, value, sizes))
     return module.to(device).train()
+
+
+def passed(module: ExpertParallelMoME, hidden_TH: Tensor) -> Tensor:
+    """The output of a pass of training over tokens of one view: its backward pass adds both auxiliary losses."""
+    return counted(module, hidden_TH, one_view(len(hidden_TH), hidden_TH.device))[0]
 
 
 def named_parts(module: ExpertParallelMoME, values: dict[str, Tensor]) -> dict[str, Tensor]:

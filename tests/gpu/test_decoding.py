@@ -43,12 +43,12 @@ def _written(probe: Probe, device: torch.device, beams: int, limit: int) -> list
     written: list[list[int]] = []
     for view in probe.views:
         examples = [probe.example(number, view) for number in CLIPS]
-        batch = probe.microbatch(CLIPS, view, max(len(each.ids) for each in examples))
+        features = probe.microbatch(CLIPS).features
         written += model.generate(
             [each.ids[: each.prefix_length] for each in examples],
             view,
-            batch.audio,
-            batch.video,
+            features["audio"],
+            features["video"],
             eos=int(str(TAGS["eos"])),
             limits=[limit - number % 2 for number in CLIPS],
             num_beams=beams,

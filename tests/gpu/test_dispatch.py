@@ -11,7 +11,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.compare import TOLERANCE
 from tests.gpu.conftest import Record
-from tests.gpu.layers import DISPATCHES, SIZES, clear_tokens, named_parts, one_process_form, parallel_form
+from tests.gpu.layers import DISPATCHES, SIZES, clear_tokens, named_parts, one_process_form, parallel_form, passed
 from tests.gpu.worlds import run_alone
 
 pytestmark = pytest.mark.gpu
@@ -43,11 +43,11 @@ def _found(size: str, device: torch.device) -> dict[str, Arrays]:
         for dispatch in DISPATCHES:
             module = parallel_form(SIZES[size], dispatch, device, balance_loss=BALANCE, z_loss=Z_LOSS)
             hidden_TH = clear_tokens(SIZES[size]).to(device).requires_grad_()
-            output_TH = module(hidden_TH)
-            (output_TH.square().mean() + module.auxiliary_loss()).backward()
+            output_TH = passed(module, hidden_TH)
+            output_TH.square().mean().backward()
             gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             by_dispatch[dispatch] = _arrays(
-                {"output": output_TH, "input": hidden_TH.grad} | named_parts(module, gradients)
+                {"output": output_TH, "input": hidden_TH.grad, **named_parts(module, gradients)}
             )
     return by_dispatch
 

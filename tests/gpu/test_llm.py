@@ -19,6 +19,7 @@ from mome_dist.parallel.layout import Layout
 from tests import tiny_llms
 from tests.gpu.conftest import Record
 from tests.gpu.worlds import run_alone
+from tests.packed import pack_rows, unpack_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +68,8 @@ def _logits(directory: Path, device: torch.device, kernel: str) -> np.ndarray:
     with parallel_world(Layout.for_world(1), 0, timeout_seconds=60):
         ids_BS = _ids_BS(directory).to(device)
         llm = _megatron(directory, device, kernel, torch.float32)
-        return llm.logits(llm.embed(ids_BS), torch.zeros_like(ids_BS, dtype=torch.bool)).transpose(0, 1).cpu().numpy()
+        ids_N, context = pack_rows(ids_BS)
+        return unpack_rows(llm.logits(llm.embed(ids_N), context), ids_BS).cpu().numpy()
 
 
 def _kernels(directory: Path, device: torch.device) -> list[str]:
@@ -76,11 +78,11 @@ def _kernels(directory: Path, device: torch.device) -> list[str]:
     with parallel_world(Layout.for_world(1), 0, timeout_seconds=60):
         ids_BS = _ids_BS(directory).to(device)
         llm = _megatron(directory, device, "sdpa", dtype)
-        padding_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+        ids_N, context = pack_rows(ids_BS)
         activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
         with profile(activities=[activity]) as profiler:
-            embedded_SBH = llm.embed(ids_BS).requires_grad_()
-            llm.logits(embedded_SBH, padding_BS).float().square().mean().backward()
+            embedded_NH = llm.embed(ids_N).requires_grad_()
+            llm.logits(embedded_NH, context).float().square().mean().backward()
         on_gpu = torch.autograd.DeviceType.CUDA
         return sorted(
             {event.name for event in profiler.events() or () if device.type == "cpu" or event.device_type == on_gpu}

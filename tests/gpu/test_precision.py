@@ -12,7 +12,7 @@ from mome_dist.moe.router import route
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from tests.gpu.conftest import Record
-from tests.gpu.layers import DISPATCHES, SIZES, Sizes, clear_tokens, one_process_form, parallel_form
+from tests.gpu.layers import DISPATCHES, SIZES, Sizes, clear_tokens, one_process_form, parallel_form, passed
 from tests.gpu.worlds import run_alone
 
 pytestmark = pytest.mark.gpu
@@ -65,7 +65,7 @@ def _found(size: str, device: torch.device) -> dict[str, np.ndarray]:
     hidden_TH, found = clear_tokens(SIZES[size], torch.bfloat16).to(device), {}
     with parallel_world(Layout.for_world(1), 0, timeout_seconds=60), torch.no_grad():
         for dispatch in DISPATCHES:
-            output_TH = parallel_form(SIZES[size], dispatch, device)(hidden_TH)
+            output_TH = passed(parallel_form(SIZES[size], dispatch, device), hidden_TH)
             assert output_TH.dtype is torch.bfloat16
             found[dispatch] = output_TH.double().cpu().numpy()
     return found

@@ -7,7 +7,7 @@ import torch
 
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.verification.probe import Probe
-from tests.gpu.layers import DISPATCHES, SIZES, clear_tokens, parallel_form
+from tests.gpu.layers import DISPATCHES, SIZES, clear_tokens, parallel_form, passed
 from tests.gpu.training import ONE, Trainee, different
 from tests.gpu.worlds import run_alone
 
@@ -34,8 +34,8 @@ def _changes(device: torch.device, dispatch: str, dtype: torch.dtype) -> list[st
     for _ in range(REPEATS):
         module.zero_grad()
         hidden_TH = tokens_TH.clone().requires_grad_()
-        output_TH = module(hidden_TH)
-        (output_TH.float().square().mean() + module.auxiliary_loss()).backward()
+        output_TH = passed(module, hidden_TH)
+        output_TH.float().square().mean().backward()
         found = {"output": output_TH.detach(), "input": hidden_TH.grad}
         found |= {name: parameter.grad for name, parameter in module.named_parameters()}
         kept = {name: value for name, value in found.items() if value is not None}

@@ -20,12 +20,13 @@ from tests.gpu.conftest import Record
 from tests.gpu.counting import waits
 from tests.gpu.layers import DISPATCHES, SIZES, clear_tokens, parallel_form
 from tests.gpu.worlds import run_alone
+from tests.packed import counted, one_view
 
 pytestmark = pytest.mark.gpu
 
 # Counted at the time of writing, on a CPU; whoever needs fewer lowers them.
 MOST_IN_A_LAYER = {"local": 0, "gather": 0, "alltoall": 6}
-# Of a world of one rank that trains four layers on six microbatches (three views, accumulation 2), by ZeRO stage.
+# Of a world of one rank that trains four layers on two microbatches in three views, by ZeRO stage.
 MOST_IN_A_STEP = {0: 47, 1: 17, 2: 17}
 
 
@@ -38,9 +39,11 @@ def _layer(device: torch.device, dispatch: str) -> Counter[str]:
     module = parallel_form(SIZES[device.type], dispatch, device)
     hidden_TH = clear_tokens(SIZES[device.type]).to(device).requires_grad_()
 
+    context = one_view(len(hidden_TH), device)
+
     def run() -> None:
-        output_TH = module(hidden_TH)
-        torch.autograd.backward([output_TH, module.auxiliary_loss()], [torch.ones_like(output_TH), None])
+        output_TH, _ = counted(module, hidden_TH, context)
+        output_TH.backward(torch.ones_like(output_TH))
 
     run()  # the first time allocates
     return waits(device, run)
@@ -53,7 +56,7 @@ def _step(device: torch.device, probe: Probe, zero: int) -> Counter[str]:
         model = build_distributed(probe.config, layout, probe.widths, "local", device).train()
         engine = Engine(model.trainable_modules(), settings, {"zero_optimization": {"stage": zero}})
         step = probe.step(0, 0, layout)
-        assert len(step.microbatches) == 6
+        assert len(step.microbatches) == 2 and len(step.views) == 3
 
         def run() -> None:
             with engine.accumulate():

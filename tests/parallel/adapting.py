@@ -109,8 +109,8 @@ def adapt_in_one_graph(overrides: Sequence[str], cache: Path, steps: int, clips_
         builder.read_from({stream: found.__getitem__ for stream, found in features.items()}, _nothing_left_out)
         step, losses = builder.build(batch, views), []
         for part in step.microbatches:
-            loss = model.loss(part.view, part.tokens, part.audio, part.video) / (step.label_tokens * len(views))
-            auxiliary = model.auxiliary_loss(~part.tokens.padding_BS, config.mome.balance_loss, config.mome.z_loss)
+            loss = model.loss(part.tokens, part.features) / (step.label_tokens * len(views))
+            auxiliary = model.auxiliary_loss(config.mome.balance_loss, config.mome.z_loss)
             losses.append((loss, auxiliary / len(step.microbatches)))
         outcome.losses.append(sum(loss.item() for loss, _ in losses))
         torch.stack([loss + auxiliary for loss, auxiliary in losses]).sum().backward()

@@ -24,6 +24,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, MicroBatch
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import prepare, rank_console
+from tests.packed import pack_rows, unpack_rows
 from tests.parallel.worlds import run_world
 
 
@@ -52,14 +53,14 @@ def _megatron(directory: Path, ids: np.ndarray, tp: int, pp: int, kernel: str) -
         llm = build_frozen_llm(shape, torch.float32, kernel, torch.device("cpu"), layout).eval()
         load_weights(llm, shape, directory)
         ids_BS = torch.from_numpy(ids)
-        padding_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+        ids_N, context = pack_rows(ids_BS)
 
         def forward_step(_iterator: Any, model: FrozenLLM) -> tuple[torch.Tensor, Any]:
-            embedded = model.embed(ids_BS) if model.pre_process else None
-            output = model.logits(embedded, padding_BS)
-            return output, lambda logits: (torch.zeros(()), logits.transpose(0, 1).numpy())
+            embedded = model.embed(ids_N) if model.pre_process else None
+            output = model.logits(embedded, context)
+            return output, lambda logits: (torch.zeros(()), unpack_rows(logits, ids_BS).numpy())
 
-        results = _through_the_schedule(forward_step, [llm], [None], ids_BS)
+        results = _through_the_schedule(forward_step, [llm], [None], context.tokens)
         return results[0] if parallel_state.is_pipeline_last_stage() else None
 
 
@@ -95,14 +96,11 @@ def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] |
         def forward_step(batches: Any, stage: Chunk) -> tuple[torch.Tensor, Any]:
             batch: MicroBatch = next(batches)
             embedded = stage.embed(batch) if stage.llm.pre_process else None
-            output = stage.llm.logits(embedded, batch.tokens.padding_BS)
-            return output, lambda logits: (
-                torch.zeros(()),
-                logits.flatten(0, 1)[batch.tokens.label_index].numpy(),
-            )
+            output = stage.llm.logits(embedded, batch.tokens.context)
+            return output, lambda logits: (torch.zeros(()), logits[batch.tokens.labels.index_L].numpy())
 
-        first = step.microbatches[0].tokens.ids_BS
-        results = _through_the_schedule(forward_step, model.parts(), step.microbatches, first)
+        tokens = step.microbatches[0].tokens.context.tokens
+        results = _through_the_schedule(forward_step, model.parts(), step.microbatches, tokens)
         if not parallel_state.is_pipeline_last_stage():
             return None
         return at.dp, parallel_state.get_tensor_model_parallel_rank(), np.concatenate(results)
@@ -110,15 +108,15 @@ def _trained(overrides: list[str], cache: Path) -> tuple[int, int, np.ndarray] |
 
 @torch.no_grad()
 def _through_the_schedule(
-    forward_step: Callable[..., Any], parts: Sequence[torch.nn.Module], batches: Sequence[Any], ids_BS: torch.Tensor
+    forward_step: Callable[..., Any], parts: Sequence[torch.nn.Module], batches: Sequence[Any], tokens: int
 ) -> list[np.ndarray]:
-    """What the last stage collects of every batch; ``ids_BS`` is one of the batches, for its size."""
+    """What the last stage collects of every batch; ``tokens`` is the size of one of them."""
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=list(parts),
         num_microbatches=len(batches),
-        seq_length=ids_BS.shape[1],
-        micro_batch_size=ids_BS.shape[0],
+        seq_length=tokens,
+        micro_batch_size=1,
         forward_only=True,
     )

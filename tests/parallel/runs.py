@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from mome_dist.assets import asset_dir
 from mome_dist.checkpoint.load import LoadedRun, load_run
@@ -97,17 +98,24 @@ def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
     return builder.build(range(len(utterances)), run.views)
 
 
+def losses_by_view(run: LoadedRun, step: Step) -> dict[str, float]:
+    """Mean cross-entropy of a step's labels in each view, by Hugging Face's Llama in one process."""
+    sums: dict[str, float] = {}
+    with torch.no_grad():
+        for batch in step.microbatches:
+            logits_LV = run.model.label_logits(batch.tokens, batch.features)
+            losses_L = F.cross_entropy(logits_LV, batch.tokens.labels.ids_L, reduction="none")
+            # Every view has the same clips, hence the same labels.
+            for view, losses in zip(batch.tokens.views, losses_L.chunk(len(batch.tokens.views)), strict=True):
+                sums[str(view)] = sums.get(str(view), 0.0) + losses.sum().item() / step.label_tokens
+    return sums
+
+
 def reference_validation(run: Path, cache: Path) -> dict[str, float]:
     """Validation losses of a run's checkpoint, computed by Hugging Face's Llama in one process."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
     loaded = load_run(run)
-    step = validation_step(loaded)
-    with torch.no_grad():
-        return {
-            str(batch.view): loaded.model.loss(batch.view, batch.tokens, batch.audio, batch.video).item()
-            / step.label_tokens
-            for batch in step.microbatches
-        }
+    return losses_by_view(loaded, validation_step(loaded))
 
 
 def lines(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections import Counter
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
 from mome_dist.checkpoint.load import load_run
 from mome_dist.config.schema import MoMEConfig, OptimizerConfig, RunConfig, TaskConfig
+from mome_dist.moe.router import Routing
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.balance import update_router_biases
@@ -61,7 +63,7 @@ def _train(directory: Path, layout: Layout) -> dict[str, Any]:
             engine.step(settings.learning_rate)
             update_router_biases(model)
         counts = gather_routing(model, CONFIG)
-        assert not any(mome.statistics.take() for mome in model.momes.values())
+        assert not any(chunk.statistics.take() for chunk in model.parts())
         biases = {name: bias.tolist() for name, bias in model.router_biases().items()}
     return {"biases": biases, "total": counts.record(), "by_view": counts.by_view()}
 
@@ -74,24 +76,34 @@ def _reference(directory: Path) -> dict[str, Any]:
     """The same training by Hugging Face's Llama and autograd; tokens are counted one by one, biases moved by hand."""
     model = toy.reference(directory, "mhsa", **ROUTER)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    seen: list[list[Routing]] = [[] for _ in model.momes]  # by layer, of the views of a pass in order
+    for mome, routings in zip(model.momes, seen, strict=True):
+        mome.observer = routings.append
     asked: Counter[tuple[str, int, int]] = Counter()
     tokens: Counter[str] = Counter()
     positions: Counter[str] = Counter()
     for number in range(STEPS):
         step, load = toy.step_of(_batch(number), 0, 1), np.zeros((len(model.momes), EXPERTS))
         for batch in step.microbatches:
-            valid = ~batch.tokens.padding_BS
-            tokens[str(batch.view)] += int(valid.sum())
-            positions[str(batch.view)] += valid.numel()
-            loss = model.loss(batch.view, batch.tokens, batch.audio, batch.video)
-            loss = loss / (step.label_tokens * len(step.views))
-            (loss + model.auxiliary_loss(valid, 0.1, 0.0) / len(step.microbatches)).backward()
-            for layer, mome in enumerate(model.momes):
-                assert mome.last_routing is not None
-                for token, chosen in zip(valid.flatten().tolist(), mome.last_routing.experts_TK.tolist(), strict=True):
-                    for expert in chosen if token else []:
-                        asked[str(batch.view), layer, expert] += 1
-                        load[layer, expert] += 1
+            loss = model.loss(batch.tokens, batch.features) / (step.label_tokens * len(step.views))
+            (loss + model.auxiliary_loss(0.1, 0.0) / len(step.microbatches)).backward()
+            context = batch.tokens.context
+            rows = len(context.lengths) // len(step.views)
+            for number, view in enumerate(map(str, step.views)):
+                lengths = context.lengths[number * rows : (number + 1) * rows]
+                tokens[view] += sum(lengths)
+                positions[view] += sum(lengths)
+                for layer, routings in enumerate(seen):
+                    # Sequences of a view lie side by side, padded to the longest.
+                    chosen_BSK = routings[number].experts_TK.view(rows, max(lengths), -1)
+                    for sequence, length in zip(chosen_BSK.tolist(), lengths, strict=True):
+                        for expert in itertools.chain.from_iterable(sequence[:length]):
+                            asked[view, layer, expert] += 1
+                            load[layer, expert] += 1
+            positions[str(step.views[-1])] += context.tokens - sum(context.lengths)
+            for routings in seen:
+                assert len(routings) == len(step.views)
+                routings.clear()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -138,7 +150,7 @@ def test_biases_and_counts_equal_a_plain_recount(llama: Path, expected: dict[str
             assert record["asked"] == [[expected["asked"][view, n, e] for e in range(EXPERTS)] for n in layers]
             assert not np.any(record["dropped"])
             assert record["tokens"] == expected["tokens"][view]
-            if name == "one process":  # shorter batches of more ranks have other padding
+            if name == "one process":  # more ranks have other numbers of dead tokens
                 assert record["positions"] == expected["positions"][view]
             assert record["positions"] >= record["tokens"]
         total = np.sum([record["asked"] for record in result["by_view"].values()], axis=0)

@@ -61,12 +61,23 @@ PLANTED = {
 }
 
 
+def _one_view_each(probe: Probe) -> list[Probe]:
+    """The probe with each of its views by itself."""
+    single = []
+    for view in probe.views:
+        config = dataclasses.replace(probe.config)
+        config.task = dataclasses.replace(config.task, tasks=[view.task])
+        single.append(dataclasses.replace(probe, config=config))
+        assert single[-1].views == [view]
+    return single
+
+
 def _train_each(probe: Probe, all_settings: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """Losses of the same training in each of some DeepSpeed settings, one after the other in this rank's world.
 
     Each step has one view, in turn, so that modules of other views get no gradient in it.
     """
-    config, layout, views = probe.config, Layout.for_world(2), probe.views
+    config, layout, in_turn = probe.config, Layout.for_world(2), _one_view_each(probe)
     losses: list[list[float]] = []
     with parallel_world(layout, config.seed, 60) as at:
         for settings in all_settings:
@@ -76,9 +87,7 @@ def _train_each(probe: Probe, all_settings: Sequence[Mapping[str, Any]]) -> list
             engine = Engine(model.trainable_modules(), SGD, settings)
             losses.append([])
             for number in range(STEPS):
-                whole, view = probe.step(number, at.dp, layout), views[number % len(views)]
-                chosen = [batch for batch in whole.microbatches if batch.view == view]
-                step = dataclasses.replace(whole, microbatches=chosen, views=[view])
+                step = in_turn[number % len(in_turn)].step(number, at.dp, layout)
                 with engine.accumulate():
                     losses[-1].append(forward_backward(model, step).loss)
                 engine.step(SGD.learning_rate)

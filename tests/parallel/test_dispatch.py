@@ -15,6 +15,7 @@ from mome_dist.moe.experts import initial_value
 from mome_dist.moe.local import LocalMoME
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from tests.packed import counted, one_view
 from tests.parallel.worlds import run_world
 
 HIDDEN, EXPERTS, TOP_K, BOTTLENECK, TOKENS = 16, 6, 2, 3, 30
@@ -75,10 +76,16 @@ def _opened(function: Callable[..., Any], size: int, *args: Any) -> Any:
         return function(size, at.dp, *args)
 
 
+def _passed(module: LocalMoME | ExpertParallelMoME, hidden: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, LocalMoME):
+        return module(hidden)
+    return counted(module, hidden, one_view(len(hidden), multiple=1))[0]
+
+
 def _gradients(module: LocalMoME | ExpertParallelMoME, rank: int) -> dict[str, torch.Tensor]:
     """Output, input gradient and this rank's expert gradients by name; ranks hold different numbers of tokens."""
     hidden = _hidden(rank, TOKENS + 7 * rank).requires_grad_()
-    output = module.train()(hidden)
+    output = _passed(module.train(), hidden)
     output.square().sum().backward()
     assert hidden.grad is not None
     return {"output": output.detach(), "input": hidden.grad}
@@ -131,7 +138,7 @@ def _each_rank_has_all_experts() -> float:
     with parallel_world(Layout.for_world(2, tp=1, pp=1, ep=1), 0, timeout_seconds=60) as at:
         hidden = _hidden(at.dp, TOKENS + 7 * at.dp)
         expected = _local()(hidden).detach()
-        error = (_parallel(1).train()(hidden).detach() - expected).abs().max() / expected.abs().max()
+        error = (_passed(_parallel(1).train(), hidden).detach() - expected).abs().max() / expected.abs().max()
         return float(error)
 
 
@@ -141,14 +148,15 @@ def test_data_parallel_ranks_with_all_experts_each_dispatch_their_own_tokens() -
 
 def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     module = _parallel(ep, capacity_factor=0.5, min_capacity=2, drop_policy=policy).train()
-    module(_hidden())
+    context = one_view(TOKENS, multiple=1)
+    _, load = counted(module, _hidden(), context)
     routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK
-    load, dropped = module.deepspeed_moe.load()
-    assert load[:-2].sum() == TOKENS * TOP_K and load[-2:].tolist() == [TOKENS, TOKENS]
+    asked, dropped, sizes = load.of(0)[0].split([EXPERTS, EXPERTS, 2])
+    assert asked.sum() == TOKENS * TOP_K and sizes.tolist() == [TOKENS, TOKENS]
     assert dropped.equal(torch.bincount(routing.experts_TK[~kept], minlength=EXPERTS))
     capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
-    module.eval()(_hidden())
-    assert module.deepspeed_moe.load()[1] is None
+    _, load = counted(module.eval(), _hidden(), context)
+    assert module.deepspeed_moe.kept_TE() is None and not load.of(0)[0, EXPERTS:-2].any()
     assert module.deepspeed_moe.kept_TK.all(), "evaluation drops nothing"
     return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
 
@@ -168,30 +176,33 @@ def test_a_full_expert_keeps_the_tokens_that_its_policy_names(policy: str) -> No
     assert 0 < dropped == (~kept).sum()
 
 
-def _padded(ep: int, rank: int, dispatch: str) -> tuple[float, float, int]:
+def _with_dead_tokens(ep: int, rank: int, dispatch: str) -> tuple[float, float, int]:
     module = _parallel(ep, dispatch=dispatch).train()
-    hidden, valid = _hidden(), torch.arange(TOKENS) < 20
-    output = module(hidden, valid)
+    hidden = _hidden()
+    output, load = counted(module, hidden, one_view(20, dead=TOKENS - 20, multiple=1))
     assert module.shared is not None
     shared = module.shared(hidden)
-    alone = module(hidden[:20])
-    counts = module.statistics.take()[""]
-    assert counts[EXPERTS:].tolist() == [0] * EXPERTS + [20 + 20, TOKENS + 20], "dropped, tokens, positions"
+    alone, load_alone = counted(module, hidden[:20], one_view(20, multiple=1))
+    counts, counts_alone = load.of(0)[0], load_alone.of(0)[0]
+    assert counts[EXPERTS:].tolist() == [0] * EXPERTS + [20, TOKENS], "dropped, tokens, positions"
+    assert counts_alone[EXPERTS:].tolist() == [0] * EXPERTS + [20, 20]
+    assert counts[:EXPERTS].equal(counts_alone[:EXPERTS])
     asked = int(counts[:EXPERTS].sum())
     return float((output[20:] - shared[20:]).abs().max()), float((output[:20] - alone).abs().max()), asked
 
 
 @pytest.mark.parametrize("dispatch", ["alltoall", "gather"])
-def test_padding_uses_no_routed_expert_and_changes_no_token(dispatch: str) -> None:
-    padding_error, token_error, asked = _in_world(1, _padded, dispatch)[0]
-    assert padding_error < 1e-6 and token_error < 1e-6
-    assert asked == 2 * 20 * TOP_K
+def test_dead_tokens_use_no_routed_expert_and_change_no_token(dispatch: str) -> None:
+    dead_error, token_error, asked = _in_world(1, _with_dead_tokens, dispatch)[0]
+    assert dead_error < 1e-6 and token_error < 1e-6
+    assert asked == 20 * TOP_K
 
 
 def _unequal_capacity(ep: int, rank: int) -> float:
     """Ranks with different numbers of tokens agree on one capacity, or the exchange would not fit."""
     module = _parallel(ep, capacity_factor=0.8).train()
-    return float(module(_hidden(rank, 10 + 25 * rank)).abs().sum())
+    tokens = 10 + 25 * rank
+    return float(counted(module, _hidden(rank, tokens), one_view(tokens, multiple=1))[0].abs().sum())
 
 
 def test_ranks_of_unequal_size_agree_on_the_capacity() -> None:
@@ -199,14 +210,14 @@ def test_ranks_of_unequal_size_agree_on_the_capacity() -> None:
 
 
 def _loads(ep: int, rank: int) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
-    """What the dispatch says about all ranks, and this rank's own routes: all, and those that got no slot."""
+    """What is counted over all ranks, and this rank's own routes: all, and those that got no slot."""
     module = _parallel(ep, capacity_factor=0.5, min_capacity=2).train()
-    module(_hidden(rank, 10 + 25 * rank), torch.arange(10 + 25 * rank) % 4 > 0)
-    load, dropped = module.deepspeed_moe.load()
-    routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK
-    valid = routing.valid_T[:, None].expand(kept.shape)
-    asked, lost = routing.experts_TK[valid], routing.experts_TK[valid & ~kept]
-    return load.tolist(), dropped.tolist(), asked.numpy(), lost.numpy()
+    tokens, dead = [7, 26][rank], [3, 9][rank]
+    _, load = counted(module, _hidden(rank, tokens + dead), one_view(tokens, dead=dead, multiple=1))
+    routing, kept = module.deepspeed_moe.routing, module.deepspeed_moe.kept_TK[:tokens]
+    asked_and_sizes, dropped = load.of(0)[0, [*range(EXPERTS), -2, -1]], load.of(0)[0, EXPERTS:-2]
+    experts = routing.experts_TK[:tokens]
+    return asked_and_sizes.tolist(), dropped.tolist(), experts.flatten().numpy(), experts[~kept].numpy()
 
 
 def test_loads_and_drops_are_those_of_all_ranks() -> None:

@@ -26,7 +26,7 @@ from mome_dist.training.batches import BatchBuilder
 from mome_dist.verification.compare import compare
 from mome_dist.verification.run import EPSILON, Outcome, merged
 from tests.parallel.adapting import adapt, adapt_in_one_graph, save_lively_encoder
-from tests.parallel.runs import Lab, lines
+from tests.parallel.runs import Lab, lines, losses_by_view
 from tests.parallel.worlds import run_world
 
 VIDEO = "video_encoder.lora={rank: 4, alpha: 8, targets: [q_proj, k_proj, v_proj, output_dense]}"
@@ -188,10 +188,7 @@ def _validation(run: LoadedRun) -> dict[str, float]:
         readers = {"video": features.__getitem__}
         builder = BatchBuilder(utterances, run.sequences, readers, 1, 0, 1, run.device, Layout.for_world(1))
         step = builder.build(range(len(utterances)), run.views)
-        return {
-            str(part.view): run.model.loss(part.view, part.tokens, part.audio, part.video).item() / step.label_tokens
-            for part in step.microbatches
-        }
+        return losses_by_view(run, step)
 
 
 def _decoded(run: Path, target: Path, cache_directory: Path) -> list[dict[str, float]]:

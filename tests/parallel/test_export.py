@@ -29,7 +29,7 @@ def _label_logits(run: LoadedRun, dp_rank: int, dp_size: int) -> np.ndarray:
     with torch.no_grad():
         return np.concatenate(
             [
-                run.model.label_logits(batch.view, batch.tokens, batch.audio, batch.video).numpy()
+                run.model.label_logits(batch.tokens, batch.features).numpy()
                 for batch in validation_step(run, dp_rank, dp_size).microbatches
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
+from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
 from mome_dist.moe.router import route
-from mome_dist.parallel.model import Chunk
+from mome_dist.parallel.model import Chunk, MicroBatch
+from mome_dist.token_context import Labels, TokenContext
 from mome_dist.training import engine as engine_module
 from mome_dist.training.engine import Engine
 from mome_dist.verification.cases import standard_cases
@@ -24,6 +27,7 @@ from mome_dist.verification.probe import Probe
 from mome_dist.verification.verify import Verifier
 
 CASES = {case.name: case for case in standard_cases()}
+MICROBATCHES = 2  # of a step of the verifier
 
 
 def _twice_the_gradient_of_what_was_dispatched() -> None:
@@ -57,26 +61,14 @@ def _router_cut_off() -> None:
 
 
 def _auxiliary_loss_of_the_shard() -> None:
-    counts = Dispatch.counts
+    put, own = PassLoad.put, {}
 
-    def own(self: Dispatch) -> torch.Tensor:
-        everyone = counts(self)
-        return everyone[dist.get_rank(self.token_group)][None]
+    def remembering(self: PassLoad, place: int, counts_VX: torch.Tensor) -> None:
+        own[self, place] = counts_VX
+        put(self, place, counts_VX)
 
-    ExpertParallelMoME.auxiliary_loss = _with_counts(ExpertParallelMoME.auxiliary_loss, own)  # type: ignore[method-assign]
-
-
-def _with_counts(function: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` while `Dispatch.counts` is another."""
-
-    def patched(*args: Any) -> Any:
-        whole, Dispatch.counts = Dispatch.counts, own  # type: ignore[method-assign]
-        try:
-            return function(*args)
-        finally:
-            Dispatch.counts = whole  # type: ignore[method-assign]
-
-    return patched
+    PassLoad.put = remembering  # type: ignore[method-assign]
+    PassLoad.of = lambda self, place: own[self, place].long()  # type: ignore[method-assign]
 
 
 def _clipping_by_the_norm_of_own_experts() -> None:
@@ -101,18 +93,24 @@ def _one_rate_skipped() -> None:
 
     def shortened(self: Probe, *args: Any) -> Any:
         whole = step(self, *args)
-        del whole.microbatches[-2:]
-        return whole
+        return replace(whole, microbatches=[_without_last_view(each) for each in whole.microbatches])
 
     Probe.step = shortened  # type: ignore[method-assign,assignment]
+
+
+def _without_last_view(batch: MicroBatch) -> MicroBatch:
+    tokens = batch.tokens
+    kept_L = tokens.context.members_VN[-1, tokens.labels.index_L] == 0
+    labels = Labels(tokens.labels.index_L[kept_L], tokens.labels.ids_L[kept_L])
+    return replace(batch, tokens=replace(tokens, labels=labels))
 
 
 def _loss_divided_by_the_microbatches_twice() -> None:
     forward = Chunk.forward
 
-    def divided(self: Chunk, batch: Any) -> torch.Tensor:
-        output = forward(self, batch)
-        return output / 6 if self.llm.post_process else output
+    def divided(self: Chunk, batch: MicroBatch, share: float = 1.0) -> torch.Tensor:
+        output = forward(self, batch, share)
+        return output / MICROBATCHES if self.llm.post_process else output
 
     Chunk.forward = divided  # type: ignore[method-assign]
 
@@ -121,23 +119,32 @@ def _sequence_parts_not_added_up() -> None:
     Engine._sum_over_sequence = lambda self: None  # type: ignore[method-assign]
 
 
-def _padding_routed() -> None:
-    forward = MatryoshkaGate.forward
-    MatryoshkaGate.forward = lambda self, hidden, valid: forward(self, hidden, None)  # type: ignore[method-assign,assignment]
+def _dead_tokens_routed() -> None:
+    forward = ExpertParallelMoME.forward
+
+    def as_of_the_last_view(
+        self: ExpertParallelMoME, hidden: torch.Tensor, tokens: TokenContext, load: PassLoad | None = None
+    ) -> torch.Tensor:
+        members_VN = tokens.members_VN.clone()
+        members_VN[-1] = 1 - members_VN[:-1].sum(dim=0)
+        sizes_V2 = tokens.sizes_V2[:, 1:].expand(-1, 2)
+        return forward(self, hidden, replace(tokens, members_VN=members_VN, sizes_V2=sizes_V2, alive_N=None), load)
+
+    ExpertParallelMoME.forward = as_of_the_last_view  # type: ignore[method-assign]
 
 
 FAULTS: list[tuple[Callable[[], None], str, str, str]] = [
     # the fault, the case that meets it, what the report names, and the ratio that it gives ("" for any)
-    (_twice_the_gradient_of_what_was_dispatched, "ep2 gather", ".routed.", "2.00 = ep = dp"),
+    (_twice_the_gradient_of_what_was_dispatched, "ep2 gather", ".routed.", "2.00 = ep = dp = microbatches"),
     (_one_expert_without_gradient, "ep2", "mome.1.routed.", ""),
     (_router_cut_off, "dp2 zero1", "router_weight", ""),
     (_auxiliary_loss_of_the_shard, "ep2", "router_weight", ""),
     (_clipping_by_the_norm_of_own_experts, "ep2 zero0", "ranks disagree on the gradient norm", ""),
     (_experts_of_the_other_rank, "ep2", "", ""),
     (_one_rate_skipped, "one process, all-to-all", "step", ""),
-    (_loss_divided_by_the_microbatches_twice, "one process, local", "step", "0.17 = 1/microbatches"),
+    (_loss_divided_by_the_microbatches_twice, "one process, local", "step", "0.50 = 1/microbatches"),
     (_sequence_parts_not_added_up, "tp2 sp", "ranks hold different copies of mome.", ""),
-    (_padding_routed, "dp2 zero1", "", ""),
+    (_dead_tokens_routed, "dp2 zero1", "", ""),
 ]
 
 
@@ -156,5 +163,5 @@ def test_the_verification_catches(
     found = [mismatch for mismatch in verdict.comparison.mismatches if name in mismatch.name]
     assert found, verdict.comparison.mismatches
     if ratio:
-        spelled = {explain(mismatch.ratio, CASES[case].layout, microbatches=6) for mismatch in found}
+        spelled = {explain(mismatch.ratio, CASES[case].layout, microbatches=MICROBATCHES) for mismatch in found}
         assert ratio in spelled, spelled

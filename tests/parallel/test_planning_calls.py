@@ -12,6 +12,7 @@ from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import DENSE_CALLS, ROW_CALLS
+from tests.packed import counted, one_view
 from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel
@@ -39,10 +40,11 @@ def _calls(dispatch: str, experts: int) -> int:
     layer.initialize("counted", 0)
     torch.manual_seed(0)
     hidden_TH = torch.randn(256, 64, dtype=torch.bfloat16).requires_grad_()
+    context = one_view(len(hidden_TH))
     with _Counter() as counter:
         layer.train().prefetch(hidden_TH.dtype)
-        output_TH, auxiliary = layer(hidden_TH), layer.auxiliary_loss()
-        torch.autograd.backward([output_TH, auxiliary], [torch.ones_like(output_TH), torch.ones_like(auxiliary)])
+        output_TH, _ = counted(layer, hidden_TH, context)
+        output_TH.backward(torch.ones_like(output_TH))
     return counter.calls
 
 

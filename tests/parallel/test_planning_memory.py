@@ -66,8 +66,8 @@ def _kept(config: RunConfig, candidate: Candidate) -> dict[str, float]:
             "kept": kept,
             "frozen": own[False],
             "trained": own[True],
-            "length": tokens.ids_BS.shape[1],
-            "labels": len(tokens.labels) / tokens.ids_BS.shape[0],
+            "length": tokens.context.alive / len(tokens.context.lengths),
+            "labels": tokens.labels.ids_L.numel() / len(tokens.context.lengths),
         }
 
 

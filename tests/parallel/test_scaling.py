@@ -8,6 +8,7 @@ import torch
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from tests.packed import counted, one_view
 from tests.parallel.worlds import run_world
 
 
@@ -18,7 +19,7 @@ def _step(ep: int, experts: int, bottleneck: int, dispatch: str) -> tuple[int, f
         module.set_deepspeed_parallelism()
         module.initialize("mome.0", seed=0)
         hidden = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
-        output = module.train()(hidden)
+        output, _ = counted(module.train(), hidden, one_view(len(hidden)))
         output.square().sum().backward()
         routed = list(module.deepspeed_moe.experts.parameters())
         assert all(parameter.grad is not None for parameter in routed)

@@ -26,7 +26,7 @@ from mome_dist.evaluation.decoding import (
 from mome_dist.moe.local import LocalMoME
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import _attach
-from mome_dist.speech.sequence import Example, collate
+from mome_dist.speech.sequence import Example, pack
 from mome_dist.speech.views import View
 from tests.evaluation_run import WIDTHS, make_run
 
@@ -161,9 +161,9 @@ def test_other_weights_decode_otherwise_at_once(run: LoadedRun, clips: tuple[lis
 def next_log_probabilities(run: LoadedRun, view: View, audio: Tensor, prefix: list[int], text: list[int]) -> Tensor:
     """Log probabilities of the token after each of the first ``len(text) + 1`` places of a text of one clip, without
     cache and padding."""
-    tokens = collate([Example([*prefix, *text, run.sequences.codec.eos], len(prefix))])
+    tokens = pack([(view, [Example([*prefix, *text, run.sequences.codec.eos], len(prefix))])])
     with torch.no_grad():
-        return run.model.label_logits(view, tokens, [audio], []).log_softmax(-1)
+        return run.model.label_logits(tokens, {"audio": [audio]}).log_softmax(-1)
 
 
 def test_greedy_search_takes_the_likeliest_token_each_time(

@@ -37,10 +37,11 @@ BATCH = list(range(7))  # in two chunks over two ranks: microbatches of 2, 2, 2 
 def _average_twice(monkeypatch: pytest.MonkeyPatch, step: Step) -> None:
     """Plant: the mean over the tokens of each microbatch, then the mean over microbatches and ranks."""
     forward = Chunk.forward
-    count = len(step.microbatches) // len(step.views) * dist.get_world_size()
+    count = len(step.microbatches) * dist.get_world_size()
 
-    def mean_of_microbatch(self: Chunk, batch: MicroBatch) -> torch.Tensor:
-        return forward(self, batch) * step.label_tokens / (len(batch.tokens.labels) * count)
+    def mean_of_microbatch(self: Chunk, batch: MicroBatch, share: float) -> torch.Tensor:
+        labels = batch.tokens.labels.ids_L.numel() / len(step.views)
+        return forward(self, batch, share) * step.label_tokens / (labels * count)
 
     monkeypatch.setattr(Chunk, "forward", mean_of_microbatch)
 
@@ -67,7 +68,7 @@ def _assert_token_weighted(llama: Path, found: tuple[float, dict[str, np.ndarray
     model, step = toy.reference(llama, "mhsa"), toy.step_of(BATCH, 0, 1)
     total = torch.zeros(())
     for batch in step.microbatches:
-        total = total + model.loss(batch.view, batch.tokens, batch.audio, batch.video)
+        total = total + model.loss(batch.tokens, batch.features)
     loss = total / (step.label_tokens * len(step.views))
     loss.backward()
     assert found[0] == pytest.approx(loss.item(), rel=1e-5)

@@ -7,6 +7,7 @@ LayerNorm of the projectors. 10: padding that is trained as end of text, because
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mome_dist.config.schema import OptimizerConfig
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import Example, TokenBatch, collate
+from mome_dist.speech.sequence import Example, PackedTokens, pack
 from mome_dist.speech.views import View
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
@@ -102,34 +103,35 @@ CLIPS = list(range(6))  # of different lengths
 
 
 def _loss(model: nn.Module, numbers: list[int]) -> Tensor:
-    batch = toy.microbatch(numbers, VIEW)
-    loss: Tensor = model.loss(VIEW, batch.tokens, batch.audio, batch.video)  # type: ignore[operator]
+    batch = toy.microbatch(numbers, [VIEW])
+    loss: Tensor = model.loss(batch.tokens, batch.features)  # type: ignore[operator]
     return loss
 
 
 def _assert_padding_is_not_trained(model: nn.Module) -> None:
-    tokens = toy.microbatch(CLIPS, VIEW).tokens
-    padded = tokens.padding_BS.t().flatten()  # flat positions count sequence first
-    assert padded.any() and not padded[tokens.label_index].any()
-    assert int((tokens.labels == END).sum()) == len(CLIPS), "the end of text is a label once in every sequence"
-    assert not (tokens.ids_BS == END).any(), "and never an input"
+    tokens = toy.microbatch(CLIPS, [VIEW]).tokens
+    alive_N = tokens.context.alive_N
+    assert alive_N is not None and not alive_N.all() and alive_N[tokens.labels.index_L].all()
+    assert int((tokens.labels.ids_L == END).sum()) == len(CLIPS), "the end of text is a label once in every sequence"
+    assert not (tokens.ids_N == END).any(), "and never an input"
     # Batching changes nothing: the loss of a batch is the sum of the losses of its clips.
     alone = sum((_loss(model, [number]) for number in CLIPS), torch.zeros(()))
     torch.testing.assert_close(_loss(model, CLIPS), alone, rtol=1e-5, atol=0)
 
 
-def _pad_with_end_of_text(examples: list[Example], length: int) -> TokenBatch:
-    """Plant: a pad token that is the end of text, and labels wherever it stands."""
-    padded = [
-        Example([*each.ids, *[END] * (length + 1 - len(each.ids))], each.prefix_length)  # + 1: the last is only a label
-        for each in examples
-    ]
-    return collate(padded, length)
+def _pad_with_end_of_text(sequences: Sequence[tuple[View, Sequence[Example]]], multiple: int) -> PackedTokens:
+    """Plant: a pad token that is the end of text up to the longest sequence, and labels wherever it stands."""
+    padded = []
+    for view, examples in sequences:
+        longest = max(len(each.ids) for each in examples)
+        filled = [Example(each.ids + [END] * (longest - len(each.ids)), each.prefix_length) for each in examples]
+        padded.append((view, filled))
+    return pack(padded, multiple=multiple)
 
 
 def test_fault_10_padding_is_not_trained_as_end_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy.reference(write_random_llama(tmp_path), "mhsa").eval()
     _assert_padding_is_not_trained(model)
-    monkeypatch.setattr(toy, "collate", _pad_with_end_of_text)
+    monkeypatch.setattr(toy, "pack", _pad_with_end_of_text)
     with pytest.raises(AssertionError):
         _assert_padding_is_not_trained(model)

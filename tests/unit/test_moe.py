@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
 from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
+from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
-from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics, first_pass
+from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics
 
 
 def _logits(tokens: int = 40, experts: int = 8) -> torch.Tensor:
@@ -212,15 +213,23 @@ def test_initial_values_depend_on_name_and_seed_only() -> None:
 
 def test_statistics_add_up_by_view_until_taken() -> None:
     statistics = RoutingStatistics()
-    for view, dropped in (("asr(4)", [0, 1, 0]), ("vsr(2)", None), ("asr(4)", [2, 0, 0])):
-        statistics.view = view
-        statistics.add(torch.tensor([5, 4, 3, 6, 8]), None if dropped is None else torch.tensor(dropped))
+    heard, seen = [[5, 4, 3, 0, 1, 0, 6, 6], [5, 4, 3, 2, 0, 0, 6, 10]], [5, 4, 3, 0, 0, 0, 6, 8]
+    for views, counts_VX in (("asr(4)", "vsr(2)"), [heard[0], seen]), (("asr(4)",), [heard[1]]):
+        load = PassLoad(views, None)
+        load.put(1, torch.tensor(counts_VX, dtype=torch.float32) * 2)
+        load.put(0, torch.tensor(counts_VX, dtype=torch.float32))
+        load.reduce()
+        statistics.expect(load)
+    assert statistics.take() == {} and statistics.step_load_LE is None, "nothing has been read yet"
+    statistics.settle()
     taken = statistics.take()
-    assert taken["asr(4)"].tolist() == [10, 8, 6, 2, 1, 0, 12, 16]
-    assert taken["vsr(2)"].tolist() == [5, 4, 3, 0, 0, 0, 6, 8]
+    assert taken["asr(4)"].tolist() == [[10, 8, 6, 2, 1, 0, 12, 16], [20, 16, 12, 4, 2, 0, 24, 32]]
+    assert taken["vsr(2)"].tolist() == [seen, [2 * each for each in seen]]
     assert statistics.take() == {}
-    packed = torch.stack([taken["asr(4)"], taken["vsr(2)"], torch.zeros(8, dtype=torch.int64)])
-    counts = RoutingCounts(("asr(4)", "vsr(2)", "vsr(5)"), packed[:, None])
+    step_load = statistics.step_load_LE
+    assert step_load is not None and step_load.tolist() == [[15, 12, 9], [30, 24, 18]]
+    packed = torch.stack([taken["asr(4)"], taken["vsr(2)"], torch.zeros(2, 8, dtype=torch.int64)])
+    counts = RoutingCounts(("asr(4)", "vsr(2)", "vsr(5)"), packed[:, :1])
     assert (counts + counts).record() == {
         "tokens": 36,
         "positions": 48,
@@ -232,15 +241,20 @@ def test_statistics_add_up_by_view_until_taken() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_recomputation_is_no_first_pass(use_reentrant: bool) -> None:
-    passes = []
+def test_a_recomputation_is_not_counted_twice(use_reentrant: bool) -> None:
+    load, passes = PassLoad(("asr(4)",), None), []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        passes.append(first_pass())
+        passes.append(load.counting)
+        if load.counting:
+            load.put(0, torch.tensor([[3, 1, 0, 0, 2, 2]]))
         return x.sin()
 
-    checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant).sum().backward()
+    output = checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant)
+    load.reduce()
+    output.sum().backward()
     assert passes == [True, False]
+    assert load.of(0).tolist() == [[3, 1, 0, 0, 2, 2]]
 
 
 def test_padding_selects_no_expert() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames, compress, compressed_length, sequence_length
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import AUDIO, VIDEO, SequenceBuilder, TextCodec, collate
+from mome_dist.speech.sequence import AUDIO, VIDEO, SequenceBuilder, TextCodec, pack
 from mome_dist.speech.views import View, all_views, views_of_step
 
 TAGS = {"audio_open": "<audio>", "audio_close": "</audio>", "video_open": "<video>", "video_close": "</video>"}
@@ -49,7 +49,7 @@ def test_audio_frames_are_fifty_a_second_and_at_least_half_a_second() -> None:
 @pytest.mark.parametrize(("frames", "rate"), [(10, 1), (10, 3), (10, 5), (3, 5), (1, 16)])
 def test_compression_agrees_with_its_length(method: str, frames: int, rate: int) -> None:
     features = torch.randn(frames, 4, generator=torch.Generator().manual_seed(0))
-    tokens = compress(features, rate, method)
+    tokens = compress(features, [frames], rate, method)
     assert tokens.shape == (compressed_length(frames, rate), 4 * rate if method == "stack" else 4)
     first = features[: min(rate, frames)]
     expected = first.mean(0) if method == "pool" else nn.functional.pad(first, (0, 0, 0, rate - len(first))).flatten()
@@ -119,18 +119,20 @@ def test_an_llm_without_a_start_token_gets_none(codec: TextCodec, tmp_path: Path
     assert without.bos is None and prefixes[0] == [codec.bos, *prefixes[1]]
 
 
-def test_labels_are_text_and_end_only_and_padding_is_never_one(codec: TextCodec) -> None:
+def test_labels_are_text_and_end_only_and_a_dead_token_is_never_one(codec: TextCodec) -> None:
     builder = SequenceBuilder(codec, {"asr": "listen"})
     view = View("asr", 4, None)
-    batch = collate([builder.example(view, 3, 0, "red ball"), builder.example(view, 1, 0, "blue")])
+    batch = pack([(view, [builder.example(view, 3, 0, "red ball"), builder.example(view, 1, 0, "blue")])])
     red, ball = codec.encode("red ball")
-    assert batch.labels.tolist() == [red, ball, codec.eos, *codec.encode("blue"), codec.eos]
-    assert batch.ids_BS.shape == (2, 9) and batch.padding_BS.sum(1).tolist() == [0, 3]
-    flat = batch.ids_BS.t().flatten()
+    assert batch.labels.ids_L.tolist() == [red, ball, codec.eos, *codec.encode("blue"), codec.eos]
+    assert batch.context.lengths == (9, 6) and batch.ids_N.shape == (16,)
+    assert batch.context.alive_N is not None and batch.context.alive_N.tolist() == [True] * 15 + [False]
     # The position that predicts a text token holds the token before it.
-    assert flat[batch.label_index].tolist() == [*codec.encode("listen red ball"), *codec.encode("listen blue")]
-    assert not batch.padding_BS.t().flatten()[batch.label_index].any()
-    assert batch.audio_index.tolist() == [2 * 2, 3 * 2, 4 * 2, 2 * 2 + 1] and batch.video_index.numel() == 0
+    before = batch.ids_N[batch.labels.index_L].tolist()
+    assert before == [*codec.encode("listen red ball"), *codec.encode("listen blue")]
+    assert batch.context.alive_N[batch.labels.index_L].all()
+    (audio,) = batch.speech
+    assert (audio.stream, audio.rate) == ("audio", 4) and audio.index_T.tolist() == [2, 3, 4, 9 + 2]
 
 
 def test_decoding_stops_at_the_end_token(codec: TextCodec) -> None:
