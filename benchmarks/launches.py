@@ -75,9 +75,9 @@ def _collectives(counts: Counter[str]) -> Iterator[None]:
     """Count the sums of loads over ranks that are asked for."""
     reduce = PassLoad.reduce
 
-    def counting(self: PassLoad, experts: int) -> None:
+    def counting(self: PassLoad) -> None:
         counts["calls"] += 1
-        reduce(self, experts)
+        reduce(self)
 
     PassLoad.reduce = counting  # type: ignore[method-assign]
     try:
@@ -120,7 +120,7 @@ def _one_operation_each() -> Iterator[None]:
         return qkv_NGXd[:, :, :-2].reshape(qkv_NGXd.shape[0], -1) * 1.0
 
     kept = RMSNorm.forward, CausalAttention.forward
-    RMSNorm.forward, CausalAttention.forward = norm, attention  # type: ignore[method-assign]
+    RMSNorm.forward, CausalAttention.forward = norm, attention  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder
 from mome_dist.data.media import FPS, SAMPLE_RATE
+from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.llm.precision import dtype_of
@@ -100,7 +101,7 @@ class Training:
             self._utterances,
             build_sequences(config),
             {stream: self._cached(stream) for stream in streams_of(config)},
-            config.data.accumulation,
+            Parts(),
             0,
             1,
             device,
@@ -123,7 +124,7 @@ class Training:
         """Encoding inside the step, as `mome_dist.training.setup` has it."""
         held = StepFeatures(ModalityDropout(0, 0, self.config.seed))
         self._builder.read_from({stream: held.reader(stream) for stream in encoders}, held.left_out)
-        clips = StepClips(self._builder.own(self._batch), streams_read(self._views), 0)
+        clips = StepClips(self._builder.own(self._batch, self._views), streams_read(self._views), 0)
         loader = _RandomClips(self.config.data.decode_threads)
         group = parallel_state.get_tensor_model_parallel_group()
         return OnlineEncoding(held, loader, encoders, lambda step: clips, MANY_STEPS, group, self._device)

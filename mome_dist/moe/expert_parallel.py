@@ -127,7 +127,7 @@ class ExpertParallelMoME(MoE):
             routing = dispatch.routing
             assert routing is not None
             if load.counting:
-                load.put(self.place, tokens, routing.experts_TK, dispatch.kept())
+                load.put(self.place, tokens, self.num_experts, routing.experts_TK, dispatch.kept())
             if torch.is_grad_enabled():
                 output_TH = add_balance(
                     output_TH, routing, tokens.members_VN, load, self.place, self.balance_loss, self.z_loss

@@ -30,6 +30,7 @@ class PassLoad:
         self.views, self.group, self.share = views, group, share
         self._put: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._tokens: TokenContext | None = None
+        self._experts = 0
         self._sum_LVX: Tensor | None = None
         self._work: dist.Work | None = None
 
@@ -38,33 +39,32 @@ class PassLoad:
         """Whether modules still count: a pass that is computed again, for its backward pass, was counted before."""
         return self._sum_LVX is None
 
-    def put(self, place: int, tokens: TokenContext, experts_TK: Tensor, kept_TK: Tensor | None) -> None:
+    def put(
+        self, place: int, tokens: TokenContext, experts: int, experts_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> None:
         """Leave what one module did; nothing is computed yet.
 
         Args:
             place: of the module in its stage.
             tokens: those of this rank, the same for all modules.
+            experts: E, the same for all modules.
             experts_TK: int64 [T, K], the experts that each token asked for.
             kept_TK: bool [T, K], whether they took it; None if nothing can be dropped.
         """
-        self._tokens = tokens
+        self._tokens, self._experts = tokens, experts
         self._put[place] = experts_TK, kept_TK
 
     @torch.no_grad()
-    def reduce(self, experts: int) -> None:
+    def reduce(self) -> None:
         """Count for all modules at once, and begin to sum over the ranks; all ranks of the group call it once all
-        modules have put.
-
-        Args:
-            experts: E.
-        """
+        modules have put."""
         if not self._put:
             return
         assert self._tokens is not None
         asked, kept = zip(*(self._put[place] for place in sorted(self._put)), strict=True)
         self._put = {}
         members_VT, experts_LTK = self._tokens.members_VN, torch.stack(asked)
-        ones_LTE = members_VT.new_zeros(*experts_LTK.shape[:2], experts)
+        ones_LTE = members_VT.new_zeros(*experts_LTK.shape[:2], self._experts)
         # Sums of ones in fp32 are exact up to 2^24 tokens.
         asked_LVE = members_VT @ ones_LTE.scatter(2, experts_LTK, 1.0)
         if any(each is None for each in kept):

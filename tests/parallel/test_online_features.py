@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,11 @@ def _cached_one_by_one(
     return found
 
 
+def _noted(stream: str, order: list[str], encoded: threading.Semaphore, *_hooked: Any) -> None:
+    order.append(stream)
+    encoded.release()
+
+
 def _made_in_turn(
     corpus_dir: Path, video_encoder: Path, ahead: bool
 ) -> tuple[list[dict[tuple[str, str], np.ndarray]], list[str]]:
@@ -207,7 +213,7 @@ def _made_in_turn(
     encoders = {stream: load_encoder(config, stream, torch.device("cpu")) for stream in ("audio", "video")}
     encoded = threading.Semaphore(0)
     for stream, encoder in encoders.items():
-        encoder.register_forward_hook(lambda *_, stream=stream: order.append(stream) or encoded.release())
+        encoder.register_forward_hook(partial(_noted, stream, order, encoded))
     augmentation = Augmentation.open(AugmentationConfig(flip=0.5, noise=NoiseConfig("babble")), corpus, "train", 0)
     held, group, train_split = StepFeatures(ModalityDropout(0, 0, 0)), dist.group.WORLD, corpus.split("train")
     assert group is not None
