@@ -137,8 +137,8 @@ def _run(
                 skipped = 0
                 report("optimiser step", number)
                 trainer.engine.step(rate)
-                update_router_biases(trainer.model)
                 ledger.after_step()
+                update_router_biases(trainer.model)
                 losses.append(result.loss)
                 seconds = time.monotonic() - began
                 tokens = step.tokens * layout.dp

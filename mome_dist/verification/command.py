@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.derived import layout_of, refuse_lora, views_of
+from mome_dist.config.derived import layout_of, refuse_lora
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
@@ -94,7 +94,7 @@ def _row(verdict: Verdict, config: RunConfig) -> list[str]:
     mismatch = verdict.worst
     if mismatch is None:
         return [*head, *errors, "[green]equal"]
-    return [*head, *errors, f"[red]{explain(mismatch.ratio, case.layout, _microbatches(config))}"]
+    return [*head, *errors, f"[red]{explain(mismatch.ratio, case.layout, config.data.accumulation)}"]
 
 
 def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
@@ -102,11 +102,7 @@ def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
     if verdict.failure:
         console.print(f"  {verdict.failure}", highlight=False, markup=False)
     for mismatch in verdict.comparison.mismatches[:5] if verdict.comparison else ():
-        ratio = explain(mismatch.ratio, verdict.case.layout, _microbatches(config))
+        ratio = explain(mismatch.ratio, verdict.case.layout, config.data.accumulation)
         console.print(
             f"  {mismatch.what} {mismatch.name}: {mismatch.error:.1e} off, ratio {ratio}", highlight=False, markup=False
         )
-
-
-def _microbatches(config: RunConfig) -> int:
-    return len(views_of(config)) * config.data.accumulation
