@@ -11,7 +11,7 @@ import torch
 from mome_dist.config.derived import views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
-from mome_dist.llm.precision import fast_precision
+from mome_dist.llm.precision import dtype_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import embedding_scale
 from mome_dist.speech.lora import LoRATerms
@@ -21,9 +21,8 @@ from mome_dist.speech.sequence import SequenceBuilder, TextCodec
 
 
 def llm_dtype(config: RunConfig) -> torch.dtype:
-    """Parameter type of the frozen LLM; "auto" is this process's own (`mome_dist.training.precision` asks all)."""
-    precision = fast_precision() if config.llm.precision == "auto" else config.llm.precision
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """Parameter type of the frozen LLM."""
+    return dtype_of(config.llm.precision)
 
 
 def build_sequences(config: RunConfig) -> SequenceBuilder:

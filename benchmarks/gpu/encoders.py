@@ -56,7 +56,7 @@ def render(figures: Mapping[str, Any]) -> list[str]:
     return [
         f"{figures['clips']} clips of {figures['seconds']:g} s at once, random weights of the encoders' shapes. The "
         "error is the norm of the difference from the same encoder in float64, over the norm of its features. Times of "
-        "Whisper are without its spectrogram, which training makes on the host.",
+        "Whisper are without its spectrogram, which training makes on the device.",
         table(["encoder", "precision", "error", "ms", "host ms", "times fp32's speed"], rows),
     ]
 

@@ -54,17 +54,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-class _Ready:
-    """Stands for Whisper's feature extractor with a spectrogram that is there already, so that the encoder is timed
-    without it."""
-
-    def __init__(self, input_features: Tensor) -> None:
-        self.input_features = input_features
-
-    def __call__(self, *_: Any, **__: Any) -> _Ready:
-        return self
-
-
 @torch.inference_mode()
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Errors and milliseconds of both encoders and the spectrogram."""
@@ -94,7 +83,7 @@ def random_clips(sizes: Sizes, count: int, device: torch.device) -> dict[str, li
 def _spectrogram(
     whisper: WhisperAudioEncoder, clips: Sequence[Tensor], options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
-    """Milliseconds of all clips' log-mel spectrogram where it is made today, on the host, and on the device."""
+    """Milliseconds of all clips' log-mel spectrogram on the host, and on the device, where training makes it."""
 
     runs: dict[str, Callable[[], object]] = {"host": lambda: _log_mel(whisper, clips, "cpu")}
     if device.type == "cuda":
@@ -111,14 +100,7 @@ def _spectrogram(
 def _log_mel(whisper: WhisperAudioEncoder, clips: Sequence[Tensor], where: str) -> Tensor:
     """The spectrograms of clips of one length, as `WhisperAudioEncoder` has them made."""
     seconds = MAX_SECONDS if whisper.padding == "30s" else -(-len(clips[0]) // SAMPLE_RATE)
-    return whisper.feature_extractor(
-        [clip.numpy() for clip in clips],
-        sampling_rate=SAMPLE_RATE,
-        padding="max_length",
-        max_length=seconds * SAMPLE_RATE,
-        return_tensors="pt",
-        device=where,
-    ).input_features
+    return whisper.log_mel([clip.to(where) for clip in clips], seconds)
 
 
 def _precisions(
@@ -126,8 +108,8 @@ def _precisions(
 ) -> dict[str, dict[str, float]]:
     """Error against float64, and milliseconds of all clips at once, in each precision."""
     few = clips[:REFERENCE_CLIPS]
-    exact = copy.deepcopy(encoder).double()(few)
-    forms = {name: copy.deepcopy(encoder).to(way.dtype) for name, way in PRECISIONS.items()}
+    exact = copy.deepcopy(encoder).set_precision(torch.float64)(few)
+    forms = {name: copy.deepcopy(encoder).set_precision(way.dtype) for name, way in PRECISIONS.items()}
     found: dict[str, dict[str, float]] = {name: {} for name in (*PRECISIONS, DEFAULT)}
     for name, way in PRECISIONS.items():
         with _tf32(way.tf32):
@@ -144,9 +126,8 @@ def _precisions(
 def _run(encoder: Encoder, clips: Sequence[Tensor], tf32: bool | None) -> Callable[[], None]:
     """Encode all clips, their spectrograms made beforehand."""
     if isinstance(encoder, WhisperAudioEncoder):
-        mel = _log_mel(encoder, clips, "cpu")
-        weight = encoder.encoder.conv1.weight
-        encoder.feature_extractor = _Ready(mel.to(weight.device, weight.dtype))
+        mel = _log_mel(encoder, clips, str(encoder.encoder.conv1.weight.device))
+        encoder.log_mel = lambda *_: mel
 
     def run() -> None:
         if tf32 is None:

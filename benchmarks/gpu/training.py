@@ -20,8 +20,10 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder
 from mome_dist.data.media import FPS, SAMPLE_RATE
+from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
+from mome_dist.llm.precision import dtype_of
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.paths import configs_dir
@@ -99,7 +101,7 @@ class Training:
             self._utterances,
             build_sequences(config),
             {stream: self._cached(stream) for stream in streams_of(config)},
-            config.data.accumulation,
+            Parts(),
             0,
             1,
             device,
@@ -122,13 +124,14 @@ class Training:
         """Encoding inside the step, as `mome_dist.training.setup` has it."""
         held = StepFeatures(ModalityDropout(0, 0, self.config.seed))
         self._builder.read_from({stream: held.reader(stream) for stream in encoders}, held.left_out)
-        clips = StepClips(self._builder.own(self._batch), streams_read(self._views), 0)
+        clips = StepClips(self._builder.own(self._batch, self._views), streams_read(self._views), 0)
         loader = _RandomClips(self.config.data.decode_threads)
         group = parallel_state.get_tensor_model_parallel_group()
         return OnlineEncoding(held, loader, encoders, lambda step: clips, MANY_STEPS, group, self._device)
 
     def step(self, number: int = 0) -> list[Timing]:
-        """One step as `mome_dist.training.loop` does it: what each of `PARTS` takes."""
+        """One step as `mome_dist.training.loop` does it, but for the encoders, which are timed by themselves and not
+        beside the passes of the step before: what each of `PARTS` takes."""
         watch = Stopwatch(self._device)
         if self._online is not None:
             self._online.load(number)
@@ -167,4 +170,7 @@ def training_of(sizes: Sizes, folder: Path, device: torch.device) -> Training:
     """Everything at once: MoME, and encoders in the step."""
     config = configuration(sizes, folder)
     model = build_model(config, True, device)
-    return Training(config, sizes, model, engine_of(config, model), random_encoders(config, device), device)
+    encoders = random_encoders(config, device)
+    for stream, encoder in encoders.items():
+        encoder.set_precision(dtype_of(getattr(config, f"{stream}_encoder").precision))
+    return Training(config, sizes, model, engine_of(config, model), encoders, device)

@@ -22,6 +22,7 @@ from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
 from mome_dist.llm.hugging_face import DeviceMap
+from mome_dist.llm.precision import dtype_of
 from mome_dist.speech.lora import LoRATerms, merge_lora
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
@@ -53,13 +54,19 @@ class LoadedRun:
     device: torch.device
 
     def encoders(self) -> dict[str, Encoder]:
-        """The encoders by stream, frozen, what was trained of them merged in: raw clips (float32 [samples] or uint8
-        [T, 96, 96]) to features [T, d]."""
+        """The encoders by stream, frozen, with what was trained of them: raw clips (float32 [samples] or uint8
+        [T, 96, 96]) to features [T, d].
+
+        LoRA is merged into fp32 weights. bf16 ones would be rounded once more than in training, so it stays beside
+        them.
+        """
         encoders = {stream: load_encoder(self.config, stream, self.device) for stream in streams_of(self.config)}
         if self.model.lora is not None:
             LoRATerms(encoders).load_state_dict(self.model.lora.state_dict())
-            for encoder in encoders.values():
-                merge_lora(encoder)
+            for stream, encoder in encoders.items():
+                if dtype_of(getattr(self.config, f"{stream}_encoder").precision) == torch.float32:
+                    merge_lora(encoder)
+                encoder.requires_grad_(False)
         return dict(encoders)
 
 

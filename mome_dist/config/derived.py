@@ -40,6 +40,12 @@ def streams_of(config: RunConfig) -> list[str]:
     return streams_read(views_of(config))
 
 
+def least_parts(config: RunConfig, layout: Layout) -> int:
+    """The fewest microbatches that a step has: as configured, or, where they follow from their tokens, one for each
+    pipeline stage, since fewer leave stages without work."""
+    return layout.pp if config.data.accumulation == "auto" else config.data.fixed_accumulation
+
+
 def lora_of(config: RunConfig) -> dict[str, LoRAConfig]:
     """The low-rank terms of a run's encoders by stream; none of an encoder that stays as it is."""
     terms = {"audio": config.audio_encoder.lora, "video": config.video_encoder.lora}

@@ -52,12 +52,14 @@ class LoRAConfig:
 class AudioEncoderConfig:
     path: str = ""
     padding: str = one_of("30s", "clip")
+    precision: str = one_of("fp32", "bf16", "auto")  # what a run saved before there was a choice; configs/ has auto
     lora: LoRAConfig | None = None
 
 
 @dataclass
 class VideoEncoderConfig:
     path: str = ""
+    precision: str = one_of("fp32", "bf16", "auto")  # as that of the audio encoder
     lora: LoRAConfig | None = None
 
 
@@ -115,11 +117,17 @@ class DataConfig:
     batch_size: int | None = 16
     max_frames: int | None = None
     bucket_batches: int = 16
-    accumulation: int = 1
+    accumulation: int | str = "auto"
+    microbatch_tokens: int | None = None
     max_damaged_utterances: int = 0
     features: str = one_of("cached", "online")
     decode_threads: int = 1
     features_dir: str | None = None
+
+    @property
+    def fixed_accumulation(self) -> int:
+        """Microbatches of a step: of each one, or with "auto" the least."""
+        return 1 if isinstance(self.accumulation, str) else self.accumulation
 
     def describe_batch(self) -> str:
         """What a global batch holds, in words."""

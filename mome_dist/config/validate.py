@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import layout_of, streams_of, views_of
+from mome_dist.config.derived import layout_of, least_parts, streams_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
@@ -90,7 +90,9 @@ def settled_order(config: RunConfig, utterances: Sequence[Utterance], layout: La
     order = order_of(utterances, data.batch_size, data.max_frames, data.bucket_batches, config.seed)
     epochs = config.training.epochs
     steps = config.training.steps if epochs is None else order.steps_of(epochs)
-    check_shares(order, steps, data.accumulation, layout.dp)
+    # As many of a pipeline's stages as there are utterances for can do: only the interleaved schedule wants all.
+    least = 1 if data.accumulation == "auto" and layout.virtual == 1 else least_parts(config, layout)
+    check_shares(order, steps, least, layout.dp)
     return order, steps
 
 
@@ -102,14 +104,14 @@ def validation_batches(config: RunConfig, utterances: Sequence[Utterance], layou
     Raises:
         UserError: if there are too few utterances for every rank to have one.
     """
-    data, unit = config.data, config.data.accumulation * layout.dp
+    data, unit = config.data, config.data.fixed_accumulation * layout.dp
     if config.training.validate_every == 0:
         return []
     lengths = [utterance.length for utterance in utterances[: data.validation_utterances]]
     if len(lengths) < unit:
         raise UserError(
             f"validation uses {len(lengths)} utterances of split {data.validation_split!r}, but {unit} = "
-            f"data.accumulation={data.accumulation} x {layout.dp} data-parallel ranks are needed: raise "
+            f"data.accumulation={data.fixed_accumulation} x {layout.dp} data-parallel ranks are needed: raise "
             "data.validation_utterances, lower data.accumulation, or set training.validate_every=0."
         )
     if data.batch_size is not None:
@@ -124,17 +126,17 @@ def validation_batches(config: RunConfig, utterances: Sequence[Utterance], layou
 
 
 def _check_batches(config: RunConfig, layout: Layout) -> None:
-    unit = config.data.accumulation * layout.dp
+    unit = config.data.fixed_accumulation * layout.dp
     if config.data.batch_size is not None and config.data.batch_size % unit:
         raise UserError(
             f"data.batch_size={config.data.batch_size} is not a multiple of {unit} = "
-            f"data.accumulation={config.data.accumulation} x {layout.dp} data-parallel ranks."
+            f"data.accumulation={config.data.fixed_accumulation} x {layout.dp} data-parallel ranks."
         )
-    microbatches = (config.task.views_per_step or len(views_of(config))) * config.data.accumulation
+    microbatches = least_parts(config, layout)
     if layout.virtual > 1 and microbatches % layout.pp:
         raise UserError(
             f"parallel.virtual={layout.virtual}: the interleaved schedule needs a multiple of parallel.pp={layout.pp} "
-            f"microbatches a step, but there are {microbatches} = views x data.accumulation={config.data.accumulation}."
+            f"microbatches a step, but data.accumulation={microbatches}: choose a multiple, or auto."
         )
 
 

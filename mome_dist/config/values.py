@@ -52,7 +52,8 @@ def _check_numbers(config: RunConfig) -> None:
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
         "data.max_frames": (config.data.max_frames, 1),
-        "data.accumulation": (config.data.accumulation, 1),
+        "data.accumulation": (config.data.fixed_accumulation, 1),
+        "data.microbatch_tokens": (config.data.microbatch_tokens, 1),
         "data.bucket_batches": (config.data.bucket_batches, 1),
         "data.max_damaged_utterances": (config.data.max_damaged_utterances, 0),
         "data.decode_threads": (config.data.decode_threads, 1),
@@ -79,6 +80,13 @@ def _check_numbers(config: RunConfig) -> None:
         raise UserError(
             f"data.batch_size={config.data.batch_size} and data.max_frames={config.data.max_frames}: a batch is either "
             "a number of utterances or a budget of video frames; set one of them and the other to null."
+        )
+    if isinstance(config.data.accumulation, str) and config.data.accumulation != "auto":
+        raise UserError(f"data.accumulation={config.data.accumulation!r}: give a number of microbatches, or auto.")
+    if config.data.accumulation != "auto" and config.data.microbatch_tokens is not None:
+        raise UserError(
+            f"data.microbatch_tokens={config.data.microbatch_tokens} cuts batches only with data.accumulation=auto, "
+            f"but that is {config.data.accumulation}: set one of them."
         )
     if config.mome.top_k > config.mome.routed_experts:
         raise UserError(

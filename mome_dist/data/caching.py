@@ -16,6 +16,7 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.training.plain_world import World
+from mome_dist.training.precision import settle_precision
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def cache_features(config: RunConfig, splits: Sequence[str] | None, world: World
     Raises:
         UserError: for a missing encoder, corpus or split, or crops of another geometry than the encoder expects.
     """
+    config = settle_precision(config, console)
     corpus = Corpus.open(config.data.corpus)
     names = list(dict.fromkeys(splits or (config.data.train_split, config.data.validation_split)))
     for name in names:

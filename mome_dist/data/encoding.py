@@ -14,6 +14,7 @@ from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
+from mome_dist.llm.precision import dtype_of
 from mome_dist.paths import cache_root
 from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.lora import attach_lora
@@ -27,15 +28,19 @@ Encoder = WhisperAudioEncoder | ClipEncoder
 def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Encoder:
     """The frozen encoder of a stream ("audio" or "video"), on a device, with LoRA at its initial values if it trains.
 
+    Its weights have the stream's precision, LoRA's are fp32.
+
     Raises:
         UserError: if its directory is missing or incomplete.
     """
     encoder: Encoder
     if stream == "audio":
         padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
-        encoder = WhisperAudioEncoder.from_pretrained(config.audio_encoder.path, padding=padding)
+        encoder = WhisperAudioEncoder.from_pretrained(
+            config.audio_encoder.path, padding, dtype_of(config.audio_encoder.precision)
+        )
     else:
-        encoder = load_video_encoder(config.video_encoder.path)
+        encoder = load_video_encoder(config.video_encoder.path, dtype_of(config.video_encoder.precision))
     if (lora := lora_of(config).get(stream)) is not None:
         attach_lora(encoder, lora.rank, lora.alpha, lora.targets, config.seed)
     return encoder.to(device)

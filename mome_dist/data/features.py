@@ -195,8 +195,10 @@ def _write_parts(
     pending: dict[str, NDArray[np.float16]] = {}
     damaged: dict[str, str] = {}
     for batch in batches:
-        for utterance, features in _encode_sound(encode, batch, damaged):
-            pending[utterance.id] = _array(to_float16(features, utterance.id, encoder_name))
+        sound = list(_encode_sound(encode, batch, damaged))
+        ids = [utterance.id for utterance, _ in sound]
+        rounded = to_float16([features for _, features in sound], ids, encoder_name)
+        pending |= {name: _array(features) for name, features in zip(ids, rounded, strict=True)}
         if sum(array.nbytes for array in pending.values()) >= PART_BYTES:
             _write_part(encoder_name, pending, directory)
             pending = {}
@@ -218,20 +220,33 @@ def _encode_sound(
         return [pair for utterance in batch for pair in _encode_sound(encode, [utterance], damaged)]
 
 
-def to_float16(features: Tensor, utterance_id: str, encoder_name: str) -> Tensor:
-    """Round the features of an utterance as a store does: float16 [frames, width], on their device.
+def to_float16(features: Sequence[Tensor], utterance_ids: Sequence[str], encoder_name: str) -> list[Tensor]:
+    """Round features that were encoded together as a store does: float16 [frames, width] each, on their device.
+
+    The host looks at the device once for all of them, and at each only to name one that is wrong.
 
     Raises:
-        UserError: they have another form, are not finite, or too large.
+        UserError: some have another form, are not finite, or too large; it names the first.
     """
-    values = features.detach().float()
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if values.ndim != 2 or not largest <= _FLOAT16_MAX:  # also false for NaN
-        raise UserError(
-            f"Encoder {encoder_name!r} gives {utterance_id!r} features of shape {list(values.shape)} and size "
-            f"{largest}; they must be [frames, width], finite and at most {_FLOAT16_MAX:.0f}. Check its weights."
-        )
-    return values.to(torch.float16)
+    if not features:
+        return []
+    width = features[0].shape[-1]
+    if all(each.ndim == 2 and each.shape[1] == width for each in features):
+        together = torch.cat([each.detach() for each in features])
+        if _largest(together) <= _FLOAT16_MAX:  # false for NaN, too
+            return list(together.to(torch.float16).split([len(each) for each in features]))
+    for name, each in zip(utterance_ids, features, strict=True):
+        largest = _largest(each.detach())
+        if each.ndim != 2 or each.shape[1] != width or not largest <= _FLOAT16_MAX:
+            raise UserError(
+                f"Encoder {encoder_name!r} gives {name!r} features of shape {list(each.shape)} and size {largest}; "
+                f"they must be [frames, width], finite and at most {_FLOAT16_MAX:.0f}. Check its weights."
+            )
+    raise AssertionError("one of them is wrong")
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _array(features: Tensor) -> NDArray[np.float16]:

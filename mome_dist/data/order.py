@@ -3,11 +3,11 @@
 Utterances come in epochs, each one permutation of the split drawn from (seed, epoch). A global batch holds either a
 fixed number of utterances (`BatchOrder`) or as many as a budget of video frames has room for (`FrameOrder`, the way of
 the speech literature: clips differ tenfold in length, so that a fixed number of them is a step of very uneven work).
-Both take pools of a few batches, sort each by length (less padding), and shuffle the batches. So the order is
-reshuffled every epoch, holds every utterance once an epoch, is the same for every number of ranks, and continues
-exactly from any step.
+Both take pools of a few batches, sort each by length (clips of a batch are then alike), and shuffle the batches. So the
+order is reshuffled every epoch, holds every utterance once an epoch, is the same for every number of ranks, and
+continues exactly from any step.
 
-The ranks and accumulation chunks of a step get parts of its batch from `share_of_rank`.
+The ranks and microbatches of a step get parts of its batch (`shares_of`, `mome_dist.data.parts`).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class BatchOrder:
     Attributes:
         lengths: of every utterance of the split, in any unit.
         batch_size: utterances a step, over all ranks.
-        pool: batches that are sorted by length together. More of them mean less padding; one means that a batch holds
-            all lengths, which a short training learns more from.
+        pool: batches that are sorted by length together. More of them mean clips of like lengths; one means that a
+            batch holds all lengths, which a short training learns more from.
         seed: of the run.
     """
 
@@ -107,7 +107,7 @@ class FrameOrder:
 
     Args:
         lengths: of every utterance of the split, in video frames, none longer than the budget.
-        max_frames: video frames a step, over all ranks; padding does not count.
+        max_frames: video frames a step, over all ranks.
         pool: batches that are sorted by length together.
         seed: of the run.
     """

@@ -47,9 +47,16 @@ class CausalAttention(nn.Module):
         for batch, (rows, length) in zip(batches, padding.shapes, strict=True):
             qkv_BGXSd = batch.view(rows, length, *batch.shape[1:]).permute(0, 2, 3, 1, 4)
             product = _eager if kernel == "eager" else _fused
-            output_BGQSd = product(qkv_BGXSd[:, :, :-2], qkv_BGXSd[:, :, -2], qkv_BGXSd[:, :, -1], self.scale)
+            query_BGQSd, key_BG1Sd, value_BG1Sd = _split(qkv_BGXSd)
+            output_BGQSd = product(query_BGQSd, key_BG1Sd.squeeze(2), value_BG1Sd.squeeze(2), self.scale)
             outputs.append(output_BGQSd.permute(0, 3, 1, 2, 4).reshape(rows * length, -1))
         return padding.strip(torch.cat(outputs), context.tokens)
+
+
+def _split(qkv_NGXd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, key and value along the third dimension; in the backward pass their gradients are joined once."""
+    query, key, value = qkv_NGXd.split([qkv_NGXd.shape[2] - 2, 1, 1], dim=2)
+    return query, key, value
 
 
 def _fused(query_BGQSd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, scale: float) -> Tensor:
@@ -74,8 +81,8 @@ def _flash(qkv_NGXd: Tensor, context: TokenContext, scale: float) -> Tensor:
     """Torch's flash attention over sequences of any lengths. It comes in two forms: torch 2.11 cannot share keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query_Nhd = qkv_NGXd[:, :, :-2].flatten(1, 2)
-    key_NGd, value_NGd = qkv_NGXd[:, :, -2], qkv_NGXd[:, :, -1]
+    query_NGQd, key_NG1d, value_NG1d = _split(qkv_NGXd)
+    query_Nhd, key_NGd, value_NGd = query_NGQd.flatten(1, 2), key_NG1d.squeeze(2), value_NG1d.squeeze(2)
     accepted = inspect.signature(varlen_attn).parameters
     shares_keys = "enable_gqa" in accepted
     if not shares_keys:

@@ -1,4 +1,4 @@
-"""The precision of frozen weights that suits a device."""
+"""The precision of frozen weights: what suits a device, and what the names stand for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import torch
 
 # Of `torch.cpu.get_capabilities`: products of bf16 on x86-64 (vectors, tiles) and on ARM.
 _BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type of frozen weights for "bf16" or "fp32"; "auto" is this process's own (`mome_dist.training.precision`
+    asks all)."""
+    precision = fast_precision() if precision == "auto" else precision
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def fast_precision() -> str:

@@ -67,6 +67,11 @@ class LLMShape:
         attention = 2 * self.hidden_size * self.head_size * (self.heads + self.kv_heads)
         return attention + 3 * self.hidden_size * self.ffn_size
 
+    @property
+    def attention_share(self) -> float:
+        """What looking at one more token costs a token, in products of its own with a layer's weights."""
+        return self.heads * self.head_size / self.layer_parameters
+
     def with_padded_heads(self, tp: int) -> LLMShape:
         """The shape with whole key-value groups added until ``tp`` divides them.
 

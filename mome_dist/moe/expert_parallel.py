@@ -127,22 +127,12 @@ class ExpertParallelMoME(MoE):
             routing = dispatch.routing
             assert routing is not None
             if load.counting:
-                load.put(self.place, self._counts(tokens))
+                load.put(self.place, tokens, self.num_experts, routing.experts_TK, dispatch.kept())
             if torch.is_grad_enabled():
                 output_TH = add_balance(
                     output_TH, routing, tokens.members_VN, load, self.place, self.balance_loss, self.z_loss
                 )
         return output_TH.view(hidden.shape)
-
-    @torch.no_grad()
-    def _counts(self, tokens: TokenContext) -> Tensor:
-        """fp32 [V, X] of the latest pass (see `mome_dist.moe.load`); whole numbers up to 2^24 are exact."""
-        dispatch = self.deepspeed_moe
-        assert dispatch.routing is not None
-        asked_VE = tokens.members_VN @ dispatch.routing.selected_TE().float()
-        kept_TE = dispatch.kept_TE()
-        dropped_VE = torch.zeros_like(asked_VE) if kept_TE is None else asked_VE - tokens.members_VN @ kept_TE.float()
-        return torch.cat([asked_VE, dropped_VE, tokens.sizes_V2.float()], dim=1)
 
     @property
     def router_bias(self) -> Tensor | None:

@@ -8,8 +8,10 @@ Source: MoME (arXiv 2510.04136); both linear maps have a bias.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,14 +85,8 @@ class _DenseExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, gates_TE: Tensor, *stacks: Tensor) -> Tensor:
-        dtype = hidden_TH.dtype
-        weights = [ExpertWeights(*(part.to(dtype) for part in stacks[i : i + 4])) for i in range(0, len(stacks), 4)]
-        down_NH = torch.cat([each.down_weight.flatten(0, 1) for each in weights])
-        down_bias_N = torch.cat([each.down_bias.flatten() for each in weights])
-        up_HM = torch.cat(
-            [each.up_weight.transpose(0, 1).flatten(1) for each in weights] + [each.up_bias.t() for each in weights],
-            dim=1,
-        )
+        weights = [ExpertWeights(*stacks[i : i + 4]) for i in range(0, len(stacks), 4)]
+        down_NH, down_bias_N, up_HM = _joined(weights, hidden_TH.dtype)
         units, experts = down_NH.shape[0], up_HM.shape[1] - down_NH.shape[0]
         narrow_TN = F.linear(hidden_TH, down_NH, down_bias_N)
         active_TN = F.gelu(narrow_TN)
@@ -129,6 +125,25 @@ class _DenseExperts(torch.autograd.Function):
             grad_gates_TE,
             *(part.to(dtype) for part, dtype in zip(stacks, ctx.types, strict=True)),
         )
+
+
+def _joined(stacks: Sequence[ExpertWeights], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """All experts as one wide one, in the products' precision: down-projection [N, H] and its bias [N], up-projection
+    [H, M] with the output biases as its last columns. Every part is cast and put in its place in one operation."""
+    experts = [stack.up_bias.shape[0] for stack in stacks]
+    units, hidden_size = stacks[0].down_weight.shape[1:]
+    count = sum(experts)
+    like = stacks[0].down_weight.new_empty(0, dtype=dtype)
+    down_XbH, bias_Xb = like.new_empty(count, units, hidden_size), like.new_empty(count, units)
+    up_HM = like.new_empty(hidden_size, count * (units + 1))
+    up_HXb, up_bias_HX = up_HM[:, : count * units].unflatten(1, (count, units)), up_HM[:, count * units :]
+    for stack, start, size in zip(stacks, itertools.accumulate([0, *experts]), experts, strict=False):
+        own = slice(start, start + size)
+        down_XbH[own].copy_(stack.down_weight)
+        bias_Xb[own].copy_(stack.down_bias)
+        up_HXb[:, own].copy_(stack.up_weight.transpose(0, 1))
+        up_bias_HX[:, own].copy_(stack.up_bias.t())
+    return down_XbH.flatten(0, 1), bias_Xb.flatten(), up_HM
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mome_dist.token_context import TokenContext
+
 
 class PassLoad:
     """Counts of one pass.
@@ -26,7 +28,9 @@ class PassLoad:
 
     def __init__(self, views: tuple[str, ...], group: dist.ProcessGroup | None, share: float = 1.0) -> None:
         self.views, self.group, self.share = views, group, share
-        self._put: dict[int, Tensor] = {}
+        self._put: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._tokens: TokenContext | None = None
+        self._experts = 0
         self._sum_LVX: Tensor | None = None
         self._work: dist.Work | None = None
 
@@ -35,17 +39,43 @@ class PassLoad:
         """Whether modules still count: a pass that is computed again, for its backward pass, was counted before."""
         return self._sum_LVX is None
 
-    def put(self, place: int, counts_VX: Tensor) -> None:
-        """Leave the counts of one module, [V, X] of any type that holds whole numbers."""
-        self._put[place] = counts_VX
+    def put(
+        self, place: int, tokens: TokenContext, experts: int, experts_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> None:
+        """Leave what one module did; nothing is computed yet.
 
+        Args:
+            place: of the module in its stage.
+            tokens: those of this rank, the same for all modules.
+            experts: E, the same for all modules.
+            experts_TK: int64 [T, K], the experts that each token asked for.
+            kept_TK: bool [T, K], whether they took it; None if nothing can be dropped.
+        """
+        self._tokens, self._experts = tokens, experts
+        self._put[place] = experts_TK, kept_TK
+
+    @torch.no_grad()
     def reduce(self) -> None:
-        """Begin to sum over the ranks, once all modules have counted; all ranks of the group call it."""
-        if self._put:
-            self._sum_LVX = torch.stack([self._put[place] for place in sorted(self._put)]).long()
-            self._put = {}
-            if self.group is not None and dist.get_world_size(self.group) > 1:
-                self._work = dist.all_reduce(self._sum_LVX, group=self.group, async_op=True)
+        """Count for all modules at once, and begin to sum over the ranks; all ranks of the group call it once all
+        modules have put."""
+        if not self._put:
+            return
+        assert self._tokens is not None
+        asked, kept = zip(*(self._put[place] for place in sorted(self._put)), strict=True)
+        self._put = {}
+        members_VT, experts_LTK = self._tokens.members_VN, torch.stack(asked)
+        ones_LTE = members_VT.new_zeros(*experts_LTK.shape[:2], self._experts)
+        # Sums of ones in fp32 are exact up to 2^24 tokens.
+        asked_LVE = members_VT @ ones_LTE.scatter(2, experts_LTK, 1.0)
+        if any(each is None for each in kept):
+            dropped_LVE = torch.zeros_like(asked_LVE)
+        else:
+            kept_LTK = torch.stack([each for each in kept if each is not None])
+            dropped_LVE = asked_LVE - members_VT @ ones_LTE.scatter(2, experts_LTK, kept_LTK.float())
+        sizes_LV2 = self._tokens.sizes_V2.expand(len(asked), -1, -1)
+        self._sum_LVX = torch.cat([asked_LVE.long(), dropped_LVE.long(), sizes_LV2], dim=2)
+        if self.group is not None and dist.get_world_size(self.group) > 1:
+            self._work = dist.all_reduce(self._sum_LVX, group=self.group, async_op=True)
 
     def all(self) -> Tensor:
         """int64 [L, V, X], over all ranks."""

@@ -1,18 +1,46 @@
 """MoME in one process: every expert is here, nothing travels, nothing is dropped.
 
-This is the form used to decode, to export, and to prove the parallel forms against.
+This is the form used to decode, to export, and to prove the parallel forms against. In eval mode and without gradients
+its weights are laid out once (`mome_dist.moe.packed`), and again as soon as any of them has changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
-from mome_dist.moe.router import Routing, route
+from mome_dist.moe.packed import PackedExperts
+from mome_dist.moe.router import Routing, choose_experts, route
+
+
+class _Pack:
+    """Packed experts, and which values of which tensors they were made from.
+
+    A tensor's version counter rises with every write in place (autograd itself relies on it), and its address is its
+    own as long as something holds its memory, as this object does. Tensors of inference mode count nothing: what is
+    made from them is never used again.
+    """
+
+    def __init__(self, experts: PackedExperts, sources: list[Tensor], dtype: torch.dtype) -> None:
+        self.experts, self._dtype = experts, dtype
+        self._held = [tensor.detach() for tensor in sources]
+        self._stamps = _stamps(sources)
+
+    def is_of(self, sources: list[Tensor], dtype: torch.dtype) -> bool:
+        """Whether packing again would give the same."""
+        return dtype == self._dtype and self._stamps is not None and self._stamps == _stamps(sources)
+
+
+def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
+    try:
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    except RuntimeError:  # inference mode
+        return None
 
 
 class LocalMoME(nn.Module):
@@ -27,7 +55,8 @@ class LocalMoME(nn.Module):
     Attributes:
         router_bias: fp32 [Nr], or None.
         observer: called with the `Routing` of every forward pass if set; used for activation statistics.
-        last_routing: routing of the latest forward pass, for losses; None before the first.
+        last_routing: routing of the latest forward pass, for losses; None before the first, and after one without
+            gradients in eval mode.
     """
 
     router_bias: Tensor | None
@@ -51,6 +80,7 @@ class LocalMoME(nn.Module):
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
         self.last_routing: Routing | None = None
+        self._pack: _Pack | None = None
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
@@ -61,14 +91,54 @@ class LocalMoME(nn.Module):
                 for expert, value in enumerate(parameter):
                     value.copy_(initial_value(f"{prefix}.{kind}.{expert}.{name}", tuple(value.shape), seed))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] in any float dtype -> [..., H] in the same dtype; arithmetic is fp32."""
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1]).float()
-        logits_TE = F.linear(hidden_TH, self.router_weight)
-        self.last_routing = routing = route(
-            logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias
-        )
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; frees the packed weights, in either mode."""
+        self._pack = None
+        return super().train(mode)
+
+    def forward(self, hidden: Tensor, base: Tensor | None = None) -> Tensor:
+        """MoME of hidden states, added to ``base`` if that is given.
+
+        Args:
+            hidden: [..., H] in any float dtype.
+            base: of the same shape and dtype.
+
+        Returns:
+            The same shape and dtype. Arithmetic is fp32 where gradients are wanted or the module is in train mode;
+            else the experts compute in the dtype of ``hidden`` and the router in fp32.
+        """
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        if not (self.training or torch.is_grad_enabled()):
+            base_TH = torch.zeros_like(hidden_TH) if base is None else base.reshape(hidden_TH.shape)
+            if self.last_routing is not None:
+                self.last_routing = None
+            packed = self._packed(hidden.dtype)
+            return packed.added_to(base_TH, hidden_TH, self._choose).view(hidden.shape)
+        hidden_TH = hidden_TH.float()
+        self.last_routing = routing = self._route(F.linear(hidden_TH, self.router_weight))
         if self.observer is not None:
             self.observer(routing)
         output_TH = dense_experts(hidden_TH, self.routed.weights(), routing.gates_TE(), self.shared)
-        return output_TH.to(hidden.dtype).view(hidden.shape)
+        output = output_TH.to(hidden.dtype).view(hidden.shape)
+        return output if base is None else base + output
+
+    def _route(self, logits_TE: Tensor) -> Routing:
+        return route(logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias)
+
+    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if self.observer is None:
+            return choose_experts(logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias)
+        routing = self._route(logits_TE)
+        self.observer(routing)
+        return routing.experts_TK, routing.gates_TK
+
+    def _packed(self, dtype: torch.dtype) -> PackedExperts:
+        """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for
+        every layer and token."""
+        sources: list[Any] = [*self._parameters.values()]
+        for stack in self._modules.values():
+            sources += stack._parameters.values() if stack is not None else ()
+        if self._pack is None or not self._pack.is_of(sources, dtype):
+            stacks = [self.routed.weights()] + ([self.shared.weights()] if self.shared is not None else [])
+            self._pack = _Pack(PackedExperts(self.router_weight, stacks, dtype), sources, dtype)
+        return self._pack.experts

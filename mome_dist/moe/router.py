@@ -82,3 +82,21 @@ def route(
     if valid_T is not None:
         gates_TK = gates_TK * valid_T[:, None]
     return Routing(experts_TK, gates_TK, probs_TE, logits_TE, valid_T)
+
+
+def choose_experts(
+    logits_TE: Tensor, top_k: int, renormalize: bool, *, score: str = "softmax", bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``experts_TK`` and ``gates_TK`` of `route` and nothing else: for passes that no loss and no statistic looks at.
+
+    Args:
+        logits_TE: fp32 [T, E]; all else as in `route`.
+    """
+    if bias_E is not None or (score == "softmax" and not renormalize):
+        routing = route(logits_TE, top_k, renormalize, score=score, bias_E=bias_E)
+        return routing.experts_TK, routing.gates_TK
+    best = logits_TE.topk(top_k, dim=-1)  # scores rise with logits
+    if not renormalize:
+        return best.indices, best.values.sigmoid()
+    strength_TK = best.values if score == "softmax" else F.logsigmoid(best.values)
+    return best.indices, strength_TK.softmax(dim=-1)

@@ -118,7 +118,7 @@ def _print(
 
 def _encoders(job: Job) -> str:
     told = [
-        f"{encoder.shape.name} ({encoder.shape.parameters / 1e6:.0f} million parameters, fp32"
+        f"{encoder.shape.name} ({encoder.shape.parameters / 1e6:.0f} million parameters, {encoder.precision}"
         + (", with LoRA)" if encoder.lora_parameters else ")")
         for encoder in job.encoders
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mome_dist.errors import UserError
 
+BYTES = {"bf16": 2, "fp32": 4}  # of a value, by precision
 # Shares of the published peaks that are counted on: of matrix products, of memory traffic, of links.
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.75
 INSIDE_LATENCY, BETWEEN_LATENCY = 10e-6, 25e-6  # seconds of a collective of nothing: NVLink or PCIe; a network
@@ -113,7 +114,7 @@ class Cluster:
 
     @property
     def fast_precision(self) -> str:
-        """What ``llm.precision=auto`` comes to."""
+        """What ``precision=auto`` of frozen models comes to."""
         return "bf16" if self.bf16_flops > self.fp32_flops else "fp32"
 
     def link(self, span: int) -> Link:

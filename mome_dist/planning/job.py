@@ -13,9 +13,9 @@ from mome_dist.config.schema import DataConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
+from mome_dist.planning.hardware import BYTES
 from mome_dist.speech.views import View
 
-BYTES = {"bf16": 2, "fp32": 4}
 FRAMES_PER_SECOND = {"audio": 50, "video": 25}
 
 
@@ -190,7 +190,7 @@ def job_of(
         clip: a typical utterance.
         widths: the encoders' feature widths by stream.
         on_gpu: where it will run; it settles ``llm.attention=auto``.
-        fast_precision: of the devices there; it settles ``llm.precision=auto``.
+        fast_precision: of the devices there; it settles ``precision=auto`` of all frozen models.
 
     Raises:
         UserError: if encoders work in every step, and nothing tells the sizes of one.
@@ -220,7 +220,7 @@ def job_of(
         views_per_step=min(config.task.views_per_step or len(views), len(views)),
         moments=2 if config.optimizer.name == "adamw" else 0,
         pad_heads=config.llm.pad_heads,
-        encoders=step_encoders(config, clip.seconds),
+        encoders=step_encoders(config, clip.seconds, fast_precision, on_gpu),
     )
 
 

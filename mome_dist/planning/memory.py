@@ -92,12 +92,14 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
     kept = activations + experts_kept + logits * FP32
     clips, own_clips = candidate.encoded(job)
     encoders = job.encoders if stage == 0 else ()
-    working = max(
+    beside = max((encoder.working_bytes(own_clips) for encoder in encoders if encoder.beside), default=0.0)
+    working = beside + max(
         logits * job.element_bytes,
         _layer_working(job, shape, candidate, tokens),
-        # Gradients are reduced, and clips encoded, when no activations are there: the peak only where few are kept.
+        # Gradients are reduced when no activations are there, and so are clips encoded that cannot be encoded beside
+        # the passes: the peak only where few are kept.
         gradients / 2 + bucket - kept,
-        *(encoder.working_bytes(own_clips) - kept for encoder in encoders),
+        *(encoder.working_bytes(own_clips) - kept for encoder in encoders if not encoder.beside),
     )
     return Memory(
         frozen=frozen_bytes(job, candidate, stage),
@@ -107,7 +109,8 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
         activations=activations,
         experts=experts_kept,
         logits=logits * FP32,
-        encoders=sum(FP32 * each.shape.parameters + each.feature_bytes(clips) for each in encoders),
+        # Encoders that work beside the passes hold the next step's features, too.
+        encoders=sum(each.weight_bytes + (1 + each.beside) * each.feature_bytes(clips) for each in encoders),
         working=working,
         runtime=runtime,
     )

@@ -9,6 +9,7 @@ counted from the code: how many bytes an operation on every value reads and writ
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 

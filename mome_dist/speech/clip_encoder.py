@@ -115,6 +115,19 @@ class ClipEncoder(nn.Module):
         self.train(False)
         return self
 
+    def set_precision(self, dtype: torch.dtype) -> Self:
+        """Cast the weights to a dtype.
+
+        Scales of BatchNorms, their statistics and those of features stay fp32 or better: torch applies them to pictures
+        of any precision, and they cost nothing.
+        """
+        self.to(_statistics(dtype))
+        for module in self.modules():
+            if not isinstance(module, nn.BatchNorm2d):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Switch mode as usual, except that a frozen encoder stays in eval mode."""
         return super().train(mode and not self.frozen)
@@ -153,8 +166,9 @@ class ClipEncoder(nn.Module):
             )
         top, left = (clip.shape[1] - crop) // 2, (clip.shape[2] - crop) // 2
         weight = self.transformer.layer_norm.weight
-        pixels = self.shrink(clip[:, top : top + crop, left : left + crop].to(weight.device, weight.dtype))
-        return (pixels / 255.0 - self.config.pixel_mean) / self.config.pixel_std
+        pixels = clip[:, top : top + crop, left : left + crop].to(weight.device, _statistics(weight.dtype))
+        # Rounded once, at the end: grey values near the mean would lose most of their digits in bf16.
+        return ((self.shrink(pixels) / 255.0 - self.config.pixel_mean) / self.config.pixel_std).to(weight.dtype)
 
     def save_pretrained(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write ``config.json`` (with ``extra`` entries beside the shape) and ``model.safetensors``."""
@@ -167,6 +181,9 @@ class ClipEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32, frozen: bool = True) -> Self:
         """Load what `save_pretrained` wrote, frozen unless asked otherwise.
+
+        Args:
+            dtype: of the weights, see `set_precision`.
 
         Raises:
             UserError: a file is missing, damaged or of another format.
@@ -184,7 +201,7 @@ class ClipEncoder(nn.Module):
             raise UserError(
                 f"{path}: key 'encoder' must have exactly the keys {sorted(known)}. Make the encoder again."
             )
-        encoder = cls(cls.shape(**shape)).to(dtype)
+        encoder = cls(cls.shape(**shape)).set_precision(dtype)
         weights = directory / WEIGHTS_FILE
         try:
             encoder.load_state_dict(load_file(weights))
@@ -255,6 +272,11 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """True where a padded batch holds content, bool [B, max T]."""
     lengths_B = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device) < lengths_B[:, None]
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics, beside weights of a dtype."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _hubert_config(shape: ClipShape) -> HubertConfig:

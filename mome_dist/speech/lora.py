@@ -4,6 +4,9 @@
 frozen one. Only A and B train. The frozen weights keep their names: an adapted encoder's state is the frozen state and,
 beside each adapted ``weight``, a ``lora_a`` and a ``lora_b``.
 
+A and B are fp32 and so are their gradients, which add up over the clips of a step; the term is multiplied in the
+precision of the frozen weights, as they are. In fp32 it would take a GPU longer than the layer that it is added to.
+
 Omni-AVSR (arXiv 2511.07253) adapts the query and value projections of AV-HuBERT so. `mome_dist.training.adaptation`
 trains the terms.
 """
@@ -43,9 +46,9 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., out] in the dtype of ``x``; the term is computed in its parameters' fp32."""
-        low = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + (self.scale * low).to(x.dtype)
+        """Map [..., in] to [..., out] in the dtype of ``x``, which is that of the frozen weights."""
+        low = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * low
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
@@ -40,7 +40,7 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
             mome.to(
                 first.device
             )  # the layers of an LLM that was spread over devices say where each MoME module belongs
-        added = first + mome(hidden.to(first.device))
+        added = mome(hidden.to(first.device), first)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
     targets[placement].register_forward_hook(add, with_kwargs=True)
@@ -154,6 +154,21 @@ class MoMESpeechLM(nn.Module):
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
         return torch.stack(losses).sum() / len(self._routings)
 
+    def _read_once(self, embedded_BSH: Tensor, mask_BS: Tensor, beams: int) -> DynamicCache:
+        """Keys and values of left-padded prefixes, read once and then repeated for the beams, without those of the
+        last token: `generate` reads what a cache lacks, and needs one token to go on from."""
+        cache = DynamicCache(config=self.llm.config)
+        self.llm.model(
+            inputs_embeds=embedded_BSH,
+            attention_mask=mask_BS,
+            position_ids=(mask_BS.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.crop(-1)
+        cache.batch_repeat_interleave(beams)
+        return cache
+
     @torch.no_grad()
     def generate(
         self,
@@ -201,9 +216,11 @@ class MoMESpeechLM(nn.Module):
             eos_token_id=eos,
             pad_token_id=eos,
         )
+        embedded_BSH = flat.view(embedded_BSH.shape)
         written = self.llm.generate(
-            inputs_embeds=flat.view(embedded_BSH.shape),
+            inputs_embeds=embedded_BSH,
             attention_mask=mask_BS,
+            past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if num_beams > 1 else None,
             generation_config=search,
             stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
         )

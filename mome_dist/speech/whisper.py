@@ -10,10 +10,13 @@ Two paddings are offered:
     the form Whisper was trained with. The default for real training.
 ``"clip"``
     every clip is padded to its own length rounded up to whole seconds, and clips of equal padded length share a batch.
-    On short clips this is about ten times cheaper; the features differ slightly, since silence no longer takes part in
-    attention.
+    On short clips this is several times cheaper; the features differ, since silence no longer takes part in attention.
 
-In both a clip's features depend on the clip alone, never on its neighbours in the batch.
+In both a clip's features depend on the clip alone, never on its neighbours in the batch. What the choice costs and
+changes on real speech is in ``benchmarks/results/encoder_padding.md``.
+
+In bf16 the weights, products and hidden states are bf16; the spectrogram is fp32 whatever the encoder's precision, and
+so are the statistics inside a LayerNorm.
 
 Any Whisper fits, English or multilingual, from tiny (80 mel bins, 384 wide) to large-v3 (128 mel bins, 1280 wide): its
 directory says the shape. Of the weights only the encoder's are read.
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,6 +38,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mome_dist.errors import UserError
+from mome_dist.speech.log_mel import LogMel
 from mome_dist.speech.matryoshka import audio_frames
 
 SAMPLE_RATE = 16_000
@@ -49,6 +53,7 @@ class WhisperAudioEncoder(nn.Module):
     Attributes:
         width: size of a feature vector.
         frames_per_second: 50.
+        log_mel: makes the spectrograms of clips, on their device.
         padding: ``"30s"`` or ``"clip"``, see the module's docstring.
         normalize: layer-normalise each waveform first (zero mean, unit variance), as the Llama-AVSR family does.
     """
@@ -66,7 +71,7 @@ class WhisperAudioEncoder(nn.Module):
         if padding not in ("30s", "clip"):
             raise UserError(f"padding={padding!r} is not a padding of the Whisper encoder: choose '30s' or 'clip'.")
         self.encoder = encoder
-        self.feature_extractor = feature_extractor
+        self.log_mel: Callable[[Sequence[Tensor], int], Tensor] = LogMel(feature_extractor)
         self.padding = padding
         self.normalize = normalize
         self.width = int(encoder.config.d_model)
@@ -82,6 +87,9 @@ class WhisperAudioEncoder(nn.Module):
         normalize: bool = False,
     ) -> WhisperAudioEncoder:
         """Load from a plain Hugging Face Whisper directory (``config.json``, ``model.safetensors``, ...).
+
+        Args:
+            dtype: of the weights, whatever the files have.
 
         Raises:
             UserError: a file is missing or the directory holds another kind of model.
@@ -114,6 +122,11 @@ class WhisperAudioEncoder(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What besides the weights decides the features (JSON values), for their fingerprint."""
         return {"kind": "whisper", "padding": self.padding, "normalize": self.normalize}
+
+    def set_precision(self, dtype: torch.dtype) -> WhisperAudioEncoder:
+        """Cast the weights to a dtype."""
+        self.encoder.to(dtype)
+        return self
 
     def train(self, mode: bool = True) -> WhisperAudioEncoder:
         """Stay in eval mode whatever ``mode`` says: a frozen encoder has no dropout and no layer drop."""
@@ -156,19 +169,13 @@ class WhisperAudioEncoder(nn.Module):
 
     def _encode(self, waveforms: Sequence[Tensor], seconds: int) -> Tensor:
         """Encode clips that share one padded length; returns [clips, 50 * seconds, width]."""
-        clips = [waveform.detach().float().cpu() for waveform in waveforms]
+        weight = self.encoder.conv1.weight
+        clips = [waveform.detach().to(weight.device, torch.float32) for waveform in waveforms]
         if self.normalize:
             clips = [F.layer_norm(clip, clip.shape) for clip in clips]
-        mel = self.feature_extractor(
-            [clip.numpy() for clip in clips],
-            sampling_rate=SAMPLE_RATE,
-            padding="max_length",
-            max_length=seconds * SAMPLE_RATE,
-            return_tensors="pt",
-        ).input_features
-        weight = self.encoder.conv1.weight
+        mel = self.log_mel(clips, seconds)
         # Whisper's own forward refuses anything but 30 s, so its parts are called one by one.
-        hidden = F.gelu(self.encoder.conv1(mel.to(weight.device, weight.dtype)))
+        hidden = F.gelu(self.encoder.conv1(mel.to(weight.dtype)))
         hidden = F.gelu(self.encoder.conv2(hidden)).transpose(1, 2)
         hidden = hidden + self.encoder.embed_positions.weight[: hidden.shape[1]]
         for layer in self.encoder.layers:

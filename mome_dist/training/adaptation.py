@@ -77,7 +77,8 @@ class Adaptation:
             if all(gradient is None for gradient in gradients):
                 continue
             encoded = self._encoders[stream]([clip.to(self._device) for clip in clips])
-            reached = [pair for pair in zip(encoded, gradients, strict=True) if pair[1] is not None]
+            # Gradients are fp32 whatever the encoder's precision.
+            reached = [(v, g.to(v.dtype)) for v, g in zip(encoded, gradients, strict=True) if g is not None]
             torch.autograd.backward([values for values, _ in reached], [gradient for _, gradient in reached])
         terms = [term for stream in self._leaves for term in self._encoders[stream].parameters() if term.requires_grad]
         for term in terms:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mome_dist.data.corpus import Utterance
-from mome_dist.data.order import share_of_rank
+from mome_dist.data.parts import Parts, Shares, Work, work_of_sequence
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
@@ -54,7 +54,8 @@ class BatchBuilder:
         utterances: of the split.
         sequences: lays out token sequences.
         features: encoder features by stream ("audio", "video") and utterance id; None on ranks that do not embed.
-        accumulation: parts that a global batch is cut into.
+        parts: how many microbatches a step has.
+        attention: share of attention in the work of a token, see `mome_dist.data.parts.work_of_sequence`.
         dp_rank, dp_size: of this rank.
         device: where the microbatches go.
         layout: whose sequence parallelism wants numbers of tokens that tp divides, and whose interleaved schedule wants
@@ -66,16 +67,18 @@ class BatchBuilder:
         utterances: Sequence[Utterance],
         sequences: SequenceBuilder,
         features: dict[str, FeatureReader] | None,
-        accumulation: int,
+        parts: Parts,
         dp_rank: int,
         dp_size: int,
         device: torch.device,
         layout: Layout,
+        attention: float = 0.0,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
         self._left_out: LeftOut | None = None
-        self._accumulation, self._dp_rank, self._dp_size = accumulation, dp_rank, dp_size
-        self._device, self._layout = device, layout
+        self._parts, self._dp_rank, self._dp_size = parts, dp_rank, dp_size
+        self._device, self._layout, self._attention = device, layout, attention
+        self._overhead = lru_cache(maxsize=None)(sequences.overhead)
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
 
     def read_from(self, features: dict[str, FeatureReader], left_out: LeftOut) -> None:
@@ -84,7 +87,7 @@ class BatchBuilder:
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
-        parts = self._parts(batch, self._dp_rank)
+        parts = self._share(batch, views, self._dp_rank)
         laid_out = [[(view, self._examples(part, view)) for view in views] for part in parts]
         multiple = token_multiple(self._layout)
         least = max(map(input_tokens, laid_out)) if self._layout.virtual > 1 else 0
@@ -97,24 +100,42 @@ class BatchBuilder:
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
         return Step(microbatches, list(views), labels)
 
-    def own(self, batch: Sequence[int]) -> list[Utterance]:
+    def own(self, batch: Sequence[int], views: Sequence[View]) -> list[Utterance]:
         """This rank's utterances of a global batch."""
-        return [utterance for part in self._parts(batch, self._dp_rank) for utterance in part]
+        return [utterance for part in self._share(batch, views, self._dp_rank) for utterance in part]
 
     def ids(self, batch: Sequence[int]) -> list[str]:
         """Names of the utterances of a batch."""
         return [self._utterances[i].id for i in batch]
 
-    def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
-        """Tokens of a microbatch of the first data-parallel rank, in the mean; the same on all ranks."""
-        parts = self._parts(batch, 0)
-        return sum(input_tokens([(view, self._examples(part, view)) for view in views]) for part in parts) // len(parts)
+    def work(self, batch: Sequence[int], views: Sequence[View]) -> Work:
+        """The work of a step on all ranks."""
+        frames = {i: self._utterances[i].length for i in batch}
+        lengths = {i: self._lengths(i, views) for i in batch}
+        tokens = {i: sum(each) for i, each in lengths.items()}
+        return Work.of(self._shares(batch, views), frames, tokens, {i: self._work(each) for i, each in lengths.items()})
 
-    def _parts(self, batch: Sequence[int], dp_rank: int) -> list[list[Utterance]]:
+    def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
+        """Tokens of a microbatch of a rank, in the mean; the same on all ranks."""
+        work = self.work(batch, views)
+        return work.tokens // (work.microbatches * self._dp_size)
+
+    def _shares(self, batch: Sequence[int], views: Sequence[View]) -> Shares:
+        lengths = [self._lengths(i, views) for i in batch]
+        return self._parts.shares(batch, [sum(each) for each in lengths], list(map(self._work, lengths)), self._dp_size)
+
+    def _share(self, batch: Sequence[int], views: Sequence[View], dp_rank: int) -> list[list[Utterance]]:
         """A rank's utterances of a global batch, by microbatch."""
-        lengths = [self._utterances[i].length for i in batch]
-        shares = share_of_rank(batch, lengths, self._accumulation, dp_rank, self._dp_size)
-        return [[self._utterances[i] for i in part] for part in shares]
+        return [[self._utterances[i] for i in part[dp_rank]] for part in self._shares(batch, views)]
+
+    def _lengths(self, index: int, views: Sequence[View]) -> list[int]:
+        """Input tokens of an utterance in each view."""
+        utterance = self._utterances[index]
+        text = self._label_length(utterance.text) - 1  # the last label is no input
+        return [self._overhead(view) + sum(speech_lengths(utterance, view)) + text for view in views]
+
+    def _work(self, lengths: Sequence[int]) -> int:
+        return sum(work_of_sequence(length, self._attention) for length in lengths)
 
     def _examples(self, utterances: Sequence[Utterance], view: View) -> list[Example]:
         return [self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances]

@@ -48,16 +48,15 @@ class Ledger:
         self._trainable_at_start = {name: checksum(part.value) for name, part in self._trainable.items()}
 
     def after_step(self) -> None:
-        """Note which experts were used, before the loads of the step are forgotten; at the last watched step, check
-        gradients and movement."""
+        """Note which experts were used, while their load is there; at the last watched step, check gradients and
+        movement."""
         self._steps += 1
         if self._steps > self._watched_steps:
             return
         for chunk in self._model.parts():
-            if chunk.statistics.step_load_LE is not None:
-                used_LE = (chunk.statistics.step_load_LE > 0).long()
-                for number, used_E in zip(chunk.momes, used_LE, strict=True):
-                    self._visits[number] = used_E + self._visits.get(number, 0)
+            load_LE = chunk.statistics.step_load_LE
+            for number, used_E in zip(chunk.momes, () if load_LE is None else load_LE > 0, strict=True):
+                self._visits[number] = used_E + self._visits.get(number, torch.zeros_like(used_E, dtype=torch.int64))
         if self._steps == self._watched_steps:
             self._check_training()
 

@@ -123,6 +123,8 @@ def _run(
             building = time.monotonic()
             step = trainer.batches["train"].build(batch, step_views)
             waited += time.monotonic() - building
+            if trainer.online is not None:
+                trainer.online.load_ahead(number + 1)
             report("forward and backward", number)
             with trainer.engine.accumulate():
                 result = forward_backward(trainer.model, step)

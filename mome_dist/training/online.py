@@ -6,6 +6,9 @@ once for all views of the step; the features then travel to the others, so that 
 to float16 as cached ones are: without augmentation, a clip has the features of the cache wherever the encoder sees it
 in a batch of the same shape.
 
+On a GPU, frozen encoders work a step ahead, beside the passes of the current one (`mome_dist.training.ahead`): the same
+clips in the same batches, so the same bits. On a CPU both would share the same cores.
+
 Of encoders with LoRA, `mome_dist.training.adaptation` takes the gradients of the features on into A and B.
 
 What happens to a clip is a pure function of (seed, utterance id, epoch), whatever the layout, and after a resume.
@@ -13,8 +16,12 @@ What happens to a clip is a pure function of (seed, utterance id, epoch), whatev
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +37,7 @@ from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.views import View
 from mome_dist.training.adaptation import Adaptation, StreamFeatures
+from mome_dist.training.ahead import Ahead
 from mome_dist.training.batches import FeatureReader
 from mome_dist.training.noise_log import NoiseLog
 
@@ -49,6 +57,21 @@ class StepClips:
     utterances: Sequence[Utterance]
     streams: Sequence[str]
     draw: int
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this rank has encoded of a step.
+
+    Attributes:
+        features: by stream and utterance id, float16.
+        noise: that its clips are heard in.
+        waited: seconds that clips had to be waited for.
+    """
+
+    features: StreamFeatures
+    noise: Sequence[Mapping[str, Any]]
+    waited: float
 
 
 class StepFeatures:
@@ -90,6 +113,8 @@ class OnlineEncoding:
         device: of the encoders.
         adaptation: trains their LoRA; None leaves the encoders as they are.
         noise_log: of the noise that clips are heard in; None keeps none.
+        ahead: whether the next step is encoded beside the current one, and not when it is loaded. Encoders that train
+            cannot work ahead.
     """
 
     def __init__(
@@ -103,17 +128,21 @@ class OnlineEncoding:
         device: torch.device,
         adaptation: Adaptation | None = None,
         noise_log: NoiseLog | None = None,
+        ahead: bool = False,
     ) -> None:
+        assert adaptation is None or not ahead, "the next step's encoder is not there before this step's update"
         self._held, self._loader, self._encoders, self._plan = held, loader, encoders, plan
         self._steps, self._group, self._device = steps, group, device
         self._adaptation, self._noise_log = adaptation, noise_log
+        self._ahead = Ahead[_Share](device) if ahead else None
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     def load(self, step: int) -> float:
         """Make the features of a step and begin to read the clips of the next one; every rank of the world calls it.
 
         Returns:
-            The seconds that clips had to be waited for.
+            The seconds that clips had to be waited for, or that the encoders had to be waited for where they work
+            ahead.
 
         Raises:
             UserError: on all ranks, if a clip cannot be read on one of them, or an encoder gives values that float16
@@ -126,7 +155,10 @@ class OnlineEncoding:
             if self._adaptation is not None:
                 self._adaptation.begin()
             try:
-                waited, encoded = self._encoded(clips, step)
+                share = self._taken(clips, step)
+                waited, encoded = share.waited, share.features
+                if self._noise_log is not None:
+                    self._noise_log.step(step + 1, share.noise)
             except UserError as problem:
                 error = problem
         # Before anything that other ranks would wait for.
@@ -138,6 +170,12 @@ class OnlineEncoding:
                 encoded = self._adaptation.watch(encoded)
             self._held.hold(encoded, clips.draw)
         return waited
+
+    def load_ahead(self, step: int) -> None:
+        """Begin to make the features of the next step; called when the features of the current one have been read, and
+        before its passes. Does nothing where encoders do not work ahead."""
+        if self._ahead is not None and self._encoders and step < self._steps:
+            self._ahead.begin(step, self._work(self._plan(step), step))
 
     def backward(self) -> None:
         """After the backward passes of a step: go on into the LoRA of the encoders, where they train."""
@@ -155,14 +193,22 @@ class OnlineEncoding:
         rank, reason = next((rank, reason) for rank, reason in enumerate(found) if reason is not None)
         raise error or UserError(f"rank {rank}: {reason}")
 
-    def _encoded(self, clips: StepClips, step: int) -> tuple[float, dict[str, dict[str, Tensor]]]:
-        """Seconds of waiting, and the features of this rank's share, by stream and utterance id."""
-        wanted = self._wanted(clips)
+    def _taken(self, clips: StepClips, step: int) -> _Share:
+        """This rank's share of a step: encoded ahead, or now."""
+        if self._ahead is None:
+            return self._work(clips, step)()
+        began = time.monotonic()
+        share = self._ahead.take(step, self._work(clips, step))
+        return dataclasses.replace(share, waited=time.monotonic() - began)
+
+    def _work(self, clips: StepClips, step: int) -> Callable[[], _Share]:
+        """What encodes this rank's share of a step, on any thread; plans are made here, on the caller's."""
+        following = self._wanted(self._plan(step + 1)) if step + 1 < self._steps else []
+        return functools.partial(self._encoded, clips, self._wanted(clips), following)
+
+    def _encoded(self, clips: StepClips, wanted: Sequence[Wanted], following: Sequence[Wanted]) -> _Share:
         taken, waited = self._loader.take(wanted)
-        if step + 1 < self._steps:
-            self._loader.start(self._wanted(self._plan(step + 1)))
-        if self._noise_log is not None:
-            self._noise_log.step(step + 1, [clip.noise for clip in taken if clip.noise is not None])
+        self._loader.start(following)
         raw = {(stream, utterance.id): clip.samples for (stream, utterance, _), clip in zip(wanted, taken, strict=True)}
         features = {}
         for stream in clips.streams:
@@ -170,11 +216,14 @@ class OnlineEncoding:
             # Some transforms give views with negative strides, which torch does not take.
             own = [torch.from_numpy(np.ascontiguousarray(raw[stream, utterance.id])) for utterance in share]
             features[stream] = self._encode(stream, share, own)
-        return waited, features
+        noise = [clip.noise for clip in taken if clip.noise is not None]
+        return _Share(features, noise, waited)
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading and encoding ahead."""
         self._loader.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _wanted(self, clips: StepClips) -> list[Wanted]:
         return [
@@ -192,15 +241,16 @@ class OnlineEncoding:
     @torch.no_grad()
     def _encode(self, stream: str, utterances: Sequence[Utterance], clips: Sequence[Tensor]) -> dict[str, Tensor]:
         """Features of clips by utterance id, float16 [T, width]."""
-        encoder, features = self._encoders[stream], {}
+        encoder, features = self._encoders[stream], dict[str, Tensor]()
         for first in range(0, len(clips), CLIPS_TOGETHER):
             together = slice(first, first + CLIPS_TOGETHER)
             if self._adaptation is not None:
                 self._adaptation.keep(stream, [utterance.id for utterance in utterances[together]], clips[together])
             encoded = encoder([clip.to(self._device) for clip in clips[together]])
-            for utterance, each in zip(utterances[together], encoded, strict=True):
-                assert len(each) == _rows(utterance, stream), "an encoder's frames follow from the clip's length"
-                features[utterance.id] = to_float16(each, utterance.id, f"{stream} encoder")
+            rows = [_rows(utterance, stream) for utterance in utterances[together]]
+            assert [len(each) for each in encoded] == rows, "an encoder's frames follow from the clip's length"
+            ids = [utterance.id for utterance in utterances[together]]
+            features |= dict(zip(ids, to_float16(encoded, ids, f"{stream} encoder"), strict=True))
         return features
 
     def _exchange(

@@ -1,4 +1,4 @@
-"""Settle ``llm.precision=auto`` for a run."""
+"""Settle ``precision=auto`` of a run's frozen models."""
 
 from __future__ import annotations
 
@@ -13,31 +13,53 @@ from mome_dist.config import RunConfig
 from mome_dist.config.load import load_saved_config
 from mome_dist.llm.precision import fast_precision
 
+FROZEN = ("llm", "audio_encoder", "video_encoder")  # sections of the configuration
+
+Precisions = dict[str, str]
+"""By section."""
+
 
 def settle_precision(config: RunConfig, console: Console) -> RunConfig:
-    """The configuration with a precision that all ranks agree on; every rank of the world calls it.
+    """The configuration with precisions that all ranks agree on; every rank of the world calls it, if there is one.
 
-    A run that is resumed keeps the one it began with, whatever machine it goes on: its losses depend on it.
+    A run that is resumed keeps those that it began with, whatever machine it goes on: its losses depend on them.
     """
-    if config.llm.precision != "auto":
+    open_ones = [section for section, precision in _precisions(config).items() if precision == "auto"]
+    if not open_ones:
         return config
-    begun = _begun_with(config) if dist.get_rank() == 0 else None
-    found: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(found, (fast_precision(), begun))
+    alone = not dist.is_initialized()
+    begun = _begun_with(config) if alone or dist.get_rank() == 0 else {}
+    found = [(fast_precision(), begun)]
+    if not alone:
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, found[0])
     begun, slow = found[0][1], [rank for rank, (fast, _) in enumerate(found) if fast == "fp32"]
-    if begun is not None:
-        precision, reason = begun, "as this run began"
-    elif slow:
-        precision, reason = "fp32", f"the device of rank {slow[0]} has no bf16 products in hardware"
-    else:
-        precision, reason = "bf16", "in hardware on every rank's device"
-    console.print(f"llm.precision=auto: {precision}, {reason}", highlight=False)
-    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, precision=precision))
+    settled: Precisions = {}
+    reasons: dict[str, list[str]] = {}
+    for section in open_ones:
+        if begun.get(section, "auto") != "auto":
+            settled[section], reason = begun[section], "as this run began"
+        elif slow:
+            settled[section], reason = "fp32", f"the device of rank {slow[0]} has no bf16 products in hardware"
+        else:
+            settled[section], reason = "bf16", "in hardware on every rank's device"
+        reasons.setdefault(f"{settled[section]}, {reason}", []).append(f"{section}.precision=auto")
+    for outcome, keys in reasons.items():
+        console.print(f"{' '.join(keys)}: {outcome}", highlight=False)
+    sections = {
+        section: dataclasses.replace(getattr(config, section), precision=precision)
+        for section, precision in settled.items()
+    }
+    return dataclasses.replace(config, **sections)
 
 
-def _begun_with(config: RunConfig) -> str | None:
-    """The precision of the run that this one continues; None for a new run."""
+def _precisions(config: RunConfig) -> Precisions:
+    return {section: getattr(config, section).precision for section in FROZEN}
+
+
+def _begun_with(config: RunConfig) -> Precisions:
+    """Those of the run that this one continues; none for a new run."""
     file = Path(config.output_dir) / CONFIG
     if not config.training.resume or newest_checkpoint(config.output_dir) is None or not file.is_file():
-        return None
-    return load_saved_config(file).llm.precision
+        return {}
+    return _precisions(load_saved_config(file))

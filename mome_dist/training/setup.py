@@ -35,9 +35,9 @@ from mome_dist.config.validate import settled_order, validation_batches
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
 from mome_dist.data.encoding import Encoder, load_encoder, split_features
-from mome_dist.data.evenness import describe_epoch
 from mome_dist.data.features import FeatureStore
 from mome_dist.data.order import Order
+from mome_dist.data.parts import Work
 from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.errors import UserError
@@ -57,6 +57,7 @@ from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
 from mome_dist.training.engine import Engine, check_settings
+from mome_dist.training.microbatches import settle_parts
 from mome_dist.training.noise_log import NoiseLog
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 
@@ -120,25 +121,28 @@ def prepare(
         for purpose, split in splits.items()
     }
     sequences = build_sequences(config)
+    order, steps = settled_order(config, utterances["train"], layout)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+    shape = LLMShape.from_directory(config.llm.path)
+    parts = settle_parts(config, layout, shape, widths, utterances["train"], device, console)
     batches = {
         purpose: BatchBuilder(
             utterances[purpose],
             sequences,
             found.readers[purpose] if at.pp == 0 else None,
-            config.data.accumulation,
+            parts,
             at.dp,
             layout.dp,
             device,
             layout,
+            shape.attention_share,
         )
         for purpose in splits
     }
-    order, steps = settled_order(config, utterances["train"], layout)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
     validation = validation_batches(config, utterances["validation"], layout)
-    console.print(describe_epoch(order, DESCRIBED_STEPS, config.data.accumulation, layout.dp), highlight=False)
+    console.print(_describe_epoch(order, batches["train"], config, layout), highlight=False)
     tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
-    dispatch = settle_dispatch(config, layout, LLMShape.from_directory(config.llm.path), tokens, device, console)
+    dispatch = settle_dispatch(config, layout, shape, tokens, device, console)
     report("building the model", patient=True)
     frozen = _fingerprints(config)
     slice_cache, lora = _slice_cache(config, frozen["llm"]), LoRATerms.of(found.encoders)
@@ -184,6 +188,14 @@ def prepare(
         validation_online,
         found.encoders,
     )
+
+
+def _describe_epoch(order: Order, builder: BatchBuilder, config: RunConfig, layout: Layout) -> str:
+    """How long an epoch is, and how even the work of its first steps."""
+    views, steps, work = views_of(config), order.steps_of(1), Work()
+    for step in range(min(DESCRIBED_STEPS, steps)):
+        work += builder.work(order.batch(step), views_of_step(views, config.task.views_per_step, step, config.seed))
+    return work.describe(steps, layout.dp)
 
 
 def _of_first_rank(value: list[str]) -> list[str]:
@@ -303,7 +315,7 @@ def _online(
     def plan(step: int) -> StepClips:
         step_views = views_of_step(views, config.task.views_per_step, step, config.seed)
         epoch = order.utterances_before(step) // len(order.lengths)
-        return StepClips(builder.own(order.batch(step)), streams_read(step_views), epoch)
+        return StepClips(builder.own(order.batch(step), step_views), streams_read(step_views), epoch)
 
     dropout = config.augmentation.modality_dropout
     held = StepFeatures(ModalityDropout(dropout.audio, dropout.video, config.seed))
@@ -315,7 +327,10 @@ def _online(
     adaptation = Adaptation(encoders, group, device) if lora_of(config) else None
     logged = augmentation.noise is not None and config.augmentation.noise.log
     noise_log = NoiseLog(Path(config.output_dir), start) if logged else None
-    return OnlineEncoding(held, loader, encoders, plan, config.training.steps, group, device, adaptation, noise_log)
+    # A GPU encodes beside the passes of the step before, which takes encoders that no step changes.
+    ahead = bool(encoders) and adaptation is None and device.type == "cuda"
+    steps = config.training.steps
+    return OnlineEncoding(held, loader, encoders, plan, steps, group, device, adaptation, noise_log, ahead)
 
 
 def _validation_online(
@@ -331,7 +346,7 @@ def _validation_online(
     encoders = {stream: encoder for stream, encoder in found.encoders.items() if stream in lora_of(config)}
 
     def plan(number: int) -> StepClips:
-        return StepClips(builder.own(validation[number]), list(encoders), 0)
+        return StepClips(builder.own(validation[number], views_of(config)), list(encoders), 0)
 
     held = StepFeatures(ModalityDropout(0, 0, config.seed))
     if encoders:

@@ -53,7 +53,7 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
     cluster = cluster_of(options) if options.gpu or options.measured else None
     job = job_of_options(options, config, cluster or cluster_of_gpus("h100", 1, options.nproc))
     own = Trial(deepspeed.acts, {}, True)
-    picked = [own, *hand_picked(config.data.accumulation)]
+    picked = [own, *hand_picked(config.data.fixed_accumulation)]
     picked += read_trials(options.trials) if options.trials else []
     with stages(console, "measuring"):
 

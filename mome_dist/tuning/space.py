@@ -119,7 +119,7 @@ def neighbours(
     for changed in settings:
         yield Trial(_merged(best.deepspeed, changed), best.overrides)
     layout = layout_of(config, world)
-    accumulations = [n for n in job.accumulations(layout.dp) if n <= 8 * config.data.accumulation]
+    accumulations = [n for n in job.accumulations(layout.dp) if n <= 8 * config.data.fixed_accumulation]
     axes: dict[str, list[Any]] = {
         "data.accumulation": accumulations,
         "parallel.ep": [ep for ep in divisors(layout.dp) if config.mome.routed_experts % ep == 0],
@@ -169,13 +169,13 @@ def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cl
         return str(error)
     if config.mome.routed_experts % layout.ep:
         return f"parallel.ep={layout.ep} does not divide mome.routed_experts={config.mome.routed_experts}"
-    chunks = config.data.accumulation * layout.dp
+    chunks = config.data.fixed_accumulation * layout.dp
     if job.batch_size < chunks or (job.fixed_batch and job.batch_size % chunks):
         return f"a batch of {config.data.describe_batch()} cannot be cut that often"
     if cluster is None:
         return None
     dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)
-    candidate = Candidate(layout, min(trial.stage, 2), dispatch, config.data.accumulation)
+    candidate = Candidate(layout, min(trial.stage, 2), dispatch, config.data.fixed_accumulation)
     need = max(memory(job, candidate, stage, cluster.runtime).total for stage in range(layout.pp))
     if need > cluster.memory:
         return f"would need {need / 1e9:.1f} GB of {cluster.memory / 1e9:.1f} GB"

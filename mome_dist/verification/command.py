@@ -94,7 +94,7 @@ def _row(verdict: Verdict, config: RunConfig) -> list[str]:
     mismatch = verdict.worst
     if mismatch is None:
         return [*head, *errors, "[green]equal"]
-    return [*head, *errors, f"[red]{explain(mismatch.ratio, case.layout, config.data.accumulation)}"]
+    return [*head, *errors, f"[red]{explain(mismatch.ratio, case.layout, _microbatches(config))}"]
 
 
 def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
@@ -102,7 +102,11 @@ def _explain(verdict: Verdict, config: RunConfig, console: Console) -> None:
     if verdict.failure:
         console.print(f"  {verdict.failure}", highlight=False, markup=False)
     for mismatch in verdict.comparison.mismatches[:5] if verdict.comparison else ():
-        ratio = explain(mismatch.ratio, verdict.case.layout, config.data.accumulation)
+        ratio = explain(mismatch.ratio, verdict.case.layout, _microbatches(config))
         console.print(
             f"  {mismatch.what} {mismatch.name}: {mismatch.error:.1e} off, ratio {ratio}", highlight=False, markup=False
         )
+
+
+def _microbatches(config: RunConfig) -> int:
+    return config.data.fixed_accumulation

@@ -63,7 +63,7 @@ class Probe:
         size = typical_batch(self.config.data)
         batch = list(range(number * size, (number + 1) * size))
         frames = [_frames(i, "video") for i in batch]
-        chunks = share_of_rank(batch, frames, self.config.data.accumulation, dp_rank, layout.dp)
+        chunks = share_of_rank(batch, frames, self.config.data.fixed_accumulation, dp_rank, layout.dp)
         least = max(input_tokens(self._laid_out(chunk)) for chunk in chunks) if layout.virtual > 1 else 0
         microbatches = [self.microbatch(chunk, token_multiple(layout), least) for chunk in chunks]
         return Step(microbatches, self.views, sum(len(_text(i, self._vocabulary)) + 1 for i in batch))

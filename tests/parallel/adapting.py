@@ -18,6 +18,8 @@ from mome_dist.config.validate import settled_order
 from mome_dist.data import encoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder, load_encoder
+from mome_dist.data.parts import Parts
+from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.lora import LoRATerms, attach_lora, lora_layers
@@ -98,11 +100,22 @@ def adapt_in_one_graph(overrides: Sequence[str], cache: Path, steps: int, clips_
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     stepper = make_optimizer([{"params": list(named.values())}], config.optimizer)
     utterances, layout = corpus.split("train"), Layout.for_world(1)
+    shape = LLMShape.from_directory(config.llm.path)
     order, _ = settled_order(config, utterances, layout)
-    builder = BatchBuilder(utterances, build_sequences(config), None, config.data.accumulation, 0, 1, CPU, layout)
+    builder = BatchBuilder(
+        utterances,
+        build_sequences(config),
+        None,
+        Parts(config.data.fixed_accumulation),
+        0,
+        1,
+        CPU,
+        layout,
+        shape.attention_share,
+    )
     for number in range(steps):
         batch = order.batch(number)
-        own = builder.own(batch)
+        own = builder.own(batch, views)
         features = {
             stream: _encoded(stream, encoder, corpus, own, clips_together) for stream, encoder in encoders.items()
         }

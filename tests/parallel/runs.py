@@ -16,6 +16,8 @@ from mome_dist.config import load_config, validate
 from mome_dist.config.derived import streams_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
+from mome_dist.data.parts import Parts
+from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.video_encoder import VideoEncoder
@@ -51,7 +53,7 @@ class Lab:
             f"experiment={self.experiment}",
             f"data.corpus={self.corpus}",
             f"llm.path={self.llm}",
-            "llm.precision=fp32",
+            *(f"{frozen}.precision=fp32" for frozen in ("llm", "audio_encoder", "video_encoder")),
             f"video_encoder.path={self.video_encoder}",
             f"audio_encoder.path={asset_dir('whisper-tiny.en')}",
             f"output_dir={output}",
@@ -94,7 +96,8 @@ def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:
             run.config, corpus, "validation", stream, encoder, 0, 1, lambda: None, list
         ).get
     utterances, layout = corpus.split("validation"), Layout.for_world(1)
-    builder = BatchBuilder(utterances, run.sequences, features, 1, dp_rank, dp_size, run.device, layout)
+    share = LLMShape.from_directory(run.config.llm.path).attention_share  # ranks get what they get in training
+    builder = BatchBuilder(utterances, run.sequences, features, Parts(), dp_rank, dp_size, run.device, layout, share)
     return builder.build(range(len(utterances)), run.views)
 
 

@@ -20,6 +20,7 @@ from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.config import RunConfig, load_config, validate
 from mome_dist.data.corpus import Corpus
+from mome_dist.data.parts import Parts
 from mome_dist.parallel.layout import Layout
 from mome_dist.training import loop
 from mome_dist.training.batches import BatchBuilder
@@ -186,7 +187,7 @@ def _validation(run: LoadedRun) -> dict[str, float]:
         clips = run.encoders()["video"]([torch.from_numpy(corpus.video(each)) for each in utterances])
         features = {each.id: clip.half() for each, clip in zip(utterances, clips, strict=True)}
         readers = {"video": features.__getitem__}
-        builder = BatchBuilder(utterances, run.sequences, readers, 1, 0, 1, run.device, Layout.for_world(1))
+        builder = BatchBuilder(utterances, run.sequences, readers, Parts(), 0, 1, run.device, Layout.for_world(1))
         step = builder.build(range(len(utterances)), run.views)
         return losses_by_view(run, step)
 

@@ -61,14 +61,13 @@ def _router_cut_off() -> None:
 
 
 def _auxiliary_loss_of_the_shard() -> None:
-    put, own = PassLoad.put, {}
+    reduce = PassLoad.reduce
 
-    def remembering(self: PassLoad, place: int, counts_VX: torch.Tensor) -> None:
-        own[self, place] = counts_VX
-        put(self, place, counts_VX)
+    def alone(self: PassLoad) -> None:
+        self.group = None
+        reduce(self)
 
-    PassLoad.put = remembering  # type: ignore[method-assign]
-    PassLoad.of = lambda self, place: own[self, place].long()  # type: ignore[method-assign]
+    PassLoad.reduce = alone  # type: ignore[method-assign]
 
 
 def _clipping_by_the_norm_of_own_experts() -> None:

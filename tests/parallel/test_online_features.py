@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +18,14 @@ from torch import Tensor
 
 from mome_dist.assets import asset_dir
 from mome_dist.config import load_config, validate
-from mome_dist.config.schema import AugmentationConfig, RunConfig
+from mome_dist.config.schema import AugmentationConfig, NoiseConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import load_encoder
 from mome_dist.data.features import build_features
 from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.errors import UserError
-from mome_dist.training import online
+from mome_dist.training import online, setup
 from mome_dist.training.loop import train
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 from tests.parallel.runs import Lab, lines, reference_validation
@@ -192,6 +195,81 @@ def _cached_one_by_one(
         store = build_features("encoder", encode, chosen, directory / stream, batch_size=1)
         found |= {(stream, each.id): store.get(each.id).numpy() for each in chosen}
     return found
+
+
+def _noted(stream: str, order: list[str], encoded: threading.Semaphore, *_hooked: Any) -> None:
+    order.append(stream)
+    encoded.release()
+
+
+def _made_in_turn(
+    corpus_dir: Path, video_encoder: Path, ahead: bool
+) -> tuple[list[dict[tuple[str, str], np.ndarray]], list[str]]:
+    """Features of three steps of augmented clips, and what was done in which order."""
+    dist.init_process_group("gloo")
+    corpus, config, order = Corpus.open(corpus_dir), RunConfig(), list[str]()
+    config.audio_encoder.path, config.audio_encoder.padding = str(asset_dir("whisper-tiny.en")), "clip"
+    config.video_encoder.path = str(video_encoder)
+    encoders = {stream: load_encoder(config, stream, torch.device("cpu")) for stream in ("audio", "video")}
+    encoded = threading.Semaphore(0)
+    for stream, encoder in encoders.items():
+        encoder.register_forward_hook(partial(_noted, stream, order, encoded))
+    augmentation = Augmentation.open(AugmentationConfig(flip=0.5, noise=NoiseConfig("babble")), corpus, "train", 0)
+    held, group, train_split = StepFeatures(ModalityDropout(0, 0, 0)), dist.group.WORLD, corpus.split("train")
+    assert group is not None
+
+    def plan(step: int) -> StepClips:
+        return StepClips(train_split[4 * step : 4 * step + 4], ["audio", "video"], step)
+
+    loader = ClipLoader(corpus, augmentation, 1)
+    encoding = OnlineEncoding(held, loader, encoders, plan, 3, group, torch.device("cpu"), ahead=ahead)
+    made = []
+    for step in range(3):
+        encoding.load(step)
+        order.append(f"step {step}")
+        made.append({(s, u.id): held.reader(s)(u.id).numpy().copy() for s in encoders for u in plan(step).utterances})
+        encoding.load_ahead(step + 1)
+        for _ in range(2 * (2 if ahead and step == 0 else 1) if step < 2 or not ahead else 0):
+            assert encoded.acquire(timeout=60)  # the passes of the step take long enough
+        order.append("passes")
+    encoding.close()
+    dist.destroy_process_group()
+    return made, order
+
+
+def test_encoding_ahead_gives_the_same_bits_earlier(lab: Lab) -> None:
+    (in_turn, order), (ahead, ahead_order) = (
+        run_world(_made_in_turn, 1, lab.corpus, lab.video_encoder, ahead)[0] for ahead in (False, True)
+    )
+    encoded = ["audio", "video"]
+    assert order == [*encoded, "step 0", "passes", *encoded, "step 1", "passes", *encoded, "step 2", "passes"]
+    assert ahead_order == [*encoded, "step 0", *encoded, "passes", "step 1", *encoded, "passes", "step 2", "passes"]
+    for one, other in zip(in_turn, ahead, strict=True):
+        assert one.keys() == other.keys() and len(one) == 8
+        assert all(np.array_equal(value, other[key]) for key, value in one.items())
+
+
+def _train_ahead(overrides: list[str], cache: Path) -> list[float]:
+    """Train with encoders that work ahead, as they do on a GPU."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+
+    class EncodingAhead(OnlineEncoding):
+        def __init__(self, *arguments: Any) -> None:
+            encoders = arguments[2]
+            super().__init__(*arguments[:-1], bool(encoders))
+
+    setup.OnlineEncoding = EncodingAhead  # type: ignore[misc]
+    config = load_config(overrides)
+    return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, []), (4, ["parallel.tp=2", "parallel.pp=2"])])
+def test_a_run_that_encodes_ahead_is_the_same_run(lab: Lab, tmp_path: Path, world: int, layout: list[str]) -> None:
+    """Losses and noise, on ranks that share the clips, and beside a stage that has no encoders."""
+    expected = lab.train(world, tmp_path / "in turn", *AUGMENTED, *layout)
+    run = lab.overrides(tmp_path / "ahead", *AUGMENTED, *layout)
+    assert run_world(_train_ahead, world, run, lab.cache, timeout=180) == [expected] * world
+    assert noise_heard(tmp_path / "ahead") == noise_heard(tmp_path / "in turn")
 
 
 def _digest(features: dict[tuple[str, str], np.ndarray]) -> str:

@@ -15,6 +15,7 @@ from mome_dist.config import load_config, validate
 from mome_dist.config.load import load_saved_config
 from mome_dist.errors import UserError
 from mome_dist.training.loop import train
+from mome_dist.training.precision import FROZEN
 from tests.parallel.runs import Lab, lines, reference_validation
 from tests.parallel.worlds import run_world
 
@@ -61,10 +62,12 @@ def test_all_ranks_train_in_what_all_have_hardware_for(
 ) -> None:
     """And go on in it, wherever the run is resumed."""
     steps, run = ["training.steps=4", "training.save_every=2"], tmp_path / "auto"
-    explicit = lab.train(2, tmp_path / "explicit", *steps, f"llm.precision={precision}", ep=2)
-    automatic = [*lab.overrides(run), *steps, "llm.precision=auto", "parallel.ep=2"]
+    told, open_ones = ([f"{frozen}.precision={way}" for frozen in FROZEN] for way in (precision, "auto"))
+    explicit = lab.train(2, tmp_path / "explicit", *steps, *told, ep=2)
+    automatic = [*lab.overrides(run), *steps, *open_ones, "parallel.ep=2"]
     assert run_world(_train_where, 2, automatic, lab.cache, with_bf16) == [explicit] * 2
-    assert load_saved_config(run / CONFIG).llm.precision == precision
+    saved = load_saved_config(run / CONFIG)
+    assert {getattr(saved, frozen).precision for frozen in FROZEN} == {precision}
     shutil.rmtree(run / "checkpoints/step-000004")
     (run / "checkpoints/latest").write_text("step-000002")
     elsewhere = [] if precision == "bf16" else [0, 1]

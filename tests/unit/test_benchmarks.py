@@ -17,6 +17,8 @@ from scipy.stats import spearmanr
 
 from benchmarks import (
     data_speed,
+    decode,
+    encoder_padding,
     encoder_sound,
     learning,
     long_film,
@@ -127,6 +129,17 @@ def test_the_step_benchmark_splits_a_step(run: Run, small_llm: Path) -> None:
     assert added <= 2 * layer and added > 2 * layer - 20  # without MoME, the engine gets an idle expert of one unit
 
 
+def test_the_benchmark_of_decoding_measures_both_forms(run: Run, small_llm: Path) -> None:
+    sizes = "--experts 4 --bottleneck 2 --prefix 14 --tokens 3 --precision fp32"
+    figures = run(decode, "--llm", str(small_llm), *sizes.split(), *ROUNDS)["figures"]
+    assert figures["precision"] == "fp32" and list(figures["searches"]) == list(decode.SEARCHES)
+    for name, forms in figures["searches"].items():
+        assert set(forms) == set(decode.FORMS)
+        clips, _ = decode.SEARCHES[name]
+        for form in forms.values():
+            assert form["tokens"] == 3 * clips and form["milliseconds"] > 0 and form["CPU milliseconds"] > 0
+
+
 def test_the_resharding_benchmark_writes_what_it_says(run: Run) -> None:
     medians = run(reshard, "--gigabytes", "0.01", *ROUNDS)["figures"]["medians"]
     assert medians["copy"]["of_copy"] == 1
@@ -152,6 +165,16 @@ def test_the_benchmark_of_data_times_every_transform(run: Run, tiny_corpus_dir: 
 def test_clips_are_read_and_augmented_faster_than_aimed_at() -> None:
     figures = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())["figures"]
     assert figures["seconds of speech"] / figures["seconds"][data_speed.EVERYTHING] >= 20
+
+
+def test_the_benchmark_of_padding_tells_cost_and_difference(run: Run) -> None:
+    figures = run(encoder_padding, "--rounds", "1")["figures"]
+    committed = json.loads((ROOT / "benchmarks/results/encoder_padding.json").read_text())["figures"]
+    whole, own = (figures["cpu seconds"][way] for way in ("30s", "clip"))
+    assert whole["encoding"] > 3 * own["encoding"] > own["spectrogram"] > 0
+    for key in ("cosine", "difference"):
+        assert figures[key] == pytest.approx(committed[key], rel=1e-3)
+    assert encoder_padding.summary(committed) in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_corpus_dir: Path) -> None:
@@ -185,6 +208,7 @@ def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
     scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
+    scripts |= {"decode": decode, "encoder_padding": encoder_padding}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)

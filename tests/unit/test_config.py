@@ -114,10 +114,17 @@ WRONG = [
         r"parallel.stage_layers=\[30\] names 1 stages, but there are 2",
     ),
     (["parallel.virtual=2"], 2, r"parallel.virtual=2 interleaves pipeline stages, but parallel.pp=1"),
+    (["data.accumulation=often"], 1, r"data.accumulation='often': give a number of microbatches, or auto"),
     (
-        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2"],
+        ["data.accumulation=2", "data.microbatch_tokens=500"],
+        1,
+        r"microbatch_tokens=500 .* only with data.accumulation=auto",
+    ),
+    (["data.microbatch_tokens=0"], 1, r"data.microbatch_tokens=0: must be at least 1"),
+    (
+        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2", "data.accumulation=2"],
         3,
-        r"needs a multiple of parallel.pp=3 microbatches a step, but there are 2",
+        r"needs a multiple of parallel.pp=3 microbatches a step, but data.accumulation=2: choose a multiple, or auto",
     ),
     (["parallel.sequence_parallel=true"], 2, r"parallel.sequence_parallel=true splits sequences .* parallel.tp=1"),
     (

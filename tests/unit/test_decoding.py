@@ -13,6 +13,7 @@ from torch import Tensor
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.errors import UserError
+from mome_dist.evaluation.activations import ActivationRecorder
 from mome_dist.evaluation.decoding import (
     EXTRA_TOKENS,
     batches_by_length,
@@ -109,6 +110,52 @@ def test_neighbours_order_and_padding_change_nothing(
     audio, video = ([stream[i] for i in order] for stream in clips)
     alone = [decode(run.model, run.sequences, view, [a], [v], config)[0] for a, v in zip(audio, video, strict=True)]
     assert decode(run.model, run.sequences, view, audio, video, config) == alone
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_the_plain_way_of_generating_writes_the_same(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers repeats the inputs for the beams and reads each copy, and experts compute as in training."""
+    rows_read: list[int] = []
+    first = run.model.llm.model.layers[0]
+    hook = first.register_forward_pre_hook(lambda _, given: rows_read.append(given[0].shape[0] * given[0].shape[1]))
+    config = DecodingConfig(beams, 9)
+    try:
+        written = [decode_batch(run.model, run.sequences, view, *clips, config) for view in VIEWS]
+        once, rows_read = sum(rows_read), []
+        monkeypatch.setattr(type(run.model), "_read_once", lambda *_: None)
+        for mome in run.model.momes:
+            mome.training = True
+        assert [decode_batch(run.model, run.sequences, view, *clips, config) for view in VIEWS] == written
+    finally:
+        hook.remove()
+        run.model.eval()
+    assert once < sum(rows_read) / 2 if beams > 1 else once == sum(rows_read)
+    assert len({tuple(ids) for view in written for ids in view}) > len(LENGTHS), "clips decode alike"
+
+
+def test_experts_of_a_prefix_are_counted_once_with_beams(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]
+) -> None:
+    counts = []
+    for beams in (1, 3):
+        recorder = ActivationRecorder(run.model.momes, VIEWS)
+        for view in VIEWS:
+            decode_batch(run.model, run.sequences, view, *clips, DecodingConfig(beams, 3), recorder)
+        counts.append(recorder.result().counts)
+    assert torch.equal(*counts) and counts[0].sum() > 0
+
+
+def test_other_weights_decode_otherwise_at_once(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]) -> None:
+    """As an evaluation does that also decodes with the weights before training."""
+    trained = {name: value.clone() for name, value in run.model.state_dict().items()}
+    config = DecodingConfig(2, 6)
+    before = decode_batch(run.model, run.sequences, VIEWS[0], clips[0], [], config)
+    run.model.load_state_dict({name: value * 1.7 for name, value in trained.items()})
+    other = decode_batch(run.model, run.sequences, VIEWS[0], clips[0], [], config)
+    run.model.load_state_dict(trained)
+    assert decode_batch(run.model, run.sequences, VIEWS[0], clips[0], [], config) == before != other
 
 
 def next_log_probabilities(run: LoadedRun, view: View, audio: Tensor, prefix: list[int], text: list[int]) -> Tensor:

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.damage import check_damage, forget_damage
-from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
+from mome_dist.data.features import (
+    FeatureStore,
+    build_features,
+    encoder_fingerprint,
+    feature_directory,
+    to_float16,
+)
 from mome_dist.errors import DamagedDataError, UserError
 
 UTTERANCES = [Utterance(f"u{i:03d}", "s.tar", "words", "speaker", 320 * (i % 7 + 1), 1, {}) for i in range(23)]
@@ -148,6 +155,43 @@ def test_values_outside_float16_are_refused(tmp_path: Path, value: float) -> Non
     with pytest.raises(UserError, match="u000"):
         build_features("toy", lambda batch: [torch.full((2, 3), value) for _ in batch], UTTERANCES[:1], tmp_path)
     assert list(tmp_path.glob("part-*")) == []
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often the host asks the device for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(named or {}))
+
+
+def test_features_of_a_batch_are_looked_at_once() -> None:
+    clips = [features_of(utterance) for utterance in UTTERANCES[:8]]
+    ids = [utterance.id for utterance in UTTERANCES[:8]]
+    with Looks() as looks:
+        rounded = to_float16(clips, ids, "toy")
+    assert looks.count == 1
+    assert all(torch.equal(one, clip.half()) for one, clip in zip(rounded, clips, strict=True))
+    assert to_float16([], [], "toy") == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -70_000.0])
+def test_the_one_that_is_wrong_is_named(value: float) -> None:
+    clips = [features_of(utterance) for utterance in UTTERANCES[:8]]
+    ids = [utterance.id for utterance in UTTERANCES[:8]]
+    clips[5][3, 2] = value
+    with pytest.raises(UserError, match=r"'toy' gives 'u005' features .* finite and at most 65504"):
+        to_float16(clips, ids, "toy")
+    clips[5] = clips[5][0]
+    with pytest.raises(UserError, match=r"'u005' features of shape \[6\]"):
+        to_float16(clips, ids, "toy")
+    clips[5] = torch.zeros(4, 7)
+    with pytest.raises(UserError, match=r"'u005' features of shape \[4, 7\]"):
+        to_float16(clips, ids, "toy")
 
 
 def test_another_encoder_needs_another_directory(tmp_path: Path) -> None:

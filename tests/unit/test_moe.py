@@ -16,6 +16,7 @@ from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
 from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics
+from mome_dist.token_context import TokenContext
 
 
 def _logits(tokens: int = 40, experts: int = 8) -> torch.Tensor:
@@ -213,48 +214,51 @@ def test_initial_values_depend_on_name_and_seed_only() -> None:
 
 def test_statistics_add_up_by_view_until_taken() -> None:
     statistics = RoutingStatistics()
-    heard, seen = [[5, 4, 3, 0, 1, 0, 6, 6], [5, 4, 3, 2, 0, 0, 6, 10]], [5, 4, 3, 0, 0, 0, 6, 8]
-    for views, counts_VX in (("asr(4)", "vsr(2)"), [heard[0], seen]), (("asr(4)",), [heard[1]]):
-        load = PassLoad(views, None)
-        load.put(1, torch.tensor(counts_VX, dtype=torch.float32) * 2)
-        load.put(0, torch.tensor(counts_VX, dtype=torch.float32))
+    asked_TK = torch.tensor([[0, 1], [0, 2], [1, 2], *[[0, 1]] * 5])  # the last five tokens are dead
+    kept_TK = torch.ones_like(asked_TK, dtype=torch.bool)
+    kept_TK[1, 1] = False
+    for views, kept in (([("asr(4)", [2]), ("vsr(2)", [1])], kept_TK), ([("asr(4)", [3])], None)):
+        load, context = PassLoad(tuple(view for view, _ in views), None), TokenContext.of(views)
+        load.put(1, context, 3, 2 - asked_TK, kept)
+        load.put(0, context, 3, asked_TK, kept)
         load.reduce()
         statistics.expect(load)
     assert statistics.take() == {} and statistics.step_load_LE is None, "nothing has been read yet"
     statistics.settle()
     taken = statistics.take()
-    assert taken["asr(4)"].tolist() == [[10, 8, 6, 2, 1, 0, 12, 16], [20, 16, 12, 4, 2, 0, 24, 32]]
-    assert taken["vsr(2)"].tolist() == [seen, [2 * each for each in seen]]
+    assert taken["asr(4)"].tolist() == [[4, 3, 3, 0, 0, 1, 5, 10], [3, 3, 4, 1, 0, 0, 5, 10]]
+    assert taken["vsr(2)"].tolist() == [[0, 1, 1, 0, 0, 0, 1, 6], [1, 1, 0, 0, 0, 0, 1, 6]]
     assert statistics.take() == {}
     step_load = statistics.step_load_LE
-    assert step_load is not None and step_load.tolist() == [[15, 12, 9], [30, 24, 18]]
+    assert step_load is not None and step_load.tolist() == [[4, 4, 4], [4, 4, 4]]
     packed = torch.stack([taken["asr(4)"], taken["vsr(2)"], torch.zeros(2, 8, dtype=torch.int64)])
     counts = RoutingCounts(("asr(4)", "vsr(2)", "vsr(5)"), packed[:, :1])
     assert (counts + counts).record() == {
-        "tokens": 36,
-        "positions": 48,
-        "asked": [[30, 24, 18]],
-        "dropped": [[4, 2, 0]],
+        "tokens": 12,
+        "positions": 32,
+        "asked": [[8, 8, 8]],
+        "dropped": [[0, 0, 2]],
     }
     assert list(counts.by_view()) == ["asr(4)", "vsr(2)"]
-    assert counts.by_view()["asr(4)"]["dropped"] == [[2, 1, 0]]
+    assert counts.by_view()["asr(4)"]["dropped"] == [[0, 0, 1]]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_recomputation_is_not_counted_twice(use_reentrant: bool) -> None:
     load, passes = PassLoad(("asr(4)",), None), []
+    context = TokenContext.of([("asr(4)", [2])], multiple=1)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         passes.append(load.counting)
         if load.counting:
-            load.put(0, torch.tensor([[3, 1, 0, 0, 2, 2]]))
+            load.put(0, context, 2, torch.tensor([[0], [0]]))
         return x.sin()
 
     output = checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant)
     load.reduce()
     output.sum().backward()
     assert passes == [True, False]
-    assert load.of(0).tolist() == [[3, 1, 0, 0, 2, 2]]
+    assert load.of(0).tolist() == [[2, 0, 0, 0, 2, 2]]
 
 
 def test_padding_selects_no_expert() -> None:

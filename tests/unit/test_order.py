@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mome_dist.data.corpus import Utterance
-from mome_dist.data.evenness import describe_epoch, work_of
 from mome_dist.data.order import (
     BatchOrder,
     FrameOrder,
@@ -20,7 +19,9 @@ from mome_dist.data.order import (
     deal,
     order_of,
     share_of_rank,
+    shares_of,
 )
+from mome_dist.data.parts import Work
 from mome_dist.errors import UserError
 
 POOL = 16
@@ -174,12 +175,12 @@ def test_ranks_have_nearly_equal_work(seed: int) -> None:
     order, size = _frame_order(seed, pool=16, utterances=1500, max_frames=6000), 4
     for step in range(order.steps_of(1)):
         batch = order.batch(step)
-        work = work_of(batch, order.lengths, 1, size)
+        work = _work(order, batch, size)
         # By the bound on dealing, the fullest rank is above the mean by no more than the largest spread of a round,
         # and rounds of clips in order of length together span no more than the longest clip.
         longest = max(order.lengths[index] for index in batch)
-        assert 1 <= work.imbalance <= 1 + longest * size / work.frames
-    total = sum((work_of(order.batch(s), order.lengths, 1, size).fullest for s in range(order.steps_of(1))), 0)
+        assert 1 <= work.imbalance <= 1 + longest * size / work.work
+    total = sum(_work(order, order.batch(s), size).fullest for s in range(order.steps_of(1)))
     strided = sum(
         size * max(sum(order.lengths[i] for i in order.batch(s)[rank::size]) for rank in range(size))
         for s in range(order.steps_of(1))
@@ -187,13 +188,10 @@ def test_ranks_have_nearly_equal_work(seed: int) -> None:
     assert total / sum(order.lengths) < 1.06 and total < strided, "better than every fourth clip of the batch"
 
 
-def test_work_is_what_ranks_wait_for() -> None:
-    # Rounds (8 6) and (4 1): ranks have 8 + 1 and 6 + 4, each padded to its longest clip.
-    work = work_of([3, 1, 0, 2], [4, 6, 1, 8], accumulation=1, dp_size=2)
-    assert (work.frames, work.fullest, work.padded) == (19, 20, 16 + 12)
-    assert work.imbalance == pytest.approx(20 / 19) and work.padding == pytest.approx(9 / 28)
-    # Chunks (8 1) and (6 4) of one clip a rank: the fuller ranks have 8 and 6.
-    assert work_of([3, 1, 0, 2], [4, 6, 1, 8], accumulation=2, dp_size=2).fullest == 28
+def _work(order: Order, batch: list[int], size: int) -> Work:
+    """The work of a step whose utterances are as much work as they are long."""
+    lengths = {index: order.lengths[index] for index in batch}
+    return Work.of(shares_of(batch, list(lengths.values()), 1, size), lengths, lengths, lengths)
 
 
 def _utterances(lengths: list[int]) -> list[Utterance]:
@@ -218,14 +216,6 @@ def test_a_step_that_leaves_a_rank_without_work_is_refused() -> None:
     check_shares(order, order.steps_of(1), accumulation=1, dp_size=1)
     with pytest.raises(UserError, match=rf"step {step + 1} would have 1 utterances, but 2 = .* raise data.max_frames"):
         check_shares(order, 1, accumulation=1, dp_size=2)
-
-
-def test_an_epoch_is_described() -> None:
-    order = FrameOrder([50] * 32, 200, 4, 0)
-    said = "an epoch is 8 steps; in the mean 4.0 utterances and 200 video frames a step, 0.0% padding"
-    assert describe_epoch(order, 5, accumulation=1, dp_size=1) == said
-    assert describe_epoch(order, 5, accumulation=1, dp_size=2) == f"{said}, the fullest rank 0.0% above the mean"
-    assert "the fullest rank 50.0% above" in describe_epoch(order, 5, accumulation=1, dp_size=3)
 
 
 def test_ranks_share_every_chunk_whatever_their_number() -> None:

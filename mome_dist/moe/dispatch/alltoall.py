@@ -86,13 +86,8 @@ class AllToAllDispatch(Dispatch):
         output_TH = tokens.collect(back.finish())
         return output_TH if shared_TH is None else output_TH + shared_TH
 
-    def kept_TE(self) -> Tensor | None:
-        if self.capacity is None:
-            return None
-        assert self.routing is not None and self.kept_TK is not None
-        return torch.zeros_like(self.routing.probs_TE, dtype=torch.bool).scatter_(
-            1, self.routing.experts_TK, self.kept_TK
-        )
+    def kept(self) -> Tensor | None:
+        return None if self.capacity is None else self.kept_TK
 
     @property
     def count_group(self) -> dist.ProcessGroup | None:

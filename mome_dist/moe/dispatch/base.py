@@ -62,6 +62,6 @@ class Dispatch(MOELayer):
         """
         raise NotImplementedError
 
-    def kept_TE(self) -> Tensor | None:
-        """Bool [T, E], the routes of the latest forward pass that an expert took; None if none was dropped."""
+    def kept(self) -> Tensor | None:
+        """Bool [T, K], the routes of the latest forward pass that an expert took; None if none can be dropped."""
         return None

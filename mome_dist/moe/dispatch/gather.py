@@ -37,7 +37,7 @@ class GatherDispatch(Dispatch):
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
         self.routing = routing = self.gate(hidden_TH, valid_T)
         if self.ep_size == 1:
-            weights = self.experts.weights(hidden_TH.dtype)
+            weights = self.experts.weights(self.experts.packed.dtype)  # cast where they are joined
         else:
             if self._exchange is None:
                 self.prefetch(hidden_TH.dtype)

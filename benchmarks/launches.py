@@ -1,0 +1,177 @@
+"""Operations that a training step starts, counted: each is a kernel on a GPU, asked for by Python on the host.
+
+    python -m benchmarks.launches
+
+One process, on the CPU, with the views of ``experiment=lrs3`` and its MoME modules in a small random LLM in bf16: how
+many operations there are depends on layers and views, not on widths. What a layer adds is the difference of two depths.
+Norms and attention, for which a GPU has one kernel each and a CPU many, count as one: something of as many operations
+takes their place. `benchmarks.gpu.step` counts the kernels of a real GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measuring import machine
+from benchmarks.results import RESULTS, table, write_results
+from mome_dist.cli import main_guard
+from mome_dist.config import load_config
+from mome_dist.llm.attention import CausalAttention
+from mome_dist.llm.norm import RMSNorm
+from mome_dist.moe.load import PassLoad
+from mome_dist.parallel.build import build_distributed
+from mome_dist.parallel.forked import run_forked
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.verification.probe import Probe, small_modules, write_random_llama
+
+DEPTHS = (2, 4)
+LAYERS = 28  # of Llama 3.2-3B
+# What only looks at memory in another way, or asks for some.
+_NO_KERNEL = {
+    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"),
+    *("unsqueeze", "squeeze", "detach", "empty", "empty_like", "new_empty", "as_strided", "alias", "unbind"),
+    *("empty_strided", "new_empty_strided", "lift_fresh", "unfold", "_reshape_alias", "_local_scalar_dense"),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--clips", type=int, default=3, help="of a microbatch; changes no count")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    return parser.parse_args(arguments)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what would be a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in _NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _collectives(counts: Counter[str]) -> Iterator[None]:
+    """Count the sums of loads over ranks that are asked for."""
+    reduce = PassLoad.reduce
+
+    def counting(self: PassLoad) -> None:
+        counts["calls"] += 1
+        reduce(self)
+
+    PassLoad.reduce = counting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PassLoad.reduce = reduce  # type: ignore[method-assign]
+
+
+def count_step(llm: str, layers: int, with_mome: bool, clips: int) -> dict[str, int]:
+    """Operations of one microbatch by direction, and collectives; on a rank that was forked for it."""
+    directory = write_random_llama(Path(llm) / f"{layers}", layers)
+    config = small_modules(load_config(["experiment=lrs3", "llm.precision=bf16"]), directory)
+    config.mome = dataclasses.replace(config.mome, placement="ffn")
+    layout, counts = Layout.for_world(1), Counter[str]()
+    with parallel_world(layout, 0, 60):
+        probe = Probe(config, 1)
+        model = build_distributed(config, layout, probe.widths, "local", torch.device("cpu")).train()
+        batch, (chunk,) = probe.microbatch(range(clips)), model.parts()
+        if not with_mome:
+            for layer in chunk.llm.decoder.layers:
+                layer.slot("ffn").mome = None
+            chunk.momes.clear()
+        with _one_operation_each(), _collectives(counts):
+            with _Operations() as forward:
+                losses_V = chunk(batch)
+            with _Operations() as backward:
+                losses_V.sum().backward()
+    return {"forward": forward.count, "backward": backward.count, "collectives": counts["calls"]}
+
+
+@contextmanager
+def _one_operation_each() -> Iterator[None]:
+    """Of each norm one operation, forward and backward; of each attention two: a copy of the queries and the product,
+    and in the backward pass the product and the join of gradients."""
+
+    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.weight
+
+    def attention(self: Any, qkv_NGXd: torch.Tensor, _context: Any) -> torch.Tensor:
+        return qkv_NGXd[:, :, :-2].reshape(qkv_NGXd.shape[0], -1) * 1.0
+
+    kept = RMSNorm.forward, CausalAttention.forward
+    RMSNorm.forward, CausalAttention.forward = norm, attention  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        RMSNorm.forward, CausalAttention.forward = kept  # type: ignore[method-assign]
+
+
+def counted(clips: int = 3) -> dict[str, dict[str, int]]:
+    """Operations by what they are of: "frozen layer", "MoME module", "rest of a pass", each forward and backward;
+    "a pass" also has its ``collectives`` of counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            (layers, with_mome): run_forked(count_step, 1, folder, layers, with_mome, clips)[0]
+            for layers in DEPTHS
+            for with_mome in (False, True)
+        }
+
+    def layer(with_mome: bool, way: str) -> int:
+        shallow, deep = (found[layers, with_mome][way] for layers in DEPTHS)
+        return (deep - shallow) // (DEPTHS[1] - DEPTHS[0])
+
+    ways = ("forward", "backward")
+    frozen = {way: layer(False, way) for way in ways}
+    both = {way: layer(True, way) for way in ways}
+    rest = {way: found[DEPTHS[0], True][way] - DEPTHS[0] * both[way] for way in ways}
+    return {
+        "frozen layer": frozen,
+        "MoME module": {way: both[way] - frozen[way] for way in ways},
+        "rest of a pass": rest,
+        f"a pass of {LAYERS} layers": {way: LAYERS * both[way] + rest[way] for way in ways},
+        "collectives of a pass": {"forward": found[DEPTHS[1], True]["collectives"], "backward": 0},
+    }
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, print the table and write it."""
+    options = parse_arguments(arguments)
+    figures = counted(options.clips)
+    rows = [[name, f"{each['forward']:,}", f"{each['backward']:,}"] for name, each in figures.items()]
+    text = table(["of", "forward", "backward"], rows)
+    print(text)
+    write_results(
+        "launches",
+        "Operations of a training step",
+        "python -m benchmarks.launches",
+        machine(),
+        [text],
+        figures,
+        options.results,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
