@@ -156,7 +156,7 @@ def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.
     assert dropped.equal(torch.bincount(routing.experts_TK[~kept], minlength=EXPERTS))
     capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
     _, load = counted(module.eval(), _hidden(), context)
-    assert module.deepspeed_moe.kept_TE() is None and not load.of(0)[0, EXPERTS:-2].any()
+    assert module.deepspeed_moe.kept() is None and not load.of(0)[0, EXPERTS:-2].any()
     assert module.deepspeed_moe.kept_TK.all(), "evaluation drops nothing"
     return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
 
