@@ -79,7 +79,7 @@ def _opened(function: Callable[..., Any], size: int, *args: Any) -> Any:
 def _passed(module: LocalMoME | ExpertParallelMoME, hidden: torch.Tensor) -> torch.Tensor:
     if isinstance(module, LocalMoME):
         return module(hidden)
-    return counted(module, hidden, one_view(len(hidden), multiple=1))[0]
+    return module(hidden, one_view(len(hidden), multiple=1))  # without what would add an auxiliary loss
 
 
 def _gradients(module: LocalMoME | ExpertParallelMoME, rank: int) -> dict[str, torch.Tensor]:
@@ -156,7 +156,7 @@ def _drops(ep: int, rank: int, policy: str) -> tuple[np.ndarray, np.ndarray, np.
     assert dropped.equal(torch.bincount(routing.experts_TK[~kept], minlength=EXPERTS))
     capacity = int(np.ceil(TOKENS * TOP_K / EXPERTS * 0.5))
     _, load = counted(module.eval(), _hidden(), context)
-    assert module.deepspeed_moe.kept_TE() is None and not load.of(0)[0, EXPERTS:-2].any()
+    assert module.deepspeed_moe.kept() is None and not load.of(0)[0, EXPERTS:-2].any()
     assert module.deepspeed_moe.kept_TK.all(), "evaluation drops nothing"
     return routing.experts_TK.numpy(), routing.probs_TE.detach().numpy(), kept.numpy(), capacity
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mome_dist.moe.dispatch.exchange import gathered, summed_share
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
+from mome_dist.token_context import TokenContext
 
 PRODUCTS = 3  # forward, and the gradients of input and weight
 # Seconds in which the candidates are tried, passes of each after some that do not count, timings of anything smaller.
@@ -182,14 +184,20 @@ def _layer(load: LayerLoad, group: dist.ProcessGroup, dispatch: str, device: tor
 
 
 def _pass(layer: ExpertParallelMoME, hidden_TH: Tensor, gradient_TH: Tensor) -> Callable[[], None]:
-    """One forward and backward pass, with the balance loss."""
+    """One forward and backward pass, with the balance loss.
+
+    Its counts are of this rank: those of all layers are summed at once, whatever the dispatch.
+    """
+    context = TokenContext.of([("trial", [len(hidden_TH)])], multiple=1).to(hidden_TH.device)
 
     def run() -> None:
         layer.zero_grad(set_to_none=True)
         hidden_TH.grad = None
         layer.prefetch(hidden_TH.dtype)
-        output_TH, auxiliary = layer(hidden_TH), layer.auxiliary_loss()
-        torch.autograd.backward([output_TH, auxiliary], [gradient_TH, torch.ones_like(auxiliary)])
+        counts = PassLoad(context.view_names, None)
+        output_TH = layer(hidden_TH, context, counts)
+        counts.reduce()
+        output_TH.backward(gradient_TH)
 
     return run
 
