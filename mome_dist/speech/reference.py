@@ -95,7 +95,7 @@ class MoMESpeechLM(nn.Module):
             _attach(layer, placement, mome)
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
-        self._routings: list[list[Routing]] = []  # of the latest `label_logits`, by view and layer
+        self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -136,7 +136,8 @@ class MoMESpeechLM(nn.Module):
             valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
             output = self.llm(inputs_embeds=embedded_BSH, attention_mask=valid_BS.long(), use_cache=False)
             logits.append(output.logits[valid_BS])
-            self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
+            if self.training:
+                self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
             first += rows
         return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
