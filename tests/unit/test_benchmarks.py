@@ -97,12 +97,14 @@ def _check_bytes(layer_case: dict[str, Any]) -> None:
     """They are those of the tensors that travel."""
     sent = {name: candidate["bytes_sent"] for name, candidate in layer_case["candidates"].items()}
     parameters = EXPERTS // RANKS * (2 * HIDDEN * BOTTLENECK + HIDDEN + BOTTLENECK)
-    counts = 8 * (EXPERTS + 2)
+    counts = 8 * (2 * EXPERTS + 2)  # asked, dropped, tokens and positions, which are summed
     # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
     assert sent["gather"] == parameters * (2 + 4) + counts
     # DeepSpeed sends half of a buffer of as many rows for every expert, four times, and agrees on the number by an
     # all-reduce. What travels here are rows that were asked for: this rank's own that go to the other one, with their
     # gates, and the gradients of their results; the results of the other's that came, and their gradients and gates'.
+    # How many rows there are follows from routes and tokens, which are gathered before.
+    counts += 8 * (EXPERTS + 1)
     assert sent["deepspeed"] - 8 > sent["alltoall"] - counts
     row = 2 * HIDDEN
     routes = (sent["alltoall"] - counts) / (2 * row + 4)
