@@ -1,11 +1,11 @@
-"""How many tokens a rank's microbatch may have: what is left of its memory, by what a token needs.
+"""How many tokens a rank's microbatch may have: as many as the memory model (`mome_dist.planning.memory`) has room for.
 
-The memory model (`mome_dist.planning.memory`) is nearly linear in the utterances of a microbatch, so that two of its
-values tell the rest. What it cannot know is kept back in the share of the memory that a plan may use at all.
+What the model cannot know is kept back in the share of the memory that a plan may use at all.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 
 from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
@@ -13,6 +13,8 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.planning.hardware import CPU_KERNEL_BYTES, CPU_PROCESS_BYTES, GPU_RUNTIME_BYTES, USABLE_SHARE
 from mome_dist.planning.job import Candidate, Job
 from mome_dist.planning.memory import memory
+
+MOST = 1 << 14  # utterances of a microbatch that are thought of
 
 
 def microbatch_budget(job: Job, layout: Layout, zero: int, dispatch: str, rank_bytes: float, on_gpu: bool) -> int:
@@ -25,12 +27,14 @@ def microbatch_budget(job: Job, layout: Layout, zero: int, dispatch: str, rank_b
     runtime = GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES
     bucket = 4.0 * BUCKET_ELEMENTS if on_gpu and zero else 0.0
     candidate = Candidate(layout, zero, dispatch, accumulation=layout.pp)
-    fitting = []
-    for stage in {0, layout.pp - 1}:  # the first keeps most activations, the last one has the logits
-        one, two = (
-            memory(replace(job, batch_size=each * layout.dp * layout.pp), candidate, stage, runtime, bucket).total
-            for each in (1, 2)
-        )
-        fitting.append(1 + (rank_bytes * USABLE_SHARE - one) / (two - one))
-    of_one = sum(count for _, count in candidate.longest_pass(replace(job, batch_size=layout.dp * layout.pp)))
-    return int(max(min(fitting), 1.0) * of_one)
+
+    def with_utterances(count: int) -> Job:
+        return replace(job, batch_size=count * layout.dp * layout.pp)
+
+    def need(count: int) -> float:
+        # The first stage keeps most activations, the last one has the logits.
+        stages = {0, layout.pp - 1}
+        return max(memory(with_utterances(count), candidate, stage, runtime, bucket).total for stage in stages)
+
+    fitting = max(bisect_right(range(1, MOST), rank_bytes * USABLE_SHARE, key=need), 1)
+    return sum(tokens for _, tokens in candidate.longest_pass(with_utterances(fitting)))

@@ -31,7 +31,7 @@ LAYER_CALLS, BATCH_CALLS = 20, 120
 HELD, KEPT = 6, 7
 # Seconds of one core for a second of sound: Whisper's spectrogram where a CPU encodes. CPU time, as
 # benchmarks/encoder_sound.py measures it. On a GPU it is a megabyte to move for a second of sound: nothing.
-SPECTROGRAM_SECONDS = 1.0e-3
+SPECTROGRAM_SECONDS = 1.2e-3
 
 
 @dataclass(frozen=True)

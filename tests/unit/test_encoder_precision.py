@@ -138,7 +138,7 @@ def test_a_small_update_of_lora_is_not_lost_in_bf16() -> None:
     with torch.no_grad():
         layer.lora_b.fill_(0.05)
         for _ in range(1000):
-            layer.lora_b += 1e-6
+            layer.lora_b.add_(1e-6)
     torch.testing.assert_close(layer.lora_b, torch.full_like(layer.lora_b, 0.051), rtol=1e-4, atol=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,9 +62,12 @@ def test_silence_and_faint_sound_keep_whispers_floor() -> None:
 
 
 def test_only_what_can_be_heard_is_transformed(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformed, stft = [], torch.stft
-    monkeypatch.setattr(
-        torch, "stft", lambda sound, *rest, **more: transformed.append(sound.shape) or stft(sound, *rest, **more)
-    )
+    transformed, stft = list[torch.Size](), torch.stft
+
+    def noted(sound_BS: Tensor, *rest: Any, **more: Any) -> Tensor:
+        transformed.append(sound_BS.shape)
+        return stft(sound_BS, *rest, **more)
+
+    monkeypatch.setattr(torch, "stft", noted)
     LogMel(WhisperFeatureExtractor(feature_size=80))(sound(50_000, 20_000), 30)
     assert transformed == [(2, 4 * 16_000)]
