@@ -9,10 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import DENSE_CALLS, ROW_CALLS
-from tests.packed import counted, one_view
+from tests.packed import one_view
 from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel
@@ -41,11 +42,14 @@ def _calls(dispatch: str, experts: int) -> int:
     torch.manual_seed(0)
     hidden_TH = torch.randn(256, 64, dtype=torch.bfloat16).requires_grad_()
     context = one_view(len(hidden_TH))
-    with _Counter() as counter:
+    load = PassLoad(context.view_names, None)
+    with _Counter() as forward:
         layer.train().prefetch(hidden_TH.dtype)
-        output_TH, _ = counted(layer, hidden_TH, context)
+        output_TH = layer(hidden_TH, context, load)
+    load.reduce()  # once for all layers of a pass
+    with _Counter() as backward:
         output_TH.backward(torch.ones_like(output_TH))
-    return counter.calls
+    return forward.calls + backward.calls
 
 
 def _counts(world: int, weights: str) -> dict[str, list[int]]:

@@ -1,0 +1,96 @@
+"""The gradients that a module's backward pass adds, against autograd of the losses that they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mome_dist.moe.balance import add_balance, load_balance_loss, router_z_loss
+from mome_dist.moe.load import PassLoad
+from mome_dist.moe.router import Routing, route
+from mome_dist.token_context import TokenContext
+
+EXPERTS, TOP_K, BALANCE, Z, SHARE = 6, 2, 0.3, 0.07, 0.4
+CONTEXT = TokenContext.of([("asr(4)", [5, 3]), ("vsr(2)", [9]), ("asr(4)", [2, 1])])  # a view may come twice; 4 dead
+
+
+def _logits(seed: int = 0) -> Tensor:
+    return 2 * torch.randn(CONTEXT.tokens, EXPERTS, generator=torch.Generator().manual_seed(seed))
+
+
+def _routing(logits_TE: Tensor, **settings: Any) -> Routing:
+    return route(logits_TE, TOP_K, True, CONTEXT.alive_N, **settings)
+
+
+def _expected(logits_TE: Tensor, balance: float, z: float, others: list[Tensor], **settings: Any) -> Tensor:
+    """Gradient of the logits by autograd: the losses of each view over all ranks' tokens, in the mean over views."""
+    logits_TE = logits_TE.clone().requires_grad_()
+    routing, total = _routing(logits_TE, **settings), torch.zeros(())
+    everyone = [routing, *(_routing(each, **settings) for each in others)]
+    for members_T in CONTEXT.members_VN.bool():
+        counts_E = sum(each.restricted_to(members_T).selected_TE().sum(dim=0) for each in everyone)
+        tokens = members_T.sum() * len(everyone)
+        assert isinstance(counts_E, Tensor)
+        own = routing.restricted_to(members_T)
+        total = total + balance * load_balance_loss(own, counts_E, tokens) + z * router_z_loss(own, tokens)
+    (gradient,) = torch.autograd.grad(SHARE * total / len(CONTEXT.members_VN), logits_TE)
+    return gradient
+
+
+class _WithOthers(PassLoad):
+    """What two ranks sum up."""
+
+    others: PassLoad
+
+    def all(self) -> Tensor:
+        return super().all() + self.others.all()
+
+
+def _counted(load: PassLoad, routing: Routing) -> PassLoad:
+    load.put(0, CONTEXT, EXPERTS, routing.experts_TK)
+    load.reduce()
+    return load
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("balance", "z"), [(BALANCE, 0.0), (0.0, Z), (BALANCE, Z)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_are_those_of_the_losses(score: str, balance: float, z: float, ranks: int) -> None:
+    others = [_logits(seed=1)][: ranks - 1]
+    logits_TE = _logits().requires_grad_()
+    routing = _routing(logits_TE, score=score)
+    load = PassLoad(CONTEXT.view_names, None, SHARE)
+    if others:
+        load = _WithOthers(CONTEXT.view_names, None, SHARE)
+        load.others = _counted(PassLoad(CONTEXT.view_names, None), _routing(others[0], score=score))
+    output_TH = torch.randn(CONTEXT.tokens, 3, requires_grad=True)
+    added_TH = add_balance(output_TH, routing, CONTEXT.members_VN, load, 0, balance, z)
+    assert torch.equal(added_TH, output_TH), "the output is what it was"
+    _counted(load, routing)  # only now: the backward pass is the first to read
+    gradient_TH = torch.randn_like(output_TH)
+    of_logits_TE, of_output_TH = torch.autograd.grad(added_TH, (logits_TE, output_TH), gradient_TH)
+    assert torch.equal(of_output_TH, gradient_TH), "and so is its gradient"
+    expected_TE = _expected(logits_TE.detach(), balance, z, others, score=score)
+    # Sums over some twenty tokens, taken in another order.
+    torch.testing.assert_close(of_logits_TE, expected_TE, rtol=1e-5, atol=1e-7)
+    assert expected_TE[: CONTEXT.alive].abs().max() > 1e-4 and not of_logits_TE[CONTEXT.alive :].any()
+
+
+def test_counts_are_those_of_each_view() -> None:
+    routing = _routing(_logits())
+    counts_VX = _counted(PassLoad(CONTEXT.view_names, None), routing).of(0)
+    for view, (first, stop, positions) in enumerate([(0, 8, 8), (8, 17, 9), (17, 20, 7)]):
+        asked = torch.bincount(routing.experts_TK[first:stop].flatten(), minlength=EXPERTS)
+        assert counts_VX[view].tolist() == [*asked.tolist(), *[0] * EXPERTS, stop - first, positions]
+
+
+def test_losses_in_training_are_constant_in_what_is_counted() -> None:
+    """Without a summed count there is no gradient to add: reading it too early is an error, not a wrong number."""
+    logits_TE = _logits().requires_grad_()
+    load = PassLoad(CONTEXT.view_names, None)
+    added_TH = add_balance(torch.zeros(CONTEXT.tokens, 3), _routing(logits_TE), CONTEXT.members_VN, load, 0, 1.0, 0.0)
+    with pytest.raises(AssertionError, match="`reduce` comes first"):
+        added_TH.sum().backward()
