@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from mome_dist.token_context import TokenContext
 
+KERNELS = ("eager", "sdpa")
+
 
 class CausalAttention(nn.Module):
     """Core attention with grouped key-value heads.
