@@ -146,8 +146,8 @@ class Engine:
 
     def gradients_finite(self) -> bool:
         """Whether this rank's own gradients are finite; inside `accumulate`, before they are reduced."""
-        sums = [parameter.grad.sum() for parameter in self._modules.parameters() if parameter.grad is not None]
-        return bool(torch.stack(sums).isfinite().all()) if sums else True
+        gradients = [parameter.grad for parameter in self._modules.parameters() if parameter.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()) if gradients else True
 
     def discard(self) -> None:
         """Forget the gradients instead of stepping."""
@@ -167,7 +167,8 @@ class Engine:
         self.deepspeed.step()
         self.steps += 1
         if self.zero_stage:
-            self.gradient_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+            norm = self.deepspeed.get_global_grad_norm()
+            self.gradient_norm = 0.0 if norm is None else float(norm)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's reduced gradient, whole, between `accumulate` and `step` (a collective under ZeRO)."""
@@ -210,22 +211,21 @@ class Engine:
 
     def _clip(self) -> float:
         """Scale local gradients so that the norm over all distinct parameters of the model is at most the limit."""
-        squares = torch.zeros(2)
-        gradients = []
-        for parameter in self._modules.parameters():
-            if parameter.grad is not None:
-                gradients.append(parameter.grad)
-                squares[int(is_moe_param(parameter))] += parameter.grad.float().square().sum().cpu()
-        shared, experts = squares.to(next(self._modules.parameters()).device)
+        parameters = [parameter for parameter in self._modules.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        # Both at once, and nothing read by the host before the end.
+        routed = torch.tensor([is_moe_param(parameter) for parameter in parameters], dtype=squares.dtype)
+        routed = routed.to(squares.device, non_blocking=True)
+        experts = squares @ routed
+        total = squares.sum() - experts
         dist.all_reduce(experts, group=_expert_group(self._modules))
-        total = shared + experts
+        total += experts
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        norm = float(total.sqrt())
-        limit = self._config.gradient_clipping
-        if limit and norm > limit:
-            for gradient in gradients:
-                gradient.mul_(limit / norm)
-        return norm
+        norm, limit = total.sqrt(), self._config.gradient_clipping
+        if limit:
+            torch._foreach_mul_(gradients, (limit / norm).clamp(max=1))
+        return float(norm)
 
 
 def _expert_group(modules: nn.Module) -> dist.ProcessGroup:
