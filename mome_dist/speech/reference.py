@@ -46,12 +46,6 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
     targets[placement].register_forward_hook(add, with_kwargs=True)
 
 
-def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
-    """The routing of the latest pass, padding left out."""
-    assert mome.last_routing is not None
-    return mome.last_routing.restricted_to(valid_BS.flatten())
-
-
 class _ClipLimits(StoppingCriteria):
     """Ends the text of each clip at its own number of tokens.
 
@@ -136,7 +130,9 @@ class MoMESpeechLM(nn.Module):
             valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
             output = self.llm(inputs_embeds=embedded_BSH, attention_mask=valid_BS.long(), use_cache=False)
             logits.append(output.logits[valid_BS])
-            self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
+            # Modules keep no routing where nobody trains.
+            routings = [mome.last_routing for mome in self.momes if mome.last_routing is not None]
+            self._routings.append([routing.restricted_to(valid_BS.flatten()) for routing in routings])
             first += rows
         return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
@@ -145,7 +141,8 @@ class MoMESpeechLM(nn.Module):
         return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
-        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses."""
+        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses; needs
+        a pass in train mode or with gradients."""
         losses = []
         for routing in itertools.chain.from_iterable(self._routings):
             assert routing.valid_T is not None

@@ -13,8 +13,9 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.planning.job import Candidate, Clip, Job, job_of
+from mome_dist.planning.job import Candidate, Clip, Job, job_of, typical_batch
 from mome_dist.planning.memory import frozen_bytes, memory
+from mome_dist.training.batches import token_multiple
 from mome_dist.verification.probe import WIDTHS, Probe
 from tests import tiny_llms
 from tests.parallel.worlds import run_world
@@ -53,15 +54,17 @@ def _kept(config: RunConfig, candidate: Candidate) -> dict[str, float]:
                 saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
-        step = probe.step(0, at.dp, layout)
+        # Clips of one length, as the planner has them: what pads attention is beside the point.
+        clips = typical_batch(config.data) // layout.dp
+        batch = probe.microbatch([at.dp] * clips, token_multiple(layout))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model.parts()[0](step.microbatches[0])
+            loss = model.parts()[0](batch)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
         own = {True: 0, False: 0}
         for parameter in model.parameters():
             own[parameter.requires_grad] += parameter.numel() * parameter.element_size()
         assert loss.requires_grad
-        tokens = step.microbatches[0].tokens
+        tokens = batch.tokens
         return {
             "kept": kept,
             "frozen": own[False],

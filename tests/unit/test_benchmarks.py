@@ -210,7 +210,7 @@ def test_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
     scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
-    scripts |= {"decode": decode, "encoder_padding": encoder_padding}
+    scripts |= {"decode": decode, "encoder_padding": encoder_padding, "launches": launches}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
