@@ -20,6 +20,7 @@ from benchmarks import (
     decode,
     encoder_padding,
     encoder_sound,
+    launches,
     learning,
     long_film,
     moe_layer,

@@ -46,7 +46,9 @@ def test_where_no_token_is_dead_none_is_spoken_of() -> None:
     assert context.modality_N.eq(int(Modality.TEXT)).all()
 
 
-@pytest.mark.parametrize(("multiple", "least", "tokens"), [(1, 0, 28), (8, 0, 32), (8, 33, 40), (1, 30, 30), (16, 8, 32)])
+@pytest.mark.parametrize(
+    ("multiple", "least", "tokens"), [(1, 0, 28), (8, 0, 32), (8, 33, 40), (1, 30, 30), (16, 8, 32)]
+)
 def test_numbers_of_tokens_are_rounded_up(multiple: int, least: int, tokens: int) -> None:
     assert TokenContext.of(SEQUENCES, multiple=multiple, least=least).tokens == tokens
 
