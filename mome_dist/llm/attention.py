@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class CausalAttention(nn.Module):
         kernel = self.kernel
         if kernel == "auto":
             kernel = "eager" if qkv_NGXd.device.type == "cpu" else "sdpa"
-        if kernel == "sdpa" and qkv_NGXd.is_cuda and qkv_NGXd.dtype in (torch.bfloat16, torch.float16):
+        if kernel == "sdpa" and _has_flash(qkv_NGXd.device, qkv_NGXd.dtype):
             return _flash(qkv_NGXd, context, self.scale)
         padding, outputs = context.padding, []
         batches = padding.pad(qkv_NGXd).split([rows * length for rows, length in padding.shapes])
@@ -51,6 +52,13 @@ class CausalAttention(nn.Module):
             output_BGQSd = product(query_BGQSd, key_BG1Sd.squeeze(2), value_BG1Sd.squeeze(2), self.scale)
             outputs.append(output_BGQSd.permute(0, 3, 1, 2, 4).reshape(rows * length, -1))
         return padding.strip(torch.cat(outputs), context.tokens)
+
+
+@lru_cache
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel runs: on NVIDIA's Ampere and later, in half precision."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _split(qkv_NGXd: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,8 +175,8 @@ class FrozenLLM(GPTModel):
             if embedded_N1H is not None:
                 embedded_N1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_N1H)
         queries = self.config.num_attention_heads // self.config.num_query_groups
-        frequencies = self.rotary_pos_emb.inv_freq.to(context.positions_N.device)
-        rotation = Rotation.of(context.positions_N, frequencies, queries, self.config.params_dtype)
+        frequencies, dtype = self.rotary_pos_emb.inv_freq, self.config.params_dtype
+        rotation = Rotation.of(context.positions_N, frequencies, queries, dtype)
         return self.decoder(
             hidden_states=embedded_N1H,
             attention_mask=None,
@@ -298,7 +298,7 @@ def build_frozen_llm(
     for layer in model.decoder.layers:
         layer.self_attention.core_attention = CausalAttention(attention, shape.head_size)
     # Megatron-Core's own frequencies know the scaling of Llama 3.1 only, with its constants built in.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(device)
     if model.post_process and layout.sequence_parallel:
         # Label positions are selected from whole sequences, so its input is not split.
         model.output_layer.sequence_parallel, model.output_layer.allreduce_dgrad = False, True

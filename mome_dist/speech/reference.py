@@ -46,6 +46,12 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
     targets[placement].register_forward_hook(add, with_kwargs=True)
 
 
+def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
+    """The routing of the latest pass, padding left out."""
+    assert mome.last_routing is not None
+    return mome.last_routing.restricted_to(valid_BS.flatten())
+
+
 class _ClipLimits(StoppingCriteria):
     """Ends the text of each clip at its own number of tokens.
 
@@ -89,7 +95,7 @@ class MoMESpeechLM(nn.Module):
             _attach(layer, placement, mome)
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
-        self._routings: list[list[Routing]] = []  # of the latest `label_logits`, by view and layer
+        self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -130,9 +136,8 @@ class MoMESpeechLM(nn.Module):
             valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
             output = self.llm(inputs_embeds=embedded_BSH, attention_mask=valid_BS.long(), use_cache=False)
             logits.append(output.logits[valid_BS])
-            # Modules keep no routing where nobody trains.
-            routings = [mome.last_routing for mome in self.momes if mome.last_routing is not None]
-            self._routings.append([routing.restricted_to(valid_BS.flatten()) for routing in routings])
+            if self.training:
+                self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
             first += rows
         return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
@@ -141,8 +146,7 @@ class MoMESpeechLM(nn.Module):
         return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
-        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses; needs
-        a pass in train mode or with gradients."""
+        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses."""
         losses = []
         for routing in itertools.chain.from_iterable(self._routings):
             assert routing.valid_T is not None

@@ -108,7 +108,7 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             boxed = [each for each in args if isinstance(each, torch.ScriptObject)]
-            (group,) = [each for each in boxed if each._type().name() == "ProcessGroup"]
+            (group,) = [each for each in boxed if each._type().name() == "ProcessGroup"]  # type: ignore[attr-defined]
             self.found[function.overloadpacket.__name__] += dist.ProcessGroup.unbox(group).size() > 1
         return function(*args, **(kwargs or {}))
 

@@ -98,9 +98,10 @@ def _check_bytes(layer_case: dict[str, Any]) -> None:
     """They are those of the tensors that travel."""
     sent = {name: candidate["bytes_sent"] for name, candidate in layer_case["candidates"].items()}
     parameters = EXPERTS // RANKS * (2 * HIDDEN * BOTTLENECK + HIDDEN + BOTTLENECK)
-    counts = 8 * (2 * EXPERTS + 2)  # asked, dropped, tokens and positions, which are summed
+    counts = 8 * (2 * EXPERTS + 2)  # asked, dropped, tokens, positions: summed, there and back
     # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
     assert sent["gather"] == parameters * (2 + 4) + counts
+    counts += 8 * (EXPERTS + 1)  # and before rows are exchanged, who asks for what
     # DeepSpeed sends half of a buffer of as many rows for every expert, four times, and agrees on the number by an
     # all-reduce. What travels here are rows that were asked for: this rank's own that go to the other one, with their
     # gates, and the gradients of their results; the results of the other's that came, and their gradients and gates'.

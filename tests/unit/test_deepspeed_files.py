@@ -139,7 +139,8 @@ def test_the_page_shows_a_refusal(config: RunConfig) -> None:
 # What a file comes to.
 
 
-def test_what_acts_is_all_that_deepspeed_is_told(config: RunConfig) -> None:
+def test_what_acts_is_all_that_deepspeed_is_told() -> None:
+    config = load_config([*TINY, "data.accumulation=1"])
     settings = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": "auto", "sub_group_size": 1e9},
         "train_batch_size": 16,
@@ -206,7 +207,8 @@ def test_without_zero_nothing_else_of_it_acts(config: RunConfig) -> None:
         ({"zero_optimization": {"reduce_bucket": 5}}, r"did you mean reduce_bucket_size\?"),
         ({"monitor_config": {}}, "is no key of DeepSpeed's: remove it"),
         ({"train_batch_size": 32}, r"\(32\): data.batch_size decides, and is 16: change that, or remove it here"),
-        ({"train_micro_batch_size_per_gpu": 16}, r"data-parallel ranks decides, and is 8:"),
+        ({"train_micro_batch_size_per_gpu": 16}, r"data-parallel ranks decides, and is \"auto\":"),
+        ({"gradient_accumulation_steps": 1}, r"data.accumulation decides, and is \"auto\": change that, or remove"),
         ({"gradient_clipping": 0.5}, r"optimizer.gradient_clipping decides, and is 1.0"),
         ({"optimizer": {"type": "Lamb"}}, r"optimizer.name decides, and is \"adamw\""),
         ({"scheduler": {"type": "WarmupLR"}}, "optimizer.warmup_steps and optimizer.final_fraction"),

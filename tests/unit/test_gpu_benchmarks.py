@@ -163,7 +163,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(tmp_path: Path) -> None:
     # This form computes all experts; and their output biases, weighted by the gates, are a product as well.
     everywhere = step_flops(replace(mome, top_k=mome.experts))["experts"]
     biases = 6 * tokens * layers * (mome.experts + mome.shared) * hidden
-    # What the balance loss knows of a view are products with its members: of probabilities, there and back, and counts.
+    # So are the sums over the tokens of each view: of scores, there and back, and of routes.
     sums = 6 * len(mome.lengths) * tokens * layers * mome.experts
     assert everywhere + biases + sums == sum(with_mome.values()) - sum(plain.values())
     assert step_flops(mome)["experts"] < everywhere and step_flops(mome)["llm"] == needed["llm"]

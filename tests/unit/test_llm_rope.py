@@ -65,14 +65,14 @@ def test_heads_are_turned_as_by_transformers(dtype: torch.dtype) -> None:
     mine = values.clone().requires_grad_()
     found = Rotation.of(positions_N, embedding.inv_freq, queries, dtype)(mine)
     assert found.dtype is dtype
-    # Theirs rounds both products and the sum, ours one product less: where the products nearly cancel, the sum is off by
-    # roundings of theirs.
+    # Theirs rounds both products and the sum, ours one product less: where the products nearly cancel, the sum is off
+    # by roundings of theirs.
     rounding = {torch.float32: 2**-24, torch.bfloat16: 2**-9}[dtype]
-    tolerances = {"rtol": 2 * rounding, "atol": 2 * rounding * float(values.abs().max())}
-    torch.testing.assert_close(found, expected, **tolerances)
+    relative, absolute = 2 * rounding, 2 * rounding * float(values.abs().max())
+    torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
     assert torch.equal(found[:, :, -1], values[:, :, -1]), "the value is turned by nothing"
     assert torch.equal(found[0], values[0]) and not torch.equal(found[1, :, :-1], values[1, :, :-1])
     found.backward(gradient)
     expected.backward(gradient)
-    torch.testing.assert_close(mine.grad, theirs.grad, **tolerances)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=relative, atol=absolute)
     assert torch.equal(values, mine.detach()), "its input is left alone"

@@ -21,7 +21,8 @@ LENGTHS = [length for _, lengths in SEQUENCES for length in lengths]
 def test_of_whole_sequences_against_a_loop() -> None:
     modality = [number % 3 for number in range(28)]
     context = TokenContext.of(SEQUENCES, modality)
-    positions, views = [], []
+    positions: list[int] = []
+    views: list[int] = []
     for view, (_, lengths) in enumerate(SEQUENCES):
         for length in lengths:
             positions += range(length)
@@ -162,9 +163,9 @@ def test_flat_positions_of_speech_and_labels_against_a_loop() -> None:
     assert all(label >= 1000 for label in labels) and len(labels) == 4 * (2 + 3 + 4)
     assert [place.stream for place in tokens.speech] == [stream for stream, _ in speech]
     assert [place.rate for place in tokens.speech] == [4, 2, 16, 5, 16]
-    for place, (_, found) in zip(tokens.speech, speech, strict=True):
-        assert place.index_T.tolist() == [position for position, _ in found]
+    for laid, (_, found) in zip(tokens.speech, speech, strict=True):
+        assert laid.index_T.tolist() == [position for position, _ in found]
         absent = [missing for _, missing in found]
-        assert (place.absent_T is None) == (not any(absent))
-        assert place.absent_T is None or place.absent_T.tolist() == absent
+        assert (laid.absent_T is None) == (not any(absent))
+        assert laid.absent_T is None or laid.absent_T.tolist() == absent
     assert tokens.speech[1].absent_T is not None and int(tokens.speech[1].absent_T.sum()) == 3

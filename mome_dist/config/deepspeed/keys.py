@@ -50,13 +50,11 @@ def _micro_batch(config: RunConfig, data_parallel: int | None) -> Any:
     if config.data.batch_size is None:
         return None
     accumulation = config.data.accumulation
-    if data_parallel is None or isinstance(accumulation, str):
+    if isinstance(accumulation, str):
+        return accumulation  # steps differ
+    if data_parallel is None:
         return UNKNOWN
     return config.data.batch_size // (accumulation * data_parallel)
-
-
-def _accumulation(config: RunConfig, _: int | None) -> Any:
-    return UNKNOWN if config.data.accumulation == "auto" else config.data.accumulation
 
 
 BUCKET_ELEMENTS = 50_000_000  # of configs/deepspeed
@@ -183,7 +181,7 @@ KEYS: dict[str, Rule] = {
     "zero_optimization": Section(ZERO),
     "train_batch_size": Agrees("data.batch_size", lambda config, _: config.data.batch_size),
     "train_micro_batch_size_per_gpu": Agrees("data.batch_size / data.accumulation / data-parallel ranks", _micro_batch),
-    "gradient_accumulation_steps": Agrees("data.accumulation", _accumulation),
+    "gradient_accumulation_steps": Agrees("data.accumulation", lambda config, _: config.data.accumulation),
     "gradient_clipping": CLIPPING,
     "optimizer": Section(OPTIMIZER),
     "scheduler": Only(
