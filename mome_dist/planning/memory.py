@@ -153,7 +153,10 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
     e, tp = job.element_bytes, candidate.layout.tp
     heads, kv_heads, d = shape.heads / tp, shape.kv_heads / tp, shape.head_size
     norms = 2 * tokens * shape.hidden_size * FP32 / _sequence_share(candidate)  # their scaled inputs, fp32
-    attended = tokens * (heads + 2 * kv_heads) * d * e  # queries, keys and values after rotation, as products want them
+    # Queries, keys and values after rotation. Explicit products of several groups copy all three; otherwise keys and
+    # values are read where they lie beside the queries, and these are kept once more.
+    copied = job.attention == "eager" and kv_heads > 1
+    attended = tokens * (heads + 2 * kv_heads + (0 if copied else heads)) * d * e
     scores: float = tokens * length * heads * (FP32 + (e if e < FP32 else 0))  # softmax, and its copy for the product
     if job.attention == "sdpa":
         scores = tokens * heads * (d * e + FP32)  # output and log-sum

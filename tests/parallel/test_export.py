@@ -53,7 +53,8 @@ def test_an_export_has_the_logits_of_the_distributed_model(
     lab: Lab, tmp_path: Path, tp: int, pp: int, ep: int, more: list[str]
 ) -> None:
     world, run = 4, tmp_path / "run"
-    settings = [f"training.steps={STEPS}", "optimizer.learning_rate=1e-2", *more]
+    # One microbatch a step, as `validation_step` has it: logits come microbatch by microbatch, and there view by view.
+    settings = [f"training.steps={STEPS}", "optimizer.learning_rate=1e-2", "data.accumulation=1", *more]
     lab.train(world, run, *settings, tp=tp, pp=pp, ep=ep)
     layout = [f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.ep={ep}"]
     expected = trained_logits(lab.overrides(run, *layout, *settings), world, lab.cache)
