@@ -78,6 +78,13 @@ def one_graph(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return outcome
 
 
+# From the second step on, features that differ by the rounding of fp32 sums are rounded to float16, and one near the
+# middle of two values may go the other way: by 2^-11 of itself. Whatever its weight in a gradient, that sums over 50
+# tokens and more of a stream, each of one frame at least: 2^-11 / 50 = 1e-5 of the sum. Two of them in the same weight
+# are 2e-5. (With features that are not rounded, weights agree to 6e-7.)
+AFTER_ROUNDING = 2e-5
+
+
 # Clips are encoded one by one where ranks share them: an encoder's sums depend on the shape of its batch in their last
 # bits, and one of these may decide how a feature is rounded to float16.
 @pytest.mark.parametrize(
@@ -105,8 +112,10 @@ def test_every_layout_trains_as_one_graph_does(
     adapted = [name for name in outcome.gradients if name.startswith("lora.")]
     # 2 layers of 4 targets of the video encoder, 4 of 2 of Whisper tiny.
     assert len(adapted) == 2 * (2 * 4 + 4 * 2) and all(outcome.gradients[name].any() for name in adapted)
-    comparison = compare(outcome, one_graph(optimizer, clips_together))
-    assert not comparison.mismatches, comparison.mismatches[:5]
+    reference = one_graph(optimizer, clips_together)
+    apart = [each for each in compare(outcome, reference).mismatches if each.what != "weight"]
+    comparison = compare(outcome, reference, AFTER_ROUNDING)
+    assert not apart and not comparison.mismatches, (apart[:5], comparison.mismatches[:5])
 
 
 def test_more_ranks_than_clips(lab: Lab, tmp_path: Path) -> None:
