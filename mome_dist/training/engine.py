@@ -214,11 +214,11 @@ class Engine:
         parameters = [parameter for parameter in self._modules.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         squares = torch.stack(torch._foreach_norm(gradients)).square()
-        # Both at once, and nothing read by the host before the end.
-        routed = torch.tensor([is_moe_param(parameter) for parameter in parameters], dtype=squares.dtype)
+        # Nothing is read by the host before the end. Shared and routed ones are apart: what ranks hold copies of must
+        # sum up to the same bits on all of them, or copies would part.
+        routed = torch.tensor([float(is_moe_param(parameter)) for parameter in parameters])
         routed = routed.to(squares.device, non_blocking=True)
-        experts = squares @ routed
-        total = squares.sum() - experts
+        experts, total = squares @ routed, squares @ (1 - routed)
         dist.all_reduce(experts, group=_expert_group(self._modules))
         total += experts
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
