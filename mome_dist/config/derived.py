@@ -41,9 +41,12 @@ def streams_of(config: RunConfig) -> list[str]:
 
 
 def least_parts(config: RunConfig, layout: Layout) -> int:
-    """The fewest microbatches that a step has: as configured, or, where they follow from their tokens, one for each
-    pipeline stage, since fewer leave stages without work."""
-    return layout.pp if config.data.accumulation == "auto" else config.data.fixed_accumulation
+    """The fewest microbatches that a step has: as configured, or, where they follow from their tokens, one; only the
+    interleaved schedule wants one for each pipeline stage.
+
+    The balance loss is that of each microbatch, so more of them than memory asks for would train another run.
+    """
+    return layout.pp if config.data.accumulation == "auto" and layout.virtual > 1 else config.data.fixed_accumulation
 
 
 def lora_of(config: RunConfig) -> dict[str, LoRAConfig]:

@@ -90,9 +90,7 @@ def settled_order(config: RunConfig, utterances: Sequence[Utterance], layout: La
     order = order_of(utterances, data.batch_size, data.max_frames, data.bucket_batches, config.seed)
     epochs = config.training.epochs
     steps = config.training.steps if epochs is None else order.steps_of(epochs)
-    # As many of a pipeline's stages as there are utterances for can do: only the interleaved schedule wants all.
-    least = 1 if data.accumulation == "auto" and layout.virtual == 1 else least_parts(config, layout)
-    check_shares(order, steps, least, layout.dp)
+    check_shares(order, steps, least_parts(config, layout), layout.dp)
     return order, steps
 
 

@@ -59,4 +59,10 @@ def settle_parts(
         dist.all_reduce(least_budget, op=dist.ReduceOp.MIN)
         budget = int(least_budget)
     console.print(f"data.accumulation=auto: up to {budget:,} tokens in a microbatch of a rank", highlight=False)
+    if layout.pp > 1:
+        console.print(
+            f"the {layout.pp} pipeline stages wait for each other less in more microbatches than memory asks for: set "
+            f"data.accumulation to {2 * layout.pp} or more",
+            highlight=False,
+        )
     return Parts(least, budget, multiple)
