@@ -101,7 +101,6 @@ def _check_bytes(layer_case: dict[str, Any]) -> None:
     counts = 8 * (2 * EXPERTS + 2)  # asked, dropped, tokens, positions: summed, there and back
     # Its own weights in bf16 to the other rank, the gradients of the other's in fp32, and its counts.
     assert sent["gather"] == parameters * (2 + 4) + counts
-    counts += 8 * (EXPERTS + 1)  # and before rows are exchanged, who asks for what
     # DeepSpeed sends half of a buffer of as many rows for every expert, four times, and agrees on the number by an
     # all-reduce. What travels here are rows that were asked for: this rank's own that go to the other one, with their
     # gates, and the gradients of their results; the results of the other's that came, and their gradients and gates'.
