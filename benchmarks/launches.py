@@ -14,22 +14,20 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measuring import machine
+from benchmarks.operations import Operations
 from benchmarks.results import RESULTS, table, write_results
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.norm import RMSNorm
-from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.initialize import parallel_world
@@ -38,12 +36,6 @@ from mome_dist.verification.probe import Probe, small_modules, write_random_llam
 
 DEPTHS = (2, 4)
 LAYERS = 28  # of Llama 3.2-3B
-# What only looks at memory in another way, or asks for some.
-_NO_KERNEL = {
-    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"),
-    *("unsqueeze", "squeeze", "detach", "empty", "empty_like", "new_empty", "as_strided", "alias", "unbind"),
-    *("empty_strided", "new_empty_strided", "lift_fresh", "unfold", "_reshape_alias", "_local_scalar_dense"),
-}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,40 +50,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts what would be a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in _NO_KERNEL
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _collectives(counts: Counter[str]) -> Iterator[None]:
-    """Count the sums of loads over ranks that are asked for."""
-    reduce = PassLoad.reduce
-
-    def counting(self: PassLoad) -> None:
-        counts["calls"] += 1
-        reduce(self)
-
-    PassLoad.reduce = counting  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        PassLoad.reduce = reduce  # type: ignore[method-assign]
-
-
 def count_step(llm: str, layers: int, with_mome: bool, clips: int) -> dict[str, int]:
-    """Operations of one microbatch by direction, and collectives; on a rank that was forked for it."""
+    """Operations of one microbatch by direction; on a rank that was forked for it."""
     directory = write_random_llama(Path(llm) / f"{layers}", layers)
     config = small_modules(load_config(["experiment=lrs3", "llm.precision=bf16"]), directory)
     config.mome = dataclasses.replace(config.mome, placement="ffn")
-    layout, counts = Layout.for_world(1), Counter[str]()
+    layout = Layout.for_world(1)
     with parallel_world(layout, 0, 60):
         probe = Probe(config, 1)
         model = build_distributed(config, layout, probe.widths, "local", torch.device("cpu")).train()
@@ -100,18 +64,18 @@ def count_step(llm: str, layers: int, with_mome: bool, clips: int) -> dict[str, 
             for layer in chunk.llm.decoder.layers:
                 layer.slot("ffn").mome = None
             chunk.momes.clear()
-        with _one_operation_each(), _collectives(counts):
-            with _Operations() as forward:
+        with _one_operation_each():
+            with Operations() as forward:
                 losses_V = chunk(batch)
-            with _Operations() as backward:
+            with Operations() as backward:
                 losses_V.sum().backward()
-    return {"forward": forward.count, "backward": backward.count, "collectives": counts["calls"]}
+    return {"forward": forward.count, "backward": backward.count}
 
 
 @contextmanager
 def _one_operation_each() -> Iterator[None]:
-    """Of each norm one operation, forward and backward; of each attention two: a copy of the queries and the product,
-    and in the backward pass the product and the join of gradients."""
+    """Let each norm be one operation, forward and backward, and each attention two: a copy of the queries and the
+    product, and in the backward pass the product and the join of gradients."""
 
     def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         return hidden * self.weight
@@ -128,8 +92,8 @@ def _one_operation_each() -> Iterator[None]:
 
 
 def counted(clips: int = 3) -> dict[str, dict[str, int]]:
-    """Operations by what they are of: "frozen layer", "MoME module", "rest of a pass", each forward and backward;
-    "a pass" also has its ``collectives`` of counts."""
+    """Operations, forward and backward, by what they are of: a frozen layer, a MoME module, the rest of a pass, and a
+    pass of as many layers as the LLM has."""
     with tempfile.TemporaryDirectory() as folder:
         found = {
             (layers, with_mome): run_forked(count_step, 1, folder, layers, with_mome, clips)[0]
@@ -150,27 +114,26 @@ def counted(clips: int = 3) -> dict[str, dict[str, int]]:
         "MoME module": {way: both[way] - frozen[way] for way in ways},
         "rest of a pass": rest,
         f"a pass of {LAYERS} layers": {way: LAYERS * both[way] + rest[way] for way in ways},
-        "collectives of a pass": {"forward": found[DEPTHS[1], True]["collectives"], "backward": 0},
     }
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, print the table and write it."""
+    """Count, write the table and print it."""
+    given = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     figures = counted(options.clips)
     rows = [[name, f"{each['forward']:,}", f"{each['backward']:,}"] for name, each in figures.items()]
-    text = table(["of", "forward", "backward"], rows)
-    print(text)
-    write_results(
-        "launches",
-        "Operations of a training step",
-        "python -m benchmarks.launches",
-        machine(),
-        [text],
-        figures,
-        options.results,
+    path = write_results(
+        name="launches",
+        title="Operations of a training step",
+        command=" ".join(["python -m benchmarks.launches", *given]),
+        machine=machine(),
+        sections=[table(["of", "forward", "backward"], rows)],
+        figures=figures,
+        folder=options.results,
     )
+    print(path.read_text())
 
 
 if __name__ == "__main__":

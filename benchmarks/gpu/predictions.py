@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.gpu.models import Sizes, configuration
 from mome_dist.build import build_sequences
-from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.shape import LLMShape
@@ -44,10 +43,9 @@ def predictions(sizes: Sizes, record: Mapping[str, Any], folder: Path) -> dict[s
     Bytes are those of tensors, as `torch.cuda.max_memory_allocated` counts them: without the context of the device.
     """
     cluster = cluster_of_record(record, "this benchmark")
-    bucket = 4.0 * BUCKET_ELEMENTS if cluster.reserves else 0.0
     found = {}
     for form, job in jobs(configuration(sizes, folder), sizes).items():
-        time, need = step_time(job, ALONE, cluster), memory(job, ALONE, 0, 0.0, bucket)
+        time, need = step_time(job, ALONE, cluster), memory(job, ALONE, 0, 0.0, cluster.reserves)
         parts = time.parts()
         if not job.experts:
             del parts["experts"]  # calls of modules that are not there

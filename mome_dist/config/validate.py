@@ -102,15 +102,16 @@ def validation_batches(config: RunConfig, utterances: Sequence[Utterance], layou
     Raises:
         UserError: if there are too few utterances for every rank to have one.
     """
-    data, unit = config.data, config.data.fixed_accumulation * layout.dp
+    data, unit = config.data, least_parts(config, layout) * layout.dp
     if config.training.validate_every == 0:
         return []
     lengths = [utterance.length for utterance in utterances[: data.validation_utterances]]
     if len(lengths) < unit:
         raise UserError(
-            f"validation uses {len(lengths)} utterances of split {data.validation_split!r}, but {unit} = "
-            f"data.accumulation={data.fixed_accumulation} x {layout.dp} data-parallel ranks are needed: raise "
-            "data.validation_utterances, lower data.accumulation, or set training.validate_every=0."
+            f"validation uses {len(lengths)} utterances of split {data.validation_split!r}, but "
+            f"{unit} are needed, one for each of {layout.dp} data-parallel ranks in every microbatch "
+            f"(data.accumulation={data.accumulation}): raise data.validation_utterances, lower data.accumulation, or "
+            "set training.validate_every=0."
         )
     if data.batch_size is not None:
         wanted = -(-len(lengths) // data.batch_size)
@@ -127,8 +128,8 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
     unit = config.data.fixed_accumulation * layout.dp
     if config.data.batch_size is not None and config.data.batch_size % unit:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of {unit} = "
-            f"data.accumulation={config.data.fixed_accumulation} x {layout.dp} data-parallel ranks."
+            f"data.batch_size={config.data.batch_size} is not a multiple of {unit}: {layout.dp} data-parallel ranks, "
+            f"data.accumulation={config.data.accumulation}."
         )
     microbatches = least_parts(config, layout)
     if layout.virtual > 1 and microbatches % layout.pp:

@@ -258,9 +258,9 @@ def check_shares(order: Order, steps: int, accumulation: int, dp_size: int) -> N
     step, utterances = order.smallest_batch(steps)
     if utterances < accumulation * dp_size:
         raise UserError(
-            f"step {step + 1} would have {utterances} utterances, but {accumulation * dp_size} = data.accumulation="
-            f"{accumulation} x {dp_size} data-parallel ranks are needed, so that every rank has one in every chunk: "
-            "raise data.max_frames, lower data.accumulation, or use fewer data-parallel ranks."
+            f"step {step + 1} would have {utterances} utterances, but {accumulation * dp_size} = {accumulation} "
+            f"(data.accumulation) x {dp_size} data-parallel ranks are needed, so that every rank has one in every "
+            "microbatch: raise data.max_frames, lower data.accumulation, or use fewer data-parallel ranks."
         )
 
 

@@ -20,8 +20,6 @@ from torch.nn import functional as F
 
 from mome_dist.token_context import TokenContext
 
-KERNELS = ("eager", "sdpa")
-
 
 class CausalAttention(nn.Module):
     """Core attention with grouped key-value heads.

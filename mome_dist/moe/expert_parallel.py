@@ -128,7 +128,7 @@ class ExpertParallelMoME(MoE):
             assert routing is not None
             if load.counting:
                 load.put(self.place, tokens, self.num_experts, routing.experts_TK, dispatch.kept())
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (self.balance_loss or self.z_loss):
                 output_TH = add_balance(
                     output_TH, routing, tokens.members_VN, load, self.place, self.balance_loss, self.z_loss
                 )

@@ -1,8 +1,8 @@
-"""What the routers of a stage did in one pass: counted layer by layer, summed over ranks once.
+"""What the routers of a stage did in one pass: counted for all layers at once, summed over ranks once.
 
 The load of the experts enters the balance loss as a constant, so that its value is not needed before the backward
-pass. Every layer leaves its counts here; one collective sums those of all layers, beside whatever follows the forward
-pass, and the backward pass reads them (`mome_dist.moe.balance`).
+pass. Every layer leaves its routes here; they are counted together, one collective sums the counts beside whatever
+follows the forward pass, and the backward pass reads them (`mome_dist.moe.balance`).
 
 Shape suffixes: L modules of the stage; V views; X columns: E routes asked for by expert, E of them dropped, then tokens
 and positions (tokens and dead ones).

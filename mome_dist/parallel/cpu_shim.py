@@ -30,7 +30,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # The pipeline synchronises the device after exchanging shapes of variable-length microbatches.
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
-    # The schedules count tokens in a tensor created with device="cuda".
+    # The schedules count tokens in a tensor that they create on the GPU, whatever the device of all else.
     _schedules().torch = _TorchOnCPU()
     # The random-number tracker saves and restores the state of the CUDA generator.
     from megatron.core.tensor_parallel import random as megatron_random

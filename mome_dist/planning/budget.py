@@ -8,9 +8,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import replace
 
-from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.parallel.layout import Layout
-from mome_dist.planning.hardware import CPU_KERNEL_BYTES, CPU_PROCESS_BYTES, GPU_RUNTIME_BYTES, USABLE_SHARE
+from mome_dist.planning.hardware import USABLE_SHARE, runtime_bytes
 from mome_dist.planning.job import Candidate, Job
 from mome_dist.planning.memory import memory
 
@@ -24,8 +23,6 @@ def microbatch_budget(job: Job, layout: Layout, zero: int, dispatch: str, rank_b
         dispatch: "alltoall", "gather" or "local".
         rank_bytes: memory of a GPU, or a rank's share of a node's.
     """
-    runtime = GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES
-    bucket = 4.0 * BUCKET_ELEMENTS if on_gpu and zero else 0.0
     candidate = Candidate(layout, zero, dispatch, accumulation=layout.pp)
 
     def with_utterances(count: int) -> Job:
@@ -33,8 +30,8 @@ def microbatch_budget(job: Job, layout: Layout, zero: int, dispatch: str, rank_b
 
     def need(count: int) -> float:
         # The first stage keeps most activations, the last one has the logits.
-        stages = {0, layout.pp - 1}
-        return max(memory(with_utterances(count), candidate, stage, runtime, bucket).total for stage in stages)
+        stages, runtime = {0, layout.pp - 1}, runtime_bytes(on_gpu)
+        return max(memory(with_utterances(count), candidate, stage, runtime, on_gpu).total for stage in stages)
 
     fitting = max(bisect_right(range(1, MOST), rank_bytes * USABLE_SHARE, key=need), 1)
     return sum(tokens for _, tokens in candidate.longest_pass(with_utterances(fitting)))

@@ -23,6 +23,11 @@ CPU_KERNEL_BYTES = 18e6
 CPU_PROCESS_BYTES = 0.5e9  # Python, torch, Megatron-Core, DeepSpeed and process groups, as that benchmark found them
 
 
+def runtime_bytes(on_gpu: bool) -> float:
+    """What a rank occupies before anything is built, of its GPU or of the node."""
+    return GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES
+
+
 @dataclass(frozen=True)
 class Link:
     """A way between ranks: bytes a second of one rank in one direction, and seconds of an exchange of nothing."""

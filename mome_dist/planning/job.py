@@ -131,6 +131,11 @@ class Job:
         return self.projector_parameters * self.projectors_train + lora
 
 
+def dispatches(layout: Layout) -> tuple[str, str]:
+    """What ``mome.dispatch=auto`` chooses from."""
+    return "alltoall", "gather" if layout.ep > 1 else "local"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way to run a job.

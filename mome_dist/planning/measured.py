@@ -9,15 +9,13 @@ from typing import Any
 
 from mome_dist.errors import UserError
 from mome_dist.planning.hardware import (
-    CPU_KERNEL_BYTES,
-    CPU_PROCESS_BYTES,
-    GPU_RUNTIME_BYTES,
     GPUS,
     USABLE_SHARE,
     Cluster,
     Link,
     known_gpu,
     public_links,
+    runtime_bytes,
 )
 from mome_dist.text_files import read_json
 
@@ -88,7 +86,7 @@ def cluster_of_record(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         memory=memory,
-        runtime=GPU_RUNTIME_BYTES if on_gpu else CPU_PROCESS_BYTES + CPU_KERNEL_BYTES,
+        runtime=runtime_bytes(on_gpu),
         reserves=on_gpu,
         bf16_flops=rates["bf16_flops"],
         fp32_flops=rates["fp32_flops"],

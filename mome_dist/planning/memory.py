@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.job import Candidate, Job
 
@@ -59,12 +60,12 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, bucket: float = 0.0) -> Memory:
+def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, reserves: bool = False) -> Memory:
     """Peak of a rank of pipeline stage ``stage``.
 
     Args:
         runtime: bytes that libraries and device context take before anything is built.
-        bucket: bytes that ZeRO reserves to reduce gradients; 0 where untouched memory is not occupied, as on a CPU.
+        reserves: whether memory that ZeRO reserves to reduce gradients is occupied; on a CPU only what is touched is.
     """
     layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
     layers, last = layout.stages(shape.layers)[stage], stage == layout.pp - 1
@@ -74,6 +75,7 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, buc
     trained = FP32 * (shared + routed + (partition if candidate.zero else 0))
     gradients = FP32 * (shared + routed)
     moments = FP32 * job.moments * partition
+    bucket = FP32 * BUCKET_ELEMENTS if reserves and candidate.zero else 0
     views, in_flight = candidate.longest_pass(job), min(layout.pp - stage, candidate.accumulation)
     tokens = sum(count for _, count in views)
     one_layer = sum(_layer_bytes(job, shape, candidate, length, count) for length, count in views)

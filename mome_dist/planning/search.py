@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.hardware import Cluster
-from mome_dist.planning.job import Candidate, Job
+from mome_dist.planning.job import Candidate, Job, dispatches
 from mome_dist.planning.memory import Memory, memory
 from mome_dist.planning.speed import StepTime, step_time
 
@@ -65,8 +64,7 @@ def predict(job: Job, candidate: Candidate, cluster: Cluster) -> Plan:
 
 def stage_memory(job: Job, candidate: Candidate, cluster: Cluster, stage: int) -> Memory:
     """Memory of a rank of one pipeline stage."""
-    bucket = 4.0 * BUCKET_ELEMENTS if cluster.reserves and candidate.zero else 0.0
-    return memory(job, candidate, stage, cluster.runtime, bucket)
+    return memory(job, candidate, stage, cluster.runtime, cluster.reserves)
 
 
 def _fullest(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[int, Memory]:
@@ -157,6 +155,6 @@ def _why(message: str) -> str:
 def _candidates(job: Job, layout: Layout) -> Iterator[Candidate]:
     stages = ZERO_STAGES if layout.dp > 1 else ZERO_STAGES[:2]
     for accumulation in job.accumulations(layout.dp):
-        for dispatch in ("alltoall", "gather" if layout.ep > 1 else "local"):
+        for dispatch in dispatches(layout):
             for zero in stages:
                 yield Candidate(layout, zero, dispatch, accumulation)

@@ -275,7 +275,7 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _statistics(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics, beside weights of a dtype."""
+    """The dtype that statistics have beside weights of another: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 

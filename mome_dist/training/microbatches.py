@@ -14,14 +14,13 @@ from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import least_parts
 from mome_dist.data.corpus import Utterance
+from mome_dist.data.media import FPS
 from mome_dist.data.parts import Parts
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.budget import microbatch_budget
-from mome_dist.planning.job import Clip, job_of
+from mome_dist.planning.job import Clip, dispatches, job_of
 from mome_dist.training.optimizer import zero_stage
-
-FRAMES_PER_SECOND = 25
 
 
 def settle_parts(
@@ -47,15 +46,15 @@ def settle_parts(
         return Parts(least, None, multiple)
     budget = config.data.microbatch_tokens
     if budget is None:
-        seconds = max(utterance.length for utterance in utterances) / FRAMES_PER_SECOND
+        seconds = max(utterance.length for utterance in utterances) / FPS
         on_gpu = device.type == "cuda"
         job = job_of(config, shape, Clip(seconds), widths, on_gpu, fast_precision="fp32")
         zero = zero_stage(deepspeed_of(config, layout.dp).acts)
         ranks = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         memory = describe_rank(device)["memory_bytes"] / ranks
-        # Weights of all ranks beside rows of all tokens: no other dispatch keeps more of MoME's few units.
-        dispatch = "alltoall" if config.mome.dispatch == "alltoall" else "gather" if layout.ep > 1 else "local"
-        least_budget = torch.tensor([microbatch_budget(job, layout, zero, dispatch, memory, on_gpu)], device=device)
+        possible = dispatches(layout) if config.mome.dispatch == "auto" else [config.mome.dispatch]
+        budgets = [microbatch_budget(job, layout, zero, dispatch, memory, on_gpu) for dispatch in possible]
+        least_budget = torch.tensor(min(budgets), device=device)
         dist.all_reduce(least_budget, op=dist.ReduceOp.MIN)
         budget = int(least_budget)
     console.print(f"data.accumulation=auto: up to {budget:,} tokens in a microbatch of a rank", highlight=False)

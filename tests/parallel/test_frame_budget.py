@@ -103,3 +103,13 @@ def test_another_budget_is_refused(lab: Lab, one_process: tuple[list[float], Pat
     shutil.copytree(one_process[1], tmp_path / "run")
     with pytest.raises(RuntimeError, match=rf"was trained with data\.max_frames={FRAMES}, now it is 500"):
         lab.train(1, tmp_path / "run", *SETTINGS, "data.max_frames=500", "training.epochs=3")
+
+
+def test_a_budget_of_tokens_cuts_the_same_global_batch_at_any_number_of_ranks(lab: Lab, tmp_path: Path) -> None:
+    """One token is room for one utterance a microbatch: eight microbatches on one rank, four on each of two. Without a
+    balance loss, which is that of a microbatch, all are the same run."""
+    settings = ("mome.balance_loss=0", "training.steps=3", "data.batch_size=8")
+    fixed = lab.train(1, tmp_path / "fixed", *settings, "data.accumulation=8")
+    assert lab.train(1, tmp_path / "one", *settings, "data.microbatch_tokens=1") == fixed
+    np.testing.assert_allclose(lab.train(2, tmp_path / "two", *settings, "data.microbatch_tokens=1"), fixed, rtol=1e-5)
+    np.testing.assert_allclose(lab.train(1, tmp_path / "whole", *settings), fixed, rtol=1e-5)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import Operations
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.initialize import parallel_world
@@ -17,21 +15,6 @@ from tests.packed import one_view
 from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel
-# What launches no kernel: views, and memory that is only reserved.
-FREE = {
-    *("view", "t", "transpose", "split", "split_with_sizes", "detach", "alias", "expand", "slice", "select"),
-    *("unsqueeze", "permute", "unbind", "_unsafe_view", "as_strided", "empty", "empty_like", "new_empty"),
-}
-
-
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += function.overloadpacket.__name__ not in FREE
-        return function(*args, **(kwargs or {}))
 
 
 def _calls(dispatch: str, experts: int) -> int:
@@ -43,13 +26,13 @@ def _calls(dispatch: str, experts: int) -> int:
     hidden_TH = torch.randn(256, 64, dtype=torch.bfloat16).requires_grad_()
     context = one_view(len(hidden_TH))
     load = PassLoad(context.view_names, None)
-    with _Counter() as forward:
+    with Operations() as forward:
         layer.train().prefetch(hidden_TH.dtype)
         output_TH = layer(hidden_TH, context, load)
     load.reduce()  # once for all layers of a pass
-    with _Counter() as backward:
+    with Operations() as backward:
         output_TH.backward(torch.ones_like(output_TH))
-    return forward.calls + backward.calls
+    return forward.count + backward.count
 
 
 def _counts(world: int, weights: str) -> dict[str, list[int]]:

@@ -120,6 +120,11 @@ WRONG = [
         1,
         r"microbatch_tokens=500 .* only with data.accumulation=auto",
     ),
+    (
+        ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2", "data.validation_utterances=2"],
+        3,
+        r"but 3 are needed, one for each of 1 data-parallel ranks in every microbatch \(data.accumulation=auto\)",
+    ),
     (["data.microbatch_tokens=0"], 1, r"data.microbatch_tokens=0: must be at least 1"),
     (
         ["parallel.pp=3", "parallel.ep=1", "parallel.virtual=2", "data.accumulation=2"],
@@ -157,7 +162,7 @@ WRONG = [
     (
         ["data.batch_size=10", "data.accumulation=5"],
         2,
-        r"validation uses 4 utterances of split 'validation', but 10 = .* set training.validate_every=0",
+        r"validation uses 4 utterances of split 'validation', but 10 are needed, .* set training.validate_every=0",
     ),
     (["projector.compression=stack"], 2, r"projector.compression=stack needs projector.per_rate=true"),
     (["llm.path=/nowhere"], 2, r"llm.path='/nowhere': /nowhere/config.json does not exist.*tools/fetch_assets.py"),

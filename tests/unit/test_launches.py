@@ -14,6 +14,5 @@ def test_a_step_starts_a_fifth_of_what_four_passes_did() -> None:
     counts = counted()
     assert counts["frozen layer"]["forward"] <= 24
     assert 5 * sum(counts[f"a pass of {LAYERS} layers"].values()) <= FOUR_PADDED_PASSES
-    assert counts["collectives of a pass"] == {"forward": 1, "backward": 0}
     committed = json.loads((RESULTS / "launches.json").read_text(encoding="utf-8"))["figures"]
     assert counts == committed, "run: python -m benchmarks.launches"

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from mome_dist.config import load_config
-from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.budget import microbatch_budget
 from mome_dist.planning.hardware import GPU_RUNTIME_BYTES, USABLE_SHARE
@@ -27,8 +26,7 @@ def _fullest(job: Job, layout: Layout, utterances: int) -> float:
     """Bytes of the fullest rank when a microbatch has so many utterances."""
     job = replace(job, batch_size=utterances * layout.dp * layout.pp)
     candidate = Candidate(layout, 1, "local", layout.pp)
-    bucket = 4.0 * BUCKET_ELEMENTS
-    return max(memory(job, candidate, stage, GPU_RUNTIME_BYTES, bucket).total for stage in range(layout.pp))
+    return max(memory(job, candidate, stage, GPU_RUNTIME_BYTES, reserves=True).total for stage in range(layout.pp))
 
 
 @pytest.mark.parametrize("layout", [Layout.for_world(1), Layout.for_world(4, pp=2), Layout.for_world(2, tp=2)])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mome_dist.llm.attention import KERNELS, CausalAttention
+from mome_dist.llm.attention import CausalAttention
 from mome_dist.token_context import TokenContext
 
+KERNELS = ("eager", "sdpa")
 GROUPS, QUERIES, HEAD = 2, 3, 8
 SEQUENCES = [("asr(4)", [5, 3, 1]), ("vsr(2)", [2, 9, 6]), ("avsr(4,2)", [7])]  # 33 tokens of 40
 CONTEXT = TokenContext.of(SEQUENCES)

@@ -82,7 +82,7 @@ def test_in_bf16_experts_are_those_of_the_fp32_router(tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gelu_lets_the_input_of_a_bias_pass(dtype: torch.dtype) -> None:
-    """Of one number and of many, side by side and apart: PyTorch has several forms of it."""
+    """PyTorch has several forms of it: for one number and for many, side by side and apart."""
     for count in (1, 7, 64, 5000):
         spread = torch.full((count, 2), BIAS_INPUT, dtype=dtype)
         for numbers in (spread, spread[:, 0]):
