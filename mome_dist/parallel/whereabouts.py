@@ -95,8 +95,9 @@ class Whereabouts:
         self._timeout, self._limit = timeout_seconds, limit_seconds
         self._serving = dist.distributed_c10d._get_default_store()  # must outlive the process groups
         # Ranks of a busy machine may be long in connecting. That one of them is lost is told by those that wait for it.
-        self._store = open_store(timeout_seconds)
-        self._listening = open_store(timeout_seconds)  # of the heart: a question may never be answered
+        self._connecting = max(timeout_seconds, SILENT_SECONDS)
+        self._store = open_store(self._connecting)
+        self._listening = open_store(self._connecting)  # of the heart: a question may never be answered
         for store in (self._store, self._listening):
             store.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._mine = Sighting(socket.gethostname(), None, "starting", time.time())
@@ -124,7 +125,7 @@ class Whereabouts:
         pause, looked, heard = POLL_SECONDS[0], 0.0, [(-1, 0.0)] * self._size
         answered = time.monotonic()
         with self._patiently():
-            store = open_store(self._timeout)
+            store = open_store(self._connecting)
             with self._lock:
                 self._store.set(keys[self._rank], "")
             while True:

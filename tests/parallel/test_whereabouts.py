@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mome_dist.parallel.forked import fork_ranks
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.rendezvous import join
-from mome_dist.parallel.whereabouts import report
+from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.training import loop
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
@@ -201,6 +202,26 @@ def _report_to_a_stopped_store() -> None:
 
 def test_a_report_waits_for_no_answer() -> None:
     run_world(_report_to_a_stopped_store, 2, timeout=60)
+
+
+def _wait_beside_a_stopped_store() -> None:
+    """Rank 0, which keeps the store, is stopped for longer than a collective may take, and then goes on."""
+    with parallel_world(Layout.for_world(2), 0, TIMEOUT):
+        processes: list[int] = [0, 0]
+        dist.all_gather_object(processes, os.getpid())
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            keeper = psutil.Process(processes[0])
+            while keeper.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.01)
+            threading.Timer(2 * TIMEOUT, keeper.resume).start()
+        wait_for_all("building the model")
+
+
+def test_waiting_for_all_outlasts_a_store_that_answers_late() -> None:
+    # A machine with more ranks than cores is late in answering a connection, too.
+    run_world(_wait_beside_a_stopped_store, 2, timeout=60)
 
 
 def _cost_of_a_report(_: Path) -> float:
