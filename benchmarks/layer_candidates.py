@@ -3,18 +3,23 @@
 `StockLayer` is DeepSpeed's MoE layer as it comes: its generic top-K gating, which for K = 4 drops nothing when asked,
 its loop over experts and its dispatch. Its experts cast their fp32 parameters to the precision of the hidden states,
 which plain `nn.Linear` experts refuse; and MoME's shared expert is added to it.
+
+`TransformersLayer` is what transformers' own models compute their experts with, by each of its implementations.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations.moe import use_experts_implementation
 
 from benchmarks.layer_ranks import STOCK
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
@@ -22,6 +27,8 @@ from mome_dist.moe.load import PassLoad
 from mome_dist.token_context import TokenContext
 
 BALANCE_LOSS = 0.01
+TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")  # its implementations of experts that need no other package
+MOST_COPIED = 1e9  # bytes; `batched_mm` copies the weights of a token's experts for every token
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,56 @@ class StockLayer(nn.Module):
         return output_TH + self.shared(hidden_TH), BALANCE_LOSS * balance
 
 
+@use_experts_implementation(has_gate=False, has_bias=True)
+class TransformersExperts(nn.Module):
+    """Experts as transformers' models hold them, one tensor of a part for all, in the precision of the hidden states.
+
+    Args:
+        config: says which implementation computes them; "eager" is `forward`, a loop over experts as its models have.
+    """
+
+    def __init__(self, config: Any, shape: LayerShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_experts, experts, hidden, units = shape.experts, shape.experts, shape.hidden_size, shape.bottleneck
+        self.up_proj = nn.Parameter(torch.empty(experts, units, hidden, dtype=dtype))
+        self.up_proj_bias = nn.Parameter(torch.empty(experts, units, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, units, dtype=dtype))
+        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden, dtype=dtype))
+        self.act_fn = nn.GELU()
+
+    def forward(self, hidden_TH: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        output_TH = torch.zeros_like(hidden_TH)
+        for expert in experts_TK.unique().tolist():
+            tokens, places = torch.where(experts_TK == expert)
+            narrow = self.act_fn(F.linear(hidden_TH[tokens], self.up_proj[expert], self.up_proj_bias[expert]))
+            wide = F.linear(narrow, self.down_proj[expert], self.down_proj_bias[expert])
+            output_TH.index_add_(0, tokens, (wide * gates_TK[tokens, places, None]).to(wide.dtype))
+        return output_TH
+
+
+class TransformersLayer(nn.Module):
+    """Those experts with an fp32 router and a shared expert. It has no balance loss: its models add one at their end.
+
+    Args:
+        implementation: one of `TRANSFORMERS`.
+    """
+
+    def __init__(self, shape: LayerShape, dtype: torch.dtype, implementation: str) -> None:
+        super().__init__()
+        self.top_k = shape.top_k
+        self.router = nn.Linear(shape.hidden_size, shape.experts, bias=False)
+        config = SimpleNamespace(_experts_implementation=implementation)
+        self.experts = TransformersExperts(config, shape, dtype)
+        self.shared = Bottleneck(shape.hidden_size, shape.bottleneck)
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, None]:
+        """[T, H] -> [T, H]."""
+        chosen = self.router(hidden_TH.float()).softmax(dim=-1).topk(self.top_k, dim=-1)
+        gates_TK = chosen.values / chosen.values.sum(dim=-1, keepdim=True)
+        return self.experts(hidden_TH, chosen.indices, gates_TK) + self.shared(hidden_TH), None
+
+
 class MoMELayer(nn.Module):
     """Our layer with one of its dispatches.
 
@@ -106,18 +163,34 @@ class MoMELayer(nn.Module):
         return output_TH, None
 
 
-def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLayer | MoMELayer]:
-    """Every candidate by name, with equal weights: DeepSpeed's layer first, then our dispatches."""
-    layers: dict[str, StockLayer | MoMELayer] = {STOCK: StockLayer(shape, ep)}
+Layer = StockLayer | TransformersLayer | MoMELayer
+
+
+def build_layers(shape: LayerShape, ep: int, ep_rank: int, dtype: torch.dtype, tokens: int) -> dict[str, Layer]:
+    """Every candidate by name, with equal weights: DeepSpeed's layer first, then our dispatches, then transformers'.
+
+    Args:
+        dtype: of the hidden states.
+        tokens: of a pass. In more processes than one, transformers' experts are left out: they know none.
+    """
+    layers: dict[str, Layer] = {STOCK: StockLayer(shape, ep)}
     for dispatch in ("alltoall", "gather" if ep > 1 else "local"):
         layers[dispatch] = MoMELayer(shape, ep, dispatch)
+    for implementation in TRANSFORMERS if ep == 1 else ():
+        copied = tokens * shape.top_k * shape.bottleneck * shape.hidden_size * dtype.itemsize
+        if implementation != "batched_mm" or copied <= MOST_COPIED:
+            layers[f"transformers {implementation}"] = TransformersLayer(shape, dtype, implementation)
     for layer in layers.values():
         _fill(layer, ep_rank)
     return layers
 
 
-def first_expert_gradient(layer: StockLayer | MoMELayer) -> Tensor:
+def first_expert_gradient(layer: Layer) -> Tensor:
     """The gradient of the down-projection of the first expert that this rank holds: [b, H]."""
+    if isinstance(layer, TransformersLayer):
+        gradient_EbH = layer.experts.up_proj.grad
+        assert gradient_EbH is not None
+        return gradient_EbH[0]
     if isinstance(layer, StockLayer):
         return layer.routed.deepspeed_moe.experts.deepspeed_experts[0].down.weight.grad
     experts = layer.mome.deepspeed_moe.experts
@@ -126,20 +199,28 @@ def first_expert_gradient(layer: StockLayer | MoMELayer) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(layer: StockLayer | MoMELayer, ep_rank: int) -> None:
+def _fill(layer: Layer, ep_rank: int) -> None:
     """Give every parameter a value that depends on its global name only."""
-    module = layer.routed if isinstance(layer, StockLayer) else layer.mome
-    _fill_one("router", module.deepspeed_moe.gate.wg.weight)
-    # Both have DeepSpeed's names, whatever holds the numbers.
-    experts, first = module.deepspeed_moe.experts, ep_rank * module.num_local_experts
-    for name, value in experts.state_dict().items():
-        _, number, part = name.split(".", 2)
-        _fill_one(f"expert.{first + int(number)}.{part}", value)
-    shared = layer.shared if isinstance(layer, StockLayer) else layer.mome.shared
+    if isinstance(layer, TransformersLayer):
+        _fill_one("router", layer.router.weight)
+        parts = {"up_proj": "down.weight", "up_proj_bias": "down.bias"}
+        parts |= {"down_proj": "up.weight", "down_proj_bias": "up.bias"}
+        for name, part in parts.items():
+            for expert, value in enumerate(getattr(layer.experts, name)):
+                _fill_one(f"expert.{expert}.{part}", value)
+    else:
+        module = layer.routed if isinstance(layer, StockLayer) else layer.mome
+        _fill_one("router", module.deepspeed_moe.gate.wg.weight)
+        # Both have DeepSpeed's names, whatever holds the numbers.
+        experts, first = module.deepspeed_moe.experts, ep_rank * module.num_local_experts
+        for name, value in experts.state_dict().items():
+            _, number, part = name.split(".", 2)
+            _fill_one(f"expert.{first + int(number)}.{part}", value)
+    shared = layer.mome.shared if isinstance(layer, MoMELayer) else layer.shared
     assert shared is not None
     for name, parameter in shared.named_parameters():
         # Ours is a stack of one with names like down_weight.
-        value = parameter if isinstance(layer, StockLayer) else parameter[0]
+        value = parameter[0] if isinstance(layer, MoMELayer) else parameter
         _fill_one(f"shared.{name.replace('.', '_')}", value)
 
 

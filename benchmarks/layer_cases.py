@@ -12,7 +12,15 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
-from benchmarks.layer_candidates import LayerShape, MoMELayer, StockLayer, build_layers, first_expert_gradient
+from benchmarks.layer_candidates import (
+    Layer,
+    LayerShape,
+    MoMELayer,
+    TransformersLayer,
+    build_layers,
+    first_expert_gradient,
+)
+from benchmarks.layer_peers import MegatronLayer
 from benchmarks.layer_ranks import STOCK
 from benchmarks.measuring import WireBytes, interleaved, median_milliseconds
 from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
@@ -39,14 +47,15 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     group = deepspeed_groups._get_expert_parallel_group(f"ep_size_{ep}")
     rates = measure(load, group, dtype, torch.device("cpu"))
     choice = choose(load, rates, ep)
-    layers = build_layers(shape, ep, ep_rank)
     hidden_TH, gradient_TH = random_tokens(shape, options.tokens, dtype, seed=100 + dist.get_rank())
+    layers, failed = running(build_layers(shape, ep, ep_rank, dtype, options.tokens), hidden_TH, gradient_TH)
     for name, errors in differences(layers, hidden_TH, gradient_TH).items():
         for what, error in errors.items():
             assert error < TOLERANCE[options.precision], f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
     sent = {name: _bytes_sent(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}
+    peers: dict[str, nn.Module] = {"megatron": MegatronLayer(shape, dtype, "allgather")} if ep == 1 else {}
     timings = interleaved(
-        {name: one_pass(layer, hidden_TH, gradient_TH) for name, layer in layers.items()},
+        {name: one_pass(layer, hidden_TH, gradient_TH) for name, layer in {**layers, **peers}.items()},
         options.rounds,
         warm_up=options.warm_up,
     )
@@ -60,7 +69,7 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
             "least": min(times) * 1e3,
             "most": max(times) * 1e3,
             "predicted": choice.seconds[name] * 1e3 if name in choice.seconds else None,
-            "bytes_sent": sent[name],
+            "bytes_sent": sent.get(name),
         }
         for name, times in seconds.items()
     }
@@ -71,6 +80,7 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
         **asdict(shape),
         "imbalance": float(counts_E.max() / counts_E.mean()),
         "candidates": candidates,
+        "failed": failed,
         "auto": choice.name,
         "rates": asdict(rates),
     }
@@ -97,9 +107,23 @@ def one_pass(layer: nn.Module, hidden_TH: Tensor, gradient_TH: Tensor) -> Callab
     return run
 
 
-def differences(
-    layers: Mapping[str, StockLayer | MoMELayer], hidden_TH: Tensor, gradient_TH: Tensor
-) -> dict[str, dict[str, float]]:
+def running(
+    layers: Mapping[str, Layer], hidden_TH: Tensor, gradient_TH: Tensor
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers that run here, and why others do not: a peer's kernels may not take every shape."""
+    found, failed = {}, {}
+    for name, layer in layers.items():
+        try:
+            if isinstance(layer, TransformersLayer):
+                one_pass(layer, hidden_TH, gradient_TH)()
+        except RuntimeError as problem:
+            failed[name] = str(problem).splitlines()[0]
+        else:
+            found[name] = layer
+    return found, failed
+
+
+def differences(layers: Mapping[str, Layer], hidden_TH: Tensor, gradient_TH: Tensor) -> dict[str, dict[str, float]]:
     """How far the output and the first expert's gradient of each layer are from DeepSpeed's, of the largest value."""
     expected: dict[str, Tensor] = {}
     found = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,20 @@ from pathlib import Path
 from mome_dist.quiet import quiet_libraries
 
 STOCK, TOP_K = "deepspeed", 4
+# SmolLM2-135M's and Llama 3.2's hidden sizes; MoME's own experts, and wide ones.
+SHAPES = [*(f"{h}x{b}x{e}" for h in (576, 2048) for b in (12, 128) for e in (23, 64)), "3072x12x23"]
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is measured."""
     parser.add_argument("--tokens", type=int, default=704, help="of each process")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[576, 2048], help="hidden sizes")
-    parser.add_argument("--bottleneck", type=int, nargs="+", default=[12, 128], help="units of an expert")
-    parser.add_argument("--experts", type=int, nargs="+", default=[23, 64], help="routed experts; rounded up for ep")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=SHAPES,
+        metavar="HxBxE",
+        help="hidden size, units of an expert, routed experts (rounded up for expert parallelism)",
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the hidden states")
     parser.add_argument("--rounds", type=int, default=11, help="turns of every candidate; the median counts")
     parser.add_argument("--warm-up", type=int, default=2, help="turns before them that do not count")
@@ -44,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     with parallel_world(Layout.for_world(ranks, tp=1, pp=1, ep=ranks), 0, timeout_seconds=600) as at:
         described = machine()
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
         cases = [
             measure_case(LayerShape(hidden, experts + -experts % ranks, TOP_K, bottleneck), at.ep, options)
-            for hidden, bottleneck, experts in itertools.product(options.hidden, options.bottleneck, options.experts)
+            for hidden, bottleneck, experts in shapes
         ]
         if os.environ["RANK"] == "0":
             write_json(options.figures, {"machine": described, "cases": cases})

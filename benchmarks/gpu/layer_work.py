@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.cluster import cluster_record, layer_prediction
-from benchmarks.gpu.layer_peers import MegatronLayer, Products
 from benchmarks.gpu.trace import traced
 from benchmarks.layer_candidates import LayerShape, build_layers
-from benchmarks.layer_cases import differences, one_pass, random_tokens
+from benchmarks.layer_cases import differences, one_pass, random_tokens, running
+from benchmarks.layer_peers import MegatronLayer, Products
 from benchmarks.measuring import interleaved, median_milliseconds
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
@@ -47,10 +47,9 @@ def _case(
     shape: LayerShape, options: argparse.Namespace, device: torch.device, cluster: dict[str, Any]
 ) -> dict[str, Any]:
     tokens = 48 if options.tiny else options.tokens
-    ours = build_layers(shape, ep=1, ep_rank=0)
-    for layer in ours.values():
-        layer.to(device)
     inputs = [_on(device, *random_tokens(shape, tokens, DTYPE, seed)) for seed in range(INPUT_SETS)]
+    built = build_layers(shape, ep=1, ep_rank=0, dtype=DTYPE, tokens=tokens)
+    ours, unable = running({name: layer.to(device) for name, layer in built.items()}, *inputs[0])
     wrong = differences(ours, *inputs[0])
     layers: dict[str, nn.Module] = {**ours}
     peers, failed = _megatron_layers(shape, inputs[0], device)
@@ -76,7 +75,7 @@ def _case(
             "predicted": predicted.get(name),
             "differs": wrong.get(name),
         }
-    return {"tokens": tokens, **asdict(shape), "passes": passes, "candidates": found, "failed": failed}
+    return {"tokens": tokens, **asdict(shape), "passes": passes, "candidates": found, "failed": failed | unable}
 
 
 def _megatron_layers(

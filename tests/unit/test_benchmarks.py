@@ -82,7 +82,7 @@ def test_a_long_film_takes_less_memory_than_its_pictures(run: Run) -> None:
 
 def test_the_layer_benchmark_measures_and_predicts_every_candidate(run: Run) -> None:
     # Five experts, which two processes cannot share: six are taken.
-    sizes = f"--tokens 24 --hidden {HIDDEN} --bottleneck {BOTTLENECK} --experts 5 --processes {RANKS}"
+    sizes = f"--tokens 24 --shapes {HIDDEN}x{BOTTLENECK}x5 --processes {RANKS}"
     (layer_case,) = run(moe_layer, *sizes.split(), *ROUNDS)["figures"]
     assert layer_case["experts"] == EXPERTS and layer_case["processes"] == RANKS
     assert set(layer_case["candidates"]) == {"deepspeed", "alltoall", "gather"}

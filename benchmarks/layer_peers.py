@@ -1,4 +1,4 @@
-"""What the MoME layer is measured against besides DeepSpeed's: Megatron-Core's layer, and two products alone."""
+"""What the MoME layer is measured against that computes something else: Megatron-Core's layer, and two products."""
 
 from __future__ import annotations
 
