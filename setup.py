@@ -54,6 +54,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "test": [
+        "peft==0.21.2",
         "pytest==9.2.0",
         "pytest-timeout==2.4.0",
         "pytest-xdist==3.8.0",

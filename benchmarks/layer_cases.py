@@ -22,10 +22,9 @@ from benchmarks.layer_candidates import (
 )
 from benchmarks.layer_peers import MegatronLayer
 from benchmarks.layer_ranks import STOCK
-from benchmarks.measuring import WireBytes, interleaved, median_milliseconds
+from benchmarks.measuring import DTYPES, WireBytes, interleaved, median_milliseconds
 from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Largest difference from DeepSpeed's layer, of the largest value: a few roundings of the sums over experts.
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 

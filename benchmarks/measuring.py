@@ -26,6 +26,7 @@ from mome_dist.versions import version_of
 
 WARM_UP_ROUNDS = 2
 CPU = torch.device("cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Timing(NamedTuple):

@@ -7,12 +7,15 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from benchmarks.measuring import CPU, Stopwatch, median_milliseconds, meet, slowest, total
+from benchmarks.measuring import CPU, Stopwatch, interleaved, median_milliseconds, meet, slowest, total
+from benchmarks.step_peer import PeftStep
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
@@ -32,6 +35,8 @@ from mome_dist.training.step import forward_backward
 FORMS = ("projectors", "mome")
 PARTS = ("forward and backward", "gradient reduction", "optimiser step")
 WIDTHS, FRAMES_PER_SECOND = {"audio": 384, "video": 128}, {"audio": 50, "video": 25}
+PROJECTOR_SIZE = 512
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATES = {"audio": [4, 16], "video": [2, 5]}
 # The longest and one of the shortest views of a step of two.
 VIEWS = [View("avsr", 4, 2), View("vsr", None, 5)]
@@ -49,9 +54,9 @@ class Trained:
 def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
     """The frozen LLM with projectors; "mome" also has a MoME module in every layer."""
     shape = LLMShape.from_directory(options.llm)
-    llm = build_frozen_llm(shape, torch.bfloat16, "auto", CPU, layout)
+    llm = build_frozen_llm(shape, DTYPES[options.precision], "auto", CPU, layout)
     load_weights(llm, shape, options.llm)
-    projectors = Projectors(WIDTHS, RATES, shape.hidden_size, 512, per_rate=False, compression="pool")
+    projectors = Projectors(WIDTHS, RATES, shape.hidden_size, PROJECTOR_SIZE, per_rate=False, compression="pool")
     projectors.initialize(0, embedding_scale(options.llm))
     momes = {}
     if form == "mome":
@@ -73,10 +78,13 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
 
 def random_step(options: argparse.Namespace, number: int) -> Step:
     """A microbatch of random clips in all views; the same on every rank, so that all have the same work."""
-    drawn = random.Random(number)
-    seconds = [drawn.uniform(*CLIP_SECONDS) for _ in range(options.clips)]
     labels = (TEXT_TOKENS + 1) * options.clips * dist.get_world_size()
-    return Step([microbatch(VIEWS, seconds)], VIEWS, labels)
+    return Step([microbatch(VIEWS, _seconds(options, number))], VIEWS, labels)
+
+
+def _seconds(options: argparse.Namespace, number: int) -> list[float]:
+    drawn = random.Random(number)
+    return [drawn.uniform(*CLIP_SECONDS) for _ in range(options.clips)]
 
 
 def microbatch(
@@ -91,12 +99,20 @@ def microbatch(
     Args:
         multiple: of tokens, see `mome_dist.token_context.TokenContext.of`.
     """
+    sequences, features = clips_of(views, seconds, text_tokens, prompt_tokens)
+    return MicroBatch(pack(sequences, multiple=multiple), features)
+
+
+def clips_of(
+    views: Sequence[View], seconds: Sequence[float], text_tokens: int = TEXT_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[list[tuple[View, list[Example]]], dict[str, list[Tensor]]]:
+    """Sequences of every view, and random features of each stream, for clips of some lengths."""
     sequences = [(view, [_example(view, clip, text_tokens, prompt_tokens) for clip in seconds]) for view in views]
     features = {
         stream: [torch.randn(_frames(stream, clip), WIDTHS[stream]) for clip in seconds]
         for stream in streams_read(views)
     }
-    return MicroBatch(pack(sequences, multiple=multiple), features)
+    return sequences, features
 
 
 def _example(view: View, seconds: float, text_tokens: int, prompt_tokens: int) -> Example:
@@ -127,15 +143,28 @@ def timed_step(trained: Trained, step: Step) -> list[float]:
 
 
 def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]:
-    """Median milliseconds of every part of both forms' steps, which take turns; the slowest rank counts."""
+    """Median milliseconds of every part of both forms' steps, which take turns; the slowest rank counts.
+
+    In one process, transformers with PEFT takes its turns too.
+    """
     forms = {form: build(form, options, layout) for form in FORMS}
+    peer = (
+        PeftStep(options.llm, WIDTHS, PROJECTOR_SIZE, DTYPES[options.precision]) if dist.get_world_size() == 1 else None
+    )
     rounds: dict[str, list[list[float]]] = {form: [] for form in FORMS}
+    peers: list[float] = []
     for number in range(options.warm_up + options.rounds):
         step = random_step(options, number)
+        counts = number >= options.warm_up
         for form, trained in forms.items():
             seconds = timed_step(trained, step)
-            if number >= options.warm_up:
+            if counts:
                 rounds[form].append(seconds)
+        if peer is not None:
+            clips = clips_of(VIEWS, _seconds(options, number))
+            (timing,) = interleaved({"peft": partial(peer, *clips)}, rounds=1, warm_up=0)["peft"]
+            if counts:
+                peers.append(timing.device)
     (batch,) = random_step(options, 0).microbatches
     return {
         "processes": dist.get_world_size(),
@@ -144,6 +173,7 @@ def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]
             form: sum(p.numel() for p in trained.model.trainable_modules().parameters())
             for form, trained in forms.items()
         },
+        "peer": peer and {"milliseconds": median_milliseconds(peers), "trained parameters": peer.parameters},
         "milliseconds": {
             form: {
                 part: median_milliseconds(list(times))

@@ -30,17 +30,18 @@ class PeftStep:
         llm: directory of the frozen LLM.
         widths: feature width of each stream.
         projector_size: width between a projector's two linear maps.
+        dtype: of the LLM.
     """
 
-    def __init__(self, llm: Path, widths: Mapping[str, int], projector_size: int) -> None:
+    def __init__(self, llm: Path, widths: Mapping[str, int], projector_size: int, dtype: torch.dtype) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.bfloat16, local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, local_files_only=True)
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         self._model: Any = get_peft_model(base, config).train()
         self._embed, hidden_size = base.get_input_embeddings(), base.config.hidden_size
-        self._projectors = nn.ModuleDict(
+        self.projectors = nn.ModuleDict(
             {
                 stream: nn.Sequential(
                     nn.Linear(width, projector_size),
@@ -51,7 +52,7 @@ class PeftStep:
                 for stream, width in widths.items()
             }
         )
-        trained = [p for p in (*self._model.parameters(), *self._projectors.parameters()) if p.requires_grad]
+        trained = [p for p in (*self._model.parameters(), *self.projectors.parameters()) if p.requires_grad]
         self.parameters = sum(p.numel() for p in trained)
         self._optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -81,10 +82,10 @@ class PeftStep:
             for stream, rate, placeholder in (("audio", view.audio_rate, AUDIO), ("video", view.video_rate, VIDEO)):
                 if rate is not None:
                     pooled = F.avg_pool1d(features[stream][clip].t(), rate).t()
-                    tokens = self._projectors[stream](pooled).to(embedded_TH.dtype)
+                    tokens = self.projectors[stream](pooled).to(embedded_TH.dtype)
                     embedded_TH = embedded_TH.index_put(((ids == placeholder).nonzero()[:, 0],), tokens)
             embedded.append(embedded_TH)
-            labels.append(torch.where(torch.arange(len(ids)) < example.text_start, IGNORED, ids))
+            labels.append(torch.where(torch.arange(len(ids)) < example.prefix_length, IGNORED, ids))
         inputs_BTH = pad_sequence(embedded, batch_first=True)
         mask_BT = pad_sequence([torch.ones(len(each), dtype=torch.long) for each in labels], batch_first=True)
         labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORED)

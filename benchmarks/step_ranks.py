@@ -15,7 +15,8 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", type=Path, help="directory of the frozen LLM; without it, SmolLM2-135M in the cache")
     parser.add_argument("--experts", type=int, default=24, help="routed experts of a layer")
     parser.add_argument("--bottleneck", type=int, default=12, help="units of an expert")
-    parser.add_argument("--clips", type=int, default=8, help="of a microbatch of a process")
+    parser.add_argument("--clips", type=int, default=16, help="of a microbatch of a process")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the LLM")
     parser.add_argument("--rounds", type=int, default=9, help="turns of both forms; the median counts")
     parser.add_argument("--warm-up", type=int, default=2, help="turns before them that do not count")
 

@@ -1,5 +1,7 @@
 """What MoME costs: a training step with it against the same step with projectors only, on the frozen SmolLM2-135M.
 
+In one process also against what plain transformers and PEFT take for the same clips and views.
+
     python -m benchmarks.train_step            1 process, and 2 that share the experts
 
 The table goes to benchmarks/results/ (see README.md beside this file).
@@ -32,6 +34,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def times_peft(case: dict[str, Any]) -> float:
+    """How many times as fast as transformers with PEFT a step with MoME is."""
+    return case["peer"]["milliseconds"] / case["milliseconds"]["mome"]["step"]
+
+
 def render(cases: Sequence[dict[str, Any]], llm: str, options: argparse.Namespace) -> list[str]:
     """Sections of the result file: the summary and the table."""
     columns = ["processes", "part of a step", "projectors only", "with MoME", "MoME adds", "of the step"]
@@ -44,10 +51,16 @@ def render(cases: Sequence[dict[str, Any]], llm: str, options: argparse.Namespac
             times = [f"{plain[part]:.0f}", f"{mome[part]:.0f}", f"{added:+.0f}", f"{added / plain['step']:+.1%}"]
             rows.append([str(processes), part, *times])
         summary.append(f"- {processes} process(es): MoME makes a step {mome['step'] / plain['step'] - 1:.1%} longer")
+        if peer := case["peer"]:
+            summary.append(
+                f"- {processes} process(es): with MoME, a step is {times_peft(case):.2f} times as fast as one of "
+                f"transformers with PEFT (LoRA on Q and V, {peer['trained parameters']:,} parameters with its "
+                f"projectors), which takes {peer['milliseconds']:.0f} ms"
+            )
     parameters = cases[0]["trained parameters"]
     tokens = " and ".join(f"{count} tokens in {view}" for view, count in cases[0]["tokens"].items())
     return [
-        f"{llm}, frozen, bf16. MoME beside the feed-forward network of every layer: {options.experts} routed experts "
+        f"{llm}, frozen, {options.precision}. MoME beside the feed-forward network of every layer: {options.experts} routed experts "
         f"of {options.bottleneck} units and a shared one, K = 4; `local` in one process, `gather` in more. ZeRO 1, "
         f"AdamW. Each process has one thread and one microbatch a step, of {options.clips} clips: {tokens}. "
         f"One process trains {parameters['projectors']:,} parameters without MoME and {parameters['mome']:,} with it.",
@@ -64,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.llm = options.llm or asset_dir("smollm2-135m")
     machine, cases = measure_worlds(
-        "benchmarks.step_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds", "warm_up")
+        "benchmarks.step_ranks", options, ("llm", "experts", "bottleneck", "clips", "precision", "rounds", "warm_up")
     )
     path = write_results(
         name="train_step",

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from benchmarks import (
@@ -28,14 +29,24 @@ from benchmarks import (
     reshard,
     results,
     save_stall,
+    step_parts,
     train_step,
 )
 from benchmarks.gpu import told
+from benchmarks.step_parts import PROJECTOR_SIZE, WIDTHS
+from benchmarks.step_peer import RANK, PeftStep
 from mome_dist import evaluate
 from mome_dist.config import load_config
 from mome_dist.config.derived import views_of
+from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.forked import fork_ranks
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import MicroBatch
+from mome_dist.speech.sequence import pack
+from mome_dist.training.batches import Step
+from mome_dist.training.step import forward_backward
 from tests.evaluation_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +78,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         markdown = path.with_suffix(".md").read_text()
         assert markdown in capsys.readouterr().out
         assert str(ROOT) not in markdown.replace(str(tmp_path), "")
-        return json.loads(path.read_text())
+        stored = json.loads(path.read_text())
+        assert f"` at {stored['commit']}\n" in markdown
+        return stored
 
     return run
 
@@ -92,6 +105,17 @@ def test_the_layer_benchmark_measures_and_predicts_every_candidate(run: Run) -> 
     predicted = {name: each["predicted"] for name, each in layer_case["candidates"].items() if each["predicted"]}
     assert layer_case["auto"] == min(predicted, key=lambda name: predicted[name])
     _check_bytes(layer_case)
+
+
+def test_the_layer_benchmark_measures_peers_in_one_process(run: Run) -> None:
+    # Rows of four units are eight bytes, which grouped products do not take.
+    shapes = f"--tokens 24 --shapes {HIDDEN}x{BOTTLENECK}x5 {HIDDEN}x8x5 --processes 1"
+    narrow, wide = run(moe_layer, *shapes.split(), *ROUNDS)["figures"]
+    peers = {"megatron", *(f"transformers {name}" for name in ("eager", "batched_mm", "grouped_mm"))}
+    assert set(wide["candidates"]) == {"deepspeed", "alltoall", "local"} | peers and wide["failed"] == {}
+    assert set(narrow["failed"]) == {"transformers grouped_mm"} == peers - set(narrow["candidates"])
+    fastest = min(wide["candidates"][name]["milliseconds"] for name in ("deepspeed", *peers))
+    assert moe_layer.lead(wide) == fastest / wide["candidates"][wide["auto"]]["milliseconds"]
 
 
 def _check_bytes(layer_case: dict[str, Any]) -> None:
@@ -130,6 +154,45 @@ def test_the_step_benchmark_splits_a_step(run: Run, small_llm: Path) -> None:
     layer = 4 * 64 + 3 * (2 * 64 * 2 + 64 + 2)
     added = case["trained parameters"]["mome"] - case["trained parameters"]["projectors"]
     assert added <= 2 * layer and added > 2 * layer - 20  # without MoME, the engine gets an idle expert of one unit
+
+
+def test_the_step_benchmark_measures_transformers_with_peft(run: Run, small_llm: Path) -> None:
+    sizes = "--experts 4 --bottleneck 2 --clips 2 --processes 1"
+    (case,) = run(train_step, "--llm", str(small_llm), *sizes.split(), *ROUNDS)["figures"]
+    # The same projectors, and two matrices beside the query and the value projection of each of two layers.
+    lora = case["peer"]["trained parameters"] - _projectors()
+    narrow = 64 // 2  # two of four heads are of keys and values
+    assert lora == 2 * RANK * ((64 + 64) + (64 + narrow))
+    assert train_step.times_peft(case) > 0
+
+
+def _projectors() -> int:
+    norm = 2 * 64
+    return sum(width * PROJECTOR_SIZE + PROJECTOR_SIZE + PROJECTOR_SIZE * 64 + 64 + norm for width in WIDTHS.values())
+
+
+def _losses(llm: Path, file: Path) -> int:
+    """Ours and the peer's for the same clips and projectors; LoRA and MoME start at zero."""
+    options = train_step.parse_arguments(["--llm", str(llm), "--experts", "4", "--clips", "3", "--precision", "fp32"])
+    with parallel_world(Layout.for_world(1), 0, 60):
+        trained = step_parts.build("mome", options, Layout.for_world(1))
+        peer = PeftStep(llm, WIDTHS, PROJECTOR_SIZE, torch.float32)
+        values = iter(trained.model.chunks[0].projectors.parameters())
+        for parameter in peer.projectors.parameters():
+            parameter.data.copy_(next(values).detach())
+        assert next(values, None) is None
+        sequences, features = step_parts.clips_of(step_parts.VIEWS, [2.0, 2.7, 2.2])
+        batch = MicroBatch(pack(sequences), features)
+        ours = forward_backward(trained.model, Step([batch], step_parts.VIEWS, 3 * (step_parts.TEXT_TOKENS + 1)))
+        write_json(file, [len(step_parts.VIEWS) * ours.loss, peer(sequences, features)])
+    return 0
+
+
+def test_transformers_with_peft_has_our_loss(small_llm: Path, tmp_path: Path) -> None:
+    (rank,) = fork_ranks(_losses, 1, small_llm, tmp_path / "losses.json")
+    assert rank.wait() == 0
+    ours, peers = json.loads((tmp_path / "losses.json").read_text())
+    assert ours == pytest.approx(peers, rel=1e-5)
 
 
 def test_the_benchmark_of_decoding_measures_both_forms(run: Run, small_llm: Path) -> None:
