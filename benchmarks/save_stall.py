@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def render(cases: Sequence[dict[str, Any]], llm: str) -> list[str]:
+def render(cases: Sequence[dict[str, Any]], llm: str, precision: str) -> list[str]:
     """Sections of the result file."""
     rows = [
         [str(case["processes"]), f"{case['bytes'] / 1e6:.0f}", form, f"{case['wait'][form]:.0f}", f"{both:.0f}", change]
@@ -44,7 +44,7 @@ def render(cases: Sequence[dict[str, Any]], llm: str) -> list[str]:
     ]
     columns = ["processes", "MB", "checkpoint", "ms until training goes on", "ms of two steps", "against none"]
     return [
-        f"{llm}, frozen, bf16, MoME in every layer, AdamW, ZeRO 1: two training steps with a checkpoint between them. "
+        f"{llm}, frozen, {precision}, MoME in every layer, AdamW, ZeRO 1: two training steps with a checkpoint between them. "
         "Weights and both moments are written, hashed, flushed to disk and published.",
         table(columns, rows),
     ]
@@ -57,14 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.llm = options.llm or asset_dir("smollm2-135m")
     machine, cases = measure_worlds(
-        "benchmarks.save_ranks", options, ("llm", "experts", "bottleneck", "clips", "rounds", "warm_up")
+        "benchmarks.save_ranks", options, ("llm", "experts", "bottleneck", "clips", "precision", "rounds", "warm_up")
     )
     path = write_results(
         name="save_stall",
         title="How long training waits for a checkpoint",
         command=" ".join(["python -m benchmarks.save_stall", *given]),
         machine=machine,
-        sections=render(cases, options.llm.name),
+        sections=render(cases, options.llm.name, options.precision),
         figures=cases,
         folder=options.results,
     )

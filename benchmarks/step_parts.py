@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measuring import CPU, Stopwatch, interleaved, median_milliseconds, meet, slowest, total
+from benchmarks.measuring import CPU, DTYPES, Stopwatch, interleaved, median_milliseconds, meet, slowest, total
 from benchmarks.step_peer import PeftStep
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.llm.megatron import build_frozen_llm
@@ -36,7 +36,6 @@ FORMS = ("projectors", "mome")
 PARTS = ("forward and backward", "gradient reduction", "optimiser step")
 WIDTHS, FRAMES_PER_SECOND = {"audio": 384, "video": 128}, {"audio": 50, "video": 25}
 PROJECTOR_SIZE = 512
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATES = {"audio": [4, 16], "video": [2, 5]}
 # The longest and one of the shortest views of a step of two.
 VIEWS = [View("avsr", 4, 2), View("vsr", None, 5)]
@@ -148,9 +147,9 @@ def measure_steps(options: argparse.Namespace, layout: Layout) -> dict[str, Any]
     In one process, transformers with PEFT takes its turns too.
     """
     forms = {form: build(form, options, layout) for form in FORMS}
-    peer = (
-        PeftStep(options.llm, WIDTHS, PROJECTOR_SIZE, DTYPES[options.precision]) if dist.get_world_size() == 1 else None
-    )
+    peer = None
+    if dist.get_world_size() == 1:
+        peer = PeftStep(options.llm, WIDTHS, PROJECTOR_SIZE, DTYPES[options.precision])
     rounds: dict[str, list[list[float]]] = {form: [] for form in FORMS}
     peers: list[float] = []
     for number in range(options.warm_up + options.rounds):
