@@ -44,8 +44,8 @@ def render(cases: Sequence[dict[str, Any]], llm: str, precision: str) -> list[st
     ]
     columns = ["processes", "MB", "checkpoint", "ms until training goes on", "ms of two steps", "against none"]
     return [
-        f"{llm}, frozen, {precision}, MoME in every layer, AdamW, ZeRO 1: two training steps with a checkpoint between them. "
-        "Weights and both moments are written, hashed, flushed to disk and published.",
+        f"{llm}, frozen, {precision}, MoME in every layer, AdamW, ZeRO 1: two training steps with a checkpoint between "
+        "them. Weights and both moments are written, hashed, flushed to disk and published.",
         table(columns, rows),
     ]
 

@@ -60,10 +60,11 @@ def render(cases: Sequence[dict[str, Any]], llm: str, options: argparse.Namespac
     parameters = cases[0]["trained parameters"]
     tokens = " and ".join(f"{count} tokens in {view}" for view, count in cases[0]["tokens"].items())
     return [
-        f"{llm}, frozen, {options.precision}. MoME beside the feed-forward network of every layer: "
-        f"{options.experts} routed experts of {options.bottleneck} units and a shared one, K = 4; `local` in one process, `gather` in more. ZeRO 1, "
-        f"AdamW. Each process has one thread and one microbatch a step, of {options.clips} clips: {tokens}. "
-        f"One process trains {parameters['projectors']:,} parameters without MoME and {parameters['mome']:,} with it.",
+        f"{llm}, frozen, {options.precision}. MoME beside the feed-forward network of every layer: {options.experts} "
+        f"routed experts of {options.bottleneck} units and a shared one, K = 4; `local` in one process, `gather` in "
+        f"more. ZeRO 1, AdamW. Each process has one thread and one microbatch a step, of {options.clips} clips: "
+        f"{tokens}. One process trains {parameters['projectors']:,} parameters without MoME and "
+        f"{parameters['mome']:,} with it.",
         "\n".join(summary),
         "## Milliseconds; forward and backward without MoME are the LLM's and the projectors'",
         table(columns, rows),
