@@ -8,9 +8,9 @@
 
 select is latest, best (lowest validation loss) or average:N. noise names "clean", "babble" and directories of
 recordings; video_corruption "none", occlusion, blur, missing_frames and missing_video, each with or without :severity.
-Further keys: corpus, limit, output, seed; num_beams, max_new_tokens, tokens_per_second, length_penalty, batch_size,
-device_map and precision (bf16, fp32) of decoding; llm, audio_encoder, video_encoder for frozen models that moved. An
-export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the run directory:
+Further keys: corpus, limit, output, seed; num_beams, max_new_tokens, tokens_per_second, length_penalty, static_cache,
+batch_size, device_map and precision (bf16, fp32) of decoding; llm, audio_encoder, video_encoder for frozen models that
+moved. An export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the run directory:
 ``results.json``, ``results.md``, ``hypotheses.jsonl``, ``noise.jsonl`` and ``activations.safetensors``.
 """
 

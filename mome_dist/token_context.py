@@ -19,6 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mome_dist.transfer import sent_to
+
 ALIGNMENT = 8
 """N is a multiple of it: kernels of matrix products are chosen by the number of rows."""
 
@@ -110,7 +112,7 @@ class TokenContext:
     def to(self, device: torch.device) -> Self:
         """A copy on a device; the host does not wait for it."""
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        moved = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
+        moved = {n: sent_to(v, device) for n, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **(values | moved))
 
     def part(self, rank: int, ranks: int) -> Self:
@@ -138,7 +140,7 @@ class TokenContext:
         """int32, where each sequence starts and the last one ends; dead tokens count as one more sequence."""
         lengths = [*self.lengths, *([self.tokens - self.alive] if self.tokens > self.alive else [])]
         starts_B1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return starts_B1.to(self.modality_N.device, non_blocking=True)
+        return sent_to(starts_B1, self.modality_N.device)
 
     @cached_property
     def padding(self) -> Padding:
@@ -160,7 +162,7 @@ class Labels:
 
     def to(self, device: torch.device) -> Labels:
         """A copy on a device; the host does not wait for it."""
-        return Labels(self.index_L.to(device, non_blocking=True), self.ids_L.to(device, non_blocking=True))
+        return Labels(sent_to(self.index_L, device), sent_to(self.ids_L, device))
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Padding:
                 places.append(torch.arange(place, place + length))
                 first, place = first + length, place + longest
             sequence += rows
-        take_P, placed = (torch.cat(each).to(device, non_blocking=True) for each in (take, places))
+        take_P, placed = (sent_to(torch.cat(each), device) for each in (take, places))
         return cls(tuple(shapes), take_P, placed)
 
     def pad(self, rows_N: Tensor) -> Tensor:

@@ -90,17 +90,20 @@ def _search(
 def _speed(
     config: RunConfig, sizes: Sizes, tokens: int, options: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    models = {name: random_model(config, torch.bfloat16, device, name == "with MoME") for name in ("LLM", "with MoME")}
+    plain, mome = (random_model(config, torch.bfloat16, device, with_mome) for with_mome in (False, True))
+    forms = {"LLM": (plain, False), "with MoME": (mome, False)}
+    if options.static_cache:
+        forms["with MoME, static cache"] = mome, True
     sequences, view = build_sequences(config), views_of(config)[0]
     features = random_features(config, sizes, max(clips for clips, _ in SEARCHES))
     found = []
     for clips, beams in SEARCHES:
-        decoding = DecodingConfig(num_beams=beams, max_new_tokens=tokens)
         written: dict[str, int] = {}
-        runs = {
-            name: partial(_counted, written, name, partial(_search, model, sequences, view, features, clips, decoding))
-            for name, model in models.items()
-        }
+        runs = {}
+        for name, (model, static) in forms.items():
+            decoding = DecodingConfig(num_beams=beams, max_new_tokens=tokens, static_cache=static)
+            search = partial(_search, model, sequences, view, features, clips, decoding)
+            runs[name] = partial(_counted, written, name, search)
         timings = interleaved(runs, options.rounds, device, options.warm_up)
         for name, rounds in timings.items():
             milliseconds = median_milliseconds(each.device for each in rounds)

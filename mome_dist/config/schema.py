@@ -224,6 +224,7 @@ class DecodingConfig:
     batch_size: int = 16
     tokens_per_second: float | None = None
     length_penalty: float = 1.0
+    static_cache: bool = False
     device_map: Any = None
 
 

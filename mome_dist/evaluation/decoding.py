@@ -116,6 +116,7 @@ def decode_batch(
             limits=[token_limit(config, seconds) for seconds in _seconds(view, audio, video)],
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
+            static_cache=config.static_cache,
         )
 
 

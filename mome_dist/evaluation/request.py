@@ -36,7 +36,8 @@ class EvaluationRequest:
         video_corruption: of "none", occlusion, blur, missing_frames and missing_video, each with ``:severity`` up to 1.
         baselines: of "chance" (speech shuffled among utterances) and "untrained" (the model before training).
         limit: only so many utterances, from the start of the split.
-        num_beams, max_new_tokens, tokens_per_second, length_penalty, batch_size, device_map: of decoding.
+        num_beams, max_new_tokens, tokens_per_second, length_penalty, static_cache, batch_size, device_map: of
+            decoding.
         precision: of the LLM, bf16 or fp32: in fp32 a text does not depend on the batch size either.
         compare: an earlier evaluation or its run, to compare with on the same utterances.
         output: directory of the results; None for ``evaluation/`` in the run directory.
@@ -61,6 +62,7 @@ class EvaluationRequest:
     max_new_tokens: int | None = None
     tokens_per_second: float | None = None
     length_penalty: float | None = None
+    static_cache: bool | None = None
     batch_size: int | None = None
     device_map: Any = None
     precision: str | None = None

@@ -135,6 +135,8 @@ class LocalMoME(nn.Module):
     def _packed(self, dtype: torch.dtype) -> PackedExperts:
         """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for
         every layer and token."""
+        if torch.compiler.is_compiling() and self._pack is not None:
+            return self._pack.experts  # of the pass before, over the prefix, which is never compiled
         sources: list[Any] = [*self._parameters.values()]
         for stack in self._modules.values():
             sources += stack._parameters.values() if stack is not None else ()

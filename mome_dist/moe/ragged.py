@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mome_dist.moe.experts import ExpertWeights
+from mome_dist.transfer import sent_to
 
 UNIT_ALIGNMENT = 8
 # Rows of every product in evaluation. A row's result depends on how many rows its product has, to the last bit; with
@@ -104,35 +106,39 @@ class Groups:
         placement: from rows in order of (source rank, expert), one copy of each.
         sizes: rows of every expert's group, padding included.
         block: rows of a product; None for one product a group.
+        expert_P: int64 [P], the expert of each place.
         ends_E: int32 [E], the end of each group.
     """
 
     placement: Placement
     sizes: list[int]
     block: int | None
+    expert_P: Tensor
     ends_E: Tensor
 
     @classmethod
     def of(cls, counts: list[list[int]], training: bool, device: torch.device) -> Groups:
-        """Groups of the rows that came from each rank (first axis) for each expert (second axis)."""
+        """Groups of the rows that came from each rank (first axis) for each expert (second axis).
+
+        The host, which knows the counts, works out all places and sends them in one copy that nobody waits for.
+        """
         block = None if training else EVALUATION_ROWS
-        counts_SE = torch.tensor(counts, dtype=torch.int64)
-        totals_E = counts_SE.sum(dim=0)
+        counts_SE = np.array(counts, dtype=np.int64)
+        runs = counts_SE.ravel()
+        totals_E = counts_SE.sum(axis=0)
         sizes = [_padded(rows) if block is None else -(-rows // block) * block for rows in totals_E.tolist()]
-        sizes_E = torch.tensor(sizes, dtype=torch.int64)
+        sizes_E = np.array(sizes, dtype=np.int64)
         # Where each (rank, expert) run of rows starts, in the order in which they came and in expert order.
-        came_SE = (counts_SE.flatten().cumsum(0) - counts_SE.flatten()).view_as(counts_SE)
-        goes_SE = (sizes_E.cumsum(0) - sizes_E) + (counts_SE.cumsum(0) - counts_SE)
-        rows = int(totals_E.sum())
-        places_N = torch.arange(rows) + (goes_SE - came_SE).flatten().repeat_interleave(counts_SE.flatten())
-        take_P = torch.zeros(sum(sizes), dtype=torch.int64)
-        take_P[places_N] = torch.arange(rows)
-        return cls(
-            Placement(take_P.to(device), places_N.to(device)),
-            sizes,
-            block,
-            sizes_E.cumsum(0, dtype=torch.int32).to(device),
-        )
+        came_SE = (runs.cumsum() - runs).reshape(counts_SE.shape)
+        goes_SE = (sizes_E.cumsum() - sizes_E) + (counts_SE.cumsum(axis=0) - counts_SE)
+        rows_N = np.arange(runs.sum())
+        places_N = rows_N + (goes_SE - came_SE).ravel().repeat(runs)
+        take_P = np.zeros(sizes_E.sum(), dtype=np.int64)
+        take_P[places_N] = rows_N
+        parts = take_P, places_N, np.arange(len(sizes)).repeat(sizes_E), sizes_E.cumsum()
+        sent = sent_to(torch.from_numpy(np.concatenate(parts)), device)
+        take, places, expert_P, ends_E = sent.split([len(part) for part in parts])
+        return cls(Placement(take, places), sizes, block, expert_P, ends_E.to(torch.int32))
 
     def gates(self, gates_N: Tensor) -> Tensor:
         """fp32 [N] -> [P], zero for padding."""
@@ -169,15 +175,14 @@ class _RaggedExperts(torch.autograd.Function):
         down_EcH, up_EcH = rows_PH.new_zeros(2, experts, width, hidden_size)
         down_EcH[:, :units] = weights.down_weight
         up_EcH[:, :units], up_EcH[:, units] = weights.up_weight.mT, weights.up_bias
-        expert_P = _expert_of(groups, rows_PH.device)
         narrow_Pc = _products(rows_PH, down_EcH.mT, groups)
-        narrow_Pc[:, :units] += weights.down_bias.to(rows_PH.dtype).index_select(0, expert_P)
+        narrow_Pc[:, :units] += weights.down_bias.to(rows_PH.dtype).index_select(0, groups.expert_P)
         active_Pc = F.gelu(narrow_Pc)
         active_Pc[:, units:] = 0
         active_Pc[:, units] = 1
         gates_P1 = gates_P[:, None].to(rows_PH.dtype)
         inputs_Pc = active_Pc * gates_P1
-        ctx.save_for_backward(rows_PH, gates_P1, expert_P, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH)
+        ctx.save_for_backward(rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH)
         ctx.groups, ctx.units, ctx.types = groups, units, [part.dtype for part in parts]
         return _products(inputs_Pc, up_EcH, groups)
 
@@ -185,7 +190,7 @@ class _RaggedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_PH,) = gradients
-        rows_PH, gates_P1, expert_P, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH = ctx.saved_tensors
+        rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH = ctx.saved_tensors
         groups, units = ctx.groups, ctx.units
         grad_gated_Pc = _products(grad_PH, up_EcH.mT, groups)
         grad_gates_P = (grad_gated_Pc * active_Pc).sum(dim=1, dtype=torch.float32)
@@ -194,7 +199,7 @@ class _RaggedExperts(torch.autograd.Function):
         grad_rows_PH = _products(grad_narrow_Pc, down_EcH, groups) if ctx.needs_input_grad[0] else None
         grad_up_EcH = _row_products(inputs_Pc, grad_PH, groups)
         grad_bias_Ec = grad_narrow_Pc.new_zeros(len(groups.sizes), narrow_Pc.shape[1], dtype=torch.float32)
-        grad_bias_Ec.index_add_(0, expert_P, grad_narrow_Pc.float())
+        grad_bias_Ec.index_add_(0, groups.expert_P, grad_narrow_Pc.float())
         parts = ExpertWeights(
             _row_products(grad_narrow_Pc, rows_PH, groups)[:, :units],
             grad_bias_Ec[:, :units],
@@ -203,11 +208,6 @@ class _RaggedExperts(torch.autograd.Function):
         )
         typed = (part.to(dtype) for part, dtype in zip(parts, ctx.types, strict=True))
         return grad_rows_PH, grad_gates_P, None, *typed
-
-
-def _expert_of(groups: Groups, device: torch.device) -> Tensor:
-    """int64 [P], the expert of each place."""
-    return torch.arange(len(groups.sizes)).repeat_interleave(torch.tensor(groups.sizes)).to(device)
 
 
 def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:

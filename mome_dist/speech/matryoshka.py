@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.transfer import sent_to
+
 SAMPLES_PER_AUDIO_FRAME = 320  # 16 kHz samples per Whisper frame (50 a second)
 MIN_AUDIO_FRAMES = 25
 PUBLISHED_OVERHEAD = 7  # tokens before the text that are not speech, in the paper's count
@@ -52,14 +54,14 @@ def compress(frames_Td: Tensor, lengths: Sequence[int], rate: int, method: str) 
         window[length:] = len(frames_Td) - 1
         windows.append(window)
         first += length
-    index = torch.cat(windows).to(frames_Td.device, non_blocking=True)
+    index = sent_to(torch.cat(windows), frames_Td.device)
     windows_Nrd = frames_Td.index_select(0, index).unflatten(0, (-1, rate))
     if method == "stack":
         return windows_Nrd.flatten(1)
     if not short:
         return windows_Nrd.mean(dim=1)
     counts = [min(length, rate) for length in lengths for _ in range(compressed_length(length, rate))]
-    counts_N1 = torch.tensor(counts, dtype=frames_Td.dtype)[:, None].to(frames_Td.device, non_blocking=True)
+    counts_N1 = sent_to(torch.tensor(counts, dtype=frames_Td.dtype)[:, None], frames_Td.device)
     return windows_Nrd.sum(dim=1) / counts_N1
 
 

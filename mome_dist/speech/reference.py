@@ -182,6 +182,7 @@ class MoMESpeechLM(nn.Module):
         limits: Sequence[int],
         num_beams: int = 1,
         length_penalty: float = 1.0,
+        static_cache: bool = False,
     ) -> list[list[int]]:
         """Decode clips without sampling.
 
@@ -193,6 +194,8 @@ class MoMESpeechLM(nn.Module):
             limits: the most tokens to write of each clip, the end token included.
             num_beams: 1 is greedy search.
             length_penalty: of beam search: hypotheses are compared by log-probability / tokens ** length_penalty.
+            static_cache: keys and values lie in tensors of one size from the start. On a GPU, transformers then
+                compiles what writes a token, into CUDA graphs; every beam reads its prefix by itself.
 
         Returns:
             New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
@@ -216,12 +219,14 @@ class MoMESpeechLM(nn.Module):
             max_new_tokens=max(limits),
             eos_token_id=eos,
             pad_token_id=eos,
+            cache_implementation="static" if static_cache else None,
         )
+        read_once = num_beams > 1 and not static_cache
         embedded_BSH = flat.view(embedded_BSH.shape)
         written = self.llm.generate(
             inputs_embeds=embedded_BSH,
             attention_mask=mask_BS,
-            past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if num_beams > 1 else None,
+            past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if read_once else None,
             generation_config=search,
             stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
         )

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mome_dist.llm.tokens import TokenTable, check_rows
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT, Labels, Modality, TokenContext
+from mome_dist.transfer import sent_to
 
 AUDIO, VIDEO = -1, -2  # placeholders of speech tokens in a sequence of token ids
 
@@ -121,8 +122,8 @@ class SpeechPlaces:
 
     def to(self, device: torch.device) -> SpeechPlaces:
         """A copy on a device; the host does not wait for it."""
-        absent_T = None if self.absent_T is None else self.absent_T.to(device, non_blocking=True)
-        return replace(self, index_T=self.index_T.to(device, non_blocking=True), absent_T=absent_T)
+        absent_T = None if self.absent_T is None else sent_to(self.absent_T, device)
+        return replace(self, index_T=sent_to(self.index_T, device), absent_T=absent_T)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class PackedTokens:
         """A copy on a device; the host does not wait for it."""
         return replace(
             self,
-            ids_N=self.ids_N.to(device, non_blocking=True),
+            ids_N=sent_to(self.ids_N, device),
             context=self.context.to(device),
             speech=tuple(each.to(device) for each in self.speech),
             labels=self.labels.to(device),

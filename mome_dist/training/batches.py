@@ -21,6 +21,7 @@ from mome_dist.speech.matryoshka import audio_frames, compressed_length
 from mome_dist.speech.sequence import Absent, Example, SequenceBuilder, pack
 from mome_dist.speech.views import View, streams_read
 from mome_dist.token_context import ALIGNMENT
+from mome_dist.transfer import sent_to
 
 FeatureReader = Callable[[str], Tensor]
 LeftOut = Callable[[str, View], str | None]
@@ -150,7 +151,7 @@ class BatchBuilder:
         if self._features is None:
             return {}
         return {
-            stream: [self._features[stream](each.id).to(self._device, non_blocking=True) for each in utterances]
+            stream: [sent_to(self._features[stream](each.id), self._device) for each in utterances]
             for stream in streams_read(views)
         }
 

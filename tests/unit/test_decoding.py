@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import CompileConfig, GenerationConfig
 
 from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.schema import DecodingConfig
@@ -60,6 +62,39 @@ def test_batched_equals_single(
     ]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) > 1, "every clip decodes alike: the test cannot tell them apart"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_static_cache_changes_nothing(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], beams: int) -> None:
+    for view in VIEWS:
+        grows, stands = (
+            decode_batch(run.model, run.sequences, view, *clips, DecodingConfig(beams, 8, static_cache=static))
+            for static in (False, True)
+        )
+        assert grows == stands
+
+
+def test_with_a_static_cache_a_token_is_one_graph(
+    run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers compiles on a GPU is traced here: one graph, in which nothing asks for a value on the host."""
+    expected = decode_batch(run.model, run.sequences, VIEWS[0], *clips, DecodingConfig(1, 8))
+    graphs: list[torch.fx.GraphModule] = []
+    generate = run.model.llm.generate
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor], **_options: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        generation_config.compile_config = CompileConfig(fullgraph=True, backend=backend)
+        generation_config.compile_config._compile_all_devices = True
+        return generate(*args, generation_config=generation_config, **kwargs)
+
+    monkeypatch.setattr(run.model.llm, "generate", compiled)
+    static = DecodingConfig(1, 8, static_cache=True)
+    assert decode_batch(run.model, run.sequences, VIEWS[0], *clips, static) == expected
+    assert len(graphs) == 1, "a token is more than one graph, or was compiled more than once"
 
 
 def test_results_are_in_input_order_at_any_batch_size(run: LoadedRun, clips: tuple[list[Tensor], list[Tensor]]) -> None:

@@ -55,7 +55,8 @@ class AllToAllDispatch(Dispatch):
         self.routing = routing = self.gate(hidden_TH, valid_T)
         counting = self._count(routing)
         weights = self.experts.weights(hidden_TH.dtype)  # beside the counts that travel
-        counts_RX = counting.land().view(-1, self.num_experts + 1)
+        # The one wait of the host for the device: it must know how many rows travel.
+        counts_RX = counting.land().view(-1, self.num_experts + 1).tolist()
         self.capacity = self._capacity(counts_RX)
         self.kept_TK = self._keep(routing, self.capacity)
         sent_SE = self._rows_of_ranks(counts_RX)
@@ -72,7 +73,8 @@ class AllToAllDispatch(Dispatch):
             results_PH = ragged_experts(rows.spread(hidden_TH), groups.gates(gates_R), weights, groups)
             output_TH = rows.collect(results_PH)
             return output_TH if shared is None else output_TH + shared(hidden_TH)
-        parts = torch.tensor(sent_SE[mine]).view(self.ep_size, -1).sum(dim=1).tolist()
+        held = self.num_local_experts
+        parts = [sum(sent_SE[mine][first : first + held]) for first in range(0, self.num_experts, held)]
         rows_there = [sum(row) for row in received_SL]
         there = [all_to_all(self.ep_group, parts, rows_there) for _ in range(2)]
         there[0].start(gates_R)
@@ -109,24 +111,24 @@ class AllToAllDispatch(Dispatch):
     def _factor(self) -> float | None:
         return self.capacity_factor if self.training else self.eval_capacity_factor
 
-    def _capacity(self, counts_RX: Tensor) -> int | None:
+    def _capacity(self, counts_RX: list[list[int]]) -> int | None:
         """Tokens that an expert takes of every source rank, one number for all; None drops nothing."""
         factor = self._factor()
         if factor is None:
             return None
-        tokens = int(counts_RX[:, -1].max())
+        tokens = max(counts_X[-1] for counts_X in counts_RX)
         share = tokens * self.gate.k / self.num_experts
         return max(math.ceil(share * factor), self.min_capacity)
 
-    def _rows_of_ranks(self, counts_RX: Tensor) -> list[list[int]]:
+    def _rows_of_ranks(self, counts_RX: list[list[int]]) -> list[list[int]]:
         """Routes that are kept, of every expert-parallel rank (first axis) to every expert (second axis): whatever the
         policy, an expert takes as many of each rank's tokens as ask for it, up to its capacity."""
         group = self.count_group
         if group is not None:
             ranks = dist.get_process_group_ranks(self.ep_group) if self.ep_size > 1 else [dist.get_rank()]
-            counts_RX = counts_RX[[dist.get_group_rank(group, rank) for rank in ranks]]
-        counts_SE = counts_RX[:, :-1]
-        return (counts_SE if self.capacity is None else counts_SE.clamp(max=self.capacity)).tolist()
+            counts_RX = [counts_RX[dist.get_group_rank(group, rank)] for rank in ranks]
+        most = math.inf if self.capacity is None else self.capacity
+        return [[int(min(count, most)) for count in counts_X[:-1]] for counts_X in counts_RX]
 
     def _keep(self, routing: Routing, capacity: int | None) -> Tensor:
         """Bool [T, K]: the routes of tokens, not of padding, that their experts take."""
