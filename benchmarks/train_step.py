@@ -2,7 +2,8 @@
 
 In one process also against what plain transformers and PEFT take for the same clips and views.
 
-    python -m benchmarks.train_step            1 process, and 2 that share the experts
+    python -m benchmarks.train_step                              1 process, and 2 that share the experts
+    python -m benchmarks.train_step --shape llama-3.2-3b         two layers of those sizes, with random weights
 
 The table goes to benchmarks/results/ (see README.md beside this file).
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ from benchmarks.results import RESULTS, measure_worlds, table, write_results
 from benchmarks.step_ranks import add_step_options
 from mome_dist.assets import asset_dir
 from mome_dist.cli import main_guard
+from mome_dist.llm.shape import LLMShape
+from mome_dist.planning.llms import LLMS
+
+WORDS = 1024  # of an LLM of random weights
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +37,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="worlds to measure, in turn")
     add_step_options(parser)
+    parser.add_argument("--shape", choices=list(LLMS), help="random weights of these sizes instead of --llm")
+    parser.add_argument("--layers", type=int, default=2, help="of --shape")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     return parser.parse_args(arguments)
 
@@ -71,21 +80,46 @@ def render(cases: Sequence[dict[str, Any]], llm: str, options: argparse.Namespac
     ]
 
 
+def save_random_llm(shape: LLMShape, folder: Path) -> Path:
+    """Write a Llama of a shape with few words and random weights in bf16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        rms_norm_eps=shape.norm_epsilon,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
-    options.llm = options.llm or asset_dir("smollm2-135m")
-    machine, cases = measure_worlds(
-        "benchmarks.step_ranks", options, ("llm", "experts", "bottleneck", "clips", "precision", "rounds", "warm_up")
-    )
+    keys = ("llm", "experts", "bottleneck", "clips", "precision", "rounds", "warm_up")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            name, title = f"train_step_{options.shape}", f"{options.layers} layers of {options.shape}"
+            options.llm = save_random_llm(replace(LLMS[options.shape], layers=options.layers), Path(folder))
+        else:
+            options.llm = options.llm or asset_dir("smollm2-135m")
+            name, title = "train_step", options.llm.name
+        machine, cases = measure_worlds("benchmarks.step_ranks", options, keys)
     path = write_results(
-        name="train_step",
+        name=name,
         title="What MoME adds to a training step",
         command=" ".join(["python -m benchmarks.train_step", *given]),
         machine=machine,
-        sections=render(cases, options.llm.name, options),
+        sections=render(cases, title, options),
         figures=cases,
         folder=options.results,
     )

@@ -166,6 +166,14 @@ def test_the_step_benchmark_measures_transformers_with_peft(run: Run, small_llm:
     assert train_step.times_peft(case) > 0
 
 
+def test_the_step_benchmark_takes_the_sizes_of_a_known_llm(run: Run) -> None:
+    sizes = "--shape smollm2-135m --layers 1 --experts 4 --bottleneck 2 --clips 1 --processes 1"
+    (case,) = run(train_step, *sizes.split(), *ROUNDS)["figures"]
+    added = case["trained parameters"]["mome"] - case["trained parameters"]["projectors"]
+    idle = 5  # without MoME, the engine gets a router and an expert of one number each: weights and biases
+    assert added == 4 * 576 + 5 * (2 * 576 * 2 + 576 + 2) - idle
+
+
 def _projectors() -> int:
     norm = 2 * 64
     return sum(width * PROJECTOR_SIZE + PROJECTOR_SIZE + PROJECTOR_SIZE * 64 + 64 + norm for width in WIDTHS.values())
