@@ -72,7 +72,7 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
         )
     model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep).train()
     settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text())
-    return Trained(model, Engine(model.trainable_modules(), OptimizerConfig(), settings))
+    return Trained(model, Engine(model, OptimizerConfig(), settings))
 
 
 def random_step(options: argparse.Namespace, number: int) -> Step:

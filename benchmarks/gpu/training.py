@@ -163,7 +163,7 @@ class Training:
 def engine_of(config: RunConfig, model: DistributedMoME) -> Engine:
     """ZeRO 1, as runs have it by default."""
     settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text(encoding="utf-8"))
-    return Engine(model.trainable_modules(), config.optimizer, settings)
+    return Engine(model, config.optimizer, settings)
 
 
 def training_of(sizes: Sizes, folder: Path, device: torch.device) -> Training:

@@ -142,12 +142,12 @@ def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[s
             if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
                 continue
             value = reader.read(f"model/{part.name}", part.index)
-            if value.shape != part.shape:
+            if value.shape != part.whole_shape:
                 raise UserError(
-                    f"{directory}: {part.name} has shape {list(value.shape)}, configured is {list(part.shape)}: "
+                    f"{directory}: {part.name} has shape {list(value.shape)}, configured is {list(part.whole_shape)}: "
                     f"resume with the configuration that wrote it, {ANEW}."
                 )
-            part.value.copy_(value)
+            part.value.copy_(part.here(value))
         return reader.step
 
 
@@ -159,8 +159,8 @@ def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
             f"{reader.directory} was trained {'with' if saved else 'without'} a router bias: set mome.bias_rate "
             f"{'above 0' if saved else 'to 0'}, {ANEW}."
         )
-    for name, bias in biases.items():
-        bias.copy_(reader.read(f"model/{name}"))
+    for bias in biases:
+        bias.value.copy_(reader.read(f"model/{bias.name}"))
 
 
 def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:
@@ -170,7 +170,7 @@ def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -
         for moment in engine.moment_names:
             for part in model.trained_parts():
                 value = reader.read(f"optimizer/{moment}/{part.name}", part.index)
-                engine.moments.fill(part.parameter, part.start, moment, value)
+                engine.moments.fill(part.parameter, part.start, moment, part.here(value))
 
 
 def restore_random_state(directory: Path, layout: Layout) -> None:

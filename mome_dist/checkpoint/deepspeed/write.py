@@ -88,6 +88,11 @@ def _client_state(source: Source, with_generators: bool) -> dict[str, Any]:
         "record": source.record,
         "config": source.config,
         "content": source.content,
+        "sharing": {
+            name.removeprefix("model/"): facts.sharing.as_json()
+            for name, facts in source.facts.items()
+            if name.startswith("model/") and facts.sharing is not None
+        },
         "rng": {
             name: {
                 "shape": list(facts.shape),
