@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of, sharing_of
 from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
@@ -138,6 +138,7 @@ def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[s
     """
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
+        _check_all_taken(reader, model)
         for part in model.own_parts():
             if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
                 continue
@@ -149,6 +150,21 @@ def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[s
                 )
             part.value.copy_(part.here(value))
         return reader.step
+
+
+def _check_all_taken(reader: CheckpointReader, model: DistributedMoME) -> None:
+    """Refuse a checkpoint with tensors that this rank should have, and has not: they would be lost without a word."""
+    own = {part.name for part in (*model.own_parts(), *model.router_biases())}
+    layers = {layer.layer_number - 1 for chunk in model.parts() for layer in chunk.llm.decoder.layers}
+    for name in reader.names("model/"):
+        sharing = sharing_of(name, reader.index["tensors"][name])
+        layer = None if sharing is None else sharing.layer
+        belongs = model.projectors is not None if layer is None else layer in layers
+        if belongs and name.removeprefix("model/") not in own:
+            raise UserError(
+                f"{reader.directory} holds {name.removeprefix('model/')}, which the configured model has not: resume "
+                f"with the configuration that wrote it, {ANEW}."
+            )
 
 
 def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:

@@ -45,6 +45,12 @@ def whole_values(prefix: str, hidden_size: int) -> dict[str, Tensor]:
 class PlainAdapter(nn.Module):
     """The one-process form, in plain torch."""
 
+    low_weight: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+
     def __init__(self, prefix: str, hidden_size: int) -> None:
         super().__init__()
         for name, value in sorted(whole_values(prefix, hidden_size).items()):
@@ -55,11 +61,11 @@ class PlainAdapter(nn.Module):
         return F.linear(units, self.up_weight, self.up_bias)
 
 
-class SlicedAdapter(nn.Module):
+class SlicedAdapter(PlainAdapter):
     """The form of a tensor-parallel rank."""
 
     def __init__(self, prefix: str, layer: int, hidden_size: int, sequence_parallel: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.layer, self.sequence_parallel = layer, sequence_parallel
         for name, value in sorted(whole_values(prefix, hidden_size).items()):
             part = NamedPart.whole(name, value, self._sharing(name))

@@ -141,8 +141,8 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def test_a_run_resumes_at_other_sizes(lab: Lab, tmp_path: Path) -> None:
     """The ledger watches every run: each slice trains, moves, and is whole in the checkpoint."""
-    more = ("llm.pad_heads=true", "mome.dispatch=local", "optimizer.epsilon=1e-2", "task.views_per_step=null")
-    more += ("optimizer.final_fraction=1",)  # the rate does not depend on how many steps there will be
+    more = ["llm.pad_heads=true", "mome.dispatch=local", "optimizer.epsilon=1e-2", "task.views_per_step=null"]
+    more += ["optimizer.final_fraction=1"]  # the rate does not depend on how many steps there will be
     expected = lab.train(2, tmp_path / "straight", "training.steps=6", *more, tp=2)
     lab.train(2, tmp_path / "resized", "training.steps=3", *more, tp=2)
     resized = lab.train(4, tmp_path / "resized", "training.steps=5", "parallel.sequence_parallel=true", *more, tp=4)

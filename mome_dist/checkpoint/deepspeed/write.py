@@ -160,8 +160,7 @@ def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[s
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": _settings(plan, schedule),
         "ds_version": version_of("deepspeed"),
-        "num_experts": experts,
-        "ds_autoep_layers": None,
+        **({"num_experts": experts, "ds_autoep_layers": None} if experts else {}),
     }
 
 
