@@ -70,7 +70,7 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
             ep_size=layout.ep,
             dispatch="gather" if layout.ep > 1 else "local",
         )
-    model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep).train()
+    model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep if momes else None).train()
     settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text())
     return Trained(model, Engine(model, OptimizerConfig(), settings))
 

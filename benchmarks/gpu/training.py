@@ -67,7 +67,7 @@ def build_model(config: RunConfig, with_mome: bool, device: torch.device) -> Dis
         momes = attach_mome(
             llm, config.mome.placement, config.seed, ep_size=1, dispatch="local", **losses, **mome_arguments(config)
         )
-    return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1).train()
+    return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1 if momes else None).train()
 
 
 class Training:

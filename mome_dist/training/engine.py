@@ -42,7 +42,7 @@ class Trainable(Protocol):
 
 
 def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
-    """One group of shared parameters and one of experts.
+    """One group of shared parameters and, where there are any, one of experts.
 
     ZeRO sums the gradient norm over pipeline stages group by group, so every stage must have the same groups.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
-from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.checkpoint.format import INDEX, SEAL, CheckpointReader, seal_of
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
@@ -135,6 +136,16 @@ def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> lis
         if steps - {float(reader.index["optimizer_steps"])}:
             found.append(f"step {steps}")
     return found
+
+
+def forget_sharing(checkpoint: Path) -> None:
+    """Make a checkpoint one of before there were descriptions."""
+    index = json.loads((checkpoint / INDEX).read_text())
+    del index["layers"]
+    for entry in index["tensors"].values():
+        entry.pop("sharing", None)
+    (checkpoint / INDEX).write_bytes(content := json.dumps(index).encode())
+    (checkpoint / SEAL).write_bytes(seal_of(content))
 
 
 def tree_differences(mine: Any, theirs: Any, place: str = "") -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from mome_dist.checkpoint.average import write_average
-from mome_dist.checkpoint.format import CONFIG, INDEX, SEAL, CheckpointReader, seal_of
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.checkpoint.saved import read_checkpoint
 from mome_dist.config import load_config
@@ -20,7 +19,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.verification.probe import Probe, shrunk, write_random_llama
 from tests.parallel import sliced
-from tests.parallel.resharding import STEPS, TAG, load_and_train, train_and_save
+from tests.parallel.resharding import STEPS, TAG, forget_sharing, load_and_train, train_and_save
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 
@@ -109,11 +108,7 @@ def test_what_does_not_say_how_it_is_shared_is_refused_and_not_guessed(trained: 
         reshard(trained.folder / "native" / TAG, tmp_path / "x", "canonical", layout, 1, trained.canonical / CONFIG)
     copy = tmp_path / "copy"
     reshard(trained.canonical, copy, "canonical", Layout.for_world(1), 1)
-    index = json.loads((copy / INDEX).read_text())
-    for entry in index["tensors"].values():
-        entry.pop("sharing", None)
-    (copy / INDEX).write_bytes(content := json.dumps(index).encode())
-    (copy / SEAL).write_bytes(seal_of(content))
+    forget_sharing(copy)
     with pytest.raises(UserError, match=r"adapter\.0\.\w+ is a trained tensor of which the checkpoint does not say"):
         reshard(copy, tmp_path / "x", "canonical", Layout.for_world(1), 1)
 

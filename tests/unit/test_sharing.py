@@ -39,7 +39,7 @@ def test_ranges_of_what_is_no_slice_are_one() -> None:
 def test_what_cannot_be_is_refused() -> None:
     for wrong in ({"partial": True}, {"experts": 4}):
         with pytest.raises(ValueError, match="a slice has a gradient of its own"):
-            Sharing(sliced=0, **wrong)  # type: ignore[arg-type]
+            Sharing(sliced=0, **wrong)
     with pytest.raises(UserError, match=r"parallel\.tp=3 does not divide .*\[8, 6\] along dimension 0"):
         Sharing(sliced=0).local_shape((8, 6), 3)
 
