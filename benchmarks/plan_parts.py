@@ -98,7 +98,7 @@ def run_steps(trial: Trial, rounds: int) -> list[float]:
     config, candidate = trial.config, trial.candidate
     settings = {"zero_optimization": {"stage": candidate.zero}}
     model = build_distributed(config, candidate.layout, WIDTHS, candidate.dispatch, CPU).train()
-    engine = Engine(model.trainable_modules(), config.optimizer, settings, candidate.layout.sequence_parallel)
+    engine = Engine(model, config.optimizer, settings, candidate.layout.sequence_parallel)
     seconds = []
     for number in range(WARM_UP_STEPS + rounds):
         step = _step(trial)

@@ -29,6 +29,7 @@ from mome_dist.checkpoint.source import CHUNK, Source
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config, save_config
 from mome_dist.parallel.layout import Layout
+from mome_dist.sharing import of_format_2
 
 LAYERS, EXPERTS, HIDDEN = 16, 32, 2048
 WORK = ("copy", "canonical", "deepspeed")
@@ -61,7 +62,7 @@ def make_checkpoint(folder: Path, gigabytes: float, layout: Layout) -> None:
             shapes |= {f"{prefix}.up_weight": (count, HIDDEN, units), f"{prefix}.up_bias": (count, HIDDEN)}
     prefixes = ("model", *(f"optimizer/{moment}" for moment in MOMENTS))
     facts = {
-        f"{prefix}/{name}": TensorFacts(shape, "float32", ".routed." in name)
+        f"{prefix}/{name}": TensorFacts(shape, "float32", of_format_2(name, shape))
         for prefix in prefixes
         for name, shape in shapes.items()
     }

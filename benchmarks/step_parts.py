@@ -70,9 +70,9 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
             ep_size=layout.ep,
             dispatch="gather" if layout.ep > 1 else "local",
         )
-    model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep).train()
+    model = DistributedMoME([Chunk(llm, projectors, momes)], layout.ep if momes else None).train()
     settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text())
-    return Trained(model, Engine(model.trainable_modules(), OptimizerConfig(), settings))
+    return Trained(model, Engine(model, OptimizerConfig(), settings))
 
 
 def random_step(options: argparse.Namespace, number: int) -> Step:

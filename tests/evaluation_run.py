@@ -65,7 +65,7 @@ def add_checkpoint(run: Path, config: RunConfig, model: MoMESpeechLM, step: int)
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
     part = aside / "part-00000.safetensors"
     save_file(tensors, part)
-    described = {name: describe_part(value, Part(part.name, None, None)) for name, value in tensors.items()}
+    described = {name: describe_part(value, Part(part.name, None, None), None) for name, value in tensors.items()}
     frozen = {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")}
     files = {path.name: file_facts(path) for path in (part, aside / CONFIG)}
     index = index_of({"step": step, "frozen": frozen}, files, merge_parts([described]))

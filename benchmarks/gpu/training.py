@@ -67,7 +67,7 @@ def build_model(config: RunConfig, with_mome: bool, device: torch.device) -> Dis
         momes = attach_mome(
             llm, config.mome.placement, config.seed, ep_size=1, dispatch="local", **losses, **mome_arguments(config)
         )
-    return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1).train()
+    return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1 if momes else None).train()
 
 
 class Training:
@@ -163,7 +163,7 @@ class Training:
 def engine_of(config: RunConfig, model: DistributedMoME) -> Engine:
     """ZeRO 1, as runs have it by default."""
     settings = json.loads((configs_dir() / "deepspeed" / "zero1.json").read_text(encoding="utf-8"))
-    return Engine(model.trainable_modules(), config.optimizer, settings)
+    return Engine(model, config.optimizer, settings)
 
 
 def training_of(sizes: Sizes, folder: Path, device: torch.device) -> Training:

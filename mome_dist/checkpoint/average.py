@@ -92,12 +92,11 @@ def write_average(target: Path, saved: Sequence[Saved]) -> Saved:
         save_tensors(tensors, part)
         save_config(mean.config, directory / CONFIG)
         # Experts are hashed one by one, as training does it (`mome_dist.checkpoint.save`).
-        described = {
-            name: describe_part(
-                tensor, Part(part.name, 0, len(tensor)) if ".routed." in name else Part(part.name, None, None)
-            )
-            for name, tensor in tensors.items()
-        }
+        described = {}
+        for name, sharing in mean.sharing.items():
+            tensor, by_row = tensors[f"model/{name}"], sharing is not None and sharing.experts is not None
+            piece = Part(part.name, 0, len(tensor)) if by_row else Part(part.name, None, None)
+            described[f"model/{name}"] = describe_part(tensor, piece, sharing)
         files = {path.name: file_facts(path) for path in (part, directory / CONFIG)}
         complete(directory, index_of(_facts(mean, saved), files, merge_parts([described])))
     return mean

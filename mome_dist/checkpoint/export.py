@@ -16,7 +16,7 @@ from mome_dist.checkpoint.load import LoadedRun, assemble, token_identity
 from mome_dist.checkpoint.model_card import model_card
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.errors import UserError
-from mome_dist.evaluation.arithmetic import active_and_total_parameters
+from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.files import published_directory
 from mome_dist.paths import cache_root
@@ -83,12 +83,10 @@ def export_adapter(
 
 
 def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
-    model, mome = run.model, run.config.mome
+    model = run.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    hidden_size, layers = model.llm.config.hidden_size, len(model.momes)
-    active = active_and_total_parameters(
-        hidden_size, layers, mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck
-    ).active
+    hidden_size, layers = model.llm.config.hidden_size, model.llm.config.num_hidden_layers
+    active = mome_parameters(run.config.mome, hidden_size, layers).active
     return {
         "name": run.config.name,
         "step": run.step,

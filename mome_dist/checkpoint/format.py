@@ -9,7 +9,9 @@
 Tensors have the names of the one-process model (``model/mome.3.routed.down_weight``); optimiser moments the same names
 under ``optimizer/exp_avg/`` and so on; ``rng/RANK/`` holds the random-number generators of the writing ranks. A tensor
 may be spread over parts along its first dimension (experts of different ranks), so a reader takes the slice it needs,
-whatever layout wrote it. Nothing in a checkpoint is pickled, and the frozen LLM is named by hash, never stored.
+whatever layout wrote it. Beside each tensor of the model and the optimiser, ``sharing`` says how ranks share it
+(`mome_dist.sharing`); checkpoints of before there was such a description are read by its `of_format_2`. Nothing in a
+checkpoint is pickled, and the frozen LLM is named by hash, never stored.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 from mome_dist.checkpoint.hashes import content_hash, digest, joined, row_digests
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, sha256_of
+from mome_dist.sharing import Sharing, from_json, of_format_2
 
 FORMAT = "mome_dist.checkpoint/2"
 INDEX = "index.json"
@@ -175,14 +178,36 @@ class CheckpointReader:
         return self._open[part.file]
 
 
-def describe_part(tensor: Tensor, part: Part) -> dict[str, Any]:
+def sharing_of(name: str, entry: dict[str, Any]) -> Sharing | None:
+    """How ranks share a tensor of an index; None for what belongs to one rank.
+
+    Args:
+        name: with its prefix.
+        entry: that the index has of it.
+    """
+    kind, _, rest = name.partition("/")
+    if kind not in ("model", "optimizer"):
+        return None
+    if "sharing" in entry:
+        return from_json(entry["sharing"])
+    stacked = any(part["start"] is not None for part in entry["parts"])
+    return of_format_2(rest if kind == "model" else rest.partition("/")[2], entry["shape"], stacked)
+
+
+def describe_part(tensor: Tensor, part: Part, sharing: Sharing | None) -> dict[str, Any]:
     """What a writing rank says about one piece of a tensor."""
     return {
+        **described_sharing(sharing),
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "digests": [digest(tensor)] if part.start is None else row_digests(tensor),
         "part": {"file": part.file, "start": part.start, "rows": part.rows},
     }
+
+
+def described_sharing(sharing: Sharing | None) -> dict[str, Any]:
+    """The description of a tensor as an index has it."""
+    return {} if sharing is None else {"sharing": sharing.as_json()}
 
 
 def merge_parts(described: Iterable[dict[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -197,9 +222,16 @@ def merge_parts(described: Iterable[dict[str, dict[str, Any]]]) -> dict[str, Any
 def _merged(name: str, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = pieces[0]
     parts = [piece["part"] for piece in pieces]
+    described = {"sharing": first["sharing"]} if "sharing" in first else {}
     if first["part"]["start"] is None:
         assert len(pieces) == 1, f"{name} was written by {len(pieces)} ranks"
-        return {"shape": first["shape"], "dtype": first["dtype"], "sha256": first["digests"][0], "parts": parts}
+        return {
+            "shape": first["shape"],
+            "dtype": first["dtype"],
+            "sha256": first["digests"][0],
+            **described,
+            "parts": parts,
+        }
     pieces = sorted(pieces, key=lambda piece: piece["part"]["start"])
     rows = 0
     for piece in pieces:
@@ -209,6 +241,7 @@ def _merged(name: str, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "shape": [rows, *first["shape"][1:]],
         "dtype": first["dtype"],
         "sha256": joined(row for piece in pieces for row in piece["digests"]),
+        **described,
         "parts": [piece["part"] for piece in pieces],
     }
 

@@ -26,7 +26,7 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
         results: an evaluation of the same weights (``results.json``), or None.
     """
     sections = {
-        f"{document['name']}: a MoME speech adapter": _summary(run, document),
+        f"{document['name']}: a {'MoME ' if run.config.mome.experts else ''}speech adapter": _summary(run, document),
         "Numbers": _numbers(run, document),
         "Word error rates": _error_rates(results),
         "Use": _use(run.views[0]),
@@ -48,13 +48,21 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
     views: dict[str, list[str]] = {}
     for view in run.views:
         views.setdefault(view.task, []).append(view.rates)
+    kind, experts = "Projectors from frozen encoders into a frozen language model, without experts", []
+    if mome.experts:
+        kind = (
+            "Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from frozen "
+            "encoders"
+        )
+        experts = [
+            f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
+            f"bottleneck {mome.bottleneck}, beside each layer's `{mome.placement}`."
+        ]
     lines = [
-        "Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from frozen "
-        f"encoders: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
+        f"{kind}: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
         "The frozen models are not in this directory; they are known by their hash.",
         "",
-        f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
-        f"bottleneck {mome.bottleneck}, beside each layer's `{mome.placement}`.",
+        *experts,
         *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
         *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
@@ -65,11 +73,14 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
 
 def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     counts, llm, source = document["parameters"], document["llm"], document["source"]
-    parts = f"{counts['mome']:,} MoME, {counts['projectors']:,} projectors"
-    if not run.config.projector.trainable:
-        parts = f"MoME; the {counts['projectors']:,} of the projectors were taken from another run and kept"
+    trained, kept = [f"{counts['mome']:,} MoME"] if run.config.mome.experts else [], ""
+    if run.config.projector.trainable:
+        trained.append(f"{counts['projectors']:,} projectors")
+    else:
+        kept = f"; the {counts['projectors']:,} of the projectors were taken from another run and kept"
     if "lora" in counts:
-        parts += f", {counts['lora']:,} LoRA of the encoders"
+        trained.append(f"{counts['lora']:,} LoRA of the encoders")
+    parts = ", ".join(trained) + kept
     rows = {
         "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mome_dist.checkpoint.format import Part
+from mome_dist.checkpoint.format import Part, described_sharing
 from mome_dist.checkpoint.hashes import StreamedHash
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, item_size
@@ -42,6 +42,8 @@ def parts_of(facts: Mapping[str, TensorFacts], layout: Layout, layers: int) -> I
     Args:
         facts: of all tensors.
         layers: of the model.
+
+    Slices of tensor-parallel ranks are put together in the first of them: a checkpoint has whole tensors.
     """
     ranks: dict[int, list[Rows]] = {}
     stage_of = {number: pp for pp in range(layout.pp) for number in layout.layers_of(pp, layers)}
@@ -51,8 +53,8 @@ def parts_of(facts: Mapping[str, TensorFacts], layout: Layout, layers: int) -> I
             rank = int(match[1]) if int(match[1]) < layout.world_size else 0
             ranks.setdefault(rank, []).append(Rows(name))
             continue
-        match = re.match(r"(?:model|optimizer/\w+)/mome\.(\d+)\.", name)
-        first = (stage_of[int(match[1])] if match else 0) * layout.tp * layout.dp
+        layer = None if tensor.sharing is None else tensor.sharing.layer
+        first = (0 if layer is None else stage_of[layer]) * layout.tp * layout.dp
         if not tensor.stacked:
             ranks.setdefault(first, []).append(Rows(name))
             continue
@@ -96,6 +98,7 @@ def write_part(
                 "shape": _shape(piece, tensor),
                 "dtype": tensor.dtype,
                 "digests": tensor_hash.finish(),
+                **described_sharing(tensor.sharing),
                 "part": asdict(part),
             }
     return {"bytes": path.stat().st_size, "sha256": file_hash.hexdigest()}, described
@@ -117,7 +120,7 @@ def _header(rows: list[Rows], facts: Mapping[str, TensorFacts]) -> bytes:
     for piece in rows:
         tensor = facts[piece.name]
         shape = _shape(piece, tensor)
-        end = offset + TensorFacts(tuple(shape), tensor.dtype, False).count * item_size(tensor.dtype)
+        end = offset + TensorFacts(tuple(shape), tensor.dtype).count * item_size(tensor.dtype)
         entries[piece.name] = {"dtype": _TYPES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mome_dist.sharing import Sharing
+
 
 @dataclass(frozen=True)
 class Range:
@@ -42,13 +44,18 @@ class TensorFacts:
     Attributes:
         shape: whole.
         dtype: torch's name, without ``torch.``.
-        stacked: whether rows along the first dimension (experts) may lie in different files.
+        sharing: how ranks share it; None for what belongs to one rank, as its random-number generators do.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    stacked: bool
+    sharing: Sharing | None = None
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether rows along the first dimension (experts) may lie in different files."""
+        return self.sharing is not None and self.sharing.experts is not None

@@ -191,12 +191,15 @@ def hashed(source: Source) -> dict[str, dict[str, Any]]:
 
 
 def _model(source: Source) -> ModelTensors:
-    shapes = {name.removeprefix("model/"): f.shape for name, f in source.facts.items() if name.startswith("model/")}
-    return ModelTensors(shapes)
+    found = {name.removeprefix("model/"): f for name, f in source.facts.items() if name.startswith("model/")}
+    sharing = {name: facts.sharing for name, facts in found.items() if facts.sharing is not None}
+    return ModelTensors({name: facts.shape for name, facts in found.items()}, sharing, source.record.get("layers"))
 
 
 def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[str]:
     layout.check_division(model.layers, model.routed_experts)
+    for name, sharing in model.sharing.items():
+        sharing.local_shape(model.shapes[name], layout.tp)
     if not Path(run.llm.path).is_dir():
         return [f"llm.path={run.llm.path} is not here: tp={layout.tp} was not checked against it"]
     layout.check_model(LLMShape.from_directory(run.llm.path), model.routed_experts, run.llm.pad_heads)

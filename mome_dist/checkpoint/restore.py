@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of, sharing_of
 from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
@@ -138,17 +138,33 @@ def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[s
     """
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
+        _check_all_taken(reader, model)
         for part in model.own_parts():
             if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
                 continue
             value = reader.read(f"model/{part.name}", part.index)
-            if value.shape != part.shape:
+            if value.shape != part.whole_shape:
                 raise UserError(
-                    f"{directory}: {part.name} has shape {list(value.shape)}, configured is {list(part.shape)}: "
+                    f"{directory}: {part.name} has shape {list(value.shape)}, configured is {list(part.whole_shape)}: "
                     f"resume with the configuration that wrote it, {ANEW}."
                 )
-            part.value.copy_(value)
+            part.value.copy_(part.here(value))
         return reader.step
+
+
+def _check_all_taken(reader: CheckpointReader, model: DistributedMoME) -> None:
+    """Refuse a checkpoint with tensors that this rank should have, and has not: they would be lost without a word."""
+    own = {part.name for part in (*model.own_parts(), *model.router_biases())}
+    layers = {layer.layer_number - 1 for chunk in model.parts() for layer in chunk.llm.decoder.layers}
+    for name in reader.names("model/"):
+        sharing = sharing_of(name, reader.index["tensors"][name])
+        layer = None if sharing is None else sharing.layer
+        belongs = model.projectors is not None if layer is None else layer in layers
+        if belongs and name.removeprefix("model/") not in own:
+            raise UserError(
+                f"{reader.directory} holds {name.removeprefix('model/')}, which the configured model has not: resume "
+                f"with the configuration that wrote it, {ANEW}."
+            )
 
 
 def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
@@ -159,8 +175,8 @@ def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
             f"{reader.directory} was trained {'with' if saved else 'without'} a router bias: set mome.bias_rate "
             f"{'above 0' if saved else 'to 0'}, {ANEW}."
         )
-    for name, bias in biases.items():
-        bias.copy_(reader.read(f"model/{name}"))
+    for bias in biases:
+        bias.value.copy_(reader.read(f"model/{bias.name}"))
 
 
 def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:
@@ -170,7 +186,7 @@ def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -
         for moment in engine.moment_names:
             for part in model.trained_parts():
                 value = reader.read(f"optimizer/{moment}/{part.name}", part.index)
-                engine.moments.fill(part.parameter, part.start, moment, value)
+                engine.moments.fill(part.parameter, part.start, moment, part.here(value))
 
 
 def restore_random_state(directory: Path, layout: Layout) -> None:

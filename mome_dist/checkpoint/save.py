@@ -41,8 +41,10 @@ from mome_dist.errors import UserError
 from mome_dist.files import fsync, save_tensors, write_text
 from mome_dist.ownership import Ownership
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME, by_parameter, rank_writes
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.parts import by_parameter
 from mome_dist.parallel.whereabouts import wait_for_all
+from mome_dist.sharing import Sharing
 from mome_dist.system_errors import explain
 from mome_dist.training.engine import Engine
 from mome_dist.versions import version_of
@@ -54,15 +56,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a rank writes of a tensor.
+
+    Attributes:
+        values: on the CPU; experts are stacked.
+        first: the number of the first expert; None for a whole tensor.
+        sharing: of the tensor among the ranks; None for what belongs to this rank.
+    """
+
+    values: Tensor
+    first: int | None = None
+    sharing: Sharing | None = None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One rank's share of the state after a step, in memory of its own on the CPU.
 
     Attributes:
-        tensors: by global name; experts are stacked, with the number of the first one (None for a whole tensor).
+        tensors: by global name.
         facts: of the index that the state decides.
     """
 
-    tensors: dict[str, tuple[Tensor, int | None]]
+    tensors: dict[str, Held]
     facts: dict[str, Any]
 
 
@@ -124,6 +141,7 @@ class CheckpointSaver:
     def _snapshot(self, step: int, model: DistributedMoME, engine: Engine) -> Snapshot:
         facts = {
             "step": step,
+            "layers": model.config.num_layers,
             "optimizer": self._config.optimizer.name,
             "optimizer_steps": engine.steps,
             "data": {"order": self._order, "utterances_seen": self._seen(step)},
@@ -191,22 +209,29 @@ class _CannotWriteError(Exception):
     """A rank could not write; the message says which and why."""
 
 
-def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, int | None]]:
-    """Copies of this rank's share of the state, as in `Snapshot.tensors` (collective)."""
-    single: dict[str, Tensor] = {}
-    stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for key, bias in model.router_biases().items():
-        if rank_writes(bias):
-            single[f"model/{key}"] = _copied(bias)
-    written = by_parameter(part for part in model.own_parts() if rank_writes(part.parameter))
+def collect(model: DistributedMoME, engine: Engine) -> dict[str, Held]:
+    """Copies of this rank's share of the state, as in `Snapshot.tensors` (collective).
 
-    def put(prefix: str, parameter: torch.nn.Parameter, values: Tensor) -> None:
+    Slices of tensor-parallel ranks are gathered: a checkpoint holds whole tensors.
+    """
+    collected: dict[str, Held] = {}
+    stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    sharing: dict[str, Sharing] = {}
+    for bias in model.router_biases():
+        if bias.saved_here:
+            collected[f"model/{bias.name}"] = Held(_copied(bias.value), None, bias.sharing)
+    written = by_parameter(part for part in model.own_parts() if part.gathered_here)
+
+    def put(prefix: str, parameter: Tensor, values: Tensor) -> None:
         for part in written.get(parameter, ()):
-            value = _copied(part.of(values))
+            key, value = f"{prefix}/{part.name}", part.gathered(values)
+            if not part.saved_here:
+                continue
+            sharing[key] = part.sharing
             if part.index is None:
-                single[f"{prefix}/{part.name}"] = value
+                collected[key] = Held(_copied(value), None, part.sharing)
             else:
-                stacked[f"{prefix}/{part.name}"][part.index] = value
+                stacked[key][part.index] = _copied(value)
 
     for parameter in written:
         put("model", parameter, parameter)
@@ -214,11 +239,11 @@ def collect(model: DistributedMoME, engine: Engine) -> dict[str, tuple[Tensor, i
         for parameter, value in engine.moments.whole(moment):
             put(f"optimizer/{moment}", parameter, value)
     for name, state in random_state().items():
-        single[f"rng/{dist.get_rank()}/{name}"] = state
-    collected: dict[str, tuple[Tensor, int | None]] = {key: (value, None) for key, value in single.items()}
+        collected[f"rng/{dist.get_rank()}/{name}"] = Held(state)
     for key, rows in stacked.items():
         first = min(rows)
-        collected[key] = (torch.stack([rows[number] for number in range(first, first + len(rows))]), first)
+        values = torch.stack([rows[number] for number in range(first, first + len(rows))])
+        collected[key] = Held(values, first, sharing[key])
     return collected
 
 
@@ -226,17 +251,15 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_part(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, int | None]]) -> dict[str, Any]:
+def _write_part(folder: Path, rank: int, tensors: dict[str, Held]) -> dict[str, Any]:
     """Write a rank's part; return its file's size and hash, and the description of its tensors."""
     path = folder / f"part-{rank:05d}.safetensors"
-    save_tensors({name: tensor for name, (tensor, _) in tensors.items()}, path)
-    return {
-        "files": {path.name: file_facts(path)},
-        "tensors": {
-            name: describe_part(tensor, Part(path.name, first, None if first is None else len(tensor)))
-            for name, (tensor, first) in tensors.items()
-        },
-    }
+    save_tensors({name: held.values for name, held in tensors.items()}, path)
+    described = {}
+    for name, held in tensors.items():
+        rows = None if held.first is None else len(held.values)
+        described[name] = describe_part(held.values, Part(path.name, held.first, rows), held.sharing)
+    return {"files": {path.name: file_facts(path)}, "tensors": described}
 
 
 def publish_checkpoint(aside: Path, final: Path, index: bytes, check: Callable[[], None] = lambda: None) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mome_dist.checkpoint.format import CONFIG, CheckpointReader
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, sharing_of
 from mome_dist.config import RunConfig
 from mome_dist.config.load import load_saved_config
+from mome_dist.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Saved:
         tokens: identity of the tokenizer (`mome_dist.checkpoint.load.token_identity`); None where it was not recorded.
         weights: trainable parameters and router biases, fp32, by the names of `MoMESpeechLM`.
         content: hash of the checkpoint's model and optimiser, the same whatever layout wrote it.
+        sharing: how the ranks of a run share each of the weights; empty where nothing is said of ranks, as in exports.
     """
 
     directory: Path
@@ -35,6 +37,7 @@ class Saved:
     tokens: Mapping[str, Any] | None
     weights: Mapping[str, Tensor]
     content: str
+    sharing: Mapping[str, Sharing | None] = field(default_factory=dict)
 
 
 def read_checkpoint(directory: Path) -> Saved:
@@ -46,5 +49,7 @@ def read_checkpoint(directory: Path) -> Saved:
     with CheckpointReader(directory) as reader:
         reader.verify()
         config = load_saved_config(directory / CONFIG)
-        weights = {name.removeprefix("model/"): reader.read(name) for name in reader.names("model/")}
-        return Saved(directory, config, reader.step, reader.index["frozen"], None, weights, reader.content)
+        names = {name: name.removeprefix("model/") for name in reader.names("model/")}
+        weights = {short: reader.read(name) for name, short in names.items()}
+        sharing = {short: sharing_of(name, reader.index["tensors"][name]) for name, short in names.items()}
+        return Saved(directory, config, reader.step, reader.index["frozen"], None, weights, reader.content, sharing)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mome_dist.checkpoint.format import CONFIG, CheckpointReader, Part
+from mome_dist.checkpoint.format import CONFIG, CheckpointReader, Part, sharing_of
 from mome_dist.checkpoint.hashes import StreamedHash
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.errors import UserError
@@ -156,7 +156,7 @@ def open_canonical(directory: Path) -> Source:
     for name, entry in index["tensors"].items():
         parts = [Part(**part) for part in entry["parts"]]
         shape = tuple(entry["shape"])
-        facts[name] = TensorFacts(shape, entry["dtype"], any(part.start is not None for part in parts))
+        facts[name] = TensorFacts(shape, entry["dtype"], sharing_of(name, entry))
         row = facts[name].count // shape[0] if facts[name].stacked else facts[name].count
         stretches[name] = []
         for part in sorted(parts, key=lambda part: part.start or 0):

@@ -44,12 +44,16 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"argument {override!r} is not of the form key=value.")
+    # `mome=none` has no other key, which Hydra would call an unknown one.
+    if any(override.lstrip("+") == "mome=none" for override in overrides):
+        _refuse_idle_experts(None, overrides)
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             composed = compose("config", list(overrides))
         config = _to_schema(composed)
         _refuse_idle_steps(config, overrides)
+        _refuse_idle_experts(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
     note_places(_paths_of(config))
@@ -63,6 +67,16 @@ def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
             f"training.steps={given['training.steps']} would have no effect, because training.epochs="
             f"{config.training.epochs} of the experiment decides the steps: add training.epochs=null."
         )
+
+
+def _refuse_idle_experts(config: RunConfig | None, overrides: Sequence[str]) -> None:
+    """Refuse keys of experts on the command line of a run without experts; None for one that is known to be such."""
+    if config is not None and config.mome.experts:
+        return
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if key.startswith("mome.") and key != "mome.placement":
+            raise UserError(f"{override} would have no effect: the run has no experts (mome=none). Leave it out.")
 
 
 def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:

@@ -73,7 +73,7 @@ class ProjectorConfig:
 
 @dataclass
 class MoMEConfig:
-    placement: str = one_of("mhsa", "ffn", "layer")
+    placement: str = one_of("mhsa", "ffn", "layer", "none")
     routed_experts: int = 23
     top_k: int = 4
     shared_experts: int = 1
@@ -88,6 +88,11 @@ class MoMEConfig:
     eval_capacity_factor: float | None = None
     min_capacity: int = 4
     drop_policy: str = one_of("probs", "position")
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer; 0 in a run without experts, whatever the other keys say."""
+        return 0 if self.placement == "none" else self.routed_experts
 
 
 @dataclass

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import layout_of, least_parts, streams_of
+from mome_dist.config.derived import layout_of, least_parts, lora_of, streams_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
@@ -47,7 +47,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
     tokens.check_tags(tags)
     tokens.check_prompts(config.task.prompts, tags)
-    if config.mome.dispatch == "local" and layout.ep > 1:
+    if config.mome.experts and config.mome.dispatch == "local" and layout.ep > 1:
         raise UserError(
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
             "parallel.ep=1, or mome.dispatch=gather."
@@ -57,7 +57,12 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "projector.trainable=false would keep random projectors: name the run that trained them with "
             "training.init_from, or set projector.trainable=true."
         )
-    layout.check_model(shape, config.mome.routed_experts, config.llm.pad_heads)
+    if not config.mome.experts and not config.projector.trainable and not lora_of(config):
+        raise UserError(
+            "mome.placement=none and projector.trainable=false leave nothing to train: set projector.trainable=true, "
+            "choose another mome, or give an encoder a LoRA (audio_encoder.lora, video_encoder.lora)."
+        )
+    layout.check_model(shape, config.mome.experts, config.llm.pad_heads)
     _check_batches(config, layout)
     deepspeed_of(config, layout.dp)
     check_encoders(config)

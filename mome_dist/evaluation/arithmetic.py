@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mome_dist.config.schema import MoMEConfig
+
 
 class ParameterCount(NamedTuple):
     """Parameters that one token passes through, and all parameters that are kept and trained."""
@@ -37,6 +39,14 @@ def active_and_total_parameters(
         active=layers * ((top_k + shared_experts) * expert + router),
         total=layers * ((routed_experts + shared_experts) * expert + router),
     )
+
+
+def mome_parameters(mome: MoMEConfig, hidden_size: int, layers: int) -> ParameterCount:
+    """Parameters of the MoME modules of a configuration; none in a run without experts."""
+    if not mome.experts:
+        return ParameterCount(0, 0)
+    sizes = (mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck)
+    return active_and_total_parameters(hidden_size, layers, *sizes)
 
 
 def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:

@@ -166,7 +166,8 @@ def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict
         document["comparison"] = {"with": str(request.compare), "views": compared}
     # The files belong together: another evaluation with the same output waits, and replaces them all.
     with owned(out, "writing results", "give another output=DIR", patience_seconds=math.inf):
-        evaluation.activations.save(out / ACTIVATIONS)
+        if evaluation.activations is not None:
+            evaluation.activations.save(out / ACTIVATIONS)
         write_results(out, document, results, evaluation.mixtures, ids, texts)
     title = f"{document['run']}, step {document['step']}, {split}: {len(utterances)} utterances"
     for table in tables_for_terminal(title, document):

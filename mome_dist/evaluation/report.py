@@ -19,7 +19,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
-from mome_dist.evaluation.arithmetic import active_and_total_parameters
+from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.condition_plots import (
     corruption_figure,
     cost_figure,
@@ -81,25 +81,20 @@ def write_report(directory: Path) -> Path:
     files = RunFiles.read(directory)
     out = directory / "report"
     sections = [f"# {files.config.name}\n", _summary(files), *_losses(files, out), *_recognition(files, out)]
-    sections += [*_activations(files, out), *_load(files, out)]
+    if files.config.mome.experts:
+        sections += [*_activations(files, out), *_load(files, out)]
     write_text(out / REPORT, "\n".join(sections))
     return out / REPORT
 
 
 def _summary(files: RunFiles) -> str:
-    config, mome, task = files.config, files.config.mome, files.config.task
+    config, task = files.config, files.config.task
     layout = config.parallel
     rows = [
         ("frozen LLM", f"{Path(config.llm.path).name}, {config.llm.precision}"),
         ("frozen encoders", ", ".join(_encoders(config)) or "-"),
         *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
-        (
-            "MoME",
-            f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared, "
-            f"bottleneck {mome.bottleneck}",
-        ),
-        ("router", _router(config)),
-        ("MoME parameters", _parameters(files)),
+        *_experts(files),
         ("projectors", _projectors(files)),
         ("tasks and rates", "; ".join(_rates(config))),
         ("views per step", "all" if task.views_per_step is None else str(task.views_per_step)),
@@ -113,6 +108,18 @@ def _summary(files: RunFiles) -> str:
         *_progress(files),
     ]
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + "\n"
+
+
+def _experts(files: RunFiles) -> list[tuple[str, str]]:
+    mome = files.config.mome
+    if not mome.experts:
+        return [("MoME", "none")]
+    sizes = f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared"
+    return [
+        ("MoME", f"{sizes}, bottleneck {mome.bottleneck}"),
+        ("router", _router(files.config)),
+        ("MoME parameters", _parameters(files)),
+    ]
 
 
 def _encoders(config: RunConfig) -> list[str]:
@@ -143,14 +150,11 @@ def _router(config: RunConfig) -> str:
 
 def _parameters(files: RunFiles) -> str:
     """Counts in closed form, from the LLM's config.json."""
-    mome = files.config.mome
     try:
         shape = LLMShape.from_directory(files.config.llm.path)
     except UserError:
         return f"unknown: the LLM is not at {files.config.llm.path}"
-    count = active_and_total_parameters(
-        shape.hidden_size, shape.layers, mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck
-    )
+    count = mome_parameters(files.config.mome, shape.hidden_size, shape.layers)
     return f"{count.active:,} active per token, {count.total:,} trained"
 
 

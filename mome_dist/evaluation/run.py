@@ -57,10 +57,11 @@ class SpeechRun(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: a result for each case, expert activations, and a record of each mixture with noise."""
+    """What an evaluation found: a result for each case, expert activations (None of a model without experts), and a
+    record of each mixture with noise."""
 
     results: list[CaseResult]
-    activations: Activations
+    activations: Activations | None
     mixtures: list[dict[str, Any]]
 
 
@@ -126,10 +127,11 @@ def evaluate_run(
     shares = world.gather(share)
     if shares is None:
         return None
-    counts = torch.stack([part.counts for part in shares if part.counts is not None]).sum(dim=0)
+    counted = [part.counts for part in shares if part.counts is not None]
+    names, momes = tuple(map(str, views)), run.model.momes
     return Evaluation(
         score(plan.cases, utterances, shares, shuffled),
-        Activations(counts, tuple(map(str, views)), run.model.momes[0].top_k),
+        Activations(torch.stack(counted).sum(dim=0), names, momes[0].top_k) if momes else None,
         [mixture for part in shares for mixture in part.mixtures],
     )
 
@@ -201,7 +203,7 @@ def _decode_share(
     lengths = [max(u.samples, u.frames * SAMPLES_PER_FRAME) for u in plan.utterances]
     mine = batches_by_length(lengths, decoding.batch_size)[world.rank :: world.size]
     encoders, share = run.encoders(), Share()
-    recorder = ActivationRecorder(run.model.momes, plan.views)
+    recorder = ActivationRecorder(run.model.momes, plan.views) if run.model.momes else None
     total = len(mine) * (len(plan.cases) + (len(plan.views) if untrained_state else 0))
     with progress(console, "decoding", total, unit="batches") as shown:
         for batch in mine:
@@ -225,7 +227,7 @@ def _decode_share(
                         with _parameters(run.model, untrained_state):
                             share.untrained |= _texts(run, case, batch, _write(run, view, streams, decoding, None))
                         shown.advance()
-    share.counts = recorder.result().counts
+    share.counts = None if recorder is None else recorder.result().counts
     return share
 
 

@@ -8,10 +8,11 @@ import torch
 
 from mome_dist.build import build_projectors, llm_dtype, mome_arguments
 from mome_dist.config.schema import RunConfig
-from mome_dist.llm.megatron import build_frozen_llm
+from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.llm.weights import load_weights
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.speech.lora import LoRATerms
@@ -30,7 +31,7 @@ def build_distributed(
 
     Args:
         widths: the encoders' feature widths by stream.
-        dispatch: "alltoall", "gather" or "local": ``mome.dispatch`` with "auto" settled.
+        dispatch: "alltoall", "gather" or "local": ``mome.dispatch`` with "auto" settled; of no effect without experts.
         slice_cache: of the LLM's weights; None reads the LLM's own files.
         lora: of the encoders that this rank has, on the first stage.
 
@@ -42,20 +43,25 @@ def build_distributed(
     for number in range(layout.virtual):
         llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device, layout, number)
         load_weights(llm, shape, config.llm.path, slice_cache)
-        momes = attach_mome(
-            llm,
-            config.mome.placement,
-            config.seed,
-            ep_size=layout.ep,
-            dispatch=dispatch,
-            capacity_factor=config.mome.capacity_factor,
-            eval_capacity_factor=config.mome.eval_capacity_factor,
-            min_capacity=config.mome.min_capacity,
-            drop_policy=config.mome.drop_policy,
-            balance_loss=config.mome.balance_loss,
-            z_loss=config.mome.z_loss,
-            **mome_arguments(config),
-        )
+        momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
         chunks.append(Chunk(llm, projectors, momes))
-    return DistributedMoME(chunks, layout.ep, lora)
+    return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
+
+
+def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch: str) -> dict[int, ExpertParallelMoME]:
+    """The MoME modules of a chunk by global layer number."""
+    return attach_mome(
+        llm,
+        config.mome.placement,
+        config.seed,
+        ep_size=layout.ep,
+        dispatch=dispatch,
+        capacity_factor=config.mome.capacity_factor,
+        eval_capacity_factor=config.mome.eval_capacity_factor,
+        min_capacity=config.mome.min_capacity,
+        drop_policy=config.mome.drop_policy,
+        balance_loss=config.mome.balance_loss,
+        z_loss=config.mome.z_loss,
+        **mome_arguments(config),
+    )

@@ -105,7 +105,7 @@ class Layout:
 
         Args:
             shape: of the LLM.
-            routed_experts: of each MoME module.
+            routed_experts: of each MoME module; 0 in a run without experts.
             pad_heads: whether attention heads may be padded to a multiple of tp.
 
         Raises:
@@ -132,6 +132,11 @@ class Layout:
             UserError: naming the parallel key, the model's number, and sizes that would work.
         """
         self._check_stages(layers)
+        if not routed_experts and self.ep > 1:
+            raise UserError(
+                f"parallel.ep={self.ep} spreads routed experts over ranks, but the run has none (mome.placement=none): "
+                "set parallel.ep=1."
+            )
         if routed_experts % self.ep:
             raise UserError(
                 f"parallel.ep={self.ep} does not divide mome.routed_experts={routed_experts}: choose ep from "

@@ -1,14 +1,14 @@
-"""The distributed model: this rank's part of the frozen LLM, its MoME modules, and on the first stage the projectors
-and the encoders' LoRA.
+"""The distributed model: this rank's part of the frozen LLM, what trains in its layers, and on the first stage the
+projectors and the encoders' LoRA.
 
 Parallelism is applied here, from outside: the model code knows hidden states and slots; this module knows process
-groups, which ranks hold which experts, and what every local parameter is called in the layout-free model.
+groups, which ranks hold which experts, what every local parameter is called in the layout-free model, and how ranks
+share it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,8 @@ from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.statistics import RoutingStatistics
+from mome_dist.parallel.parts import Described, NamedPart, whole_parts
+from mome_dist.sharing import Sharing
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import PackedTokens
@@ -40,71 +42,26 @@ class MicroBatch:
     features: Mapping[str, Sequence[Tensor]]
 
 
-@dataclass(frozen=True)
-class NamedPart:
-    """A tensor of the layout-free model, or one expert's slice of it, in a local parameter.
-
-    Attributes:
-        name: of the tensor in the layout-free model.
-        index: which slice along that tensor's first dimension it is; None for the whole tensor.
-        parameter: that holds it, maybe beside others.
-        start: its first element in the parameter, in row-major order.
-        shape: its own.
-    """
-
-    name: str
-    index: int | None
-    parameter: nn.Parameter
-    start: int
-    shape: tuple[int, ...]
-
-    @classmethod
-    def whole(cls, name: str, parameter: nn.Parameter) -> NamedPart:
-        """A parameter that is one tensor of the layout-free model."""
-        return cls(name, None, parameter, 0, tuple(parameter.shape))
-
-    @property
-    def stop(self) -> int:
-        """The element of the parameter after its last one."""
-        return self.start + math.prod(self.shape)
-
-    @property
-    def label(self) -> str:
-        """Name and index in words."""
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
-
-    @property
-    def value(self) -> Tensor:
-        """A view of its numbers, without gradient."""
-        return self.of(self.parameter.detach())
-
-    def of(self, values: Tensor) -> Tensor:
-        """Its part of something shaped like the parameter, such as a gradient or a moment; a view if that is
-        contiguous."""
-        return values.reshape(-1)[self.start : self.stop].view(self.shape)
-
-
-def by_parameter(parts: Iterable[NamedPart]) -> dict[nn.Parameter, list[NamedPart]]:
-    """The parts that each parameter holds."""
-    found: dict[nn.Parameter, list[NamedPart]] = {}
-    for part in parts:
-        found.setdefault(part.parameter, []).append(part)
-    return found
-
-
 class Chunk(nn.Module):
     """One chunk of a rank's part of the model, in the form that Megatron-Core's pipeline schedules drive.
 
     Args:
         llm: the chunk's layers of the frozen LLM, MoME modules in their slots.
         projectors: on the first chunk of the pipeline, None on others.
-        momes: the MoME modules by global layer number, in the order of the layers.
+        momes: the MoME modules by global layer number, in the order of the layers; none in a run without experts.
+        adapters: what else trains in the layers (`Described`), by layout-free prefix, in the order of the layers.
 
     Attributes:
-        statistics: of their routers.
+        statistics: of the routers.
     """
 
-    def __init__(self, llm: FrozenLLM, projectors: Projectors | None, momes: dict[int, ExpertParallelMoME]) -> None:
+    def __init__(
+        self,
+        llm: FrozenLLM,
+        projectors: Projectors | None,
+        momes: dict[int, ExpertParallelMoME],
+        adapters: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.token_group = token_group(llm.config.sequence_parallel)
         self.statistics = RoutingStatistics()
@@ -114,7 +71,8 @@ class Chunk(nn.Module):
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.vp_stage = llm.vp_stage
         self.projectors = projectors
-        self.momes = momes  # owned by the LLM's layers, hence a plain dict
+        # Owned by the LLM's layers, hence plain dicts.
+        self.momes, self.adapters = momes, dict(adapters or {})
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Receive the previous stage's output (called by the schedules)."""
@@ -151,27 +109,35 @@ class Chunk(nn.Module):
 class DistributedMoME(nn.Module):
     """This rank's part of the model: one chunk, or several under the interleaved pipeline schedule.
 
-    Attributes:
+    Args:
         chunks: in the order of their layers.
-        momes: the MoME modules of all chunks by global layer number.
-        projectors: None on ranks without the first layers.
+        ep: expert-parallel ranks; None in a run without experts.
         lora: of the encoders; None on ranks without them, and where they stay as they are.
-        idle: a MoME module of one unit that no token visits, on a rank whose stages have no layers: the engine wants
-            shared and expert parameters on every rank. It is trained by nothing, named by nothing, saved by nothing.
+
+    Attributes:
+        chunks, lora: as given.
+        momes: the MoME modules of all chunks by global layer number.
+        adapters: what else trains in the layers of all chunks, by layout-free prefix.
+        projectors: None on ranks without the first layers.
+        idle: on a rank where nothing else of a kind trains that the engine wants on every rank: a MoME module of one
+            unit that no token visits, or in a run without experts one number. It is trained by nothing, named by
+            nothing, saved by nothing.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], ep: int, lora: LoRATerms | None = None) -> None:
+    def __init__(self, chunks: Sequence[Chunk], ep: int | None, lora: LoRATerms | None = None) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
         self.config = chunks[0].config
         self.momes = {number: mome for chunk in chunks for number, mome in chunk.momes.items()}
+        self.adapters = {prefix: adapter for chunk in chunks for prefix, adapter in chunk.adapters.items()}
         self.projectors = chunks[0].projectors
         self.lora = lora
-        self.idle: ExpertParallelMoME | None = None
-        if not self.momes:
-            self.idle = ExpertParallelMoME(1, ep, 1, 0, 1, ep_size=ep)
-            self.idle.set_deepspeed_parallelism()
-            self.idle.initialize("idle", 0)
+        self.idle: nn.Module | None = None
+        if ep is not None and not self.momes:
+            self.idle = idle_experts(ep)
+        elif ep is None and not any(True for _ in self.trained_parts()):
+            self.idle = nn.ParameterDict({"weight": torch.zeros(1)})
+        if self.idle is not None:
             self.idle.to(next(chunks[0].parameters()).device)
 
     def parts(self) -> list[Chunk]:
@@ -179,7 +145,8 @@ class DistributedMoME(nn.Module):
         return [cast(Chunk, chunk) for chunk in self.chunks]
 
     def trainable_modules(self) -> nn.ModuleDict:
-        """The modules that train, and nothing else: what the DeepSpeed engine is given."""
+        """The modules that train, and nothing else: what the DeepSpeed engine is given. Those beside the MoME modules
+        lie where their layout-free names say."""
         modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.momes.items()}
         if self.idle is not None:
             modules["idle"] = self.idle
@@ -187,34 +154,62 @@ class DistributedMoME(nn.Module):
             modules["projectors"] = self.projectors
         if self.lora is not None:
             modules["lora"] = self.lora
-        return nn.ModuleDict(modules)
+        found = nn.ModuleDict(modules)
+        for prefix, adapter in self.adapters.items():
+            *folders, last = prefix.split(".")
+            place = found
+            for folder in folders:
+                if folder not in place:
+                    place[folder] = nn.ModuleDict()
+                place = cast(nn.ModuleDict, place[folder])
+            place[last] = adapter
+        return found
 
     def trained_parts(self) -> Iterator[NamedPart]:
         """Every tensor of the layout-free model that trains here."""
         return (part for part in self.own_parts() if part.parameter.requires_grad)
 
     def own_parts(self) -> Iterator[NamedPart]:
-        """Every tensor here that is not the LLM's, trained or not: what is saved."""
+        """Every parameter here that is not the LLM's, trained or not: what is saved, beside `router_biases`."""
+        # Projectors and encoders see whole sequences on every tensor-parallel rank, also under sequence parallelism.
         if self.projectors is not None:
-            for name, parameter in self.projectors.named_parameters():
-                yield NamedPart.whole(f"projectors.{name}", parameter)
+            yield from whole_parts("projectors", self.projectors, Sharing())
         if self.lora is not None:
-            for name, parameter in self.lora.named_parameters():
-                yield NamedPart.whole(f"lora.{name}", parameter)
+            yield from whole_parts("lora", self.lora, Sharing())
         for number, mome in self.momes.items():
-            prefix = f"mome.{number}"
-            yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight)
-            first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
-            for part in experts.parts():
-                name = f"{prefix}.routed.{part.kind}"
-                yield NamedPart(name, first + part.expert, experts.packed, part.start, part.shape)
-            for name, parameter in mome.shared.named_parameters() if mome.shared is not None else ():
-                yield NamedPart.whole(f"{prefix}.shared.{name}", parameter)
+            yield from _mome_parts(f"mome.{number}", number, mome)
+        for prefix, adapter in self.adapters.items():
+            yield from cast(Described, adapter).named_parts(prefix)
 
-    def router_biases(self) -> dict[str, Tensor]:
-        """The router biases that choose experts beside what trains, fp32 [E] each, by layout-free name."""
-        biases = {f"mome.{number}.router_bias": mome.router_bias for number, mome in self.momes.items()}
-        return {name: bias for name, bias in biases.items() if bias is not None}
+    def router_biases(self) -> list[NamedPart]:
+        """The router biases that choose experts beside what trains, fp32 [E] each."""
+        found = ((number, mome.router_bias) for number, mome in self.momes.items())
+        return [
+            NamedPart.whole(f"mome.{number}.router_bias", bias, Sharing(number))
+            for number, bias in found
+            if bias is not None
+        ]
+
+
+def _mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
+    """The tensors of a MoME module, which sees a rank's own tokens under sequence parallelism."""
+    shared = Sharing(layer, partial=True)
+    yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight, shared)
+    first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
+    routed = Sharing(layer, experts=mome.num_experts, partial=True)
+    for part in experts.parts():
+        name = f"{prefix}.routed.{part.kind}"
+        yield NamedPart(name, first + part.expert, experts.packed, part.start, part.shape, routed)
+    if mome.shared is not None:
+        yield from whole_parts(f"{prefix}.shared", mome.shared, shared)
+
+
+def idle_experts(ep: int) -> ExpertParallelMoME:
+    """A MoME module of one unit for a rank without layers."""
+    idle = ExpertParallelMoME(1, ep, 1, 0, 1, ep_size=ep)
+    idle.set_deepspeed_parallelism()
+    idle.initialize("idle", 0)
+    return idle
 
 
 def attach_mome(llm: FrozenLLM, placement: str, seed: int, **mome_arguments: object) -> dict[int, ExpertParallelMoME]:
@@ -246,17 +241,3 @@ def token_group(sequence_parallel: bool) -> dist.ProcessGroup:
     if sequence_parallel:
         return parallel_state.get_tensor_and_data_parallel_group()
     return parallel_state.get_data_parallel_group()
-
-
-def rank_writes(parameter: Tensor) -> bool:
-    """Whether this rank is the one that saves a parameter or a buffer: the first of the ranks that hold equal copies
-    of it."""
-    from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
-
-    if parallel_state.get_tensor_model_parallel_rank() != 0:
-        return False
-    if is_moe_param(parameter):
-        name = getattr(parameter, "group_name")  # noqa: B009  DeepSpeed adds it
-        return torch.distributed.get_rank(groups._get_expert_data_parallel_group(name)) == 0
-    return parallel_state.get_data_parallel_rank() == 0

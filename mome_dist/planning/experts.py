@@ -22,6 +22,8 @@ NARROW_SHARE = 0.3
 
 def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
     """Seconds of a MoME module for a microbatch of ``tokens``, forward and backward."""
+    if not job.experts:
+        return 0.0
     layout, hidden, e = candidate.layout, job.shape.hidden_size, job.element_bytes
     tokens /= layout.tp if layout.sequence_parallel else 1
     router = PRODUCTS * 2 * tokens * job.experts * hidden / cluster.fp32_flops

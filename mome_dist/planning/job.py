@@ -14,6 +14,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
 from mome_dist.planning.hardware import BYTES
+from mome_dist.sharing import Sharing
 from mome_dist.speech.views import View
 
 FRAMES_PER_SECOND = {"audio": 50, "video": 25}
@@ -53,8 +54,9 @@ class Job:
         shape: of the frozen LLM.
         precision: "bf16" or "fp32", of the frozen weights and of hidden states; what trains is fp32.
         attention: "eager" or "sdpa".
-        placement: "mhsa", "ffn" or "layer".
-        experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules.
+        placement: "mhsa", "ffn", "layer" or "none".
+        experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules; no experts, none a token and none
+            shared in a run without.
         projector_parameters: of all streams together.
         projector_values: that autograd keeps for a speech token in the projectors.
         projectors_train: whether they have gradients and optimiser state.
@@ -119,21 +121,54 @@ class Job:
         )
 
     @property
-    def trained_parameters(self) -> int:
-        """Trained parameters of the whole model."""
-        mome = (self.experts + self.shared) * self.expert_parameters + self.experts * self.shape.hidden_size
-        return self.shape.layers * mome + self.first_stage_parameters
+    def trained(self) -> tuple[Trained, ...]:
+        """What trains: in each layer, and before the layers."""
+        lora = sum(encoder.lora_parameters for encoder in self.encoders)
+        replicated = self.experts * self.shape.hidden_size + self.shared * self.expert_parameters
+        routed = Sharing(layer=0, experts=self.experts, partial=True)
+        return (
+            Trained(replicated, Sharing(layer=0, partial=True)),
+            Trained(self.experts * self.expert_parameters, routed),
+            Trained(self.projector_parameters * self.projectors_train + lora, Sharing()),
+        )
 
     @property
-    def first_stage_parameters(self) -> int:
-        """Parameters that train on the first stage beside its layers."""
-        lora = sum(encoder.lora_parameters for encoder in self.encoders)
-        return self.projector_parameters * self.projectors_train + lora
+    def trained_parameters(self) -> int:
+        """Trained parameters of the whole model."""
+        layers = self.shape.layers
+        return sum(each.parameters * (1 if each.sharing.layer is None else layers) for each in self.trained)
 
 
-def dispatches(layout: Layout) -> tuple[str, str]:
-    """What ``mome.dispatch=auto`` chooses from."""
-    return "alltoall", "gather" if layout.ep > 1 else "local"
+@dataclass(frozen=True)
+class Trained:
+    """Parameters that train and that ranks share alike.
+
+    Attributes:
+        parameters: of them, of each layer or before all layers.
+        sharing: how ranks share them; a layer stands for all layers.
+    """
+
+    parameters: int
+    sharing: Sharing
+
+    def held(self, layout: Layout, layers: int, first_stage: bool) -> float:
+        """Of these parameters, those of a rank with so many layers."""
+        ranks = layout.ep if self.sharing.experts is not None else self.sharing.ranks_of_slices(layout.tp)
+        return self.parameters * (first_stage if self.sharing.layer is None else layers) / ranks
+
+
+def held_parameters(job: Job, layout: Layout, layers: int, first_stage: bool) -> tuple[float, float, float]:
+    """Trained parameters of a rank: those that all data-parallel ranks hold, routed experts, and of both together those
+    whose gradients are summed over tensor-parallel ranks under sequence parallelism."""
+    held = [(each.sharing, each.held(layout, layers, first_stage)) for each in job.trained]
+    routed = sum(count for sharing, count in held if sharing.experts is not None)
+    partial = sum(count for sharing, count in held if sharing.partial)
+    return sum(count for _, count in held) - routed, routed, partial
+
+
+def dispatches(layout: Layout, experts: int = 1) -> tuple[str, ...]:
+    """What ``mome.dispatch=auto`` chooses from; nothing to choose without experts."""
+    return ("alltoall", "gather" if layout.ep > 1 else "local") if experts else ("none",)
 
 
 @dataclass(frozen=True)
@@ -143,7 +178,7 @@ class Candidate:
     Attributes:
         layout: of the processes.
         zero: DeepSpeed ZeRO stage.
-        dispatch: "alltoall", "gather" or "local".
+        dispatch: "alltoall", "gather" or "local"; "none" without experts.
         accumulation: parts that a global batch is cut into (`data.accumulation`).
     """
 
@@ -209,9 +244,9 @@ def job_of(
         precision=fast_precision if config.llm.precision == "auto" else config.llm.precision,
         attention=attention,
         placement=mome.placement,
-        experts=mome.routed_experts,
-        top_k=mome.top_k,
-        shared=mome.shared_experts,
+        experts=mome.experts,
+        top_k=mome.top_k if mome.experts else 0,
+        shared=mome.shared_experts if mome.experts else 0,
         bottleneck=mome.bottleneck,
         capacity_factor=mome.capacity_factor,
         projector_parameters=_projector_parameters(config, shape.hidden_size, widths),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from mome_dist.config.deepspeed.keys import BUCKET_ELEMENTS
 from mome_dist.llm.shape import LLMShape
-from mome_dist.planning.job import Candidate, Job
+from mome_dist.planning.job import Candidate, Job, held_parameters
 
 FP32, INDEX = 4, 8  # bytes
 # Rows that each expert's group is padded by in the all-to-all dispatch, and its units by their alignment.
@@ -69,7 +69,7 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, res
     """
     layout, shape = candidate.layout, job.shape.with_padded_heads(candidate.layout.tp)
     layers, last = layout.stages(shape.layers)[stage], stage == layout.pp - 1
-    shared, routed = _trained(job, candidate, stage, layers)
+    shared, routed, _ = held_parameters(job, layout, layers, stage == 0)
     shared_share, routed_share = _shares(candidate)
     partition = shared * shared_share + routed * routed_share
     trained = FP32 * (shared + routed + (partition if candidate.zero else 0))
@@ -129,14 +129,6 @@ def frozen_bytes(job: Job, candidate: Candidate, stage: int) -> float:
     return job.element_bytes * (layout.stages(shape.layers)[stage] * each + ends * table + final_norm)
 
 
-def _trained(job: Job, candidate: Candidate, stage: int, layers: int) -> tuple[float, float]:
-    """Trained parameters of a rank: those that all data-parallel ranks hold, and routed experts."""
-    router = job.experts * job.shape.hidden_size
-    shared = layers * (router + job.shared * job.expert_parameters)
-    shared += job.first_stage_parameters * (stage == 0)
-    return shared, layers * job.experts * job.expert_parameters / candidate.layout.ep
-
-
 def _shares(candidate: Candidate) -> tuple[float, float]:
     """The part of the optimiser state of shared parameters and of experts that a rank keeps."""
     if not candidate.zero:
@@ -170,6 +162,8 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
 
 def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
     """What autograd keeps of one MoME module."""
+    if not job.experts:
+        return 0.0
     e, hidden = job.element_bytes, job.shape.hidden_size
     tokens_here = tokens / _sequence_share(candidate)
     inputs = tokens_here * hidden * (e + (FP32 if e < FP32 else 0))  # and their fp32 copy for the router
@@ -193,7 +187,8 @@ def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int)
     feed_forward = tokens * (4 * shape.ffn_size / tp + 2 * hidden) * e
     length, of_view = candidate.longest_pass(job)[0]  # attention goes view by view
     attention = 3 * of_view * length * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
-    experts = tokens * (3 * job.units * e + 2 * hidden * FP32) if candidate.dispatch != "alltoall" else 0.0
+    dense = job.experts and candidate.dispatch != "alltoall"
+    experts = tokens * (3 * job.units * e + 2 * hidden * FP32) if dense else 0.0
     return max(feed_forward, attention, experts)
 
 

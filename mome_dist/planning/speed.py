@@ -17,7 +17,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.experts import expert_seconds
 from mome_dist.planning.flops import OUTPUT_PRODUCTS, attention_flops, frozen_flops
 from mome_dist.planning.hardware import Cluster, Link
-from mome_dist.planning.job import Candidate, Job
+from mome_dist.planning.job import Candidate, Job, held_parameters
 
 FP32 = 4
 # Bytes read and written for each value of ``element_bytes`` = 2, forward and backward, and the forward part of them: of
@@ -192,18 +192,17 @@ def _layer(
 
 def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[float, float]:
     """Seconds of the reduction of gradients, and of the optimiser with what ZeRO gathers; the largest stage's."""
-    layout, hidden = candidate.layout, job.shape.hidden_size
+    layout = candidate.layout
     layers = max(layout.stages(job.shape.layers))
-    shared = layers * (job.experts * hidden + job.shared * job.expert_parameters)
-    shared += job.first_stage_parameters
-    routed = layers * job.experts / layout.ep * job.expert_parameters
+    shared, routed, partial = held_parameters(job, layout, layers, first_stage=True)
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
-    tensors = layers * (ROUTED_TENSORS + ROUTER_TENSORS + SHARED_TENSORS * (job.shared > 0))
+    of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + SHARED_TENSORS * (job.shared > 0)
+    tensors = layers * of_layer
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)
     reduction += tensors * TENSOR_CALLS * cluster.call
     if layout.sequence_parallel:
-        reduction += all_reduce(FP32 * (shared + routed), layout.tp, cluster.link(layout.tp))
+        reduction += all_reduce(FP32 * partial, layout.tp, cluster.link(layout.tp))
     held = shared / layout.dp + routed / copies if candidate.zero else shared + routed
     optimizer = OPTIMIZER_BYTES * held / cluster.memory_bytes + tensors * TENSOR_CALLS * cluster.call
     if candidate.zero:

@@ -65,4 +65,5 @@ def layout_overrides(candidate: Candidate) -> list[str]:
 
 def overrides(candidate: Candidate) -> list[str]:
     """The settings of a plan that are in neither file, as Hydra overrides."""
-    return [f"data.accumulation={candidate.accumulation}", f"mome.dispatch={candidate.dispatch}"]
+    dispatch = [] if candidate.dispatch == "none" else [f"mome.dispatch={candidate.dispatch}"]
+    return [f"data.accumulation={candidate.accumulation}", *dispatch]

@@ -73,7 +73,7 @@ class MoMESpeechLM(nn.Module):
     Args:
         llm: Hugging Face model (see `mome_dist.llm.hugging_face`); its parameters are frozen here.
         projectors: of the streams in use.
-        placement: "mhsa", "ffn" or "layer".
+        placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
     """
@@ -90,8 +90,9 @@ class MoMESpeechLM(nn.Module):
         self.projectors = projectors
         self.lora = lora
         hidden_size = llm.config.hidden_size
-        self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in llm.model.layers])
-        for layer, mome in zip(llm.model.layers, self.momes, strict=True):
+        layers = [] if placement == "none" else list(llm.model.layers)
+        self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in layers])
+        for layer, mome in zip(layers, self.momes, strict=True):
             _attach(layer, placement, mome)
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
@@ -106,7 +107,7 @@ class MoMESpeechLM(nn.Module):
 
     @property
     def momes(self) -> list[LocalMoME]:
-        """The MoME modules, first layer first."""
+        """The MoME modules, first layer first; none in a model without experts."""
         return cast(list[LocalMoME], list(self.mome))
 
     def part_sizes(self) -> dict[str, int]:
@@ -146,8 +147,9 @@ class MoMESpeechLM(nn.Module):
         return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
-        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses."""
-        losses = []
+        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses; zero
+        without experts."""
+        losses = [torch.zeros((), device=next(self.projectors.parameters()).device)]
         for routing in itertools.chain.from_iterable(self._routings):
             assert routing.valid_T is not None
             tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)

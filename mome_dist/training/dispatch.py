@@ -16,13 +16,13 @@ from mome_dist.parallel.layout import Layout
 def settle_dispatch(
     config: RunConfig, layout: Layout, shape: LLMShape, tokens: int, device: torch.device, console: Console
 ) -> str:
-    """The dispatch that a run uses; every rank calls it and gets the same answer.
+    """The dispatch that a run uses; every rank calls it and gets the same answer, of no effect without experts.
 
     Args:
         tokens: of one microbatch of one rank, padding included.
     """
     mome = config.mome
-    if mome.dispatch != "auto":
+    if not mome.experts or mome.dispatch != "auto":
         return mome.dispatch
     dtype = llm_dtype(config)
     load = LayerLoad(

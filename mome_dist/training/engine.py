@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -24,16 +24,25 @@ from torch import Tensor, nn
 from mome_dist.checkpoint.deepspeed.names import largest_group
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.errors import UserError
-from mome_dist.parallel.model import NamedPart
 from mome_dist.parallel.mpu import MegatronMPU
+from mome_dist.parallel.parts import NamedPart
+from mome_dist.sharing import Sharing
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 
-WHOLE_SEQUENCES = ("projectors", "lora")  # modules that see them on every rank, also under sequence parallelism
+
+class Trainable(Protocol):
+    """What an engine trains: `mome_dist.parallel.model.DistributedMoME`."""
+
+    def trainable_modules(self) -> nn.ModuleDict:
+        """The modules that train on this rank, and nothing else."""
+
+    def trained_parts(self) -> Iterator[NamedPart]:
+        """Their tensors, with how ranks share them."""
 
 
 def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
-    """One group of shared parameters and one of experts.
+    """One group of shared parameters and, where there are any, one of experts.
 
     ZeRO sums the gradient norm over pipeline stages group by group, so every stage must have the same groups.
     """
@@ -60,11 +69,11 @@ class Engine:
     """Gradient reduction, clipping and optimiser step for one rank.
 
     Args:
-        modules: the trainable modules of this rank.
+        model: of this rank; its weights are read now, so fill them before.
         config: optimiser settings.
         settings: a DeepSpeed configuration as `mome_dist.config.deepspeed.file` lets through; batch sizes and clipping
             are filled in here.
-        sequence_parallel: whether MoME modules see another part of each sequence on every tensor-parallel rank.
+        sequence_parallel: whether a tensor-parallel rank sees a part of each sequence in the layers.
 
     Attributes:
         moments: the optimiser's running averages, whatever ZeRO makes of them.
@@ -74,12 +83,17 @@ class Engine:
 
     def __init__(
         self,
-        modules: nn.ModuleDict,
+        model: Trainable,
         config: OptimizerConfig,
         settings: Mapping[str, Any],
         sequence_parallel: bool = False,
     ) -> None:
+        modules = model.trainable_modules()
         self._modules, self._config, self._sequence_parallel = modules, config, sequence_parallel
+        self._sharing: dict[Tensor, Sharing] = {part.parameter: part.sharing for part in model.trained_parts()}
+        for parameter, sharing in self._sharing.items():
+            # ZeRO's norm counts such a parameter on every tensor-parallel rank, and others on the first one only.
+            setattr(parameter, "tensor_model_parallel", sharing.sliced is not None)  # noqa: B010
         groups = _parameter_groups(modules)
         self.zero_stage = zero_stage(settings)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -134,11 +148,13 @@ class Engine:
         self.discard()
 
     def _sum_over_sequence(self) -> None:
-        """Under sequence parallelism, add up the gradients of what saw parts of sequences: of the MoME modules."""
+        """Under sequence parallelism, add up the gradients that are those of a rank's own tokens."""
         if not self._sequence_parallel:
             return
-        split = (module for name, module in self._modules.items() if name not in WHOLE_SEQUENCES)
-        gradients = [p.grad for module in split for p in module.parameters() if p.grad is not None]
+        partial = (parameter for parameter, sharing in self._sharing.items() if sharing.partial)
+        gradients = [parameter.grad for parameter in partial if parameter.grad is not None]
+        if not gradients:
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
@@ -192,16 +208,13 @@ class Engine:
         average = self.moment_names[0]
         averages = [self.moments.held(part.parameter, part.start, part.stop, average) for part in parts]
         reached = torch.stack([held.any() for held in averages]).int()
-        experts = torch.tensor([is_moe_param(part.parameter) for part in parts], device=reached.device)
         # Under ZeRO each rank holds a part of every average.
-        shared_group, expert_group = (
-            parallel_state.get_data_parallel_group(),
-            _expert_data_parallel_group(self._modules),
-        )
-        for chosen, group in ((~experts, shared_group), (experts, expert_group)):
-            part = reached[chosen]
-            dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
-            reached[chosen] = part
+        for of_experts in (False, True):
+            chosen = [number for number, part in enumerate(parts) if (part.sharing.experts is not None) == of_experts]
+            if chosen:
+                reached_here = reached[chosen]
+                dist.all_reduce(reached_here, op=dist.ReduceOp.MAX, group=parts[chosen[0]].copies)
+                reached[chosen] = reached_here
         return [bool(flag) for flag in reached.tolist()]
 
     def resume(self, steps: int) -> None:
@@ -211,31 +224,36 @@ class Engine:
 
     def _clip(self) -> float:
         """Scale local gradients so that the norm over all distinct parameters of the model is at most the limit."""
-        parameters = [parameter for parameter in self._modules.parameters() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        squares = torch.stack(torch._foreach_norm(gradients)).square()
-        # Nothing is read by the host before the end. Shared and routed ones are apart: what ranks hold copies of must
-        # sum up to the same bits on all of them, or copies would part.
-        routed = torch.tensor([float(is_moe_param(parameter)) for parameter in parameters])
-        routed = routed.to(squares.device, non_blocking=True)
-        experts, total = squares @ routed, squares @ (1 - routed)
-        dist.all_reduce(experts, group=_expert_group(self._modules))
-        total += experts
+        held = [(p, p.grad) for p in self._modules.parameters() if p.grad is not None]
+        gradients = [gradient for _, gradient in held]
+        device = next(self._modules.parameters()).device
+        squares = torch.stack(torch._foreach_norm(gradients)).square() if held else torch.zeros(0, device=device)
+        # Nothing is read by the host before the end. Experts, slices and the rest are apart: what ranks hold copies of
+        # must sum up to the same bits on all of them, or copies would part.
+        experts = torch.tensor([is_moe_param(parameter) for parameter, _ in held], dtype=torch.float32)
+        sliced = torch.tensor([self._is_sliced(parameter) for parameter, _ in held], dtype=torch.float32)
+        kinds = torch.stack([experts, sliced, 1 - experts - sliced]).to(squares.device, non_blocking=True)
+        of_experts, of_slices, total = (kinds @ squares).split(1)
+        # The ranks of a group hold tensors of the same kinds, so that either all of them sum or none.
+        if (group := _expert_group(self._modules)) is not None:
+            dist.all_reduce(of_experts, group=group)
+        if any(map(self._is_sliced, self._modules.parameters())):
+            dist.all_reduce(of_slices, group=parallel_state.get_tensor_model_parallel_group())
+        total = (total + of_experts + of_slices).squeeze()
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         norm, limit = total.sqrt(), self._config.gradient_clipping
-        if limit:
+        if limit and gradients:
             torch._foreach_mul_(gradients, (limit / norm).clamp(max=1))
         return float(norm)
 
-
-def _expert_group(modules: nn.Module) -> dist.ProcessGroup:
-    return deepspeed_groups._get_expert_parallel_group(_expert_group_name(modules))
-
-
-def _expert_data_parallel_group(modules: nn.Module) -> dist.ProcessGroup:
-    return deepspeed_groups._get_expert_data_parallel_group(_expert_group_name(modules))
+    def _is_sliced(self, parameter: Tensor) -> bool:
+        sharing = self._sharing.get(parameter)  # the idle module has none
+        return sharing is not None and sharing.sliced is not None
 
 
-def _expert_group_name(modules: nn.Module) -> str:
-    expert = next(parameter for parameter in modules.parameters() if is_moe_param(parameter))
-    return str(getattr(expert, "group_name"))  # noqa: B009  DeepSpeed adds it
+def _expert_group(modules: nn.Module) -> dist.ProcessGroup | None:
+    """The expert-parallel ranks; None in a run without experts."""
+    expert = next((parameter for parameter in modules.parameters() if is_moe_param(parameter)), None)
+    if expert is None:
+        return None
+    return deepspeed_groups._get_expert_parallel_group(getattr(expert, "group_name"))  # noqa: B009

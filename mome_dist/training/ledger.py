@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mome_dist.checkpoint.format import CheckpointReader
 from mome_dist.errors import UserError
 from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.parts import NamedPart
 from mome_dist.training.engine import Engine
 
 CHUNK = 1 << 20  # elements that a checksum reads at a time
@@ -65,12 +66,16 @@ class Ledger:
         at_end = self._frozen_checksums()
         changed = [name for name, before in self._frozen_at_start.items() if at_end[name] != before]
         with CheckpointReader(checkpoint) as reader:
-            saved = {name.removeprefix("model/") for name in reader.names("model/")}
-        missing = sorted({name.partition("[")[0] for name in self._trainable} - saved)
-        _stop_if(
-            [f"frozen parameter {name} changed" for name in changed]
-            + [f"{name} trains, but is not in {checkpoint.name}" for name in missing]
-        )
+            saved = {name.removeprefix("model/"): reader.index["tensors"][name] for name in reader.names("model/")}
+        whole = {part.name: _stacked_shape(part) for part in self._trainable.values()}
+        problems = [f"frozen parameter {name} changed" for name in changed]
+        for name, shape in sorted(whole.items()):
+            if name not in saved:
+                problems.append(f"{name} trains, but is not in {checkpoint.name}")
+            elif saved[name]["shape"] != shape:
+                found = saved[name]["shape"]
+                problems.append(f"{name} trains with shape {shape}, but {checkpoint.name} holds {found} of it")
+        _stop_if(problems)
         judged = self._steps >= self._watched_steps
         trained = "with gradients and moved" if judged else f"too few steps to judge (under {self._watched_steps})"
         return (
@@ -79,7 +84,7 @@ class Ledger:
         )
 
     def _check_groups(self) -> None:
-        held = Counter(parameter for group in self._engine.parameter_groups() for parameter in group)
+        held: Counter[Tensor] = Counter(parameter for group in self._engine.parameter_groups() for parameter in group)
         problems = [
             f"{name} is in {held[part.parameter]} optimiser groups instead of one"
             for name, part in self._trainable.items()
@@ -95,7 +100,7 @@ class Ledger:
     def _check_training(self) -> None:
         problems, reached = [], self._engine.reached_by_gradient(list(self._trainable.values()))
         for (name, part), is_reached in zip(self._trainable.items(), reached, strict=True):
-            if not self._expected(name):
+            if not self._expected(part):
                 continue
             if not is_reached:
                 problems.append(f"no gradient of {name} reached the optimiser in {self._steps} steps")
@@ -103,18 +108,17 @@ class Ledger:
                 problems.append(f"{name} did not move in {self._steps} steps")
         _stop_if(problems)
 
-    def _expected(self, name: str) -> bool:
+    def _expected(self, part: NamedPart) -> bool:
         """Whether a parameter must have trained.
 
         An expert that no token chose has not; the gradient of what lies before its zero-initialised weights appears at
         the second visit; and in the last layer only tokens that predict a label carry a gradient, so that an expert
         chosen by speech tokens alone rightly has none.
         """
-        prefix, routed, rest = name.partition(".routed.")
-        if not routed:
+        layer = part.sharing.layer
+        if part.index is None or layer is None:
             return True
-        layer, expert = int(prefix.removeprefix("mome.")), int(rest.partition("[")[2].rstrip("]"))
-        return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][expert] >= 2)
+        return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][part.index] >= 2)
 
     def _frozen(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, the parameter (of an encoder maybe a buffer: statistics move too) that holds it, and its numbers."""
@@ -132,6 +136,11 @@ class Ledger:
 
     def _frozen_checksums(self) -> dict[str, int]:
         return {name: checksum(values) for name, _, values in self._frozen()}
+
+
+def _stacked_shape(part: NamedPart) -> list[int]:
+    """The shape that a checkpoint has of the tensor that a part is of."""
+    return [*([] if part.sharing.experts is None else [part.sharing.experts]), *part.whole_shape]
 
 
 @torch.no_grad()

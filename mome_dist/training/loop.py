@@ -176,7 +176,7 @@ def _run(
             # Not after a skipped step: if more follow and the run stops, what is wrong can be mended and trained on.
             due = found.finite and settings.save_every > 0 and done % settings.save_every == 0
             saving = last or found.stop or due
-            if done % ROUTING_EVERY == 0 or saving:
+            if config.mome.experts and (done % ROUTING_EVERY == 0 or saving):
                 metrics.routing(done, gather_routing(trainer.model, config), by_view=saving)
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 metrics.step({"step": done, "validation": _validate(config, trainer, number)})

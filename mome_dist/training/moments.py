@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mome_dist.nvidia_apex import is_fused_adam
 
@@ -22,16 +22,16 @@ from mome_dist.nvidia_apex import is_fused_adam
 class Moments(Protocol):
     """State of an optimiser, one fp32 tensor for each parameter and name ("exp_avg", "exp_avg_sq")."""
 
-    def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def whole(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter of this rank with its moment, in the parameter's shape (collective: exhaust it).
 
         A moment may be a view of a buffer that is alive until the iterator moves on: copy what is kept.
         """
 
-    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+    def held(self, parameter: Tensor, start: int, stop: int, name: str) -> Tensor:
         """What this rank holds of elements ``start`` to ``stop`` of a parameter's moment, flat; maybe none."""
 
-    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+    def fill(self, parameter: Tensor, start: int, name: str, value: Tensor) -> None:
         """Set elements of a moment, from ``start`` on; each rank keeps what it holds."""
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
@@ -45,14 +45,14 @@ class ReplicatedMoments:
         self._optimizer = optimizer
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def whole(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in self._parameters:
             yield parameter, _state(self._optimizer, parameter, name)
 
-    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+    def held(self, parameter: Tensor, start: int, stop: int, name: str) -> Tensor:
         return _state(self._optimizer, parameter, name).flatten()[start:stop]
 
-    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+    def fill(self, parameter: Tensor, start: int, name: str, value: Tensor) -> None:
         self._optimizer.state[parameter][name].view(-1)[start : start + value.numel()] = value.flatten().to(parameter)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
@@ -74,14 +74,14 @@ class PartitionedMoments:
         self._optimizer: torch.optim.Optimizer = zero.optimizer
         self._parts: list[Tensor] = zero.single_partition_of_fp32_groups
         self._process_groups: list[dist.ProcessGroup] = zero.real_dp_process_group
-        self._groups: list[list[nn.Parameter]] = zero.round_robin_bit16_groups
+        self._groups: list[list[Tensor]] = zero.round_robin_bit16_groups
         self._places = {
             parameter: _Place(group, offset)
             for group, parameters in enumerate(self._groups)
             for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True)
         }
 
-    def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def whole(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         for group, parameters in enumerate(self._groups):
             part, process_group = _state(self._optimizer, self._parts[group], name), self._process_groups[group]
             flat = part.new_empty(part.numel() * dist.get_world_size(process_group))
@@ -90,18 +90,18 @@ class PartitionedMoments:
                 offset = self._places[parameter].offset
                 yield parameter, flat[offset : offset + parameter.numel()].view(parameter.shape)
 
-    def held(self, parameter: nn.Parameter, start: int, stop: int, name: str) -> Tensor:
+    def held(self, parameter: Tensor, start: int, stop: int, name: str) -> Tensor:
         part, here, _ = self._overlap(parameter, start, stop)
         return _state(self._optimizer, part, name)[here]
 
-    def fill(self, parameter: nn.Parameter, start: int, name: str, value: Tensor) -> None:
+    def fill(self, parameter: Tensor, start: int, name: str, value: Tensor) -> None:
         part, here, there = self._overlap(parameter, start, start + value.numel())
         self._optimizer.state[part][name][here] = value.flatten()[there].to(part)
 
     def begin(self, names: tuple[str, ...], steps: int) -> None:
         _begin(self._optimizer, names, steps)
 
-    def _overlap(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[Tensor, slice, slice]:
+    def _overlap(self, parameter: Tensor, start: int, stop: int) -> tuple[Tensor, slice, slice]:
         """This rank's part of the parameter's group; which of its elements are some elements of the parameter; the same
         ones counted from ``start``."""
         place = self._places[parameter]

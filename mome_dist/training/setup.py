@@ -163,7 +163,7 @@ def prepare(
         check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
         restore_weights(source, model, begin)
         console.print(f"starts from the weights of {source}", highlight=False)
-    engine = Engine(model.trainable_modules(), config.optimizer, deepspeed.acts, layout.sequence_parallel)
+    engine = Engine(model, config.optimizer, deepspeed.acts, layout.sequence_parallel)
     if checkpoint is not None:
         restore_optimizer(checkpoint, model, engine)
         restore_random_state(checkpoint, layout)

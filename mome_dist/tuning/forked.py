@@ -37,7 +37,7 @@ def timed_steps(config: RunConfig, llm: Path, settings: Mapping[str, Any], steps
     probe, timed = Probe(config, steps, current_device()), []
     with parallel_world(layout, config.seed, TIMEOUT_SECONDS) as at:
         model = build_distributed(config, layout, probe.widths, dispatch, probe.device).train()
-        engine = Engine(model.trainable_modules(), config.optimizer, settings, layout.sequence_parallel)
+        engine = Engine(model, config.optimizer, settings, layout.sequence_parallel)
         for number in range(steps):
             step = probe.step(number, at.dp, layout)
             dist.barrier()

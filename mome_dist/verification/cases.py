@@ -13,8 +13,20 @@ def _case(name: str, world: int, zero: int = 1, dispatch: str = "alltoall", **se
     return Case(name, Layout.for_world(world, **settings), zero, dispatch, **other)
 
 
-def standard_cases() -> list[Case]:
-    """At least one case for every axis and every pair of them that meets in the code."""
+def standard_cases(experts: bool = True) -> list[Case]:
+    """At least one case for every axis and every pair of them that meets in the code.
+
+    Args:
+        experts: whether the model has any; without, the cases that differ in nothing else are left out.
+    """
+    if experts:
+        return _cases()
+    left = (case for case in _cases() if case.layout.ep == 1 and case.placement is None)
+    left = (case for case in left if case.train_projectors is not False)  # something must train
+    return list({(case.layout, case.zero, case.precision): case for case in left}.values())
+
+
+def _cases() -> list[Case]:
     return [
         _case("one process, all-to-all", 1),
         _case("one process, local", 1, dispatch="local"),

@@ -44,15 +44,13 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     console.print(deepspeed.describe(), highlight=False, soft_wrap=True)
     if options.shrink:
         config = shrunk(config, scratch / "llm")
-    cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard_cases()
+    cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard_cases(config.mome.experts > 0)
     cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]
     if not cases:
         raise UserError(f"--only {options.only}: no case has such a name; without --only all are run.")
     for case in cases:
-        case.layout.check_model(
-            LLMShape.from_directory(config.llm.path), config.mome.routed_experts, config.llm.pad_heads
-        )
+        case.layout.check_model(LLMShape.from_directory(config.llm.path), config.mome.experts, config.llm.pad_heads)
     optimizers = [options.optimizer] if options.optimizer else list(OPTIMIZERS)
     began = time.monotonic()
     verdicts: list[Verdict] = []

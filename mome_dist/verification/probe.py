@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
@@ -22,6 +22,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.experts import initial_value
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.model import MicroBatch
+from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
@@ -143,15 +144,27 @@ def write_random_llama(directory: Path, layers: int = 4, heads: int = 4, kv_head
     return directory
 
 
-def wake(named: Iterable[tuple[str, int | None, Tensor]], seed: int) -> None:
-    """Give the zero-initialised expert weights values, by global name, so that every path carries a signal."""
-    with torch.no_grad():
-        for name, index, parameter in named:
-            if ".up_" in name or name.endswith("down_bias"):
-                slices = [(index, parameter)] if index is not None else list(enumerate(parameter))
-                for number, value in slices:
-                    key = f"wake.{name}.{number}.down_weight"
-                    value.copy_(initial_value(key, (*value.shape, 16), seed)[..., 0])
+@torch.no_grad()
+def wake(parts: Iterable[NamedPart], seed: int) -> None:
+    """Give what starts at zero values, by global name, so that every path carries a signal."""
+    for part in parts:
+        if not part.value.any():
+            part.value.copy_(part.here(_awake(part.name, part.index, part.whole_shape, seed)))
+
+
+@torch.no_grad()
+def wake_reference(model: nn.Module, seed: int) -> None:
+    """`wake` for the one-process form."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.copy_(_awake(name, None, tuple(parameter.shape), seed))
+
+
+def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A value for a tensor, or for one row of it along the first dimension."""
+    if index is None:
+        return torch.stack([_awake(name, number, shape[1:], seed) for number in range(shape[0])])
+    return initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed)[..., 0]
 
 
 def _frames(number: int, stream: str) -> int:

@@ -17,10 +17,11 @@ from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME, by_parameter
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.parts import by_parameter
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
-from mome_dist.verification.probe import Probe, wake
+from mome_dist.verification.probe import Probe, wake, wake_reference
 
 TIMEOUT_SECONDS = 60
 # AdamW divides a gradient by its own size. With the usual epsilon of 1e-8, a gradient that is a small difference of
@@ -114,8 +115,8 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
             plant()
         probe = dataclasses.replace(probe, device=current_device())
         model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, probe.device).train()
-        wake(((p.name, p.index, p.value) for p in model.trained_parts() if _is_expert(p.name)), probe.config.seed)
-        engine = Engine(model.trainable_modules(), settings, case.settings, case.layout.sequence_parallel)
+        wake(model.trained_parts(), probe.config.seed)
+        engine = Engine(model, settings, case.settings, case.layout.sequence_parallel)
         for number in range(probe.steps):
             step = probe.step(number, at.dp, case.layout)
             with engine.accumulate():
@@ -134,8 +135,8 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     probe = configured(probe, case)
     settings, outcome = optimizer_of(probe, optimizer), Outcome()
     model = build_reference(probe.config, probe.widths).train()
+    wake_reference(model, probe.config.seed)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wake(((name, None, p) for name, p in named.items() if _is_expert(name)), probe.config.seed)
     if optimizer == "sgd":
         stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)
     else:
@@ -195,17 +196,13 @@ def _merge(parts: list[Arrays]) -> Arrays:
     return copies | {tensor: np.stack([by[i] for i in sorted(by)]) for tensor, by in slices.items()}
 
 
-def _named(model: DistributedMoME, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Arrays:
+def _named(model: DistributedMoME, value: Callable[[Any], torch.Tensor]) -> Arrays:
     found: Arrays = {}
     for parameter, parts in by_parameter(model.trained_parts()).items():
         values = value(parameter)  # a gradient may be a collective: once for all parts
-        found |= {part.label: _array(part.of(values)) for part in parts}
+        found |= {part.label: _array(part.gathered(values)) for part in parts}
     return found
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
     return tensor.detach().float().cpu().numpy().copy()
-
-
-def _is_expert(name: str) -> bool:
-    return ".routed." in name or ".shared." in name

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mome_dist.build import build_reference
-from mome_dist.verification.probe import TAGS, Probe, wake
+from mome_dist.verification.probe import TAGS, Probe, wake_reference
 from tests import tiny_llms
 from tests.gpu.conftest import Record
 from tests.gpu.worlds import run_alone
@@ -37,7 +37,7 @@ def _written(probe: Probe, device: torch.device, beams: int, limit: int) -> list
     """Tokens of every clip in every view."""
     probe = dataclasses.replace(probe, device=device)
     model = build_reference(probe.config, probe.widths).eval()
-    wake(((n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n), probe.config.seed)
+    wake_reference(model, probe.config.seed)
     model.llm.to(device)
     model.to(device)
     written: list[list[int]] = []

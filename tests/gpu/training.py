@@ -26,12 +26,11 @@ class Trainee:
         self.probe = dataclasses.replace(probe, device=device)
         self.settings = optimizer_of(probe, "adamw")
         self.model: DistributedMoME = build_distributed(probe.config, ONE, probe.widths, dispatch, device).train()
-        experts = [part for part in self.model.trained_parts() if ".routed." in part.name or ".shared." in part.name]
-        wake(((part.name, part.index, part.value) for part in experts), probe.config.seed)
+        wake(self.model.trained_parts(), probe.config.seed)
 
     def start(self, zero: int) -> None:
         """Make the engine, of the weights that the model has now."""
-        self.engine = Engine(self.model.trainable_modules(), self.settings, {"zero_optimization": {"stage": zero}})
+        self.engine = Engine(self.model, self.settings, {"zero_optimization": {"stage": zero}})
 
     def gradients(self, number: int) -> Arrays:
         """The loss and every gradient of a step's batch; nothing is stepped."""
@@ -56,7 +55,7 @@ class Trainee:
 
     def state(self) -> Arrays:
         """Weights and both moments of the optimiser."""
-        names = {parameter: name for name, parameter in self.engine_parameters().items()}
+        names: dict[torch.Tensor, str] = {held: name for name, held in self.engine_parameters().items()}
         found = {name: parameter.detach().cpu().numpy().copy() for parameter, name in names.items()}
         for moment in self.engine.moment_names:
             for parameter, value in self.engine.moments.whole(moment):

@@ -28,10 +28,11 @@ import torch.distributed as dist
 
 from mome_dist import ownership
 from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
-from mome_dist.checkpoint.save import CheckpointSaver, Snapshot
+from mome_dist.checkpoint.save import CheckpointSaver, Held, Snapshot
 from mome_dist.config import RunConfig
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
+from mome_dist.sharing import Sharing
 from mome_dist.training.run_directory import owned_run
 
 REFUSED, DAMAGED, LOST, TWO_OWNERS, OVERTAKEN = 2, 40, 41, 42, 43
@@ -43,9 +44,7 @@ NO_MODEL: Any = None
 
 class _Saver(CheckpointSaver):
     def _snapshot(self, step: int, *_: Any) -> Snapshot:
-        tensors: dict[str, tuple[torch.Tensor, int | None]] = {
-            f"model/{name}": (torch.full((4096,), float(step)), None) for name in "abcdef"
-        }
+        tensors = {f"model/{name}": Held(torch.full((4096,), float(step)), None, Sharing()) for name in "abcdef"}
         return Snapshot(tensors, {"step": step, "optimizer": "adamw", "data": {}, "frozen": {}})
 
 

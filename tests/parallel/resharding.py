@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from megatron.core import parallel_state
 from torch import nn
 
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
-from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.checkpoint.format import INDEX, SEAL, CheckpointReader, seal_of
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
-from mome_dist.parallel.model import DistributedMoME, by_parameter
+from mome_dist.parallel.model import DistributedMoME
+from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora
 from mome_dist.training.balance import update_router_biases
 from mome_dist.training.engine import Engine
@@ -35,9 +37,8 @@ def _build(probe: Probe, layout: Layout, zero: int) -> tuple[DistributedMoME, En
     settings = {"zero_optimization": {"stage": zero}}
     lora = _lora() if parallel_state.is_pipeline_first_stage() else None
     model = build_distributed(probe.config, layout, probe.widths, "alltoall", current_device(), lora=lora).train()
-    named = [(part.name, part.index, part.value) for part in model.trained_parts()]
-    wake([each for each in named if ".routed." in each[0] or ".shared." in each[0]], probe.config.seed)
-    return model, Engine(model.trainable_modules(), probe.config.optimizer, settings, layout.sequence_parallel)
+    wake(model.trained_parts(), probe.config.seed)
+    return model, Engine(model, probe.config.optimizer, settings, layout.sequence_parallel)
 
 
 def _lora() -> LoRATerms | None:
@@ -109,19 +110,20 @@ def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> lis
     with CheckpointReader(canonical) as reader:
         parts = by_parameter(model.trained_parts())
 
-        def compare(prefix: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+        def compare(prefix: str, parameter: torch.Tensor, values: torch.Tensor) -> None:
             for part in parts.get(parameter, ()):  # the idle module stands for no part of the model
-                if not torch.equal(part.of(values.detach()), reader.read(f"{prefix}/{part.name}", part.index)):
+                saved = part.here(reader.read(f"{prefix}/{part.name}", part.index))
+                if not torch.equal(part.of(values.detach()), saved):
                     found.append(f"{prefix}/{part.label}")
 
-        for parameter in engine.parameters():
-            compare("model", parameter, parameter)
+        for held in engine.parameters():
+            compare("model", held, held)
         for moment in engine.moment_names:
             for parameter, value in engine.moments.whole(moment):
                 compare(f"optimizer/{moment}", parameter, value)
-        for name, bias in model.router_biases().items():
-            if not torch.equal(bias, reader.read(f"model/{name}")):
-                found.append(name)
+        for bias in model.router_biases():
+            if not torch.equal(bias.value, reader.read(f"model/{bias.name}")):
+                found.append(bias.name)
         zero = engine.deepspeed.optimizer
         torch_optimizer = zero.optimizer if engine.zero_stage else zero
         if engine.zero_stage:  # what the optimiser steps on
@@ -134,6 +136,16 @@ def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> lis
         if steps - {float(reader.index["optimizer_steps"])}:
             found.append(f"step {steps}")
     return found
+
+
+def forget_sharing(checkpoint: Path) -> None:
+    """Make a checkpoint one of before there were descriptions."""
+    index = json.loads((checkpoint / INDEX).read_text())
+    del index["layers"]
+    for entry in index["tensors"].values():
+        entry.pop("sharing", None)
+    (checkpoint / INDEX).write_bytes(content := json.dumps(index).encode())
+    (checkpoint / SEAL).write_bytes(seal_of(content))
 
 
 def tree_differences(mine: Any, theirs: Any, place: str = "") -> list[str]:

@@ -55,7 +55,7 @@ def _train(directory: Path, layout: Layout) -> dict[str, Any]:
     settings = OptimizerConfig(name="sgd", learning_rate=LEARNING_RATE, gradient_clipping=0.5, warmup_steps=0)
     with parallel_world(layout, toy.SEED, timeout_seconds=60) as at:
         model = toy.distributed(directory, "mhsa", layout, balance_loss=0.1, **ROUTER)
-        engine = Engine(model.trainable_modules(), settings, zero, layout.sequence_parallel)
+        engine = Engine(model, settings, zero, layout.sequence_parallel)
         for number in range(STEPS):
             step = toy.step_of(_batch(number), at.dp, layout.dp)
             with engine.accumulate():
@@ -64,7 +64,7 @@ def _train(directory: Path, layout: Layout) -> dict[str, Any]:
             update_router_biases(model)
         counts = gather_routing(model, CONFIG)
         assert not any(chunk.statistics.take() for chunk in model.parts())
-        biases = {name: bias.tolist() for name, bias in model.router_biases().items()}
+        biases = {bias.name: bias.value.tolist() for bias in model.router_biases()}
     return {"biases": biases, "total": counts.record(), "by_view": counts.by_view()}
 
 

@@ -19,6 +19,7 @@ from mome_dist.checkpoint.hashes import content_hash, tensor_hash
 from mome_dist.config import load_config, validate
 from mome_dist.errors import UserError
 from mome_dist.training import loop, setup
+from tests.parallel.resharding import forget_sharing
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world
 from tools import inspect_checkpoint
@@ -71,6 +72,14 @@ def test_the_content_hash_is_the_same_for_every_layout_that_holds_the_same(lab: 
         with CheckpointReader(find_checkpoint(tmp_path / str(number))) as reader:
             contents.add(reader.content)
     assert len(contents) == 1
+
+
+def test_a_run_of_before_there_were_descriptions_continues(lab: Lab, tmp_path: Path) -> None:
+    rate = "optimizer.final_fraction=1"  # which then does not depend on how many steps there will be
+    straight = lab.train(2, tmp_path / "straight", "training.steps=3", rate, ep=2)
+    lab.train(2, tmp_path / "old", "training.steps=2", rate, ep=2)
+    forget_sharing(find_checkpoint(tmp_path / "old"))
+    assert lab.train(2, tmp_path / "old", "training.steps=3", rate, ep=2) == straight[2:]
 
 
 def test_200_flipped_bits_are_all_found(run: Path, tmp_path: Path) -> None:

@@ -82,9 +82,8 @@ def _train_each(probe: Probe, all_settings: Sequence[Mapping[str, Any]]) -> list
     with parallel_world(layout, config.seed, 60) as at:
         for settings in all_settings:
             model = build_distributed(config, layout, probe.widths, "local", current_device()).train()
-            parts = [(part.name, part.index, part.value) for part in model.trained_parts()]
-            wake([part for part in parts if ".routed." in part[0] or ".shared." in part[0]], config.seed)
-            engine = Engine(model.trainable_modules(), SGD, settings)
+            wake(model.trained_parts(), config.seed)
+            engine = Engine(model, SGD, settings)
             losses.append([])
             for number in range(STEPS):
                 step = in_turn[number % len(in_turn)].step(number, at.dp, layout)

@@ -49,8 +49,7 @@ def _logits(probe: Probe, layout: Layout, dispatch: str, neighbours: list[int], 
     has other neighbours."""
     with parallel_world(layout, probe.config.seed, timeout_seconds=60) as at:
         model = build_distributed(probe.config, layout, probe.widths, dispatch, torch.device("cpu")).eval()
-        experts = [(p.name, p.index, p.value) for p in model.trained_parts() if ".routed." in p.name]
-        wake(experts, probe.config.seed)
+        wake(model.trained_parts(), probe.config.seed)
         whole = probe.microbatch([0, *(number + 50 * at.dp for number in neighbours)], least=TOKENS)
         assert whole.tokens.context.tokens == TOKENS
         chunk: Any = model.chunks[0]

@@ -23,7 +23,15 @@ from mome_dist.config import load_config
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.probe import Probe, shrunk
-from tests.parallel.resharding import STEPS, TAG, Loaded, load_and_train, train_and_save, tree_differences
+from tests.parallel.resharding import (
+    STEPS,
+    TAG,
+    Loaded,
+    forget_sharing,
+    load_and_train,
+    train_and_save,
+    tree_differences,
+)
 from tests.parallel.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,6 +327,24 @@ def test_targets_that_do_not_fit_are_refused(bench: Bench, tmp_path: Path) -> No
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there exists"):
         reshard(source, tmp_path / "there", "canonical", Layout(1, 1, 1, 1), 1)
+
+
+def test_a_checkpoint_that_describes_nothing_is_read_as_before(bench: Bench, tmp_path: Path) -> None:
+    """Checkpoints were written without descriptions; the same parts, files and descriptions come of them."""
+    saved, there = bench.saved["ep2 zero1"], TARGETS["tp2 ep2 zero2"]
+    old = tmp_path / "old"
+    shutil.copytree(saved.canonical, old)
+    forget_sharing(old)
+    for name, source in (("of old", old), ("of new", saved.canonical)):
+        reshard(source, tmp_path / name, "deepspeed", there.layout, there.zero)
+        reshard(source, tmp_path / f"{name}, canonical", "canonical", there.layout, there.zero)
+    assert_same_files(tmp_path / "of old/global_step2", tmp_path / "of new/global_step2")
+    tensors = []
+    for name in ("of old", "of new"):
+        with CheckpointReader(tmp_path / f"{name}, canonical") as reader:
+            reader.verify()
+            tensors.append(reader.index["tensors"])
+    assert tensors[0] == tensors[1]
 
 
 def test_the_index_says_what_the_parts_are_for(bench: Bench, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT
 from mome_dist.training.batches import Step
-from mome_dist.verification.probe import wake
+from mome_dist.verification.probe import wake, wake_reference
 
 WIDTHS = {"audio": 12, "video": 10}
 RATES = {"audio": [4, 16], "video": [2, 5]}
@@ -42,8 +42,7 @@ def reference(directory: Path, placement: str, **mome: Any) -> MoMESpeechLM:
     llm.set_attn_implementation("eager")
     model = MoMESpeechLM(llm, projectors(), placement, **{**MOME, **mome})
     model.initialize(SEED, EMBEDDING_SCALE)
-    stacked = [(n, None, p) for n, p in model.named_parameters() if ".routed." in n or ".shared." in n]
-    wake(stacked, SEED)
+    wake_reference(model, SEED)
     return model.train()
 
 
@@ -57,10 +56,7 @@ def distributed(
         momes = attach_mome(llm, placement, SEED, ep_size=layout.ep, **{**MOME, **mome})
         chunks.append(Chunk(llm, projectors() if llm.pre_process else None, momes))
     model = DistributedMoME(chunks, layout.ep)
-    wake(
-        [(p.name, p.index, p.value) for p in model.trained_parts() if ".routed." in p.name or ".shared." in p.name],
-        SEED,
-    )
+    wake(model.trained_parts(), SEED)
     return model.train()
 
 

@@ -35,7 +35,7 @@ def _one_step(directory: Path, zero: int, planted: bool) -> dict[str, Any]:
     layout, settings = Layout.for_world(1), OptimizerConfig(weight_decay=0.0)
     with parallel_world(layout, toy.SEED, timeout_seconds=60):
         model = toy.distributed(directory, "mhsa", layout, precision=torch.bfloat16)
-        engine = Engine(model.trainable_modules(), settings, {"zero_optimization": {"stage": zero}})
+        engine = Engine(model, settings, {"zero_optimization": {"stage": zero}})
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         before = [norm.weight.detach().clone() for norm in norms]
         with engine.accumulate():

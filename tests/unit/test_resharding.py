@@ -37,6 +37,7 @@ from mome_dist.checkpoint.pieces import Constant, Piece, Range, TensorFacts
 from mome_dist.checkpoint.source import OpenFiles, Source
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
+from mome_dist.sharing import Sharing, of_format_2
 from mome_dist.speech.projector import Projectors
 
 
@@ -189,12 +190,16 @@ def test_a_streamed_torch_file_is_a_torch_file(tmp_path: Path) -> None:
         assert archive.testzip() is None
 
 
+def _sharing(name: str, tensor: torch.Tensor) -> Sharing | None:
+    return None if name.startswith("rng/") else of_format_2(name.removeprefix("model/"), tuple(tensor.shape))
+
+
 class InMemory(Source):
     """Tensors in memory, in chunks of a few bytes."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         facts = {
-            name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."), ".routed." in name)
+            name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."), _sharing(name, t))
             for name, t in tensors.items()
         }
         super().__init__(facts, {}, {}, None, None, {name: bytes(raw_bytes(t)) for name, t in tensors.items()})
@@ -231,7 +236,7 @@ def test_the_hash_of_a_stream_is_that_of_the_tensor(by_row: bool) -> None:
         streamed.update(data[begin : begin + 23])
     digests = streamed.finish()
     assert (len(digests) == 6) == by_row
-    whole = InMemory({"x.routed." if by_row else "x": tensor})
+    whole = InMemory({"model/mome.0.routed.up_weight" if by_row else "rng/0/x": tensor})
     assert whole.digests(next(iter(whole.facts))) == digests
 
 

@@ -1,18 +1,20 @@
 """Which parameters the engine of a rank has, in which order, and what they are in the layout-free model.
 
 The engine is given a ``ModuleDict`` (`DistributedMoME.trainable_modules`): ``layer_N`` in layer order, ``idle`` on a
-rank without layers, ``projectors`` and ``lora`` on the first stage. DeepSpeed numbers parameters in the order of that
-dictionary, shared ones first, then those of experts.
+rank where the engine would miss something, ``projectors`` and ``lora`` on the first stage, then what else trains. What
+is in no ``layer_N`` is called in the engine as in the layout-free model. DeepSpeed numbers parameters in the order of
+that dictionary, shared ones first, then those of experts.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
+from mome_dist.sharing import Sharing, of_format_2
 
 # A parameter of an expert in the engine, and in the layout-free model.
 EXPERT_PARTS = {
@@ -24,10 +26,20 @@ EXPERT_PARTS = {
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
-# Modules whose parameters are called in the engine as in the layout-free model.
-WHOLE_MODULES = ("projectors", "lora")
+IDLE = "idle.weight"  # the one number of a rank where nothing trains, in a run without experts
+# The order of the modules after the layers; others come after these, by their names.
+MODULE_ORDER = ("projectors", "lora")
 # `split_params_into_different_moe_groups_for_optimizer` starts a new group of experts beyond this many elements.
 LARGEST_EXPERT_GROUP = 178_956_971
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor-parallel rank's slice: of ``ranks`` equal ones along dimension ``dim``, the one of ``rank``."""
+
+    dim: int
+    rank: int
+    ranks: int
 
 
 @dataclass(frozen=True)
@@ -38,17 +50,33 @@ class StateTensor:
         local: its name there.
         shape: of it.
         name: of the tensor in the layout-free model; None for the idle module, which stands for no part of it.
-        index: which slice along that tensor's first dimension it is; None for the whole tensor.
+        index: which row of that tensor, of an expert, it is; None for the whole tensor.
+        cut: which slice of that tensor it is; None where tensor-parallel ranks hold copies.
     """
 
     local: str
     shape: tuple[int, ...]
     name: str | None
     index: int | None = None
+    cut: Cut | None = None
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    def ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Where its elements ``first`` to ``last`` lie among those of the layout-free tensor, in order."""
+        if self.cut is None:
+            origin = 0 if self.index is None else self.index * self.count
+            yield origin + first, origin + last
+            return
+        run = math.prod(self.shape[self.cut.dim :])  # elements that lie side by side in both
+        while first < last:
+            block, inside = divmod(first, run)
+            taken = min(last - first, run - inside)
+            begin = (block * self.cut.ranks + self.cut.rank) * run + inside
+            yield begin, begin + taken
+            first += taken
 
 
 @dataclass(frozen=True)
@@ -91,18 +119,27 @@ class ModelTensors:
 
     Args:
         shapes: of all weights and router biases by name, without ``model/``.
+        sharing: how ranks share each of them; None for a checkpoint that does not say it (`of_format_2`).
+        layers: of the LLM; None takes those that have a MoME module.
 
     Raises:
-        UserError: if they are not those of a MoME model.
+        UserError: if they are not those of a model of this project.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        sharing: Mapping[str, Sharing] | None = None,
+        layers: int | None = None,
+    ) -> None:
         self.shapes = dict(shapes)
-        numbers = {int(match[1]) for name in shapes if (match := re.match(r"mome\.(\d+)\.", name))}
-        self.layers = len(numbers)
-        if not numbers or numbers != set(range(self.layers)):
+        self.sharing = sharing or {name: of_format_2(name, shape) for name, shape in shapes.items()}
+        self._moe = {name for name in shapes if re.match(r"mome\.\d+\.", name)}
+        numbers = {layer for name in self._moe if (layer := self.sharing[name].layer) is not None}
+        self.layers = len(numbers) if layers is None else layers
+        if numbers and numbers != set(range(self.layers)):
             raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
-        self.routed_experts = self.shapes["mome.0.router_weight"][0]
+        self.routed_experts = self.shapes["mome.0.router_weight"][0] if numbers else 0
 
     def layer(self, number: int, experts: range) -> list[Parameter]:
         """The parameters of a layer's MoME module on a rank that holds some of its routed experts."""
@@ -131,19 +168,33 @@ class ModelTensors:
         name = f"mome.{number}.router_bias"
         return StateTensor(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
 
-    def whole_modules(self) -> list[Parameter]:
-        """The parameters of the modules that the first stage has beside its layers."""
-        found = []
-        for module in WHOLE_MODULES:
-            names = sorted((name for name in self.shapes if name.startswith(f"{module}.")), key=_module_order)
-            found += [_single(StateTensor(name, self.shapes[name], name)) for name in names]
-        return found
+    def whole_modules(
+        self, layers: Sequence[int] = (), first_stage: bool = True, tp: int = 1, tp_rank: int = 0
+    ) -> list[Parameter]:
+        """The parameters that a rank has beside its MoME modules: those of its layers, and of the first stage."""
+        chosen = []
+        for name in self.shapes.keys() - self._moe:
+            layer = self.sharing[name].layer
+            if first_stage if layer is None else layer in layers:
+                chosen.append(name)
+        return [_single(self._part(name, tp, tp_rank)) for name in sorted(chosen, key=_module_order)]
+
+    def _part(self, name: str, tp: int, tp_rank: int) -> StateTensor:
+        """What a tensor-parallel rank has of a tensor."""
+        sharing, shape = self.sharing[name], self.shapes[name]
+        cut = None if sharing.sliced is None else Cut(sharing.sliced, tp_rank, tp)
+        return StateTensor(name, sharing.local_shape(shape, tp), name, cut=cut)
 
 
 def _module_order(name: str) -> list[tuple[int, int | str]]:
     """Sorts names as torch walks modules: numbers by value (also in ``rate16``), a layer's weight before its bias."""
+    module = name.partition(".")[0]
+    place = MODULE_ORDER.index(module) if module in MODULE_ORDER else len(MODULE_ORDER)
     pieces = [piece for piece in re.split(r"\.|(\d+)", name) if piece]
-    return [(0, int(piece)) if piece.isdigit() else (1, "" if piece == "weight" else piece) for piece in pieces]
+    return [
+        (0, place),
+        *((0, int(piece)) if piece.isdigit() else (1, "" if piece == "weight" else piece) for piece in pieces),
+    ]
 
 
 def idle_module(ep: int) -> list[Parameter]:
@@ -159,7 +210,13 @@ def idle_module(ep: int) -> list[Parameter]:
 
 
 def engine_parameters(
-    model: ModelTensors, layers: Sequence[int], ep: int, ep_rank: int, first_stage: bool
+    model: ModelTensors,
+    layers: Sequence[int],
+    ep: int,
+    ep_rank: int,
+    first_stage: bool,
+    tp: int = 1,
+    tp_rank: int = 0,
 ) -> list[Parameter]:
     """The parameters of a rank's engine, in its order.
 
@@ -167,11 +224,15 @@ def engine_parameters(
         layers: numbers of the rank's layers, in its order.
         ep, ep_rank: expert-parallel ranks, and which of them it is.
         first_stage: whether the rank is of it.
+        tp, tp_rank: tensor-parallel ranks, and which of them it is.
     """
+    others = model.whole_modules(layers, first_stage, tp, tp_rank)
+    if not model.routed_experts:
+        return others or [_single(StateTensor(IDLE, (1,), None))]
     held = model.routed_experts // ep
     experts = range(ep_rank * held, (ep_rank + 1) * held)
     found = [parameter for number in layers for parameter in model.layer(number, experts)]
-    return found + ([] if layers else idle_module(ep)) + (model.whole_modules() if first_stage else [])
+    return found + ([] if layers else idle_module(ep)) + others
 
 
 def largest_group(counts: Iterable[int], largest: int = LARGEST_EXPERT_GROUP) -> int:
@@ -181,7 +242,8 @@ def largest_group(counts: Iterable[int], largest: int = LARGEST_EXPERT_GROUP) ->
 
 
 def optimizer_groups(parameters: Sequence[Parameter], largest: int = LARGEST_EXPERT_GROUP) -> list[list[Parameter]]:
-    """The parameters of each optimiser group: the shared ones, then experts in one group or, if they are many, more."""
+    """The parameters of each optimiser group: the shared ones, then experts, if there are any, in one group or, if they
+    are many, more."""
     groups: list[list[Parameter]] = [[parameter for parameter in parameters if not parameter.is_expert], []]
     size, largest = 0, largest_group((p.count for p in parameters if p.is_expert), largest)
     for parameter in parameters:
@@ -191,4 +253,4 @@ def optimizer_groups(parameters: Sequence[Parameter], largest: int = LARGEST_EXP
                 groups.append([])
                 size = parameter.count
             groups[-1].append(parameter)
-    return groups
+    return [group for group in groups if group]

@@ -6,7 +6,9 @@
     TAG/expp_rank_X_mp_rank_MM_optim_states.pt         ZeRO 0: the optimiser of an expert-parallel rank
     latest                                             the tag
 
-A model-parallel rank is ``pp_rank * tp + tp_rank``. Tensor-parallel ranks hold equal copies of all that trains.
+A model-parallel rank is ``pp_rank * tp + tp_rank``. Tensor-parallel ranks hold equal copies of what is not sliced over
+them (`mome_dist.sharing`). In a run without experts there are no files of them, and without ZeRO the optimiser is in
+the model-parallel rank's file alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 from mome_dist.checkpoint.deepspeed.names import (
     EXPERTS,
+    IDLE,
     ModelTensors,
     Parameter,
     StateTensor,
@@ -85,20 +88,22 @@ class Plan:
 
     def files(self) -> Iterator[PlannedFile]:
         """All files, model-parallel rank by rank."""
-        for pp in range(self.layout.pp):
-            by_expert_rank = [
-                engine_parameters(self.model, self.stages[pp], self.layout.ep, rank, first_stage=pp == 0)
-                for rank in range(self.layout.ep)
-            ]
-            for tp in range(self.layout.tp):
-                rank = f"mp_rank_{pp * self.layout.tp + tp:02d}"
+        layout = self.layout
+        for pp in range(layout.pp):
+            for tp in range(layout.tp):
+                by_expert_rank = [
+                    engine_parameters(self.model, self.stages[pp], layout.ep, rank, pp == 0, layout.tp, tp)
+                    for rank in range(layout.ep)
+                ]
+                rank = f"mp_rank_{pp * layout.tp + tp:02d}"
                 name = f"{rank}_model_states.pt"
                 yield PlannedFile(
                     name, "model", pp, tp, 0, by_expert_rank[0], self._model_tensors(pp, by_expert_rank[0])
                 )
                 yield from self._experts(pp, tp, rank)
-                for part in range(self.layout.dp if self.zero else self.layout.ep):
-                    parameters = by_expert_rank[part % self.layout.ep]
+                ranks = layout.dp if self.zero else layout.ep if self.model.routed_experts else 0
+                for part in range(ranks):
+                    parameters = by_expert_rank[part % layout.ep]
                     if self.zero:
                         name, kind = f"zero_pp_rank_{part}_{rank}_optim_states.pt", "zero"
                         tensors = self._partitions(optimizer_groups(parameters), part)
@@ -109,7 +114,7 @@ class Plan:
 
     def modules(self, pp: int) -> list[int | None]:
         """The MoE modules of a pipeline rank by their layers' numbers; None is the idle one."""
-        return list(self.stages[pp]) or [None]
+        return (list(self.stages[pp]) or [None]) if self.model.routed_experts else []
 
     def buffers(self, pp: int) -> list[StateTensor]:
         """The router biases of a pipeline rank."""
@@ -129,7 +134,7 @@ class Plan:
         module: dict[Path, Stored] = {
             ("module", tensor.local): _stored(tensor.shape, [tensor], "model") for tensor in [*self.buffers(pp), *own]
         }
-        # Without ZeRO, DeepSpeed saves the first rank's optimiser here too; it reads it from the other file.
+        # Without ZeRO, DeepSpeed saves the first rank's optimiser here too; beside experts it reads the other file.
         return module if self.zero else module | self._whole_moments(optimizer_groups(parameters))
 
     def _experts(self, pp: int, tp: int, rank: str) -> Iterator[PlannedFile]:
@@ -202,14 +207,14 @@ def _pieces(tensors: Sequence[StateTensor], kind: str, start: int, stop: int, id
         if first < last and tensor.name is None:
             yield Constant(_idle_values(tensor, kind, idle_expert)[first:last])
         elif first < last:
-            origin = 0 if tensor.index is None else tensor.index * tensor.count
-            yield Range(f"{kind}/{tensor.name}", origin + first, origin + last)
+            for range_start, range_stop in tensor.ranges(first, last):
+                yield Range(f"{kind}/{tensor.name}", range_start, range_stop)
         begin += tensor.count
 
 
 def _idle_values(tensor: StateTensor, kind: str, expert: int) -> tuple[float, ...]:
     """The idle module's numbers; it trains on nothing, so they are the initial ones (`DistributedMoME`)."""
-    if kind != "model":
+    if kind != "model" or tensor.local == IDLE:
         return (0.0,) * tensor.count
     _, _, part = tensor.local.partition(f".{EXPERTS}.0.")
     name = f"idle.routed.{expert}.{part.replace('.', '_')}" if part else "idle.router_weight"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, WHOLE_MODULES, ModelTensors
+from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
 from mome_dist.checkpoint.deepspeed.plan import Path as Place
 from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
@@ -29,11 +29,13 @@ from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
+from mome_dist.sharing import Sharing, from_json, of_format_2
 
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_FIRST_PARTITION, _FIRST_OPTIMIZER = (
+_FIRST_PARTITION, _FIRST_OPTIMIZER, _FIRST_MODEL = (
     "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "expp_rank_0_mp_rank_00_optim_states.pt",
+    "mp_rank_00_model_states.pt",
 )
 _ITEM_SIZE = 4  # bytes of an fp32 number
 _OPEN_FILES = 64  # whose contents are kept
@@ -70,7 +72,7 @@ def open_deepspeed(directory: Path) -> tuple[Source, Plan]:
             facts, stretches, {"step": found.plan.steps, "optimizer_steps": found.plan.steps}, None, None
         ), found.plan
     inline = {name: base64.b64decode(value["base64"]) for name, value in client["rng"].items()}
-    facts |= {name: TensorFacts(tuple(value["shape"]), value["dtype"], False) for name, value in client["rng"].items()}
+    facts |= {name: TensorFacts(tuple(value["shape"]), value["dtype"]) for name, value in client["rng"].items()}
     source = Source(facts, stretches, client["record"], client["config"], client["content"], inline)
     return source, found.plan
 
@@ -84,27 +86,31 @@ class _Directory:
         self._names = {path.name for path in directory.glob("*")}
         if not any(_MODEL_FILE.fullmatch(name) for name in self._names):
             raise UserError(f"{directory} holds no mp_rank_00_model_states.pt; it is no DeepSpeed checkpoint.")
-        first = self._load("mp_rank_00_model_states.pt")
+        first = self._load(_FIRST_MODEL)
         self.client: dict[str, Any] | None = first.get(CLIENT_KEY)
+        described = (self.client or {}).get("sharing")
+        self._sharing = None if described is None else {name: from_json(each) for name, each in described.items()}
         self.plan = self._recognise(first)
 
     def tensors(self) -> tuple[dict[str, TensorFacts], dict[str, list[Stretch]]]:
         """Compare every file with the plan; return all tensors and where they are."""
         stretches: dict[str, list[Stretch]] = {}
-        planned_names = set()
+        planned_names, known = set(), set()  # type: set[str], set[tuple[str, int]]
         for planned in self.plan.files():
             planned_names.add(planned.name)
             for place, stored in planned.tensors.items():
                 offset = self._check(planned, place, stored)
-                # Tensor-parallel ranks hold copies, and ZeRO's partitions copies of the weights.
-                if planned.tp or (planned.kind == "zero" and "single_partition_of_fp32_groups" in place):
+                # ZeRO's partitions hold copies of the weights.
+                if planned.kind == "zero" and "single_partition_of_fp32_groups" in place:
                     continue
                 for piece in stored.pieces:
-                    if isinstance(piece, Range):
-                        known = stretches.setdefault(piece.tensor, [])
-                        # Without ZeRO, every expert-parallel rank has the moments of shared parameters.
-                        if not any(stretch.start == piece.start for stretch in known):
-                            known.append(Stretch(piece.start, piece.stop, self.directory / planned.name, offset))
+                    # Tensor-parallel ranks hold copies of what is not sliced, and without ZeRO every expert-parallel
+                    # rank has the moments of shared parameters.
+                    new = isinstance(piece, Range) and (piece.tensor, piece.start) not in known
+                    if isinstance(piece, Range) and new and (not planned.tp or self._is_sliced(piece.tensor)):
+                        known.add((piece.tensor, piece.start))
+                        stretch = Stretch(piece.start, piece.stop, self.directory / planned.name, offset)
+                        stretches.setdefault(piece.tensor, []).append(stretch)
                     offset += piece.count * _ITEM_SIZE
         surplus = sorted(self._names - planned_names)
         if surplus:
@@ -115,9 +121,12 @@ class _Directory:
         facts = {}
         for name in sorted(stretches):
             stretches[name].sort(key=lambda stretch: stretch.start)
-            shape = self.plan.model.shapes[re.sub(r"^(model|optimizer/\w+)/", "", name)]
-            facts[name] = TensorFacts(shape, "float32", ".routed." in name)
+            short = _short(name)
+            facts[name] = TensorFacts(self.plan.model.shapes[short], "float32", self.plan.model.sharing[short])
         return facts, stretches
+
+    def _is_sliced(self, name: str) -> bool:
+        return self.plan.model.sharing[_short(name)].sliced is not None
 
     # -- what the files say of themselves
 
@@ -130,12 +139,14 @@ class _Directory:
                 raise UserError(f"{self.directory} was written with ZeRO {zero}; 0, 1 and 2 can be read.")
             optimizer = self._optimizer(zero)
             groups = [group["name"] for group in optimizer["param_groups"] if group.get("moe")]
-            ep = int(groups[0].removeprefix("ep_size_"))
+            ep = int(groups[0].removeprefix("ep_size_")) if groups else 1
             stages = [self._layers(f"mp_rank_{rank * tp:02d}_model_states.pt") for rank in range(pp)]
             state = optimizer["state"].get(0, {})
             moments = tuple(sorted(name for name in state if name != "step"))
             steps = self._counter(zero, state["step"]) if moments else int(first["global_steps"])
-            model = ModelTensors(self._shapes(tp, stages))
+            shapes = self._shapes(tp, stages)
+            layers = None if self.client is None else self.client["record"].get("layers")
+            model = ModelTensors(shapes, {name: self._shared(name, shape) for name, shape in shapes.items()}, layers)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{self.directory} is not what an engine of this project saves ({type(error).__name__}: {error})."
@@ -147,17 +158,32 @@ class _Directory:
             return self._load("zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"][
                 "base_optimizer_state"
             ]
-        return self._load("expp_rank_0_mp_rank_00_optim_states.pt")["optimizer"]
+        return self._load(self._first_optimizer)["optimizer"]
+
+    @property
+    def _first_optimizer(self) -> str:
+        """The file of the first rank's optimiser without ZeRO; in a run without experts the model's."""
+        return _FIRST_OPTIMIZER if _FIRST_OPTIMIZER in self._names else _FIRST_MODEL
 
     def _counter(self, zero: int, step: Tensor) -> int:
         """Steps that the optimiser counted; the engine's own count begins anew with every process."""
-        with (self.directory / (_FIRST_PARTITION if zero else _FIRST_OPTIMIZER)).open("rb") as file:
+        with (self.directory / (_FIRST_PARTITION if zero else self._first_optimizer)).open("rb") as file:
             file.seek(_offset(step))
             return int(struct.unpack("<f", file.read(_ITEM_SIZE))[0])
 
     def _layers(self, name: str) -> list[int]:
-        modules = dict.fromkeys(key.partition(".")[0] for key in self._load(name)["module"])
-        return [int(module.removeprefix("layer_")) for module in modules if module.startswith("layer_")]
+        """The layers of a stage of which something trains, in its order."""
+        keys = list(self._load(name)["module"])
+        modules = dict.fromkeys(key.partition(".")[0] for key in keys)
+        found = [int(module.removeprefix("layer_")) for module in modules if module.startswith("layer_")]
+        if found or self._sharing is None:
+            return found
+        layers = {self._sharing[key].layer for key in keys if key in self._sharing}
+        return sorted(layer for layer in layers if layer is not None)
+
+    def _shared(self, name: str, shape: tuple[int, ...]) -> Sharing:
+        """How ranks share a tensor; an engine that saves by itself does not say it."""
+        return of_format_2(name, shape) if self._sharing is None else self._sharing[name]
 
     def _shapes(self, tp: int, stages: list[list[int]]) -> dict[str, tuple[int, ...]]:
         """Shapes of the layout-free model, from the first tensor-parallel rank of every stage."""
@@ -169,9 +195,11 @@ class _Directory:
                 if module != "idle":
                     layer = f"mome.{module.removeprefix('layer_')}"
                     renamed = {f"{GATE}.wg.weight": f"{layer}.router_weight", f"{GATE}.bias_E": f"{layer}.router_bias"}
-                    name = key if module in WHOLE_MODULES else renamed.get(rest, f"{layer}.{rest}")
-                    shapes[name] = tuple(value.shape)
-            for module_number, number in enumerate(layers):
+                    name = renamed.get(rest, f"{layer}.{rest}") if module.startswith("layer_") else key
+                    held = tuple(value.shape)
+                    shapes[name] = self._shared(name, held).whole_shape(held, tp)
+            with_experts = [number for number in layers if f"mome.{number}.router_weight" in shapes]
+            for module_number, number in enumerate(with_experts):
                 expert = self._load(f"layer_{module_number}_expert_0_{rank}")
                 experts = shapes[f"mome.{number}.router_weight"][0]
                 for part, kind in EXPERT_PARTS.items():
@@ -218,6 +246,11 @@ class _Directory:
         if len(self._opened) > _OPEN_FILES:
             self._opened.popitem(last=False)
         return content
+
+
+def _short(name: str) -> str:
+    """The name of a tensor of the model, from that of its weights or of a moment."""
+    return re.sub(r"^(model|optimizer/\w+)/", "", name)
 
 
 def allowed_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

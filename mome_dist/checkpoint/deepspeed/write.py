@@ -88,6 +88,11 @@ def _client_state(source: Source, with_generators: bool) -> dict[str, Any]:
         "record": source.record,
         "config": source.config,
         "content": source.content,
+        "sharing": {
+            name.removeprefix("model/"): facts.sharing.as_json()
+            for name, facts in source.facts.items()
+            if name.startswith("model/") and facts.sharing is not None
+        },
         "rng": {
             name: {
                 "shape": list(facts.shape),
@@ -155,8 +160,7 @@ def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[s
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": _settings(plan, schedule),
         "ds_version": version_of("deepspeed"),
-        "num_experts": experts,
-        "ds_autoep_layers": None,
+        **({"num_experts": experts, "ds_autoep_layers": None} if experts else {}),
     }
 
 
