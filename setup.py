@@ -62,6 +62,9 @@ EXTRAS = {
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
     ],
+    # Its interpreter runs the kernels where there is no GPU. Not a test tool like the others: torch's CUDA builds bring
+    # the Triton that they are made for, and its CPU builds none (tools/setup_environment.sh).
+    "interpreter": ["triton==3.9.0"],
     # DeepSpeed reads free GPU memory through NVML; torch's CUDA build brings CUDA, NCCL and Triton itself.
     "gpu": ["nvidia-ml-py==13.615.71"],
     "wandb": ["wandb==0.31.0"],

@@ -5,7 +5,8 @@
 One process, on the CPU, with the views of ``experiment=lrs3`` and its MoME modules in a small random LLM in bf16: how
 many operations there are depends on layers and views, not on widths. What a layer adds is the difference of two depths.
 Norms and attention, for which a GPU has one kernel each and a CPU many, count as one: something of as many operations
-takes their place. `benchmarks.gpu.step` counts the kernels of a real GPU.
+takes their place. A MoME module is counted in PyTorch's form, and once more with its Triton kernels, for which the same
+is done: they run on CUDA alone (`mome_dist.moe.triton`). `benchmarks.gpu.step` counts the kernels of a real GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measuring import machine
 from benchmarks.operations import Operations
@@ -28,6 +30,8 @@ from mome_dist.cli import main_guard
 from mome_dist.config import load_config
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.norm import RMSNorm
+from mome_dist.moe.dispatch import gather
+from mome_dist.moe.triton import experts
 from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.initialize import parallel_world
@@ -36,6 +40,7 @@ from mome_dist.verification.probe import Probe, small_modules, write_random_llam
 
 DEPTHS = (2, 4)
 LAYERS = 28  # of Llama 3.2-3B
+NO_MOME, PYTORCH, TRITON = "no MoME", "PyTorch's form", "Triton's kernels"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,8 +55,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def count_step(llm: str, layers: int, with_mome: bool, clips: int) -> dict[str, int]:
-    """Operations of one microbatch by direction; on a rank that was forked for it."""
+def count_step(llm: str, layers: int, form: str, clips: int) -> dict[str, int]:
+    """Operations of one microbatch by direction; on a rank that was forked for it.
+
+    Args:
+        form: of the MoME modules: `NO_MOME`, `PYTORCH` or `TRITON`.
+    """
     directory = write_random_llama(Path(llm) / f"{layers}", layers)
     config = small_modules(load_config(["experiment=lrs3", "llm.precision=bf16"]), directory)
     config.mome = dataclasses.replace(config.mome, placement="ffn")
@@ -60,11 +69,11 @@ def count_step(llm: str, layers: int, with_mome: bool, clips: int) -> dict[str, 
         probe = Probe(config, 1)
         model = build_distributed(config, layout, probe.widths, "local", torch.device("cpu")).train()
         batch, (chunk,) = probe.microbatch(range(clips)), model.parts()
-        if not with_mome:
+        if form == NO_MOME:
             for layer in chunk.llm.decoder.layers:
                 layer.slot("ffn").mome = None
             chunk.momes.clear()
-        with _one_operation_each():
+        with _one_operation_each(), _triton_kernels(form == TRITON):
             with Operations() as forward:
                 losses_V = chunk(batch)
             with Operations() as backward:
@@ -91,30 +100,59 @@ def _one_operation_each() -> Iterator[None]:
         RMSNorm.forward, CausalAttention.forward = kept  # type: ignore[method-assign]
 
 
+@contextmanager
+def _triton_kernels(used: bool) -> Iterator[None]:
+    """Let each kernel be one operation, which writes what tells where tokens go; the rest of its results is what was in
+    memory, and no count depends on it."""
+
+    def forward(form: experts.LayerForm, logits_TE: Tensor, narrow_TN: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        tokens, members_VT = len(logits_TE), inputs[-1]
+        return (
+            narrow_TN.new_empty(tokens, form.experts * (form.units + 1)),
+            torch.zeros(tokens, form.top_k, dtype=torch.int64),
+            logits_TE.new_empty(1, len(members_VT), form.routed + 1),
+        )
+
+    def backward(_form: experts.LayerForm, logits_TE: Tensor, narrow_TN: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        grad_inputs_TM = inputs[-2]
+        return torch.empty_like(grad_inputs_TM), torch.zeros_like(narrow_TN), torch.empty_like(logits_TE)
+
+    kept = gather.runs_as_one_kernel, experts.launch_forward, experts.launch_backward
+    if used:
+        gather.runs_as_one_kernel = lambda *_: True
+        experts.launch_forward, experts.launch_backward = forward, backward  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        gather.runs_as_one_kernel, experts.launch_forward, experts.launch_backward = kept
+
+
 def counted(clips: int = 3) -> dict[str, dict[str, int]]:
     """Operations, forward and backward, by what they are of: a frozen layer, a MoME module, the rest of a pass, and a
     pass of as many layers as the LLM has."""
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            (layers, with_mome): run_forked(count_step, 1, folder, layers, with_mome, clips)[0]
+            (layers, form): run_forked(count_step, 1, folder, layers, form, clips)[0]
             for layers in DEPTHS
-            for with_mome in (False, True)
+            for form in (NO_MOME, PYTORCH, TRITON)
         }
 
-    def layer(with_mome: bool, way: str) -> int:
-        shallow, deep = (found[layers, with_mome][way] for layers in DEPTHS)
+    def layer(form: str, way: str) -> int:
+        shallow, deep = (found[layers, form][way] for layers in DEPTHS)
         return (deep - shallow) // (DEPTHS[1] - DEPTHS[0])
 
     ways = ("forward", "backward")
-    frozen = {way: layer(False, way) for way in ways}
-    both = {way: layer(True, way) for way in ways}
-    rest = {way: found[DEPTHS[0], True][way] - DEPTHS[0] * both[way] for way in ways}
-    return {
-        "frozen layer": frozen,
-        "MoME module": {way: both[way] - frozen[way] for way in ways},
-        "rest of a pass": rest,
-        f"a pass of {LAYERS} layers": {way: LAYERS * both[way] + rest[way] for way in ways},
-    }
+    frozen = {way: layer(NO_MOME, way) for way in ways}
+    figures = {"frozen layer": frozen}
+    for form in (PYTORCH, TRITON):
+        both = {way: layer(form, way) for way in ways}
+        rest = {way: found[DEPTHS[0], form][way] - DEPTHS[0] * both[way] for way in ways}
+        figures |= {
+            f"MoME module, {form}": {way: both[way] - frozen[way] for way in ways},
+            f"rest of a pass, {form}": rest,
+            f"a pass of {LAYERS} layers, {form}": {way: LAYERS * both[way] + rest[way] for way in ways},
+        }
+    return figures
 
 
 @main_guard

@@ -74,6 +74,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let go of it: Triton's bindings tell on standard error what is alive when the process ends."""
+    gc.unfreeze()
+
+
 TINY = SyntheticSettings(
     train=24, validation=4, test=4, train_speakers=8, validation_speakers=4, test_speakers=4, seed=7
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import Routing
+from mome_dist.moe.router import Routed, Routing
 
 
 def _masked_sum(values_T: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ def router_z_loss(routing: Routing, global_tokens: Tensor) -> Tensor:
 
 
 def add_balance(
-    output_TH: Tensor, routing: Routing, members_VT: Tensor, load: PassLoad, place: int, balance: float, z: float
+    output_TH: Tensor, routed: Routed, members_VT: Tensor, load: PassLoad, place: int, balance: float, z: float
 ) -> Tensor:
     """The output of a module, whose backward pass adds the gradients of its balance and z-loss.
 
@@ -69,37 +69,34 @@ def add_balance(
         place: of the module in it.
         balance, z: coefficients of the two losses.
     """
-    sums_VE = members_VT @ routing.probs_TE
-    squares_V1 = members_VT @ routing.logits_TE.logsumexp(dim=-1, keepdim=True).square() if z else None
-    return _AddBalance.apply(output_TH, sums_VE, squares_V1, load, place, routing.experts_TK.shape[1], balance, z)
+    sums_VX = routed.balance_sums(members_VT, bool(z))
+    return _AddBalance.apply(output_TH, sums_VX, load, place, routed.experts_TK.shape[1], balance, z)
 
 
 class _AddBalance(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        output_TH: Tensor,
-        sums_VE: Tensor,
-        squares_V1: Tensor | None,
-        load: PassLoad,
-        place: int,
-        top_k: int,
-        balance: float,
-        z: float,
+        ctx: Any, output_TH: Tensor, sums_VX: Tensor, load: PassLoad, place: int, top_k: int, balance: float, z: float
     ) -> Tensor:
-        ctx.load, ctx.place, ctx.top_k, ctx.balance, ctx.z = load, place, top_k, balance, z
+        ctx.load, ctx.place, ctx.settings, ctx.columns = load, place, (top_k, balance, z), sums_VX.shape[1]
         return output_TH.view_as(output_TH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        counts_VX = ctx.load.of(ctx.place)
-        views, experts = counts_VX.shape[0], counts_VX.shape[1] // 2 - 1
-        tokens_V1 = counts_VX[:, -2:-1].clamp(min=1).float()
-        share_V1 = ctx.load.share / views / tokens_V1
-        # Of experts * sum_e (asked_e / (top_k * tokens)) * (sum of probabilities_e / tokens).
-        grad_VE = counts_VX[:, :experts] * (share_V1 * (ctx.balance * experts / ctx.top_k) / tokens_V1)
-        return gradients[0], grad_VE, share_V1 * ctx.z if ctx.z else None, None, None, None, None, None
+        load: PassLoad = ctx.load
+        grad_LVX = load.once(ctx.settings, lambda counts_LVX: _sum_gradients(counts_LVX, load.share, *ctx.settings))
+        return gradients[0], grad_LVX[ctx.place, :, : ctx.columns], None, None, None, None, None
+
+
+def _sum_gradients(counts_LVX: Tensor, share: float, top_k: int, balance: float, z: float) -> Tensor:
+    """Gradients of the losses by what `Routed.balance_sums` gives, fp32 [L, V, E + 1], from `PassLoad.all`."""
+    views, experts = counts_LVX.shape[1], counts_LVX.shape[2] // 2 - 1
+    tokens_LV1 = counts_LVX[..., -2:-1].clamp(min=1).float()
+    share_LV1 = share / views / tokens_LV1
+    # Of experts * sum_e (asked_e / (top_k * tokens)) * (sum of probabilities_e / tokens).
+    grad_LVE = counts_LVX[..., :experts] * (share_LV1 * (balance * experts / top_k) / tokens_LV1)
+    return torch.cat([grad_LVE, share_LV1 * z], dim=2)
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

@@ -122,7 +122,7 @@ class ExpertParallelMoME(MoE):
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         dispatch = self.deepspeed_moe
-        output_TH = dispatch(hidden_TH, tokens.alive_N, self.shared)
+        output_TH = dispatch(hidden_TH, tokens, self.shared)
         if load is not None:
             routing = dispatch.routing
             assert routing is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +86,8 @@ class _DenseExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, gates_TE: Tensor, *stacks: Tensor) -> Tensor:
         weights = [ExpertWeights(*stacks[i : i + 4]) for i in range(0, len(stacks), 4)]
-        down_NH, down_bias_N, up_HM = _joined(weights, hidden_TH.dtype)
+        down_NH, up_HM = joined_maps(weights, hidden_TH.dtype)
+        down_bias_N = _joined_biases(weights, hidden_TH.dtype)
         units, experts = down_NH.shape[0], up_HM.shape[1] - down_NH.shape[0]
         narrow_TN = F.linear(hidden_TH, down_NH, down_bias_N)
         active_TN = F.gelu(narrow_TN)
@@ -111,15 +112,8 @@ class _DenseExperts(torch.autograd.Function):
         by_unit_TXb = (grad_gated_TN * active_TN).unflatten(1, (experts, -1))
         grad_gates_TE = by_unit_TXb[:, :routed].sum(dim=2, dtype=torch.float32) + grad_bias_gates_TX[:, :routed]
         grad_narrow_TN = torch.ops.aten.gelu_backward(grad_gated_TN * gates_TN, narrow_TN)
-        grad_up_HN, grad_up_bias_HX = (grad_TH.t() @ inputs_TM).split([units, experts], dim=1)
-        gradients = ExpertWeights(
-            (grad_narrow_TN.t() @ hidden_TH).unflatten(0, (experts, -1)),
-            grad_narrow_TN.sum(dim=0).unflatten(0, (experts, -1)),
-            grad_up_HN.unflatten(1, (experts, -1)).transpose(0, 1),
-            grad_up_bias_HX.t(),
-        )
-        by_stack = zip(*(gradient.split(ctx.experts) for gradient in gradients), strict=True)
-        stacks = [part for stack in by_stack for part in stack]
+        gradients = weight_gradients(grad_TH, inputs_TM, grad_narrow_TN, hidden_TH, ctx.experts)
+        stacks = [part for stack in gradients for part in stack]
         return (
             grad_narrow_TN @ down_NH,
             grad_gates_TE,
@@ -127,23 +121,60 @@ class _DenseExperts(torch.autograd.Function):
         )
 
 
-def _joined(stacks: Sequence[ExpertWeights], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """All experts as one wide one, in the products' precision: down-projection [N, H] and its bias [N], up-projection
-    [H, M] with the output biases as its last columns. Every part is cast and put in its place in one operation."""
-    experts = [stack.up_bias.shape[0] for stack in stacks]
+def joined_maps(stacks: Sequence[ExpertWeights], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All experts as one wide one, in the products' precision: down-projection [N, H], up-projection [H, M] with the
+    output biases as its last columns. Every part is cast and put in its place in one operation."""
     units, hidden_size = stacks[0].down_weight.shape[1:]
-    count = sum(experts)
+    count = sum(stack.up_bias.shape[0] for stack in stacks)
     like = stacks[0].down_weight.new_empty(0, dtype=dtype)
-    down_XbH, bias_Xb = like.new_empty(count, units, hidden_size), like.new_empty(count, units)
+    down_XbH = like.new_empty(count, units, hidden_size)
     up_HM = like.new_empty(hidden_size, count * (units + 1))
     up_HXb, up_bias_HX = up_HM[:, : count * units].unflatten(1, (count, units)), up_HM[:, count * units :]
-    for stack, start, size in zip(stacks, itertools.accumulate([0, *experts]), experts, strict=False):
-        own = slice(start, start + size)
+    for stack, own in _places(stacks):
         down_XbH[own].copy_(stack.down_weight)
-        bias_Xb[own].copy_(stack.down_bias)
         up_HXb[:, own].copy_(stack.up_weight.transpose(0, 1))
         up_bias_HX[:, own].copy_(stack.up_bias.t())
-    return down_XbH.flatten(0, 1), bias_Xb.flatten(), up_HM
+    return down_XbH.flatten(0, 1), up_HM
+
+
+def _joined_biases(stacks: Sequence[ExpertWeights], dtype: torch.dtype) -> Tensor:
+    """The down-projections' biases, [N]."""
+    count, units = sum(stack.up_bias.shape[0] for stack in stacks), stacks[0].down_bias.shape[1]
+    bias_Xb = stacks[0].down_bias.new_empty(count, units, dtype=dtype)
+    for stack, own in _places(stacks):
+        bias_Xb[own].copy_(stack.down_bias)
+    return bias_Xb.flatten()
+
+
+def _places(stacks: Sequence[ExpertWeights]) -> Iterator[tuple[ExpertWeights, slice]]:
+    """Every stack with where its experts lie among all."""
+    experts = [stack.up_bias.shape[0] for stack in stacks]
+    for stack, start, size in zip(stacks, itertools.accumulate([0, *experts]), experts, strict=False):
+        yield stack, slice(start, start + size)
+
+
+def weight_gradients(
+    grad_TH: Tensor, inputs_TM: Tensor, grad_narrow_TN: Tensor, hidden_TH: Tensor, experts: Sequence[int]
+) -> list[ExpertWeights]:
+    """Gradients of every stack's weights, in the products' precision, as views.
+
+    Args:
+        grad_TH: of the output.
+        inputs_TM: of the up-projection.
+        grad_narrow_TN: of what GELU is taken of.
+        hidden_TH: inputs of the down-projection.
+        experts: of each stack.
+    """
+    count = sum(experts)
+    grad_up_HN, grad_up_bias_HX = (grad_TH.t() @ inputs_TM).split([grad_narrow_TN.shape[1], count], dim=1)
+    gradients = ExpertWeights(
+        (grad_narrow_TN.t() @ hidden_TH).unflatten(0, (count, -1)),
+        grad_narrow_TN.sum(dim=0).unflatten(0, (count, -1)),
+        grad_up_HN.unflatten(1, (count, -1)).transpose(0, 1),
+        grad_up_bias_HX.t(),
+    )
+    by_stack = zip(*(gradient.split(list(experts)) for gradient in gradients), strict=True)
+    return [ExpertWeights(*parts) for parts in by_stack]
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -10,6 +10,8 @@ and positions (tokens and dead ones).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,7 @@ class PassLoad:
         self._experts = 0
         self._sum_LVX: Tensor | None = None
         self._work: dist.Work | None = None
+        self._computed: dict[Hashable, Tensor] = {}
 
     @property
     def counting(self) -> bool:
@@ -84,6 +87,16 @@ class PassLoad:
             self._work = None
         assert self._sum_LVX is not None, "`reduce` comes first"
         return self._sum_LVX
+
+    def once(self, key: Hashable, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is computed from `all`, for all modules together, when the first of them asks.
+
+        Args:
+            key: the same for the same computation.
+        """
+        if key not in self._computed:
+            self._computed[key] = compute(self.all())
+        return self._computed[key]
 
     def of(self, place: int) -> Tensor:
         """int64 [V, X] of one module, over all ranks."""

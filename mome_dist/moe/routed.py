@@ -12,7 +12,7 @@ Shape suffixes: E experts, P numbers of an expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,9 +113,19 @@ def unpack(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.
     return ExpertWeights(*_Unpack.apply(packed_EP, shapes, dtype))
 
 
-def _columns(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
-    columns = packed_EP.split([math.prod(shape) for shape in shapes], dim=1)
-    return [column.unflatten(1, shape) for column, shape in zip(columns, shapes, strict=True)]
+def columns(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...]) -> ExpertWeights:
+    """`unpack` in the tensor's own dtype, without a gradient of its own."""
+    parts = packed_EP.split([math.prod(shape) for shape in shapes], dim=1)
+    return ExpertWeights(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def packed_gradient(gradients: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Tensor:
+    """Gradients of the parts [E, ...], in the order of `ExpertWeights` -> that of the packed experts [E, P], in
+    ``dtype``: every part is cast and put in its place in one operation."""
+    packed_EP = gradients[0].new_empty(gradients[0].shape[0], sum(map(math.prod, shapes)), dtype=dtype)
+    for column, gradient in zip(columns(packed_EP, shapes), gradients, strict=True):
+        column.copy_(gradient)
+    return packed_EP
 
 
 class _Unpack(torch.autograd.Function):
@@ -125,14 +135,10 @@ class _Unpack(torch.autograd.Function):
     def forward(
         ctx: Any, packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        ctx.shapes, ctx.like = shapes, packed_EP.new_empty(0)
-        return tuple(_columns(packed_EP.to(dtype), shapes))
+        ctx.shapes, ctx.dtype = shapes, packed_EP.dtype
+        return tuple(columns(packed_EP.to(dtype), shapes))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        numbers = sum(map(math.prod, ctx.shapes))
-        packed_EP = ctx.like.new_empty(gradients[0].shape[0], numbers)
-        for column, gradient in zip(_columns(packed_EP, ctx.shapes), gradients, strict=True):
-            column.copy_(gradient)
-        return packed_EP, None, None
+        return packed_gradient(gradients, ctx.shapes, ctx.dtype), None, None

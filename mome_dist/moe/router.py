@@ -13,10 +13,30 @@ DeepSeek-V3 (arXiv 2412.19437) equations 13-16 for sigmoid scores and the bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Routed(Protocol):
+    """What a pass of training keeps of a layer's routes: enough to count them, and to balance them."""
+
+    @property
+    def experts_TK(self) -> Tensor:
+        """int64 [T, K], the chosen experts."""
+
+    def balance_sums(self, members_VT: Tensor, squares: bool) -> Tensor:
+        """What the balance losses are made of, with gradients: fp32 [V, E] or [V, E + 1].
+
+        Args:
+            members_VT: fp32 [V, T], 1 where a token counts for a view, else 0.
+            squares: whether the last column is asked for; it may be there otherwise.
+
+        Returns:
+            Sums over the tokens of each view: of their probabilities, then of the squares of the z-loss.
+        """
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,13 @@ class Routing:
     def gates_TE(self) -> Tensor:
         """fp32 [T, E]: the gate of every expert, zero where it was not chosen."""
         return torch.zeros_like(self.probs_TE).scatter(1, self.experts_TK, self.gates_TK)
+
+    def balance_sums(self, members_VT: Tensor, squares: bool) -> Tensor:
+        """As `Routed.balance_sums`."""
+        if not squares:
+            return members_VT @ self.probs_TE
+        squares_T1 = self.logits_TE.logsumexp(dim=-1, keepdim=True).square()
+        return members_VT @ torch.cat([self.probs_TE, squares_T1], dim=1)
 
 
 def route(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from mome_dist.moe.dispatch import gather
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.experts import initial_value
 from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.triton.experts import KernelRouting
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from tests.packed import counted, one_view
@@ -97,10 +100,13 @@ def _grad(module: torch.nn.Module, name: str) -> np.ndarray:
     return gradient.numpy()
 
 
-def _compare(ep: int, rank: int, dispatch: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Outputs and gradients of the one-process form on all ranks' tokens, and of the distributed form on its own."""
+def _compare(ep: int, rank: int, dispatch: str, kernel: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Outputs and gradients of the one-process form on all ranks' tokens, and of the distributed form on its own, in
+    PyTorch's form or by the Triton kernels in their interpreter."""
+    gather.runs_as_one_kernel = lambda *_: kernel  # in this fork
     parallel, pairs = _parallel(ep, dispatch=dispatch), {}
     mine = _gradients(parallel, rank)
+    assert isinstance(parallel.deepspeed_moe.routing, KernelRouting) is kernel
     local = _local()
     for other in range(ep):  # gradients add up over the tokens of all ranks
         theirs = _gradients(local, other)
@@ -124,13 +130,19 @@ def _compare(ep: int, rank: int, dispatch: str) -> dict[str, tuple[np.ndarray, n
     ("ep", "dispatch"),
     [(1, "alltoall"), (2, "alltoall"), (3, "alltoall"), (1, "local"), (1, "gather"), (2, "gather"), (3, "gather")],
 )
-def test_dropless_dispatch_equals_the_local_form(ep: int, dispatch: str) -> None:
-    for pairs in _in_world(ep, _compare, dispatch):
+def test_dropless_dispatch_equals_the_local_form(ep: int, dispatch: str, kernel: bool = False) -> None:
+    for pairs in _in_world(ep, _compare, dispatch, kernel):
         assert len(pairs) == 2 + 4 * EXPERTS // ep + 4
         for name, (expected, actual) in pairs.items():
             # A few times the rounding of fp32, of the largest value.
             error = np.abs(expected - actual).max() / np.abs(expected).max()
             assert error < 1e-6, (name, error)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu has them on a GPU")
+@pytest.mark.parametrize(("ep", "dispatch"), [(1, "local"), (2, "gather")])
+def test_so_do_the_triton_kernels(ep: int, dispatch: str) -> None:
+    test_dropless_dispatch_equals_the_local_form(ep, dispatch, kernel=True)
 
 
 def _each_rank_has_all_experts() -> float:

@@ -21,6 +21,7 @@ from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert, ragged_experts
 from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.router import Routing
+from mome_dist.token_context import TokenContext
 
 
 class AllToAllDispatch(Dispatch):
@@ -51,8 +52,8 @@ class AllToAllDispatch(Dispatch):
         # Slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
         self.capacity: int | None = None
 
-    def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
-        self.routing = routing = self.gate(hidden_TH, valid_T)
+    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
+        self.routing = routing = self.gate(hidden_TH, context.alive_N)
         counting = self._count(routing)
         weights = self.experts.weights(hidden_TH.dtype)  # beside the counts that travel
         # The one wait of the host for the device: it must know how many rows travel.

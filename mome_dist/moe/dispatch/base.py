@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.router import Routing, route
+from mome_dist.moe.router import Routed, Routing, route
+from mome_dist.token_context import TokenContext
 
 
 class MatryoshkaGate(TopKGate):
@@ -34,9 +35,12 @@ class MatryoshkaGate(TopKGate):
         # Set when the layer is built, since initial values depend on it, and again by the engine.
         self.ep_group = ep_group
 
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """fp32 [T, E]."""
+        return F.linear(hidden_TH.float(), self.wg.weight)
+
     def forward(self, hidden_TH: Tensor, valid_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(hidden_TH.float(), self.wg.weight)
-        return route(logits_TE, self.k, self.renormalize, valid_T, score=self.score, bias_E=self.bias_E)
+        return route(self.logits(hidden_TH), self.k, self.renormalize, valid_T, score=self.score, bias_E=self.bias_E)
 
 
 class Dispatch(MOELayer):
@@ -50,13 +54,13 @@ class Dispatch(MOELayer):
         super().__init__(gate, experts, moe.expert_group_name, moe.ep_size, moe.num_local_experts)
         self.num_experts = moe.num_experts
         self.token_group: dist.ProcessGroup | None = None
-        self.routing: Routing | None = None
+        self.routing: Routed | None = None
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what can be done before the hidden states (of this dtype) are there."""
 
-    def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
-        """[T, H] -> [T, H], routed and shared experts added up; ``valid_T`` is False for what no expert is to see.
+    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
+        """[T, H] -> [T, H], routed and shared experts added up; no routed expert sees a dead token.
 
         Every rank of the token group must call it the same number of times.
         """

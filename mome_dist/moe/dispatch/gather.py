@@ -19,6 +19,8 @@ from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange, all_gather
 from mome_dist.moe.experts import ExpertStack, dense_experts
 from mome_dist.moe.routed import RoutedExperts, unpack
+from mome_dist.moe.triton.experts import kernel_experts, runs_as_one_kernel
+from mome_dist.token_context import TokenContext
 
 
 class GatherDispatch(Dispatch):
@@ -34,14 +36,32 @@ class GatherDispatch(Dispatch):
             self._exchange = all_gather(self.ep_group, dtype)
             self._exchange.start(self.experts.packed.flatten())
 
-    def forward(self, hidden_TH: Tensor, valid_T: Tensor | None, shared: ExpertStack | None) -> Tensor:
-        self.routing = routing = self.gate(hidden_TH, valid_T)
+    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
+        gate, experts = self.gate, self.num_experts + (len(shared.up_bias) if shared is not None else 0)
+        if not runs_as_one_kernel(hidden_TH, experts):
+            self.routing = routing = gate(hidden_TH, context.alive_N)
+            packed_EP = self._packed(hidden_TH.dtype)
+            weights = unpack(packed_EP, self.experts.shapes, packed_EP.dtype)
+            return dense_experts(hidden_TH, weights, routing.gates_TE(), shared)
+        output_TH, self.routing = kernel_experts(
+            hidden_TH,
+            gate.logits(hidden_TH),
+            self._packed(hidden_TH.dtype),
+            self.experts.shapes,
+            shared,
+            context,
+            top_k=gate.k,
+            renormalize=gate.renormalize,
+            score=gate.score,
+            bias_E=gate.bias_E,
+        )
+        return output_TH
+
+    def _packed(self, dtype: torch.dtype) -> Tensor:
+        """All experts, [E, P]: as they are where nothing travels, for they are cast where they are joined."""
         if self.ep_size == 1:
-            weights = self.experts.weights(self.experts.packed.dtype)  # cast where they are joined
-        else:
-            if self._exchange is None:
-                self.prefetch(hidden_TH.dtype)
-            exchange, self._exchange = cast(Exchange, self._exchange), None
-            packed_EP = exchange.finish().view(self.num_experts, -1)
-            weights = unpack(packed_EP, self.experts.shapes, hidden_TH.dtype)
-        return dense_experts(hidden_TH, weights, routing.gates_TE(), shared)
+            return self.experts.packed
+        if self._exchange is None:
+            self.prefetch(dtype)
+        exchange, self._exchange = cast(Exchange, self._exchange), None
+        return exchange.finish().view(self.num_experts, -1)
