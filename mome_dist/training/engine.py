@@ -29,6 +29,7 @@ from mome_dist.parallel.parts import NamedPart
 from mome_dist.sharing import Sharing
 from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
 from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
+from mome_dist.transfer import sent_to
 
 
 class Trainable(Protocol):
@@ -230,10 +231,9 @@ class Engine:
         squares = torch.stack(torch._foreach_norm(gradients)).square() if held else torch.zeros(0, device=device)
         # Nothing is read by the host before the end. Experts, slices and the rest are apart: what ranks hold copies of
         # must sum up to the same bits on all of them, or copies would part.
-        experts = torch.tensor([is_moe_param(parameter) for parameter, _ in held], dtype=torch.float32)
-        sliced = torch.tensor([self._is_sliced(parameter) for parameter, _ in held], dtype=torch.float32)
-        kinds = torch.stack([experts, sliced, 1 - experts - sliced]).to(squares.device, non_blocking=True)
-        of_experts, of_slices, total = (kinds @ squares).split(1)
+        kinds = [(float(is_moe_param(parameter)), float(self._is_sliced(parameter))) for parameter, _ in held]
+        rows = [[*each, 1 - sum(each)] for each in kinds]
+        of_experts, of_slices, total = (squares @ sent_to(torch.tensor(rows).view(-1, 3), device)).split(1)
         # The ranks of a group hold tensors of the same kinds, so that either all of them sum or none.
         if (group := _expert_group(self._modules)) is not None:
             dist.all_reduce(of_experts, group=group)

@@ -78,13 +78,16 @@ def test_the_layer_is_measured_beside_its_peers_and_its_floors(tmp_path: Path) -
     assert len(figures["cases"]) == 2
     for case in figures["cases"]:
         found = case["candidates"]
-        assert {"deepspeed", "alltoall", "local", "megatron allgather"} < set(found) and len(found) == 6
+        peers = {f"transformers {name}" for name in ("eager", "batched_mm", "grouped_mm")} - set(case["failed"])
+        floors = {"products of all experts", "products of the chosen experts"}
+        assert set(found) == {"deepspeed", "alltoall", "local", "megatron allgather"} | peers | floors
         assert all(0 < each["least"] <= each["milliseconds"] <= each["most"] for each in found.values())
         # Router, gates and bookkeeping are what a layer has beyond two products.
         assert found["local"]["kernels"] > found["products of all experts"]["kernels"]
         assert max(found["local"]["differs"].values()) < layer.DIFFERENCE
         assert found["local"]["predicted"] > 0 and found["deepspeed"]["predicted"] is None
-        assert case["failed"] == {}
+        # Rows of four units are eight bytes, which grouped products do not take.
+        assert set(case["failed"]) == ({"transformers grouped_mm"} if case["bottleneck"] % 8 else set())
     # Times are a matter of chance here: these are not.
     for name, times in {"deepspeed": 8.0, "local": 2.0, "alltoall": 3.0, "products of all experts": 1.6}.items():
         found[name] |= {"milliseconds": times, "busy": times / 2}
