@@ -233,7 +233,7 @@ class Engine:
         # must sum up to the same bits on all of them, or copies would part.
         kinds = [(float(is_moe_param(parameter)), float(self._is_sliced(parameter))) for parameter, _ in held]
         rows = [[*each, 1 - sum(each)] for each in kinds]
-        of_experts, of_slices, total = (squares @ sent_to(torch.tensor(rows).view(-1, 3), device)).split(1)
+        of_experts, of_slices, total = (squares @ sent_to(torch.tensor(rows).view(len(rows), 3), device)).split(1)
         # The ranks of a group hold tensors of the same kinds, so that either all of them sum or none.
         if (group := _expert_group(self._modules)) is not None:
             dist.all_reduce(of_experts, group=group)
