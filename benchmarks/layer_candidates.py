@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import use_experts_implementation
 
-from benchmarks.layer_ranks import STOCK
+from benchmarks.layer_options import STOCK
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.token_context import TokenContext

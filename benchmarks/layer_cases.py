@@ -20,8 +20,8 @@ from benchmarks.layer_candidates import (
     build_layers,
     first_expert_gradient,
 )
+from benchmarks.layer_options import STOCK
 from benchmarks.layer_peers import MegatronLayer
-from benchmarks.layer_ranks import STOCK
 from benchmarks.measuring import DTYPES, WireBytes, interleaved, median_milliseconds
 from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
 

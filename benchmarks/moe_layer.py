@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layer_ranks import STOCK, TOP_K, add_case_options
+from benchmarks.layer_options import STOCK, TOP_K, add_case_options
 from benchmarks.results import RESULTS, measure_worlds, table, write_results
 from mome_dist.cli import main_guard
 

@@ -5,7 +5,8 @@ loads offline; ``asset_dir("face-mesh")`` is what `mome_dist.data.preparation` f
 ``python tools/fetch_assets.py`` puts them into the cache.
 """
 
-from mome_dist.assets.registry import ASSETS, Asset, Source, find_asset
+from mome_dist.assets.asset import Asset, Source
+from mome_dist.assets.registry import ASSETS, find_asset
 from mome_dist.assets.store import asset_dir, assets_root, fetch, verify
 
 __all__ = ["ASSETS", "Asset", "Source", "asset_dir", "assets_root", "fetch", "find_asset", "verify"]

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from mome_dist.assets.registry import Source
+from mome_dist.assets.asset import Source
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
 

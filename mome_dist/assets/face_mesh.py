@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mome_dist.assets.registry import Source
+from mome_dist.assets.asset import Source
 from mome_dist.errors import UserError
 
 GRAPH = "mediapipe/modules/face_landmark/face_landmark_front_cpu.binarypb"

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mome_dist.assets.asset import Asset
 from mome_dist.assets.download import check_sha256, download_wheel, extract_members
-from mome_dist.assets.registry import Asset, find_asset
+from mome_dist.assets.registry import find_asset
 from mome_dist.errors import UserError
 from mome_dist.files import aside, finish_tree, fsync, sha256_of
 from mome_dist.ownership import owned

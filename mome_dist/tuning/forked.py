@@ -18,7 +18,7 @@ from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
-from mome_dist.tuning.trial import TimedStep
+from mome_dist.tuning.outcome import TimedStep
 from mome_dist.verification.probe import Probe, small_modules
 
 TIMEOUT_SECONDS = 60

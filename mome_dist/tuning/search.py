@@ -12,8 +12,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from mome_dist.tuning.outcome import Outcome
 from mome_dist.tuning.space import Trial, zero_settings
-from mome_dist.tuning.trial import Outcome, Runner
+from mome_dist.tuning.trial import Runner
 
 FINALISTS = 3
 

@@ -24,9 +24,9 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.tuning.forked import timed_steps
+from mome_dist.tuning.outcome import Outcome
 from mome_dist.tuning.search import Measured, tune
 from mome_dist.tuning.space import Trial, zero_settings
-from mome_dist.tuning.trial import Outcome
 from mome_dist.verification.compare import explain
 from mome_dist.verification.probe import Probe, wake, write_random_llama
 from mome_dist.verification.run import Case

@@ -15,10 +15,11 @@ from mome_dist.errors import UserError
 from mome_dist.planning.hardware import cluster_of_gpus
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
+from mome_dist.tuning.outcome import Outcome, TimedStep
 from mome_dist.tuning.report import figure_of, record_of
 from mome_dist.tuning.search import Found, tune
 from mome_dist.tuning.space import Trial, hand_picked, neighbours, read_trials, refusal, zero_settings
-from mome_dist.tuning.trial import Outcome, TimedStep, _run, explain
+from mome_dist.tuning.trial import _run, explain
 
 BASE = ["experiment=tiny", "data.batch_size=16"]
 

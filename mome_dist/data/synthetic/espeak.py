@@ -13,7 +13,7 @@ import numpy as np
 from mome_dist.data.films import resample_audio
 from mome_dist.data.synthetic import espeak_process
 from mome_dist.data.synthetic.speakers import Voice
-from mome_dist.data.synthetic.speech import Speech, split_segment
+from mome_dist.data.synthetic.spoken import Speech, split_segment
 from mome_dist.data.synthetic.visemes import SILENCE, Segment
 from mome_dist.errors import UserError
 

@@ -12,13 +12,14 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import soundfile
 
-from mome_dist.data.media import SAMPLE_RATE, Audio
+from mome_dist.data.media import SAMPLE_RATE
+from mome_dist.data.synthetic.espeak import Espeak
 from mome_dist.data.synthetic.speakers import Voice
+from mome_dist.data.synthetic.spoken import Speech, Synthesiser, split_segment
 from mome_dist.data.synthetic.visemes import SILENCE, Segment
 from mome_dist.errors import UserError
 
@@ -28,30 +29,6 @@ _INSTALL = {
     "flite": "install flite (`apt-get install flite`)",
     "espeak": "install espeak-ng (`pip install espeakng-loader==0.2.4`)",
 }
-
-
-class Speech(NamedTuple):
-    """``audio``: float32 [samples] at 16 kHz; ``segments``: visemes in order of time."""
-
-    audio: Audio
-    segments: list[Segment]
-
-
-class Synthesiser(Protocol):
-    """A speech backend."""
-
-    @property
-    def voices(self) -> tuple[str, ...]:
-        """Names of the voices."""
-
-    def speak(self, text: str, voice: Voice) -> Speech:
-        """Say ``text``; `Voice.warp` is applied by `synthesise`, not here."""
-
-
-def split_segment(start: float, end: float, visemes: tuple[str, ...]) -> list[Segment]:
-    """Cut a phone into equal parts, one for each of its visemes (a diphthong has two)."""
-    step = (end - start) / len(visemes)
-    return [Segment(start + i * step, start + (i + 1) * step, viseme) for i, viseme in enumerate(visemes)]
 
 
 # CMU phones in flite's lower-case spelling -> visemes.
@@ -130,11 +107,7 @@ def resolve_backend(name: str) -> str:
 @lru_cache(maxsize=2)
 def synthesiser(backend: str) -> Synthesiser:
     """The backend's synthesiser, one a process. Raises UserError when it is not installed."""
-    if resolve_backend(backend) == "flite":
-        return Flite()
-    from mome_dist.data.synthetic.espeak import Espeak  # only now: it loads a library
-
-    return Espeak()
+    return Flite() if resolve_backend(backend) == "flite" else Espeak()
 
 
 def _trim(speech: Speech) -> Speech:
