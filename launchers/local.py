@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers.environment import Machine, free_port, own_cores, rank_environment
+from launchers.environment import Machine, own_cores, rank_environment
 from launchers.gpus import visible_gpus
 from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, require_module
 from launchers.ranks import Outcome, RankGroup
@@ -34,6 +34,7 @@ from mome_dist.cli import main_guard
 from mome_dist.config import load_group, validate_overrides
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import RANK_LOST, TIMED_OUT
+from mome_dist.ports import free_port
 
 _TAIL_LINES = 30
 

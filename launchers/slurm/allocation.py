@@ -33,7 +33,7 @@ from types import FrameType
 
 from launchers.options import DEFAULT_MODULE, PREFIX, SlurmOptions, check_container, cores_of_rank
 from launchers.slurm import commands, tries
-from launchers.slurm.job import Job, free_port
+from launchers.slurm.job import Job, job_port
 from launchers.slurm.preflight import NodesError, check_nodes
 from launchers.slurm.steps import Steps
 from launchers.slurm.tries import Record, run_directory, saved_steps
@@ -166,7 +166,7 @@ class Allocation:
         environment = {
             **os.environ,
             "MASTER_ADDR": self.job.nodes[0],
-            "MASTER_PORT": str(free_port(self.job.id)),
+            "MASTER_PORT": str(job_port(self.job.id)),
         }
         if self._failed_at is not None:
             environment[exit_codes.FAILED_AT] = f"{self._failed_at:.3f}"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from launchers.slurm.commands import hostnames
 from mome_dist.errors import UserError
-
-_FIRST_PORT, _PORTS = 20000, 12000  # below the range that kernels hand out to clients
+from mome_dist.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -62,16 +59,10 @@ class Job:
         return command
 
 
-def free_port(job: str) -> int:
+def job_port(job: str) -> int:
     """A TCP port that is free on this machine; jobs look from different starts on, so that two do not meet.
 
     Args:
         job: number of the job.
     """
-    start = int(job) * 17 % _PORTS
-    for offset in range(_PORTS):
-        port = _FIRST_PORT + (start + offset) % _PORTS
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise UserError(f"no free port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS} on {socket.gethostname()}.")
+    return free_port(int(job) * 17)

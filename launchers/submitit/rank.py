@@ -19,7 +19,7 @@ import submitit
 from submitit.core.job_environment import JobEnvironment
 
 from launchers.slurm import commands, tries
-from launchers.slurm.job import free_port
+from launchers.slurm.job import job_port
 from launchers.slurm.rank import become_task
 from launchers.slurm.tries import Record
 from mome_dist.exit_codes import INTERRUPTED, PREEMPTED, USER_ERROR
@@ -122,7 +122,7 @@ def _port(job: JobEnvironment, folder: Path) -> str:
     start = os.environ.get("SLURM_RESTART_COUNT", "0")  # unset at the first start
     note = folder / f"port-{start}"
     if job.global_rank == 0:
-        write_text(note, str(free_port(job.raw_job_id)))
+        write_text(note, str(job_port(job.raw_job_id)))
     deadline = time.monotonic() + _PORT_SECONDS
     while not note.exists():
         if time.monotonic() > deadline:

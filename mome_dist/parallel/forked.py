@@ -11,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import queue
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,8 @@ from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
+from mome_dist.ports import free_port
+
 _POLL_SECONDS = 0.5
 
 
@@ -31,12 +32,6 @@ def compute_on_cpu() -> None:
     No library starts threads, and none touches a GPU: one that the parent has looked at is lost to its forks.
     """
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -86,7 +81,7 @@ def fork_ranks(main: Callable[..., int], world: int, *args: Any, logs: Path | No
         main: returns the exit code of its rank.
         logs: folder for what each rank prints (``rank-N.log``); by default it goes where the parent prints.
     """
-    port, ranks = _free_port(), []
+    port, ranks = free_port(), []
     with _objects_left_alone():
         for rank in range(world):
             pid = os.fork()
@@ -154,7 +149,7 @@ def _run(
     args: tuple[Any, ...],
     timeout: float,
 ) -> list[Any]:
-    results, port = context.Queue(), _free_port()
+    results, port = context.Queue(), free_port()
     workers = [
         context.Process(target=_worker, args=(function, rank, world, port, results, args)) for rank in range(world)
     ]

@@ -41,7 +41,7 @@ from mome_dist.parallel.rendezvous import STORE_SECONDS, ask, open_store
 
 BEAT_SECONDS = 1.0
 OBSERVE_SECONDS = 3.5  # three heartbeats are missed before a rank counts as silent
-LINGER_SECONDS = 8.0  # rank 0 keeps the store open for others that are still looking
+LINGER_SECONDS = 20.0  # rank 0 keeps the store open for others that are still looking, twice as long as they should
 GLOO_SLACK_SECONDS = 15.0  # gloo's own error should come first
 TOLD_SECONDS = 3.0  # a rank may take to notice by itself that another one has stopped
 SILENT_SECONDS = 15.0  # without a heartbeat while others wait patiently: long work may starve the thread that beats

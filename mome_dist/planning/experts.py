@@ -14,7 +14,7 @@ from mome_dist.planning.job import Candidate, Job
 
 FP32, PRODUCTS = 4, 3  # bytes; forward, and the gradients of input and weight
 UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 18.0, 6.0
-DENSE_CALLS, ROW_CALLS = 67, 135
+DENSE_CALLS, ROW_CALLS = 67, 116
 GROUP_CALLS = 20  # of a group, where it is not one of many in a kernel: six products, their slices and copies
 # Of the rate of wide products: what products with one expert's few units reach.
 NARROW_SHARE = 0.3

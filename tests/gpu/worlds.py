@@ -9,9 +9,9 @@ from typing import Any
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed does when it makes an engine
 import torch
 
-from launchers.environment import free_port
 from mome_dist.parallel.backend import BACKEND, GLOO
 from mome_dist.parallel.forked import run_forked, run_spawned
+from mome_dist.ports import free_port
 from mome_dist.verification.compare import Comparison, compare
 from mome_dist.verification.probe import Probe
 from mome_dist.verification.run import Case, Outcome, merged, run_case, run_reference

@@ -28,8 +28,9 @@ from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.training import loop
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
+from tests.patience import patience
 
-TIMEOUT = 2
+TIMEOUT = 5  # ranks of a busy machine meet within it
 
 
 def _timeouts_of_a_run(overrides: list[str], cache: Path) -> list[float]:
@@ -113,7 +114,7 @@ def _verdicts(fault: str, victim: int, folder: Path, size: int = 3) -> list[str]
     for rank in (rank for rank in range(size) if rank != victim):
         text, seconds = json.loads((folder / f"{rank}.json").read_text())
         # The timeout, the observation, and as much again for a busy machine.
-        assert seconds < TIMEOUT + 2 * whereabouts.OBSERVE_SECONDS + 2
+        assert seconds < patience(2 * (TIMEOUT + whereabouts.OBSERVE_SECONDS))
         told.append(text)
     return told
 
@@ -123,7 +124,7 @@ def test_a_rank_without_a_heartbeat_is_named_by_all_others(tmp_path: Path, fault
     for rank, told in zip((0, 2), _verdicts(fault, 1, tmp_path), strict=True):
         assert re.match(r"RankLostError: rank 1 \(.+\) is silent: in step 4, 'reading the batch', since \d\d:", told)
         assert f"Rank {rank} (" in told and "in step 4, 'forward and backward'" in told
-        assert "parallel.timeout_seconds=2" in told
+        assert f"parallel.timeout_seconds={TIMEOUT}" in told
 
 
 def test_the_rank_that_holds_the_store_may_be_the_one_that_dies(tmp_path: Path) -> None:

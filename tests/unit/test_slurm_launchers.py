@@ -17,7 +17,7 @@ import yaml
 from launchers.environment import Machine
 from launchers.options import LocalOptions, SlurmOptions, SubmititOptions, load_options, parse_arguments
 from launchers.slurm import tries
-from launchers.slurm.job import Job, free_port
+from launchers.slurm.job import Job, job_port
 from launchers.slurm.preflight import NodesError, compare, describe_node
 from launchers.slurm.rank import task_environment
 from launchers.slurm.tries import Record
@@ -169,7 +169,7 @@ def test_a_task_becomes_a_rank() -> None:
 
 
 def test_jobs_use_different_ports() -> None:
-    ports = {free_port(str(job)) for job in range(100, 140)}
+    ports = {job_port(str(job)) for job in range(100, 140)}
     assert len(ports) == 40 and all(20000 <= port < 32000 for port in ports)
 
 
