@@ -12,7 +12,7 @@ from mome_dist.errors import UserError
 # Below those that a kernel gives to outgoing connections (from 32768 on): one of these could take a port between the
 # moment when it is chosen and the one when a rank listens on it.
 FIRST_PORT, PORTS = 20000, 12000
-_CLAIMS = 8  # of this process that last; a world has opened its port long before as many others are started
+_CLAIMS = 64  # of this process that last; a world has opened its port long before as many others are started
 
 _claims: deque[socket.socket] = deque(maxlen=_CLAIMS)
 
