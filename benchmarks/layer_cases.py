@@ -27,6 +27,9 @@ from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
 
 # Largest difference from DeepSpeed's layer, of the largest value: a few roundings of the sums over experts.
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
+# Transformers' weights are in bf16, and so is what `batched_mm` adds their gradients up in, row by row: the busiest
+# expert has some 500 rows, a random walk of as many roundings is 22 times 2**-9.
+PEER_TOLERANCE = {"bf16": 5e-2, "fp32": 1e-5}
 
 
 def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -49,8 +52,9 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     hidden_TH, gradient_TH = random_tokens(shape, options.tokens, dtype, seed=100 + dist.get_rank())
     layers, failed = running(build_layers(shape, ep, ep_rank, dtype, options.tokens), hidden_TH, gradient_TH)
     for name, errors in differences(layers, hidden_TH, gradient_TH).items():
+        most = (PEER_TOLERANCE if isinstance(layers[name], TransformersLayer) else TOLERANCE)[options.precision]
         for what, error in errors.items():
-            assert error < TOLERANCE[options.precision], f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
+            assert error < most, f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
     sent = {name: _bytes_sent(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}
     peers: dict[str, nn.Module] = {"megatron": MegatronLayer(shape, dtype, "allgather")} if ep == 1 else {}
     timings = interleaved(
