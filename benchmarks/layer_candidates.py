@@ -10,7 +10,9 @@ which plain `nn.Linear` experts refuse; and MoME's shared expert is added to it.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,23 +168,32 @@ class MoMELayer(nn.Module):
 Layer = StockLayer | TransformersLayer | MoMELayer
 
 
-def build_layers(shape: LayerShape, ep: int, ep_rank: int, dtype: torch.dtype, tokens: int) -> dict[str, Layer]:
-    """Every candidate by name, with equal weights: DeepSpeed's layer first, then our dispatches, then transformers'.
-
-    Args:
-        dtype: of the hidden states.
-        tokens: of a pass. In more processes than one, transformers' experts are left out: they know none.
-    """
-    layers: dict[str, Layer] = {STOCK: StockLayer(shape, ep)}
+def build_layers(shape: LayerShape, ep: int, ep_rank: int) -> dict[str, StockLayer | MoMELayer]:
+    """DeepSpeed's layer, then ours with each dispatch, by name and with equal weights."""
+    layers: dict[str, StockLayer | MoMELayer] = {STOCK: StockLayer(shape, ep)}
     for dispatch in ("alltoall", "gather" if ep > 1 else "local"):
         layers[dispatch] = MoMELayer(shape, ep, dispatch)
-    for implementation in TRANSFORMERS if ep == 1 else ():
-        copied = tokens * shape.top_k * shape.bottleneck * shape.hidden_size * dtype.itemsize
-        if implementation != "batched_mm" or copied <= MOST_COPIED:
-            layers[f"transformers {implementation}"] = TransformersLayer(shape, dtype, implementation)
     for layer in layers.values():
         _fill(layer, ep_rank)
     return layers
+
+
+def transformers_layers(
+    shape: LayerShape, dtype: torch.dtype, tokens: int
+) -> dict[str, Callable[[], TransformersLayer]]:
+    """What builds each of transformers' layers, with the weights of `build_layers`, for so many tokens of a dtype."""
+
+    def build(implementation: str) -> TransformersLayer:
+        layer = TransformersLayer(shape, dtype, implementation)
+        _fill(layer, 0)
+        return layer
+
+    copied = tokens * shape.top_k * shape.bottleneck * shape.hidden_size * dtype.itemsize
+    return {
+        f"transformers {implementation}": partial(build, implementation)
+        for implementation in TRANSFORMERS
+        if implementation != "batched_mm" or copied <= MOST_COPIED
+    }
 
 
 def first_expert_gradient(layer: Layer) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,15 @@ from benchmarks.layer_candidates import (
     TransformersLayer,
     build_layers,
     first_expert_gradient,
+    transformers_layers,
 )
 from benchmarks.layer_options import STOCK
 from benchmarks.layer_peers import MegatronLayer
 from benchmarks.measuring import DTYPES, WireBytes, interleaved, median_milliseconds
+from mome_dist.errors import first_line
 from mome_dist.moe.dispatch.cost import COMMON, LayerLoad, choose, measure
 
+M = TypeVar("M", bound=nn.Module)
 # Largest difference from DeepSpeed's layer, of the largest value: a few roundings of the sums over experts.
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 # Transformers' weights are in bf16, and so is what `batched_mm` adds their gradients up in, row by row: the busiest
@@ -50,13 +54,20 @@ def measure_case(shape: LayerShape, ep_rank: int, options: argparse.Namespace) -
     rates = measure(load, group, dtype, torch.device("cpu"))
     choice = choose(load, rates, ep)
     hidden_TH, gradient_TH = random_tokens(shape, options.tokens, dtype, seed=100 + dist.get_rank())
-    layers, failed = running(build_layers(shape, ep, ep_rank, dtype, options.tokens), hidden_TH, gradient_TH)
+    layers: dict[str, Layer] = {**build_layers(shape, ep, ep_rank)}
+    peers: dict[str, nn.Module] = {}
+    failed: dict[str, str] = {}
+    if ep == 1:  # transformers' experts know no other processes
+        same, failed = those_that_run(transformers_layers(shape, dtype, options.tokens), hidden_TH, gradient_TH)
+        layers |= same
+        megatron = {"megatron": partial(MegatronLayer, shape, dtype, "allgather")}
+        peers, others = those_that_run(megatron, hidden_TH, gradient_TH)
+        failed |= others
     for name, errors in differences(layers, hidden_TH, gradient_TH).items():
         most = (PEER_TOLERANCE if isinstance(layers[name], TransformersLayer) else TOLERANCE)[options.precision]
         for what, error in errors.items():
             assert error < most, f"{name}: {what} differs from DeepSpeed's by {error:.1e}"
     sent = {name: _bytes_sent(layer, hidden_TH, gradient_TH) for name, layer in layers.items()}
-    peers: dict[str, nn.Module] = {"megatron": MegatronLayer(shape, dtype, "allgather")} if ep == 1 else {}
     timings = interleaved(
         {name: one_pass(layer, hidden_TH, gradient_TH) for name, layer in {**layers, **peers}.items()},
         options.rounds,
@@ -110,17 +121,18 @@ def one_pass(layer: nn.Module, hidden_TH: Tensor, gradient_TH: Tensor) -> Callab
     return run
 
 
-def running(
-    layers: Mapping[str, Layer], hidden_TH: Tensor, gradient_TH: Tensor
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that run here, and why others do not: a peer's kernels may not take every shape."""
+def those_that_run(
+    builders: Mapping[str, Callable[[], M]], hidden_TH: Tensor, gradient_TH: Tensor
+) -> tuple[dict[str, M], dict[str, str]]:
+    """Layers of others that make a pass where the hidden states are, and why others do not: not every layer takes
+    every shape on every device, and what is left is worth measuring still."""
     found, failed = {}, {}
-    for name, layer in layers.items():
+    for name, build in builders.items():
         try:
-            if isinstance(layer, TransformersLayer):
-                one_pass(layer, hidden_TH, gradient_TH)()
-        except RuntimeError as problem:
-            failed[name] = str(problem).splitlines()[0]
+            layer = build().to(hidden_TH.device)
+            one_pass(layer, hidden_TH, gradient_TH)()
+        except Exception as problem:
+            failed[name] = f"{type(problem).__name__}: {first_line(problem)}"
         else:
             found[name] = layer
     return found, failed

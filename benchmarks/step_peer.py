@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example
 from mome_dist.speech.views import View
 
-RANK = 45  # trains as many numbers as a token uses of MoME's: four experts of 12 units and a shared one, and the router
+# Trains about as many numbers as a token uses of MoME's: four experts of 12 units and a shared one, and the router.
+RANK = 45
 IGNORED = -100  # the label that transformers' loss skips
 
 

@@ -26,5 +26,10 @@ class RankLostError(RuntimeError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception of another library says, or its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class PreemptedError(Exception):
     """The run was asked to stop and has saved its state; all ranks have agreed on it."""

@@ -69,7 +69,7 @@ class Sharing:
         return (*shape[: self.sliced], shape[self.sliced] * tp, *shape[self.sliced + 1 :])
 
     def as_json(self) -> dict[str, Any]:
-        """For an index of a checkpoint."""
+        """Return the description as an index of a checkpoint holds it."""
         return asdict(self)
 
 

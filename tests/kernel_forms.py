@@ -57,16 +57,16 @@ class Layer:
 
     @property
     def context(self) -> TokenContext:
-        """Of the tokens, on the CPU."""
+        """The context of the tokens, on the CPU."""
         views = [(f"view {number}", [tokens]) for number, tokens in enumerate(self.views)]
         return TokenContext.of(views, multiple=1, least=sum(self.views) + self.dead)
 
     def random(self, *shape: int, seed: int) -> Tensor:
-        """fp32, normal."""
+        """Return normal numbers in fp32."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def choice_bias(self) -> Tensor | None:
-        """fp32 [E], or None."""
+        """Return the bias of the choice, fp32 [E], or None."""
         if not self.biased:
             return None
         bias_E = 0.2 * self.random(self.routed, seed=7)

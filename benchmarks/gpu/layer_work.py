@@ -6,6 +6,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.cluster import cluster_record, layer_prediction
 from benchmarks.gpu.trace import traced
-from benchmarks.layer_candidates import LayerShape, build_layers
-from benchmarks.layer_cases import differences, one_pass, random_tokens, running
+from benchmarks.layer_candidates import LayerShape, build_layers, transformers_layers
+from benchmarks.layer_cases import differences, one_pass, random_tokens, those_that_run
 from benchmarks.layer_peers import MegatronLayer, Products
 from benchmarks.measuring import interleaved, median_milliseconds
 from mome_dist.parallel.initialize import parallel_world
@@ -48,12 +49,13 @@ def _case(
 ) -> dict[str, Any]:
     tokens = 48 if options.tiny else options.tokens
     inputs = [_on(device, *random_tokens(shape, tokens, DTYPE, seed)) for seed in range(INPUT_SETS)]
-    built = build_layers(shape, ep=1, ep_rank=0, dtype=DTYPE, tokens=tokens)
-    ours, unable = running({name: layer.to(device) for name, layer in built.items()}, *inputs[0])
-    wrong = differences(ours, *inputs[0])
-    layers: dict[str, nn.Module] = {**ours}
-    peers, failed = _megatron_layers(shape, inputs[0], device)
-    layers |= peers
+    same, failed = those_that_run(transformers_layers(shape, DTYPE, tokens), *inputs[0])
+    equal = {name: layer.to(device) for name, layer in build_layers(shape, ep=1, ep_rank=0).items()} | same
+    wrong = differences(equal, *inputs[0])
+    dispatchers = ("allgather", "alltoall") if device.type == "cuda" else ("allgather",)
+    megatron = {f"megatron {name}": partial(MegatronLayer, shape, DTYPE, name) for name in dispatchers}
+    others, unable = those_that_run(megatron, *inputs[0])
+    layers: dict[str, nn.Module] = {**equal, **others}
     units = {ALL: shape.experts + 1, CHOSEN: shape.top_k + 1}
     for name, experts in units.items():
         layers[name] = Products(shape.hidden_size, experts * shape.bottleneck, DTYPE).to(device)
@@ -76,23 +78,6 @@ def _case(
             "differs": wrong.get(name),
         }
     return {"tokens": tokens, **asdict(shape), "passes": passes, "candidates": found, "failed": failed | unable}
-
-
-def _megatron_layers(
-    shape: LayerShape, one_input: tuple[Tensor, Tensor], device: torch.device
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Megatron-Core's layer by dispatcher, and why others do not run here: all else is worth measuring still."""
-    found: dict[str, nn.Module] = {}
-    failed = {}
-    for dispatcher in ("allgather", "alltoall") if device.type == "cuda" else ("allgather",):
-        try:
-            layer = MegatronLayer(shape, DTYPE, dispatcher).to(device)
-            one_pass(layer, *one_input)()
-        except Exception as problem:
-            failed[f"megatron {dispatcher}"] = f"{type(problem).__name__}: {problem}"
-        else:
-            found[f"megatron {dispatcher}"] = layer
-    return found, failed
 
 
 def _on(device: torch.device, hidden_TH: Tensor, gradient_TH: Tensor) -> tuple[Tensor, Tensor]:

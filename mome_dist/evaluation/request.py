@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, first_line
 from mome_dist.speech.views import View
 
 BASELINES = ("chance", "untrained")
@@ -88,7 +88,7 @@ def parse_request(kind: type[Request], arguments: Sequence[str]) -> Request:
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
 
 
 def names_of(key: str, value: Any) -> list[str]:

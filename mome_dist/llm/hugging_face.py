@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, first_line
 from mome_dist.llm.directory import check_directory
 
 DeviceMap = str | Mapping[str, str | int]
@@ -48,7 +48,8 @@ def load_hugging_face(
         if device_map is None:
             raise
         # After the check of the directory, what is left to be wrong is the map.
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"decoding.device_map={device_map!r} does not fit this LLM or machine: {reason}") from error
+        raise UserError(
+            f"decoding.device_map={device_map!r} does not fit this LLM or machine: {first_line(error)}"
+        ) from error
     model.generation_config = GenerationConfig()
     return model

@@ -58,7 +58,7 @@ class NamedPart:
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """Of the tensor, or of the expert's row of it, in the layout-free model."""
+        """The shape of the tensor, or of the expert's row of it, in the layout-free model."""
         return self.sharing.whole_shape(self.shape, parallel_state.get_tensor_model_parallel_world_size())
 
     def of(self, values: Tensor) -> Tensor:

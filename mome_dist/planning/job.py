@@ -152,7 +152,7 @@ class Trained:
     sharing: Sharing
 
     def held(self, layout: Layout, layers: int, first_stage: bool) -> float:
-        """Of these parameters, those of a rank with so many layers."""
+        """Return how many of these parameters a rank with so many layers holds."""
         ranks = layout.ep if self.sharing.experts is not None else self.sharing.ranks_of_slices(layout.tp)
         return self.parameters * (first_stage if self.sharing.layer is None else layers) / ranks
 

@@ -38,7 +38,7 @@ class Outcome:
         return [step.seconds for step in self.steps[WARM_UP_STEPS:]]
 
     def difference(self, reference: Outcome) -> str | None:
-        """In which step this trained something else than the reference did, in a line; None if it did not."""
+        """Return in a line in which step this trained something else than the reference did; None if it did not."""
         for number, (mine, other) in enumerate(zip(self.steps, reference.steps, strict=True), 1):
             for what, value, expected in (
                 ("loss", mine.loss, other.loss),

@@ -41,6 +41,11 @@ def test_a_run_survives(bench: Bench, reference: Curve, fault: str) -> None:
     assert (result.lost, result.repeated) == (0, 0)
 
 
+def test_a_drill_of_a_run_without_experts_sets_none_of_their_keys(bench: Bench, tmp_path: Path) -> None:
+    without = Bench.make(["experiment=tiny", "mome=none"], 2, tmp_path, shrink=False)
+    assert without.config().mome.experts == 0 and bench.config().mome.capacity_factor is None
+
+
 def test_every_fault_is_described(bench: Bench) -> None:
     assert list(all_cases(bench, 1, 0)) == list(FAULTS)
 

@@ -98,6 +98,7 @@ def _suffer(fault: str) -> None:
     elif fault == "user error":
         raise UserError("shard 7 is damaged")
     else:
+        time.sleep(patience(0.5))  # others may not have left the collective before
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
 
 
@@ -185,17 +186,23 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     assert "within 1 s: 1." in (tmp_path / "0").read_text()
 
 
+def _stopped_keeper() -> psutil.Process | None:
+    """Stop rank 0, which keeps the store, until rank 1 resumes what it is given here; rank 0 is given None then."""
+    processes: list[int] = [0, 0]
+    dist.all_gather_object(processes, os.getpid())
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return None
+    keeper = psutil.Process(processes[0])
+    while keeper.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    return keeper
+
+
 def _report_to_a_stopped_store() -> None:
-    """Rank 1 reports while rank 0, which keeps the store, is stopped; rank 0 goes on when rank 1 has done so."""
+    """Rank 1 reports while rank 0 is stopped; rank 0 goes on when rank 1 has done so."""
     with parallel_world(Layout.for_world(2), 0, 60):
-        processes: list[int] = [0, 0]
-        dist.all_gather_object(processes, os.getpid())
-        if os.environ["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
-            keeper = psutil.Process(processes[0])
-            while keeper.status() != psutil.STATUS_STOPPED:
-                time.sleep(0.01)
+        if (keeper := _stopped_keeper()) is not None:
             for step in range(100):
                 report("forward and backward", step)
             keeper.resume()
@@ -206,16 +213,9 @@ def test_a_report_waits_for_no_answer() -> None:
 
 
 def _wait_beside_a_stopped_store() -> None:
-    """Rank 0, which keeps the store, is stopped for longer than a collective may take, and then goes on."""
+    """Rank 0 is stopped for longer than a collective may take, and then goes on."""
     with parallel_world(Layout.for_world(2), 0, TIMEOUT):
-        processes: list[int] = [0, 0]
-        dist.all_gather_object(processes, os.getpid())
-        if os.environ["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
-            keeper = psutil.Process(processes[0])
-            while keeper.status() != psutil.STATUS_STOPPED:
-                time.sleep(0.01)
+        if (keeper := _stopped_keeper()) is not None:
             threading.Timer(2 * TIMEOUT, keeper.resume).start()
         wait_for_all("building the model")
 

@@ -324,6 +324,9 @@ def test_the_readme_of_the_benchmarks_tells_what_the_committed_step_table_says()
         longer.append(f"{mome / plain - 1:.0%}")
     text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
     assert f"{longer[0]} longer in one process and {longer[1]} in two" in text
+    (alone,) = [case for case in cases if case["peer"]]
+    assert f"With MoME, a step is {train_step.times_peft(alone):.2f} times as fast." in text
+    assert train_step.times_peft(alone) >= 2, "at least twice as fast as what a user would take instead"
 
 
 def test_committed_plans_hold_what_is_aimed_at() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mome_dist.cli import main_guard
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, first_line
 
 
 @main_guard
@@ -39,3 +39,8 @@ def test_interrupts_are_130_and_bugs_keep_their_traceback() -> None:
     assert act("interrupt") == 130
     with pytest.raises(RuntimeError, match="a bug"):
         act("bug")
+
+
+def test_an_exception_is_told_by_its_first_line_or_its_class() -> None:
+    assert first_line(ValueError("\n no room\nfor this")) == "no room"
+    assert first_line(AssertionError()) == "AssertionError"

@@ -27,7 +27,7 @@ from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, first_line
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, from_json, of_format_2
 
@@ -238,7 +238,7 @@ class _Directory:
                 content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it refers to {found[1]}" if found else str(error).strip().partition("\n")[0]
+            reason = f"it refers to {found[1]}" if found else first_line(error)
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")

@@ -72,7 +72,7 @@ class KernelRouting:
     sums_VX: Tensor
 
     def balance_sums(self, _members_VT: Tensor, _squares: bool) -> Tensor:
-        """Of the views that the kernel was given, squares included."""
+        """Return the sums of the views that the kernel was given, with the squares in the last column."""
         return self.sums_VX
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, first_line
 
 # What only an attack refers to. It would not run either: this is for the message.
 _ATTACKS = re.compile(
@@ -149,6 +149,5 @@ def plain(value: Any) -> Any:
 
 def _reason(error: BaseException) -> str:
     """The line of torch's message that says what is wrong."""
-    text = str(error).strip()
-    found = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    return found[1].strip() if found else text.partition("\n")[0]
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1].strip() if found else first_line(error)
