@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -268,7 +268,8 @@ class Cluster:
     def _kill(self, name: str) -> None:
         process = self._processes.pop(name)
         for child in psutil.Process(process.pid).children(recursive=True):  # nsenter waits for the daemon
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # the daemon's own helpers come and go
+                child.kill()
         process.wait()
 
     def _node_init(self, number: int) -> int:
