@@ -65,20 +65,33 @@ def open_store(timeout_seconds: float, serves: bool = False) -> dist.TCPStore:
     )
 
 
-def ask(question: Callable[[dist.TCPStore], T], store: dist.TCPStore | None = None) -> T | None:
-    """What the store of this world answers, over a connection of its own by default; None if it does not answer."""
+def ask(
+    question: Callable[[dist.TCPStore], T], store: dist.TCPStore | None = None, seconds: float = STORE_SECONDS
+) -> T | None:
+    """What the store of this world answers, over a connection of its own by default; None if it does not answer.
+
+    Where nobody listens any more the answer is None at once.
+    """
     answers: list[T] = []
 
     def wait_for_answer() -> None:
         # No answer tells enough.
-        with suppress(dist.DistError):
-            answers.append(question(store or open_store(STORE_SECONDS)))
+        with suppress(dist.DistError, OSError):
+            if store is None:
+                _knock(seconds)
+            answers.append(question(store or open_store(seconds)))
 
     # In a thread of its own: a store whose process is stopped never answers.
     asking = threading.Thread(target=wait_for_answer, daemon=True)
     asking.start()
-    asking.join(STORE_SECONDS)
+    asking.join(seconds)
     return answers[0] if answers else None
+
+
+def _knock(seconds: float) -> None:
+    """Raise OSError at once where nobody listens: a store's own client would try again until its timeout."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection(address, timeout=seconds).close()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ OBSERVE_SECONDS = 3.5  # three heartbeats are missed before a rank counts as sil
 LINGER_SECONDS = 20.0  # rank 0 keeps the store open for others that are still looking, twice as long as they should
 GLOO_SLACK_SECONDS = 15.0  # gloo's own error should come first
 TOLD_SECONDS = 3.0  # a rank may take to notice by itself that another one has stopped
-SILENT_SECONDS = 15.0  # without a heartbeat while others wait patiently: long work may starve the thread that beats
+SILENT_SECONDS = 15.0  # without a heartbeat or an answer: long work may starve the thread that beats or serves
 POLL_SECONDS = (0.002, 1.0)  # first and longest pause while waiting for all
 NAMED_RANKS = 8  # in one message
 
@@ -101,6 +101,7 @@ class Whereabouts:
         for store in (self._store, self._listening):
             store.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._mine = Sighting(socket.gethostname(), None, "starting", time.time())
+        self._unheard = replace(self._mine, host="host not known yet")  # of a rank that has said nothing
         self._entered, self._patient = time.monotonic(), True
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._named: set[int] = set()
@@ -135,7 +136,7 @@ class Whereabouts:
                 all_here, broken = answer or (False, time.monotonic() - answered > SILENT_SECONDS)
                 if all_here:
                     break
-                if time.monotonic() - looked > SILENT_SECONDS / 3 and (seen := self._look_up(store)):
+                if answer and time.monotonic() - looked > SILENT_SECONDS / 3 and (seen := self._look_up(store)):
                     looked = time.monotonic()
                     # The heartbeats of each rank, and since when there are no more.
                     heard = [
@@ -203,12 +204,13 @@ class Whereabouts:
         with self._lock:
             self._mine = replace(self._mine, fate=fate, reason=reason)
             self._patient = True
-            if self._say_if_possible() and fate != ENDED:
-                self._store.set(_BROKEN, str(self._rank))
+            self._say_if_possible(broken=fate != ENDED)
 
-    def _say_if_possible(self) -> bool:
+    def _say_if_possible(self, broken: bool = False) -> bool:
         try:
             self._say()
+            if broken:
+                self._store.set(_BROKEN, str(self._rank))
         except dist.DistError:
             # The store went with rank 0. Whoever waits for rank 0 in a collective finds out.
             return False
@@ -286,8 +288,16 @@ class Whereabouts:
     def _look_up(self, store: dist.TCPStore | None = None) -> list[Sighting] | None:
         """What every rank last said, in rank order; None if the store does not answer."""
         keys = [f"whereabouts/{rank}" for rank in range(self._size)]
-        texts = ask(lambda store: store.multi_get(keys), store)
-        return None if texts is None else [Sighting(**json.loads(text)) for text in texts]
+
+        def read(store: dist.TCPStore) -> dict[str, bytes]:
+            said = keys if store.check(keys) else [key for key in keys if store.check([key])]
+            return dict(zip(said, store.multi_get(said), strict=True))
+
+        # Whoever is not named in time may be slow; whoever is named wrongly sends somebody to the wrong machine.
+        texts = ask(read, store, SILENT_SECONDS)
+        if texts is None:
+            return None
+        return [Sighting(**json.loads(texts[key])) if key in texts else self._unheard for key in keys]
 
 
 _ADVICE = (

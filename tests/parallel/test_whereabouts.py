@@ -23,7 +23,7 @@ from mome_dist.parallel import whereabouts
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.rendezvous import join
+from mome_dist.parallel.rendezvous import STORE_SECONDS, join
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.training import loop
 from tests.parallel.runs import Lab
@@ -210,6 +210,18 @@ def _report_to_a_stopped_store() -> None:
 
 def test_a_report_waits_for_no_answer() -> None:
     run_world(_report_to_a_stopped_store, 2, timeout=60)
+
+
+def _look_into_a_store_that_answers_late() -> None:
+    """Rank 0 is stopped for longer than most answers may take; what it says then still counts."""
+    with parallel_world(Layout.for_world(2), 0, 60):
+        if (keeper := _stopped_keeper()) is not None:
+            threading.Timer(STORE_SECONDS + 1, keeper.resume).start()
+            assert whereabouts._current._look_up() is not None
+
+
+def test_a_store_that_answers_late_is_not_taken_for_a_lost_one() -> None:
+    run_world(_look_into_a_store_that_answers_late, 2, timeout=60)
 
 
 def _wait_beside_a_stopped_store() -> None:
