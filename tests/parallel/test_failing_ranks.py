@@ -105,7 +105,12 @@ def _fail_before_all_have_spoken(folder: Path) -> int:
     """Rank 2 is slow in saying its first word; rank 1 makes a mistake meanwhile, which rank 0 has to tell."""
     if os.environ["RANK"] == "2":
         open_store = whereabouts.open_store
-        whereabouts.open_store = lambda seconds: (time.sleep(STORE_SECONDS + 1), open_store(seconds))[1]
+
+        def open_late(timeout_seconds: float, serves: bool = False) -> dist.TCPStore:
+            time.sleep(STORE_SECONDS + 1)
+            return open_store(timeout_seconds, serves)
+
+        whereabouts.open_store = open_late
     return _fail(folder, 1, "user error")
 
 

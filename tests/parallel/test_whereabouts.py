@@ -217,7 +217,7 @@ def _look_into_a_store_that_answers_late() -> None:
     with parallel_world(Layout.for_world(2), 0, 60):
         if (keeper := _stopped_keeper()) is not None:
             threading.Timer(STORE_SECONDS + 1, keeper.resume).start()
-            assert whereabouts._current._look_up() is not None
+            assert (here := whereabouts._current) is not None and here._look_up() is not None
 
 
 def test_a_store_that_answers_late_is_not_taken_for_a_lost_one() -> None:
