@@ -30,9 +30,9 @@ from mome_dist.cli import main_guard
 from mome_dist.config import load_config
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.norm import RMSNorm
+from mome_dist.model.build import build_distributed
 from mome_dist.moe.dispatch import gather
 from mome_dist.moe.triton import experts
-from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.forked import run_forked
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout

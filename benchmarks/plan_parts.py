@@ -16,11 +16,11 @@ from benchmarks.measuring import CPU, Stopwatch, meet, slowest
 from benchmarks.step_parts import WIDTHS, microbatch
 from mome_dist.config.derived import views_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.planning.job import Candidate, Clip
 from mome_dist.training.batches import Step, token_multiple
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 
 WARM_UP_STEPS = 1  # it makes the optimiser's state and prepares kernels

@@ -17,11 +17,12 @@ from torch import Tensor
 from benchmarks.measuring import CPU, DTYPES, Stopwatch, interleaved, median_milliseconds, meet, slowest, total
 from benchmarks.step_peer import PeftStep
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.engine.engine import Engine
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import embedding_scale, load_weights
+from mome_dist.model.distributed import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.paths import configs_dir
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.projector import Projectors
@@ -29,7 +30,6 @@ from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View, streams_read
 from mome_dist.token_context import ALIGNMENT
 from mome_dist.training.batches import Step
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 
 FORMS = ("projectors", "mome")

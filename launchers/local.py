@@ -31,10 +31,11 @@ from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, require_modu
 from launchers.ranks import Outcome, RankGroup
 from launchers.restarts import run_with_restarts
 from mome_dist.cli import main_guard
-from mome_dist.config import load_group, validate_overrides
+from mome_dist.config import load_group
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import RANK_LOST, TIMED_OUT
 from mome_dist.ports import free_port
+from mome_dist.preflight import validate_overrides
 
 _TAIL_LINES = 30
 

@@ -14,8 +14,9 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 
 from launchers.environment import INTERFACE
-from mome_dist.config import load_config, load_group, validate_overrides
+from mome_dist.config import load_config, load_group
 from mome_dist.errors import UserError
+from mome_dist.preflight import validate_overrides
 
 DEFAULT_MODULE = "mome_dist.train"
 PREFIX = "launcher."

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mome_dist.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
 from mome_dist.cli import main_guard
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.parallel.plain_world import World, open_world
 from mome_dist.paths import cache_root
-from mome_dist.training.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
 from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
-from mome_dist.training.plain_world import World, open_world
 from mome_dist.training.step_progress import step_progress
 
 DEFAULTS = CopySettings()

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
+from mome_dist.preflight import validate
 from mome_dist.quiet import quiet_libraries
 
 

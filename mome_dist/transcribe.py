@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
     from rich.console import Console
 
-    from mome_dist.checkpoint.load import load_run
     from mome_dist.config import RunConfig
     from mome_dist.data.media import FPS, SAMPLE_RATE
     from mome_dist.evaluation.decoding import check_view
     from mome_dist.evaluation.transcription import clips_of, transcribe
+    from mome_dist.inference.load import load_run
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     clips = {}

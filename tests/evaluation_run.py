@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mome_dist.build import build_reference
 from mome_dist.checkpoint.format import CONFIG, Part, describe_part, fingerprint, index_of, merge_parts
 from mome_dist.checkpoint.save import file_facts, publish_checkpoint
 from mome_dist.config import save_config
@@ -24,6 +23,7 @@ from mome_dist.config.schema import (
 )
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.model.shared import build_reference
 from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.video_encoder import VideoEncoder

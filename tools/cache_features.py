@@ -18,8 +18,8 @@ from pathlib import Path
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
 from mome_dist.config.derived import refuse_lora
-from mome_dist.config.validate import check_encoders
 from mome_dist.config.values import check_values
+from mome_dist.preflight import check_encoders
 from mome_dist.quiet import quiet_libraries
 
 WIDTH = 120  # columns where there is no terminal to ask
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from mome_dist.data.caching import cache_features
-    from mome_dist.training.plain_world import open_world
+    from mome_dist.parallel.plain_world import open_world
+    from mome_dist.training.caching import cache_features
 
     with open_world(config.parallel.timeout_seconds) as world:
         console = Console(quiet=world.rank > 0, highlight=False)

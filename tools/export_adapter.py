@@ -5,7 +5,7 @@
 
 It holds the trained weights (safetensors), config.json, a model card and SHA256SUMS, and is loaded by
 `python -m mome_dist.transcribe DIR FILE`, `python -m mome_dist.evaluate checkpoint=DIR output=OUT` and, in Python,
-`mome_dist.checkpoint.export.load_adapter`.
+`mome_dist.export.adapter.load_adapter`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from mome_dist.checkpoint.export import export_adapter
+    from mome_dist.export.adapter import export_adapter
     from mome_dist.progress import stages
 
     console = Console(highlight=False)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     from rich.console import Console
 
-    from mome_dist.checkpoint.reshard import export, reshard
+    from mome_dist.checkpoint.reshard import reshard
     from mome_dist.parallel.layout import Layout
     from mome_dist.progress import BYTES, progress, stages
 
@@ -59,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stage_layers=options.stage_layers,
     )
     if options.format == "hf":
+        from mome_dist.export.adapter import export_checkpoint  # loads what the model needs to decode
+
         with stages(Console(stderr=True), f"exporting {options.source}"):
-            export(options.source, options.target, options.config)
+            export_checkpoint(options.source, options.target, options.config)
         print(f"{options.target}: weights without the optimiser")
         return
     with progress(Console(stderr=True), f"writing {options.target.name}", unit=BYTES) as shown:

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.models import PAPER, TINY, WEIGHT_SCALE, Sizes, configuration, random_projectors
 from benchmarks.measuring import CPU, interleaved, median_milliseconds
-from mome_dist.build import build_sequences, mome_arguments
 from mome_dist.config.derived import views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.data.media import FPS
 from mome_dist.evaluation.decoding import decode_batch
+from mome_dist.model.shared import build_sequences, mome_arguments
 from mome_dist.planning.encoder_shapes import AUDIO_FRAMES, encoder_shape
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder

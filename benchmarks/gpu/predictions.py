@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.models import Sizes, configuration
-from mome_dist.build import build_sequences
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.shape import LLMShape
+from mome_dist.model.shared import build_sequences
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.flops import step_flops

@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from benchmarks.gpu.models import Sizes, configuration, random_encoders, random_llm, random_projectors, text_of
 from benchmarks.measuring import Stopwatch, Timing
-from mome_dist.build import build_sequences, mome_arguments
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
@@ -23,15 +22,16 @@ from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
+from mome_dist.engine.engine import Engine
 from mome_dist.llm.precision import dtype_of
+from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
+from mome_dist.model.shared import build_sequences, mome_arguments
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.paths import configs_dir
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.views import streams_read
 from mome_dist.training.batches import BatchBuilder, FeatureReader
-from mome_dist.training.engine import Engine
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 from mome_dist.training.step import forward_backward
 

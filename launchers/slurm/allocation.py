@@ -39,9 +39,10 @@ from launchers.slurm.steps import Steps
 from launchers.slurm.tries import Record, run_directory, saved_steps
 from mome_dist import exit_codes
 from mome_dist.cli import main_guard
-from mome_dist.config import load_group, validate_overrides
+from mome_dist.config import load_group
 from mome_dist.errors import UserError
 from mome_dist.ownership import TOKEN, owned
+from mome_dist.preflight import validate_overrides
 
 _POLL_SECONDS = 0.2
 _RESERVE_SECONDS = 10.0  # before the end of the allocation, for the requeue itself

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.checkpoint.adapter import is_adapter
-from mome_dist.checkpoint.deepspeed.names import ModelTensors
 from mome_dist.checkpoint.deepspeed.plan import Plan
 from mome_dist.checkpoint.deepspeed.read import is_deepspeed, open_deepspeed
 from mome_dist.checkpoint.deepspeed.write import Schedule, check_target, write_deepspeed
@@ -25,11 +24,13 @@ from mome_dist.checkpoint.parts import parts_of, write_part
 from mome_dist.checkpoint.source import Source, item_size, open_canonical
 from mome_dist.config import RunConfig
 from mome_dist.config.load import config_of
+from mome_dist.engine.deepspeed_names import ModelTensors
+from mome_dist.engine.optimizer import moment_names
 from mome_dist.errors import UserError
-from mome_dist.files import aside, fsync, published_directory
+from mome_dist.files import fsync, published_directory
+from mome_dist.llm.division import check_division
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.optimizer import moment_names
 
 _HASHING_THREADS = 2
 
@@ -118,18 +119,6 @@ def reshard(
     return Outcome(expected, content, read, size, time.monotonic() - began, notes)
 
 
-def export(source: Path, target: Path, config: Path | None = None) -> None:
-    """Write the adapter of a checkpoint of either format (`export_adapter`); arguments and errors as in `reshard`."""
-    from mome_dist.checkpoint.export import export_adapter  # loads what the model needs to decode
-
-    if not is_deepspeed(source):
-        export_adapter(source, target)
-        return
-    with aside(target) as scratch:
-        reshard(source, scratch / "canonical", "canonical", Layout(1, 1, 1, 1), 1, config)
-        export_adapter(scratch / "canonical", target)
-
-
 @contextmanager
 def open_checkpoint(path: Path, config: Path | None) -> Iterator[tuple[Source, list[str]]]:
     """A checkpoint of either format, and what is to be said about it.
@@ -202,7 +191,7 @@ def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[s
         sharing.local_shape(model.shapes[name], layout.tp)
     if not Path(run.llm.path).is_dir():
         return [f"llm.path={run.llm.path} is not here: tp={layout.tp} was not checked against it"]
-    layout.check_model(LLMShape.from_directory(run.llm.path), model.routed_experts, run.llm.pad_heads)
+    check_division(LLMShape.from_directory(run.llm.path), layout, model.routed_experts, run.llm.pad_heads)
     return []
 
 

@@ -15,11 +15,11 @@ from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import LoRAConfig
+from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import wait_for_all
-from mome_dist.training.engine import Engine
 
 ANEW = "or start anew with training.resume=false"
 

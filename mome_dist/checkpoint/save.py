@@ -37,16 +37,16 @@ from mome_dist.checkpoint.format import (
 from mome_dist.checkpoint.random_state import random_state
 from mome_dist.checkpoint.select import best_of, validated_checkpoints
 from mome_dist.config import RunConfig, save_config
+from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, save_tensors, write_text
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.ownership import Ownership
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.parallel.whereabouts import wait_for_all
 from mome_dist.sharing import Sharing
 from mome_dist.system_errors import explain
-from mome_dist.training.engine import Engine
 from mome_dist.versions import version_of
 
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed")

@@ -24,7 +24,7 @@ class Saved:
         config: of the run; the paths of frozen models are those of the machine that wrote it.
         step: optimiser steps done.
         frozen: fingerprint of each frozen model, by section of the configuration.
-        tokens: identity of the tokenizer (`mome_dist.checkpoint.load.token_identity`); None where it was not recorded.
+        tokens: identity of the tokenizer (`mome_dist.inference.load.token_identity`); None where it was not recorded.
         weights: trainable parameters and router biases, fp32, by the names of `MoMESpeechLM`.
         content: hash of the checkpoint's model and optimiser, the same whatever layout wrote it.
         sharing: how the ranks of a run share each of the weights; empty where nothing is said of ranks, as in exports.

@@ -16,7 +16,7 @@ from mome_dist.checkpoint.average import average
 from mome_dist.checkpoint.format import INDEX, checkpoints_of, find_checkpoint
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.errors import UserError
-from mome_dist.evaluation.telemetry import TrainingLog
+from mome_dist.training_log import TrainingLog
 
 METRICS = "metrics.jsonl"
 _STEP = re.compile(r"step-(\d+)")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mome_dist.cluster.facts import describe_rank
 from mome_dist.cluster.links import measure_links, ranks_by_node
 from mome_dist.cluster.rates import Rates, measure_rates, synchronize
-from mome_dist.training.plain_world import World, open_world
+from mome_dist.parallel.plain_world import World, open_world
 
 EXCHANGES = 20  # of the time of day; the quickest one counts
 SHARED_WAIT_SECONDS = 10.0  # a network file system may show a new file late

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.config.schema import RunConfig
-from mome_dist.data.synthetic.settings import SyntheticSettings, default_corpus_dir
+from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.paths import cache_root, configs_dir

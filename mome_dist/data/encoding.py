@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from mome_dist.artefact import manifest_sha256
 from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
@@ -20,7 +21,6 @@ from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.lora import attach_lora
 from mome_dist.speech.video_encoders import load_video_encoder
 from mome_dist.speech.whisper import Padding, WhisperAudioEncoder
-from mome_dist.training.artefact import manifest_sha256
 
 Encoder = WhisperAudioEncoder | ClipEncoder
 

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.derived import views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig
-from mome_dist.config.validate import check_geometry
 from mome_dist.config.values import check_decoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
@@ -25,7 +23,9 @@ from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
 from mome_dist.evaluation.tables import tables_for_terminal
 from mome_dist.evaluation.world import World
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.ownership import owned
+from mome_dist.preflight import check_geometry
 from mome_dist.speech.views import streams_read
 from mome_dist.text import NORMALIZER, normalize
 

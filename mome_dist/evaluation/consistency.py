@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mome_dist.evaluation.activations import MODALITIES, Activations
 from mome_dist.evaluation.request import parse_views
-from mome_dist.evaluation.telemetry import RoutingLog
+from mome_dist.training_log import RoutingLog
 
 Floats = NDArray[np.float64]
 

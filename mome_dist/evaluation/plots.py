@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mome_dist.evaluation.style import FAINT, INK, MUTED, TASK_COLORS, grid, line_styles, styled, view_colors
-from mome_dist.evaluation.telemetry import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
+from mome_dist.training_log import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 
 _BASELINES: tuple[tuple[str, Literal["-", ":"], str], ...] = (
     ("chance_wer", "-", "chance (shuffled speech)"),

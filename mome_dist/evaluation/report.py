@@ -32,9 +32,9 @@ from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, read_results
 from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_figure
 from mome_dist.evaluation.style import save_figure
 from mome_dist.evaluation.tables import clean_views, markdown_report
-from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog, imbalance, normalized_entropy
 from mome_dist.files import write_text
 from mome_dist.llm.shape import LLMShape
+from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy
 
 REPORT = "report.md"
 

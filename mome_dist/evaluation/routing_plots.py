@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mome_dist.evaluation.consistency import agreement_of_views
 from mome_dist.evaluation.style import INK, styled
-from mome_dist.evaluation.telemetry import Floats, RoutingLog
+from mome_dist.training_log import Floats, RoutingLog
 
 _COLUMNS = 4  # panels beside one another
 _ANNOTATED_UP_TO = 16

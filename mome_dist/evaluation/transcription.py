@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mome_dist.checkpoint.load import LoadedRun
 from mome_dist.config import RunConfig
-from mome_dist.config.validate import expected_geometry
 from mome_dist.data.films import Film
 from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
@@ -19,6 +17,8 @@ from mome_dist.data.preparation.mouth import NoFaceError
 from mome_dist.errors import UserError
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import streams_of
+from mome_dist.inference.load import LoadedRun
+from mome_dist.preflight import expected_geometry
 from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.views import View
 

@@ -1,7 +1,7 @@
 """The frozen LLM as a Megatron-Core `GPTModel`, with a MoME module in every layer.
 
 The layer classes below add ``mome(h)`` beside attention, the feed-forward network or the whole layer. They say where a
-module goes; `mome_dist.parallel.model` decides which module and on which process groups.
+module goes; `mome_dist.model.distributed` decides which module and on which process groups.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
-from mome_dist.llm.shape import LLMShape
 
 
 @dataclass(frozen=True)
@@ -100,31 +99,6 @@ class Layout:
         dp = rank // self.tp % self.dp
         return Coordinates(tp=rank % self.tp, dp=dp, pp=rank // (self.tp * self.dp), ep=dp % self.ep)
 
-    def check_model(self, shape: LLMShape, routed_experts: int, pad_heads: bool) -> None:
-        """Check that the layout can divide a model.
-
-        Args:
-            shape: of the LLM.
-            routed_experts: of each MoME module; 0 in a run without experts.
-            pad_heads: whether attention heads may be padded to a multiple of tp.
-
-        Raises:
-            UserError: naming the parallel key, the model's number, and sizes that would work.
-        """
-        for what, value in (("vocabulary entries", shape.vocabulary), ("feed-forward units", shape.ffn_size)):
-            if value % self.tp:
-                raise UserError(
-                    f"parallel.tp={self.tp} does not divide the LLM's {value} {what}: {self._tp_choices(shape)}"
-                )
-        if shape.kv_heads % self.tp and not pad_heads:
-            padded = shape.with_padded_heads(self.tp)
-            raise UserError(
-                f"parallel.tp={self.tp} does not divide the LLM's {shape.heads} attention heads in {shape.kv_heads} "
-                f"key-value groups: {self._tp_choices(shape)}, or set llm.pad_heads=true to compute with "
-                f"{padded.heads} heads, the added ones zero."
-            )
-        self.check_division(shape.layers, routed_experts)
-
     def check_division(self, layers: int, routed_experts: int) -> None:
         """Check that the layout can divide layers and experts: all that a checkpoint without the LLM can tell.
 
@@ -176,11 +150,6 @@ class Layout:
             at = self.coordinates(rank)
             rows.append(f"{rank:4d}  {at.tp:2d}  {at.pp:2d}  {at.dp:2d}  {at.ep:2d}")
         return "\n".join(rows)
-
-    @staticmethod
-    def _tp_choices(shape: LLMShape) -> str:
-        sizes = (shape.kv_heads, shape.vocabulary, shape.ffn_size)
-        return f"choose tp from {[d for d in divisors(shape.kv_heads) if all(size % d == 0 for size in sizes)]}"
 
     def describe(self) -> str:
         """The layout in one line, for logs."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
+from mome_dist.llm.division import check_division
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.hardware import Cluster
 from mome_dist.planning.job import Candidate, Job, dispatches
@@ -140,7 +141,7 @@ def _layouts(job: Job, cluster: Cluster) -> Iterator[tuple[Layout | str, str]]:
                     for recompute in recompute_ways:
                         layout = Layout.for_world(world, tp, pp, ep, sequence_parallel=split, recompute=recompute)
                         try:
-                            layout.check_model(job.shape, job.experts, job.pad_heads)
+                            check_division(job.shape, layout, job.experts, job.pad_heads)
                         except UserError as error:
                             yield f"tp{tp} pp{pp} ep{ep}", _why(str(error))
                         else:

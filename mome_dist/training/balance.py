@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mome_dist.parallel.model import DistributedMoME
+from mome_dist.model.distributed import DistributedMoME
 
 
 def update_router_biases(model: DistributedMoME) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.parts import Parts, Shares, Work, work_of_sequence
+from mome_dist.model.distributed import MicroBatch
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
 from mome_dist.speech.sequence import Absent, Example, SequenceBuilder, pack
 from mome_dist.speech.views import View, streams_read

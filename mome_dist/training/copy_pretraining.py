@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from mome_dist.errors import UserError
 from mome_dist.llm import tiny
 from mome_dist.llm.precision import fast_precision
-from mome_dist.training.plain_world import World
+from mome_dist.parallel.plain_world import World
 from mome_dist.training.step_progress import StepReport, ignore
 
 IGNORED = -100

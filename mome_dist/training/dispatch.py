@@ -6,9 +6,9 @@ import torch
 from deepspeed.utils import groups as deepspeed_groups
 from rich.console import Console
 
-from mome_dist.build import llm_dtype
 from mome_dist.config import RunConfig
 from mome_dist.llm.shape import LLMShape
+from mome_dist.model.shared import llm_dtype
 from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
 from mome_dist.parallel.layout import Layout
 

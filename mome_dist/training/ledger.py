@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mome_dist.checkpoint.format import CheckpointReader
+from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
-from mome_dist.parallel.model import DistributedMoME
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.parts import NamedPart
-from mome_dist.training.engine import Engine
 
 CHUNK = 1 << 20  # elements that a checksum reads at a time
 

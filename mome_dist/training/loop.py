@@ -17,6 +17,7 @@ from mome_dist import nvidia_apex
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
 from mome_dist.config.derived import lora_of, views_of
+from mome_dist.engine.optimizer import learning_rate
 from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.device import current_device
@@ -29,7 +30,6 @@ from mome_dist.training.balance import forget_router_loads, update_router_biases
 from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
-from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.precision import settle_precision
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import Trainer, prepare, rank_console

@@ -25,8 +25,8 @@ from mome_dist.config import RunConfig
 from mome_dist.config.derived import views_of
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.moe.statistics import RoutingCounts
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.text_files import split_lines
 
 

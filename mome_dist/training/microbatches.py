@@ -16,11 +16,11 @@ from mome_dist.config.derived import least_parts
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.media import FPS
 from mome_dist.data.parts import Parts
+from mome_dist.engine.optimizer import zero_stage
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.budget import microbatch_budget
 from mome_dist.planning.job import Clip, dispatches, job_of
-from mome_dist.training.optimizer import zero_stage
 
 
 def settle_parts(

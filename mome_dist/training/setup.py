@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
 
-from mome_dist.build import build_sequences
+from mome_dist.artefact import manifest_sha256
 from mome_dist.checkpoint.format import find_checkpoint, fingerprint
 from mome_dist.checkpoint.restore import (
     check_continues,
@@ -31,7 +31,6 @@ from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import lora_of, streams_of, views_of
 from mome_dist.config.schema import AugmentationConfig
-from mome_dist.config.validate import settled_order, validation_batches
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
 from mome_dist.data.encoding import Encoder, load_encoder, split_features
@@ -40,23 +39,24 @@ from mome_dist.data.order import Order
 from mome_dist.data.parts import Work
 from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
+from mome_dist.engine.engine import Engine, check_settings
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
+from mome_dist.model.build import build_distributed
+from mome_dist.model.distributed import DistributedMoME
+from mome_dist.model.shared import build_sequences
 from mome_dist.ownership import Ownership
-from mome_dist.parallel.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.layout import Coordinates, Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.paths import cache_root
+from mome_dist.preflight import settled_order, validation_batches
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.views import streams_read, views_of_step
 from mome_dist.training.adaptation import Adaptation
-from mome_dist.training.artefact import manifest_sha256
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
-from mome_dist.training.engine import Engine, check_settings
 from mome_dist.training.microbatches import settle_parts
 from mome_dist.training.noise_log import NoiseLog
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures

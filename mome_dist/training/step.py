@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch
+from mome_dist.model.distributed import Chunk, DistributedMoME, MicroBatch
 from mome_dist.speech.views import View
 from mome_dist.training.batches import Step
 

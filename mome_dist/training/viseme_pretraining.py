@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
+from mome_dist.parallel.plain_world import World
 from mome_dist.speech.video_encoder import VideoEncoder, VideoEncoderConfig
-from mome_dist.training.plain_world import World
 from mome_dist.training.step_progress import StepReport, ignore
 
 Clip = tuple[Tensor, Tensor]

@@ -10,13 +10,13 @@ from rich.console import Console
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
 from mome_dist.config.derived import layout_of, refuse_lora
 from mome_dist.config.load import load_config
-from mome_dist.config.validate import validate
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
 from mome_dist.files import write_json
 from mome_dist.planning.command import cluster_of, job_of_options
 from mome_dist.planning.hardware import cluster_of_gpus
+from mome_dist.preflight import validate
 from mome_dist.progress import stages
 from mome_dist.tuning.report import figure_of, record_of, table_of
 from mome_dist.tuning.search import Measured, tune

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from mome_dist.config.derived import layout_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.tuning.outcome import TimedStep
 from mome_dist.verification.probe import Probe, small_modules

@@ -16,6 +16,7 @@ from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
 from mome_dist.config.derived import layout_of, refuse_lora
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
+from mome_dist.llm.division import check_division
 from mome_dist.llm.shape import LLMShape
 from mome_dist.progress import stages
 from mome_dist.verification.cases import standard_cases
@@ -49,8 +50,9 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]
     if not cases:
         raise UserError(f"--only {options.only}: no case has such a name; without --only all are run.")
+    shape = LLMShape.from_directory(config.llm.path)
     for case in cases:
-        case.layout.check_model(LLMShape.from_directory(config.llm.path), config.mome.experts, config.llm.pad_heads)
+        check_division(shape, case.layout, config.mome.experts, config.llm.pad_heads)
     optimizers = [options.optimizer] if options.optimizer else list(OPTIMIZERS)
     began = time.monotonic()
     verdicts: list[Verdict] = []

@@ -19,9 +19,9 @@ from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
+from mome_dist.model.distributed import MicroBatch
 from mome_dist.moe.experts import initial_value
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import MicroBatch
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mome_dist.build import build_reference
 from mome_dist.config.schema import OptimizerConfig
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
+from mome_dist.model.distributed import DistributedMoME
+from mome_dist.model.shared import build_reference
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.parts import by_parameter
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake, wake_reference
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mome_dist.build import build_reference
+from mome_dist.model.shared import build_reference
 from mome_dist.verification.probe import TAGS, Probe, wake_reference
 from tests import tiny_llms
 from tests.gpu.conftest import Record

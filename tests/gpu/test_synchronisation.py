@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe
 from mome_dist.verification.run import optimizer_of

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import torch
 
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake
 from mome_dist.verification.run import optimizer_of

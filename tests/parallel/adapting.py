@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mome_dist.build import build_reference, build_sequences
-from mome_dist.config import RunConfig, load_config, validate
+from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import views_of
-from mome_dist.config.validate import settled_order
 from mome_dist.data import encoding
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder, load_encoder
 from mome_dist.data.parts import Parts
+from mome_dist.engine.optimizer import make_optimizer
 from mome_dist.llm.shape import LLMShape
+from mome_dist.model.shared import build_reference, build_sequences
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.preflight import settled_order, validate
 from mome_dist.speech.lora import LoRATerms, attach_lora, lora_layers
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.views import View
 from mome_dist.training import online
 from mome_dist.training.batches import BatchBuilder
-from mome_dist.training.optimizer import make_optimizer
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import prepare, rank_console
 from mome_dist.training.step import forward_backward

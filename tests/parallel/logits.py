@@ -13,15 +13,16 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.config.derived import views_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
+from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, MicroBatch
+from mome_dist.preflight import validate
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import prepare, rank_console
 from tests.packed import pack_rows, unpack_rows

@@ -15,16 +15,16 @@ from torch import nn
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.format import INDEX, SEAL, CheckpointReader, seal_of
 from mome_dist.checkpoint.save import CheckpointSaver
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.engine.optimizer import learning_rate
+from mome_dist.model.build import build_distributed
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora
 from mome_dist.training.balance import update_router_biases
-from mome_dist.training.engine import Engine
-from mome_dist.training.optimizer import learning_rate
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake

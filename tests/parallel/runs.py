@@ -11,15 +11,16 @@ import torch
 from torch.nn import functional as F
 
 from mome_dist.assets import asset_dir
-from mome_dist.checkpoint.load import LoadedRun, load_run
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.config.derived import streams_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.parts import Parts
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.layout import Layout
+from mome_dist.preflight import validate
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.training.batches import BatchBuilder, FeatureReader, Step
 from mome_dist.training.loop import train

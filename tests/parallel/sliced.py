@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mome_dist.model import build
+from mome_dist.model.distributed import Chunk
 from mome_dist.moe.experts import initial_value
-from mome_dist.parallel import build
-from mome_dist.parallel.model import Chunk
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.sharing import Sharing
 from mome_dist.verification import run

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mome_dist import nvidia_apex
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
+from mome_dist.preflight import validate
 from mome_dist.training import loop
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
@@ -82,7 +83,7 @@ from types import SimpleNamespace
 from mome_dist import nvidia_apex
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.llm.norm import RMSNorm
-from mome_dist.training.optimizer import make_optimizer
+from mome_dist.engine.optimizer import make_optimizer
 import deepspeed, megatron.core.transformer.transformer_block  # they look for Apex at import
 cpu = torch.device("cpu")
 told = [nvidia_apex.describe(cpu)]

@@ -15,13 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
-from mome_dist.checkpoint.load import load_run
 from mome_dist.config.schema import MoMEConfig, OptimizerConfig, RunConfig, TaskConfig
+from mome_dist.engine.engine import Engine
+from mome_dist.inference.load import load_run
 from mome_dist.moe.router import Routing
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.balance import update_router_biases
-from mome_dist.training.engine import Engine
 from mome_dist.training.metrics import gather_routing
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import write_random_llama

@@ -17,11 +17,11 @@ from mome_dist.config.deepspeed.file import settled
 from mome_dist.config.deepspeed.keys import ZERO
 from mome_dist.config.deepspeed.rules import Acts
 from mome_dist.config.schema import OptimizerConfig
-from mome_dist.parallel.build import build_distributed
+from mome_dist.engine.engine import Engine
+from mome_dist.model.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.tuning.forked import timed_steps
 from mome_dist.tuning.outcome import Outcome

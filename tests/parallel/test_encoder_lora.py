@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from mome_dist import evaluate
-from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
-from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.checkpoint.reshard import reshard
-from mome_dist.config import RunConfig, load_config, validate
+from mome_dist.config import RunConfig, load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.parts import Parts
+from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.parallel.layout import Layout
+from mome_dist.preflight import validate
 from mome_dist.training import loop
 from mome_dist.training.batches import BatchBuilder
 from mome_dist.verification.compare import compare

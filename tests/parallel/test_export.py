@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.checkpoint.export import export_adapter, load_adapter
-from mome_dist.checkpoint.load import LoadedRun, load_run
+from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.inference.load import LoadedRun, load_run
 from tests.parallel.logits import trained_logits
 from tests.parallel.runs import Lab, validation_step
 from tests.parallel.worlds import run_world

@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
+from mome_dist.engine.engine import Engine
 from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import PREEMPTED, RANK_LOST
 from mome_dist.exit_codes import USER_ERROR as USER_ERROR_CODE
@@ -29,9 +30,9 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart, whole_parts
 from mome_dist.parallel.rendezvous import STORE_SECONDS
 from mome_dist.parallel.whereabouts import report, wait_for_all
+from mome_dist.preflight import validate
 from mome_dist.sharing import Sharing
 from mome_dist.training import loop
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import StepLosses
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world

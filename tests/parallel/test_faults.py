@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.errors import PreemptedError
+from mome_dist.preflight import validate
 from mome_dist.training import loop
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world

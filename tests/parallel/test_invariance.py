@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.parallel.build import build_distributed
+from mome_dist.model.build import build_distributed
+from mome_dist.model.distributed import MicroBatch
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import MicroBatch
 from mome_dist.token_context import Modality
 from mome_dist.verification.probe import FIRST_WORD, Probe, wake
 from mome_dist.verification.verify import Verifier

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from mome_dist.checkpoint import save
-from mome_dist.config import load_config, validate
-from mome_dist.parallel.model import DistributedMoME
-from mome_dist.training import engine as engine_module
+from mome_dist.config import load_config
+from mome_dist.engine import engine as engine_module
+from mome_dist.engine.engine import Engine
+from mome_dist.model.distributed import DistributedMoME
+from mome_dist.preflight import validate
 from mome_dist.training import loop
-from mome_dist.training.engine import Engine
 from mome_dist.training.ledger import checksum
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from mome_dist.engine import engine as engine_module
+from mome_dist.engine.engine import Engine
+from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.router import route
-from mome_dist.parallel.model import Chunk, MicroBatch
 from mome_dist.token_context import Labels, TokenContext
-from mome_dist.training import engine as engine_module
-from mome_dist.training.engine import Engine
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import explain
 from mome_dist.verification.probe import Probe

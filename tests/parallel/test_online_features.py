@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mome_dist.assets import asset_dir
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.config.schema import AugmentationConfig, NoiseConfig, RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import load_encoder
@@ -24,6 +24,7 @@ from mome_dist.data.features import build_features
 from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.errors import UserError
+from mome_dist.preflight import validate
 from mome_dist.training import online, setup
 from mome_dist.training.loop import train
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, MicroBatch
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import write_random_llama
 from tests.parallel import toy

@@ -10,7 +10,7 @@ import torch
 from mome_dist.config import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.shape import LLMShape
-from mome_dist.parallel.build import build_distributed
+from mome_dist.model.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Candidate, Clip, Job, job_of, typical_batch

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mome_dist import pretrain_llm, pretrain_video
+from mome_dist.artefact import read_record
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.media import encode_video
 from mome_dist.data.shards import CorpusWriter, EncodedUtterance
 from mome_dist.llm.tiny import tiny_llama, word_tokenizer
+from mome_dist.parallel.plain_world import open_world
 from mome_dist.speech.video_encoder import VideoEncoder, VideoEncoderConfig
 from mome_dist.training import copy_pretraining
-from mome_dist.training.artefact import read_record
 from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
-from mome_dist.training.plain_world import open_world
 from mome_dist.training.viseme_pretraining import VisemeSettings, VisemeTrainer
 from tests.parallel.worlds import run_world
 

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mome_dist.engine.engine import Engine
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.engine import Engine
 from mome_dist.verification.probe import Probe
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verifier

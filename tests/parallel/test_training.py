@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from mome_dist.checkpoint.format import CONFIG, CheckpointReader, find_checkpoint
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.config.load import load_saved_config
 from mome_dist.errors import UserError
+from mome_dist.preflight import validate
 from mome_dist.training.loop import train
 from mome_dist.training.precision import FROZEN
 from tests.parallel.runs import Lab, lines, reference_validation

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.parallel.forked import fork_ranks
+from mome_dist.preflight import validate
 from mome_dist.training.loop import train
 from tests.parallel.runs import Lab
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.errors import RankLostError, UserError
 from mome_dist.exit_codes import RANK_LOST
 from mome_dist.parallel import whereabouts
@@ -25,6 +25,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.rendezvous import STORE_SECONDS, join
 from mome_dist.parallel.whereabouts import report, wait_for_all
+from mome_dist.preflight import validate
 from mome_dist.training import loop
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world

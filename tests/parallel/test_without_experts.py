@@ -14,13 +14,13 @@ import torch
 from mome_dist import evaluate, transcribe
 from mome_dist import report as report_command
 from mome_dist.checkpoint.average import write_average
-from mome_dist.checkpoint.export import export_adapter
 from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
-from mome_dist.checkpoint.reshard import export, reshard
+from mome_dist.checkpoint.reshard import reshard
 from mome_dist.checkpoint.saved import read_checkpoint
 from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
+from mome_dist.export.adapter import export_adapter, export_checkpoint
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.probe import Probe, shrunk
@@ -113,7 +113,7 @@ def _from_there_on(run: Path, folder: Path, sound: Path, cache: Path) -> str:
     """Export a run in two ways, report on it, and write down a file with the export."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
     export_adapter(run, folder / "export")
-    export(folder / "native", folder / "export of native")
+    export_checkpoint(folder / "native", folder / "export of native")
     assert report_command.main([f"run={run}"]) == 0
     assert transcribe.main([str(folder / "export"), str(sound), "--audio-rate", "4"]) == 0
     return (folder / "export/README.md").read_text()

@@ -13,8 +13,8 @@ from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.weights import load_weights
+from mome_dist.model.distributed import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack

@@ -12,9 +12,9 @@ torch.set_num_threads(1)
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed does when it makes an engine
 
-import mome_dist.parallel.build
+import mome_dist.engine.engine
+import mome_dist.model.build
 import mome_dist.parallel.initialize
-import mome_dist.training.engine
 import mome_dist.training.step  # noqa: F401  imported once here, inherited by every fork
 from mome_dist.parallel.forked import run_forked as run_world
 

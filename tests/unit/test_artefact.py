@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mome_dist.artefact import is_current, publish, read_record
 from mome_dist.errors import UserError
-from mome_dist.training.artefact import is_current, publish, read_record
 
 
 def test_publish_replace_and_skip(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from mome_dist import evaluate, transcribe
 from mome_dist.checkpoint.average import average
 from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.inspect import check
-from mome_dist.checkpoint.load import load_run
 from mome_dist.checkpoint.save import prune
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.checkpoint.select import best_checkpoint, read_saved
@@ -22,6 +21,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
+from mome_dist.inference.load import load_run
 from tests.evaluation_run import STEP, add_checkpoint, make_run
 from tools import average_checkpoints, inspect_checkpoint
 

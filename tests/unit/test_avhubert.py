@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mome_dist.checkpoint.export import export_adapter, load_adapter
-from mome_dist.checkpoint.load import load_run
 from mome_dist.errors import UserError
 from mome_dist.evaluation.transcription import transcribe
+from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.inference.load import load_run
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder, front_end
 from mome_dist.speech.avhubert.conversion import convert
 from mome_dist.speech.video_encoder import VideoEncoder

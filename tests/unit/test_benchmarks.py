@@ -40,10 +40,10 @@ from mome_dist.config import load_config
 from mome_dist.config.derived import views_of
 from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.model.distributed import MicroBatch
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import MicroBatch
 from mome_dist.speech.sequence import pack
 from mome_dist.training.batches import Step
 from mome_dist.training.step import forward_backward

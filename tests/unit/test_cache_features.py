@@ -10,10 +10,10 @@ from rich.console import Console
 
 from mome_dist.config import load_config
 from mome_dist.config.schema import RunConfig
-from mome_dist.data.caching import cache_features
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.features import FeatureStore
-from mome_dist.training.plain_world import World
+from mome_dist.parallel.plain_world import World
+from mome_dist.training.caching import cache_features
 from tests.encoder_directories import encoder_directories
 from tools.cache_features import main
 

@@ -14,13 +14,13 @@ import pytest
 import yaml
 
 from mome_dist.assets import asset_dir
-from mome_dist.config import load_config, save_config, validate, validate_overrides
+from mome_dist.config import load_config, save_config
 from mome_dist.config.load import load_saved_config
-from mome_dist.config.validate import settled_order, validation_batches
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.paths import configs_dir
+from mome_dist.preflight import settled_order, validate, validate_overrides, validation_batches
 from mome_dist.speech.video_encoder import VideoEncoder
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
-from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import ActivationRecorder
@@ -25,6 +24,7 @@ from mome_dist.evaluation.decoding import (
     prefixes_of,
     token_limit,
 )
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.moe.local import LocalMoME
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import _attach

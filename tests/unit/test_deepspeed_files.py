@@ -30,9 +30,9 @@ from mome_dist.config.deepspeed.keys import KEYS, ZERO
 from mome_dist.config.deepspeed.rules import Rule, Section
 from mome_dist.config.deepspeed.table import table
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.engine.engine import check_settings
 from mome_dist.errors import UserError
 from mome_dist.paths import configs_dir
-from mome_dist.training.engine import check_settings
 from tests.deepspeed_configurations import PUBLIC, named_keys, public, stripped, without
 from tools import plan_layout, tune_deepspeed, verify_layouts
 
@@ -340,5 +340,5 @@ def test_a_written_file_is_found_as_the_hint_says(configs: Path, tmp_path: Path)
 
 
 def test_a_file_is_checked_without_torch() -> None:
-    code = "import sys, mome_dist.config.validate, mome_dist.config.deepspeed.file; sys.exit('torch' in sys.modules)"
+    code = "import sys, mome_dist.preflight, mome_dist.config.deepspeed.file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from mome_dist.checkpoint.deepspeed.names import ModelTensors
 from mome_dist.config import load_config
 from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import LORA_TARGETS, check_values
 from mome_dist.data.encoding import load_encoder
+from mome_dist.engine.deepspeed_names import ModelTensors
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Candidate, Clip, job_of

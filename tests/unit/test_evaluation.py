@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 from mome_dist import evaluate
-from mome_dist.checkpoint.load import load_run
 from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import derangement
 from mome_dist.evaluation.tables import markdown_report, table_columns, tables_for_terminal
+from mome_dist.inference.load import load_run
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
 from mome_dist.speech.views import View
 from tests.evaluation_run import STEP, make_run

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mome_dist import evaluate, report
-from mome_dist.checkpoint.load import load_run
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.noise import Babble, mix_at_snr
 from mome_dist.data.transforms import corrupt
@@ -21,6 +20,7 @@ from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.published import PUBLISHED
 from mome_dist.evaluation.request import EvaluationRequest, names_of, parse_request, ratios_of
 from mome_dist.evaluation.tables import clean_views, grid_columns, published_section
+from mome_dist.inference.load import load_run
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.views import View
 from tests.evaluation_run import make_run

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from mome_dist import evaluate, transcribe
 from mome_dist.checkpoint.adapter import CARD, CONFIG, SUMS, WEIGHTS
-from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, fingerprint
-from mome_dist.checkpoint.load import load_run
-from mome_dist.checkpoint.model_card import model_card
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
+from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.model_card import model_card
+from mome_dist.inference.load import load_run
 from tests.evaluation_run import STEP, make_run
 from tools import export_adapter as command
 

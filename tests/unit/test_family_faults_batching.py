@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.data import order
 from mome_dist.data.order import BatchOrder, FrameOrder, Order
+from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, MicroBatch
+from mome_dist.preflight import validate
 from mome_dist.speech.views import View
 from mome_dist.training import loop
 from mome_dist.training.batches import BatchBuilder, Step

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.engine.engine import Engine
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import Example, PackedTokens, pack
 from mome_dist.speech.views import View
-from mome_dist.training.engine import Engine
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import write_random_llama
 from tests.parallel import toy

@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from mome_dist.checkpoint import select
 from mome_dist.checkpoint.format import checkpoints_of
-from mome_dist.checkpoint.load import LoadedRun, load_run
 from mome_dist.checkpoint.select import read_saved
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.data.corpus import Corpus, Utterance
@@ -24,6 +23,7 @@ from mome_dist.evaluation import conditions
 from mome_dist.evaluation.conditions import ClipReader, conditions_of
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.request import ratios_of
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.speech import reference
 from mome_dist.speech.views import View
 from tests.evaluation_run import STEP, WIDTHS, add_checkpoint, make_run

@@ -13,19 +13,20 @@ import pytest
 from rich.console import Console
 
 from mome_dist.assets import asset_dir
-from mome_dist.config import load_config, validate
-from mome_dist.data.caching import cache_features
+from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.errors import UserError
 from mome_dist.evaluation.command import evaluate
 from mome_dist.evaluation.request import EvaluationRequest
 from mome_dist.evaluation.world import World
+from mome_dist.parallel import plain_world
+from mome_dist.preflight import validate
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder
 from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.geometry import AVHUBERT, RENDERED, geometry_of
 from mome_dist.speech.video_encoder import VideoEncoder
-from mome_dist.training import plain_world
+from mome_dist.training.caching import cache_features
 from tests.evaluation_run import WIDTHS, make_run
 
 SHAPE = AVHubertConfig(trunk_widths=(4, 8), width=WIDTHS["video"], layers=1, heads=2, ffn_width=32)
@@ -96,7 +97,7 @@ def test_an_evaluation_refuses_them_before_a_model_is_loaded(
     for baselines in ([], ["untrained"]):
         request.baselines = baselines
         with monkeypatch.context() as patch:
-            patch.setattr("mome_dist.checkpoint.load.build_reference", lambda *_: pytest.fail("a model was loaded"))
+            patch.setattr("mome_dist.inference.load.build_reference", lambda *_: pytest.fail("a model was loaded"))
             with pytest.raises(UserError, match="is 'rendered', but video_encoder"):
                 evaluate(request, world, console)
     request.baselines, request.rates = [], "asr(4)"  # nobody looks at the crops

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mome_dist.config import load_config, validate
+from mome_dist.config import load_config
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import SINGLE, TensorIndex, check_directory, layer_tensors
 from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.shape import LLMShape, RopeScaling, unreadable
+from mome_dist.preflight import validate
 from tests import tiny_llms
 
 ROPE = tiny_llms.LLAMA3_ROPE

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mome_dist.build import llm_dtype
 from mome_dist.config import load_config
 from mome_dist.llm.precision import fast_precision
+from mome_dist.model.shared import llm_dtype
 from mome_dist.planning.command import job_of_options
 from mome_dist.planning.hardware import cluster_of_gpus
 

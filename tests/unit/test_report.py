@@ -21,7 +21,7 @@ from mome_dist.evaluation.consistency import (
     profiles,
 )
 from mome_dist.evaluation.report import RunFiles
-from mome_dist.evaluation.telemetry import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
+from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 from tests.evaluation_run import make_run
 
 

@@ -19,13 +19,6 @@ from deepspeed.runtime.utils import align_dense_tensors
 from safetensors.torch import load_file
 from torch import nn
 
-from mome_dist.checkpoint.deepspeed.names import (
-    LARGEST_EXPERT_GROUP,
-    ModelTensors,
-    engine_parameters,
-    largest_group,
-    optimizer_groups,
-)
 from mome_dist.checkpoint.deepspeed.plan import Plan, Stored
 from mome_dist.checkpoint.deepspeed.torch_file import write_torch_file
 from mome_dist.checkpoint.deepspeed.write import check_target
@@ -35,6 +28,13 @@ from mome_dist.checkpoint.hashes import StreamedHash, raw_bytes, tensor_hash
 from mome_dist.checkpoint.parts import parts_of, write_part
 from mome_dist.checkpoint.pieces import Constant, Piece, Range, TensorFacts
 from mome_dist.checkpoint.source import OpenFiles, Source
+from mome_dist.engine.deepspeed_names import (
+    LARGEST_EXPERT_GROUP,
+    ModelTensors,
+    engine_parameters,
+    largest_group,
+    optimizer_groups,
+)
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, of_format_2

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from mome_dist.checkpoint.deepspeed.names import Cut, StateTensor
 from mome_dist.checkpoint.format import sharing_of
 from mome_dist.config import load_config
+from mome_dist.engine.deepspeed_names import Cut, StateTensor
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Clip, Trained, held_parameters, job_of

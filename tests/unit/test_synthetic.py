@@ -15,13 +15,14 @@ import cv2
 import numpy as np
 import pytest
 
+from mome_dist.config.speech_backends import installed_backends, resolve_backend
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.films import Film
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir, generate_corpus
 from mome_dist.data.synthetic.grammar import SLOTS, VOCABULARY, draw_sentences
 from mome_dist.data.synthetic.render import render
 from mome_dist.data.synthetic.speakers import Voice, draw_speaker
-from mome_dist.data.synthetic.speech import installed_backends, resolve_backend, synthesise, synthesiser
+from mome_dist.data.synthetic.speech import synthesise, synthesiser
 from mome_dist.data.synthetic.visemes import TARGETS, VISEME_NAMES, Segment, blend, frame_labels
 from mome_dist.errors import UserError
 

@@ -12,9 +12,9 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.preparation.text import read_transcript
 from mome_dist.errors import UserError
 from mome_dist.evaluation.comparison import read_texts
-from mome_dist.evaluation.telemetry import TrainingLog
 from mome_dist.text_files import lines_of, parse_json, read_json, split_lines
 from mome_dist.training.metrics import keep_until
+from mome_dist.training_log import TrainingLog
 
 NO_ENDS = "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"
 """Text that has every character that `str.splitlines` takes for a line end and editors do not."""

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mome_dist.llm import tiny
+from mome_dist.parallel.plain_world import World
 from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
-from mome_dist.training.plain_world import World
 
 TEXTS = ["fetch golden basket", "carry pink rope", "don't wash feathers"]
 

@@ -13,11 +13,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mome_dist.assets import asset_dir
-from mome_dist.config import validate_overrides
 from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
 from mome_dist.llm.tiny import EOS, PAD, save_llm, tiny_llama, word_tokenizer
 from mome_dist.llm.tokens import TokenTable
+from mome_dist.preflight import validate_overrides
 from mome_dist.speech.sequence import TextCodec
 from mome_dist.speech.video_encoder import VideoEncoder
 from tests.tiny_llms import edit_config

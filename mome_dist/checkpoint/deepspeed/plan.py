@@ -17,7 +17,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mome_dist.checkpoint.deepspeed.names import (
+from mome_dist.checkpoint.deepspeed.zero import fragments, partition
+from mome_dist.checkpoint.pieces import Constant, Piece, Range
+from mome_dist.engine.deepspeed_names import (
     EXPERTS,
     IDLE,
     ModelTensors,
@@ -27,8 +29,6 @@ from mome_dist.checkpoint.deepspeed.names import (
     idle_module,
     optimizer_groups,
 )
-from mome_dist.checkpoint.deepspeed.zero import fragments, partition
-from mome_dist.checkpoint.pieces import Constant, Piece, Range
 from mome_dist.moe.experts import initial_value
 from mome_dist.parallel.layout import Layout
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mome_dist.checkpoint.deepspeed.names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
 from mome_dist.checkpoint.deepspeed.plan import Path as Place
 from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
+from mome_dist.engine.deepspeed_names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
 from mome_dist.errors import UserError, first_line
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, from_json, of_format_2

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from mome_dist.checkpoint.deepspeed.names import optimizer_groups
 from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.torch_file import write_torch_file
 from mome_dist.checkpoint.deepspeed.zero import fragments, partition
 from mome_dist.checkpoint.pieces import Constant, Piece, Range
 from mome_dist.checkpoint.source import Source
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.engine.deepspeed_names import optimizer_groups
+from mome_dist.engine.optimizer import deepspeed_settings, learning_rate, make_optimizer
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.optimizer import deepspeed_settings, learning_rate, make_optimizer
 from mome_dist.versions import version_of
 
 CLIENT_KEY = "mome_dist"  # of what DeepSpeed calls the client state

@@ -4,7 +4,7 @@ It stands in for licensed corpora wherever a real, learnable task is needed that
 movements agree, so that speech can be read from either, and visemes are known for every frame.
 """
 
+from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.data.synthetic.generate import generate_corpus
-from mome_dist.data.synthetic.settings import SyntheticSettings, default_corpus_dir
 
 __all__ = ["SyntheticSettings", "default_corpus_dir", "generate_corpus"]

@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 from rich.console import Console
 
+from mome_dist.config.synthetic import SPLITS, SyntheticSettings, default_corpus_dir
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import Audio, encode_flac, encode_video, frames_for_samples
 from mome_dist.data.shards import MANIFEST, CorpusWriter, EncodedUtterance
 from mome_dist.data.synthetic.grammar import draw_sentences
 from mome_dist.data.synthetic.preview import write_contact_sheets, write_samples
 from mome_dist.data.synthetic.render import render
-from mome_dist.data.synthetic.settings import SPLITS, SyntheticSettings, default_corpus_dir
 from mome_dist.data.synthetic.speakers import Speaker, draw_speaker
 from mome_dist.data.synthetic.speech import synthesise, synthesiser
 from mome_dist.data.synthetic.visemes import VISEME_NAMES, blend, frame_labels

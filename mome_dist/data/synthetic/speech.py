@@ -6,8 +6,6 @@ library, which the PyPI package `espeakng-loader` ships, so that it needs no adm
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from mome_dist.config.speech_backends import resolve_backend
 from mome_dist.data.media import SAMPLE_RATE
 from mome_dist.data.synthetic.espeak import Espeak
 from mome_dist.data.synthetic.speakers import Voice
@@ -23,13 +22,7 @@ from mome_dist.data.synthetic.spoken import Speech, Synthesiser, split_segment
 from mome_dist.data.synthetic.visemes import SILENCE, Segment
 from mome_dist.errors import UserError
 
-BACKENDS = ("flite", "espeak")
 _PAUSE = 0.12  # seconds of silence kept before and after the words
-_INSTALL = {
-    "flite": "install flite (`apt-get install flite`)",
-    "espeak": "install espeak-ng (`pip install espeakng-loader==0.2.4`)",
-}
-
 
 # CMU phones in flite's lower-case spelling -> visemes.
 _FLITE_VISEMES: dict[str, tuple[str, ...]] = {
@@ -76,32 +69,6 @@ class Flite:
             segments += split_segment(start, float(end), _FLITE_VISEMES[phone])
             start = float(end)
         return Speech(audio, segments)
-
-
-def installed_backends() -> list[str]:
-    """The backends that can run here, the preferred one first."""
-    found = {
-        "flite": shutil.which("flite") is not None,
-        "espeak": importlib.util.find_spec("espeakng_loader") is not None,
-    }
-    return [backend for backend in BACKENDS if found[backend]]
-
-
-def resolve_backend(name: str) -> str:
-    """The backend that ``name`` (``auto``, ``flite`` or ``espeak``) stands for here.
-
-    Raises UserError when it is unknown or not installed.
-    """
-    if name not in ("auto", *BACKENDS):
-        raise UserError(f"backend {name!r} is unknown; choose auto, {' or '.join(BACKENDS)}")
-    installed = installed_backends()
-    if not installed:
-        raise UserError(f"no speech synthesiser found; {' or '.join(_INSTALL.values())}")
-    if name == "auto":
-        return installed[0]
-    if name not in installed:
-        raise UserError(f"backend {name!r} is not installed; {_INSTALL[name]}, or choose backend auto")
-    return name
 
 
 @lru_cache(maxsize=2)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
-from mome_dist.checkpoint.load import LoadedRun
 from mome_dist.config.derived import lora_of
 from mome_dist.evaluation.tables import markdown_report
+from mome_dist.inference.load import LoadedRun
 from mome_dist.speech.views import View
-from mome_dist.training.artefact import RECORD_FILE
 
 _TASKS = {"asr": "speech to text", "vsr": "lips to text", "avsr": "speech and lips to text"}
 
@@ -115,7 +115,7 @@ The same in Python:
 ```python
 from pathlib import Path
 
-from mome_dist.checkpoint.export import load_adapter
+from mome_dist.export.adapter import load_adapter
 from mome_dist.evaluation.transcription import clips_of, transcribe
 from mome_dist.speech.views import View
 

@@ -21,19 +21,19 @@ from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from mome_dist.checkpoint.deepspeed.names import largest_group
 from mome_dist.config.schema import OptimizerConfig
+from mome_dist.engine.deepspeed_names import largest_group
+from mome_dist.engine.moments import Moments, PartitionedMoments, ReplicatedMoments
+from mome_dist.engine.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 from mome_dist.errors import UserError
 from mome_dist.parallel.mpu import MegatronMPU
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.sharing import Sharing
-from mome_dist.training.moments import Moments, PartitionedMoments, ReplicatedMoments
-from mome_dist.training.optimizer import deepspeed_settings, make_optimizer, moment_names, zero_stage
 from mome_dist.transfer import sent_to
 
 
 class Trainable(Protocol):
-    """What an engine trains: `mome_dist.parallel.model.DistributedMoME`."""
+    """What an engine trains: `mome_dist.model.distributed.DistributedMoME`."""
 
     def trainable_modules(self) -> nn.ModuleDict:
         """The modules that train on this rank, and nothing else."""

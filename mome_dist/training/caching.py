@@ -11,11 +11,11 @@ from rich.table import Table
 
 from mome_dist.config.derived import streams_of
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.validate import check_geometry
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
 from mome_dist.data.media import FPS, SAMPLE_RATE
-from mome_dist.training.plain_world import World
+from mome_dist.parallel.plain_world import World
+from mome_dist.preflight import check_geometry
 from mome_dist.training.precision import settle_precision
 
 

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from mome_dist.checkpoint.adapter import is_adapter, read_adapter, write_adapter
+from mome_dist.checkpoint.deepspeed.read import is_deepspeed
 from mome_dist.checkpoint.format import find_checkpoint
-from mome_dist.checkpoint.load import LoadedRun, assemble, token_identity
-from mome_dist.checkpoint.model_card import model_card
+from mome_dist.checkpoint.reshard import reshard
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
-from mome_dist.files import published_directory
+from mome_dist.export.model_card import model_card
+from mome_dist.files import aside, published_directory
+from mome_dist.inference.load import LoadedRun, assemble, token_identity
+from mome_dist.parallel.layout import Layout
 from mome_dist.paths import cache_root
 from mome_dist.versions import version_of
 
@@ -60,7 +63,7 @@ def export_adapter(
     Args:
         source: directory of a run (its newest checkpoint) or of one checkpoint.
         target: directory to make; it appears whole or not at all.
-        frozen: as for `mome_dist.checkpoint.load.load_run`.
+        frozen: as for `mome_dist.inference.load.load_run`.
 
     Returns:
         The content of ``config.json`` but for the facts about the weights.
@@ -80,6 +83,16 @@ def export_adapter(
     with published_directory(target, replace=False) as directory:
         write_adapter(directory, run.model.state_dict(), document, card)
     return document
+
+
+def export_checkpoint(source: Path, target: Path, config: Path | None = None) -> None:
+    """`export_adapter` for a checkpoint of either format; arguments and errors as in `reshard`."""
+    if not is_deepspeed(source):
+        export_adapter(source, target)
+        return
+    with aside(target) as scratch:
+        reshard(source, scratch / "canonical", "canonical", Layout(1, 1, 1, 1), 1, config)
+        export_adapter(scratch / "canonical", target)
 
 
 def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from mome_dist.build import build_projectors, llm_dtype, mome_arguments
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.llm.weights import load_weights
+from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
+from mome_dist.model.shared import build_projectors, llm_dtype, mome_arguments
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import Chunk, DistributedMoME, attach_mome
 from mome_dist.speech.lora import LoRATerms
 
 

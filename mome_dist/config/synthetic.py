@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mome_dist.data.synthetic.speech import resolve_backend
+from mome_dist.config.speech_backends import resolve_backend
 from mome_dist.errors import UserError
 from mome_dist.paths import cache_root
 

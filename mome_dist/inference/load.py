@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mome_dist.assets import ASSETS, assets_root
-from mome_dist.build import build_reference, build_sequences
 from mome_dist.checkpoint.format import fingerprint
 from mome_dist.checkpoint.saved import Saved
 from mome_dist.checkpoint.select import read_saved
@@ -23,6 +22,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
 from mome_dist.llm.hugging_face import DeviceMap
 from mome_dist.llm.precision import dtype_of
+from mome_dist.model.shared import build_reference, build_sequences
 from mome_dist.speech.lora import LoRATerms, merge_lora
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
@@ -84,7 +84,7 @@ def load_run(
     """Load a run's newest checkpoint, a given checkpoint, or an export.
 
     Args:
-        path: directory of a run, of one checkpoint, or of an export (`mome_dist.checkpoint.export`).
+        path: directory of a run, of one checkpoint, or of an export (`mome_dist.export.adapter`).
         device: CPU if not given.
         weights: False gives the untrained model that the run started from.
         frozen: directories of frozen models ("llm", "audio_encoder", "video_encoder") that are not where the run had

@@ -20,6 +20,7 @@ from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
 from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
+from mome_dist.llm.division import check_division
 from mome_dist.llm.tokens import TokenTable
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.geometry import geometry_of
@@ -62,7 +63,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "mome.placement=none and projector.trainable=false leave nothing to train: set projector.trainable=true, "
             "choose another mome, or give an encoder a LoRA (audio_encoder.lora, video_encoder.lora)."
         )
-    layout.check_model(shape, config.mome.experts, config.llm.pad_heads)
+    check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
     _check_batches(config, layout)
     deepspeed_of(config, layout.dp)
     check_encoders(config)

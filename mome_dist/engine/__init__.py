@@ -1,0 +1,1 @@
+"""What trains, in DeepSpeed's engine: reduction, clipping, the optimiser and its state."""

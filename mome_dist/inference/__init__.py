@@ -1,0 +1,1 @@
+"""What was trained, loaded into one process to be used."""
