@@ -32,6 +32,7 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def _take_stand_in() -> None:
     sys.path.insert(0, str(STAND_IN))
+    nvidia_apex._find.cache_clear()  # the process that this one was forked from may have looked before
     nvidia_apex.runs_on = lambda device: True
 
 
