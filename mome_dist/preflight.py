@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import layout_of, least_parts, lora_of, streams_of
+from mome_dist.config.derived import check_joined, layout_of, least_parts, lora_of, streams_joined, streams_of
 from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
@@ -23,6 +23,7 @@ from mome_dist.llm.directory import check_directory
 from mome_dist.llm.division import check_division
 from mome_dist.llm.tokens import TokenTable
 from mome_dist.parallel.layout import Layout
+from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.speech.geometry import geometry_of
 from mome_dist.text_files import read_json
 
@@ -67,6 +68,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     _check_batches(config, layout)
     deepspeed_of(config, layout.dp)
     check_encoders(config)
+    if streams_joined(config):
+        check_joined(config, {stream: encoder_shape(config, stream).width for stream in streams_of(config)})
     if config.data.validation_split == config.data.test_split:
         raise UserError(
             f"data.validation_split and data.test_split are both {config.data.test_split!r}: the best checkpoint would "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,6 +163,8 @@ def random_projectors(config: RunConfig) -> Projectors:
         settings.hidden_size,
         settings.per_rate,
         settings.compression,
+        settings.layer_norm,
+        None if settings.mixture is None else asdict(settings.mixture),
     )
     projectors.initialize(config.seed, WEIGHT_SCALE)
     return projectors

@@ -1,6 +1,8 @@
-"""What follows from a configuration alone: its layout, views, streams and trained encoders."""
+"""What follows from a configuration alone: its layout, views, streams, projectors and trained encoders."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.errors import UserError
@@ -38,6 +40,56 @@ def views_of(config: RunConfig) -> list[View]:
 def streams_of(config: RunConfig) -> list[str]:
     """The streams that the views of a run use: "audio", "video" or both."""
     return streams_read(views_of(config))
+
+
+def rates_of(config: RunConfig) -> dict[str, list[int]]:
+    """The rates at which the views of a run read each stream, the smallest first; none of a stream that none reads."""
+    views = views_of(config)
+    return {
+        "audio": sorted({view.audio_rate for view in views if view.audio_rate is not None}),
+        "video": sorted({view.video_rate for view in views if view.video_rate is not None}),
+    }
+
+
+def projector_inputs(config: RunConfig, widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """The widths of the compressed features that each projector, or pool of a mixture, of a stream reads.
+
+    Args:
+        widths: of the encoders' features, by stream.
+    """
+    projector, rates = config.projector, rates_of(config)
+    stacked = {stream: [rate if projector.compression == "stack" else 1 for rate in rates[stream]] for stream in widths}
+    return {
+        stream: [width * count for count in (stacked[stream] if projector.per_rate else stacked[stream][:1])]
+        for stream, width in widths.items()
+    }
+
+
+def streams_joined(config: RunConfig) -> bool:
+    """Whether the streams of a run share a router of the projectors, so that their features must be equally wide."""
+    mixture = config.projector.mixture
+    return mixture is not None and mixture.form != "dedr" and len(streams_of(config)) > 1
+
+
+def check_joined(config: RunConfig, widths: Mapping[str, int]) -> None:
+    """Check that streams which share a router of the projectors have features of one width.
+
+    Args:
+        widths: of the encoders' features, by stream.
+
+    Raises:
+        UserError: naming both widths, and the fix.
+    """
+    mixture = config.projector.mixture
+    if mixture is None or not streams_joined(config):
+        return
+    inputs = {stream: sizes[0] for stream, sizes in projector_inputs(config, widths).items()}
+    if len(set(inputs.values())) > 1:
+        found = ", ".join(f"{width} of {stream}" for stream, width in inputs.items())
+        raise UserError(
+            f"projector.mixture.form={mixture.form} has one router for all streams, but their widths differ ({found}): "
+            "set projector.mixture.form=dedr, or choose encoders of one width."
+        )
 
 
 def least_parts(config: RunConfig, layout: Layout) -> int:

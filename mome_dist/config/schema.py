@@ -64,11 +64,29 @@ class VideoEncoderConfig:
 
 
 @dataclass
+class MixtureConfig:
+    """Several projectors for a stream, and a router between them; of two streams, what they share is in the form."""
+
+    form: str = one_of("dedr", "dejr", "jejr")
+    experts: int = 4
+    top_k: int = 2
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+
+    def __str__(self) -> str:
+        """In words, for reports."""
+        losses = f"balance loss {self.balance_loss:g}, z-loss {self.z_loss:g}"
+        return f"{self.form.upper()} mixture of {self.experts} experts, {self.top_k} a token, {losses}"
+
+
+@dataclass
 class ProjectorConfig:
     hidden_size: int = 2048
+    layer_norm: bool = True
     per_rate: bool = False
     trainable: bool = True
     compression: str = one_of("pool", "stack")
+    mixture: MixtureConfig | None = None
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mome_dist.config.derived import lora_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, rates_of, streams_of, views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.errors import UserError
 
@@ -26,6 +26,7 @@ def check_values(config: RunConfig) -> None:
     _check_numbers(config)
     _check_augmentation(config)
     _check_lora(config)
+    _check_projector(config)
 
 
 def _check_choices(section: Any, prefix: str) -> None:
@@ -110,10 +111,6 @@ def _check_numbers(config: RunConfig) -> None:
     for task in config.task.tasks:
         if task not in config.task.prompts:
             raise UserError(f"task.prompts has no prompt for {task!r}.")
-    if config.projector.compression == "stack" and not config.projector.per_rate:
-        raise UserError(
-            "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
-        )
 
 
 def check_decoding(decoding: DecodingConfig) -> None:
@@ -162,6 +159,37 @@ def _check_augmentation(config: RunConfig) -> None:
             f"data.features={config.data.features} reads features that were made once from clean clips, which no "
             "augmentation can change: set data.features=online, or augmentation=none."
         )
+
+
+def _check_projector(config: RunConfig) -> None:
+    projector, mixture = config.projector, config.projector.mixture
+    stacked = projector.compression == "stack"
+    if mixture is None:
+        if stacked and not projector.per_rate:
+            raise UserError(
+                "projector.compression=stack needs projector.per_rate=true: the input width grows with the rate."
+            )
+        return
+    if projector.per_rate:
+        raise UserError(
+            "projector.per_rate=true and projector.mixture exclude each other: the experts of a mixture serve all "
+            "rates. Set projector.per_rate=false, or projector.mixture=null."
+        )
+    several = {stream: rates for stream, rates in rates_of(config).items() if len(rates) > 1}
+    if stacked and several:
+        found = ", ".join(f"{stream} at rates {rates}" for stream, rates in several.items())
+        raise UserError(
+            f"projector.compression=stack makes inputs as wide as the rate, but the experts of projector.mixture read "
+            f"inputs of one width, and the tasks read {found}: set projector.compression=pool, or one rate a stream."
+        )
+    if not 2 <= mixture.top_k <= mixture.experts:
+        raise UserError(
+            f"projector.mixture.top_k={mixture.top_k}: must be from 2 to projector.mixture.experts={mixture.experts}; "
+            "the gate of one expert alone is 1, which teaches a router nothing."
+        )
+    for key in ("balance_loss", "z_loss"):
+        if getattr(mixture, key) < 0:
+            raise UserError(f"projector.mixture.{key}={getattr(mixture, key)}: must be at least 0.")
 
 
 def _check_lora(config: RunConfig) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.data.media import FPS, SAMPLE_RATE
@@ -38,10 +37,11 @@ def check_view(projectors: Projectors, view: View) -> None:
     for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)):
         if rate is None:
             continue
-        if stream not in projectors.streams:
+        if stream not in projectors.widths:
             raise UserError(f"rates: {view} needs {stream}, but this model was trained without {stream}.")
         if not projectors.supports(stream, rate):
-            known = ", ".join(key.removeprefix("rate") for key in cast(nn.ModuleDict, projectors.streams[stream]))
+            assert projectors.fixed_rates is not None
+            known = ", ".join(map(str, projectors.fixed_rates[stream]))
             raise UserError(
                 f"rates: {view} needs this model to project {stream} at rate {rate}; it has a projector per rate, "
                 f"for {known}: choose one of them."

@@ -161,7 +161,9 @@ def _parameters(files: RunFiles) -> str:
 def _projectors(files: RunFiles) -> str:
     projector = files.config.projector
     sharing = "one a rate" if projector.per_rate else "shared by all rates"
-    text = f"hidden {projector.hidden_size}, {projector.compression}, {sharing}"
+    norm = "" if projector.layer_norm else ", without layer norm"
+    mixture = "" if projector.mixture is None else f", {projector.mixture}"
+    text = f"hidden {projector.hidden_size}, {projector.compression}, {sharing}{norm}{mixture}"
     counted = (files.results or {}).get("trainable_parameters", {}).get("projectors")
     return text if counted is None else f"{counted:,} trained; {text}"
 

@@ -9,6 +9,7 @@ from typing import Any
 from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
 from mome_dist.config.derived import lora_of
+from mome_dist.config.schema import ProjectorConfig
 from mome_dist.evaluation.tables import markdown_report
 from mome_dist.inference.load import LoadedRun
 from mome_dist.speech.views import View
@@ -64,11 +65,18 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "",
         *experts,
         *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
+        *_projectors(run.config.projector),
         *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
         "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",
     ]
     return "\n".join(lines)
+
+
+def _projectors(projector: ProjectorConfig) -> list[str]:
+    """What is not as usual."""
+    lines = [] if projector.layer_norm else ["- Projectors do not end in a layer norm."]
+    return lines if projector.mixture is None else [*lines, f"- Projectors: {projector.mixture}."]
 
 
 def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from mome_dist.moe.load import PassLoad
 from mome_dist.moe.statistics import RoutingStatistics
 from mome_dist.parallel.parts import Described, NamedPart, whole_parts
 from mome_dist.sharing import Sharing
+from mome_dist.speech.balance import ProjectorBalance
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import PackedTokens
@@ -52,7 +53,8 @@ class Chunk(nn.Module):
         adapters: what else trains in the layers (`Described`), by layout-free prefix, in the order of the layers.
 
     Attributes:
-        statistics: of the routers.
+        statistics: of the routers of the MoME modules.
+        projector_balance: of the projectors' own routers; None without any.
     """
 
     def __init__(
@@ -71,6 +73,10 @@ class Chunk(nn.Module):
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.vp_stage = llm.vp_stage
         self.projectors = projectors
+        self.projector_balance: ProjectorBalance | None = None
+        if projectors is not None and projectors.mixture is not None:
+            group = parallel_state.get_data_parallel_group()
+            self.projector_balance = ProjectorBalance(projectors.mixture, group)
         # Owned by the LLM's layers, hence plain dicts.
         self.momes, self.adapters = momes, dict(adapters or {})
 
@@ -78,10 +84,17 @@ class Chunk(nn.Module):
         """Receive the previous stage's output (called by the schedules)."""
         self.llm.set_input_tensor(input_tensor)
 
-    def embed(self, batch: MicroBatch) -> Tensor:
-        """Input embeddings [N, H] with the projected speech tokens in place; first stage only."""
+    def embed(self, batch: MicroBatch, share: float | None = None) -> Tensor:
+        """Input embeddings [N, H] with the projected speech tokens in place; first stage only.
+
+        Args:
+            share: in training, as in `forward`; None counts and balances nothing.
+        """
         assert self.projectors is not None
-        embedded_NH = self.projectors.insert(self.llm.embed(batch.tokens.ids_N), batch.tokens.speech, batch.features)
+        tokens, balance = batch.tokens, None
+        if self.projector_balance is not None and share is not None:
+            balance = self.projector_balance.of_pass(tokens.context.view_names, share)
+        embedded_NH = self.projectors.insert(self.llm.embed(tokens.ids_N), tokens.speech, batch.features, balance)
         if self.config.recompute_granularity == "full" and not embedded_NH.requires_grad:
             # Nothing below the first layer trains. A recomputed block whose inputs need no gradient would take its
             # parameters for frozen too.
@@ -95,7 +108,7 @@ class Chunk(nn.Module):
             share: what the auxiliary losses of this pass count for in the step's, times what the engine divides by.
         """
         context = batch.tokens.context
-        embedded_NH = self.embed(batch) if self.llm.pre_process else None
+        embedded_NH = self.embed(batch, share if self.training else None) if self.llm.pre_process else None
         if not self.training:
             return self.llm(embedded_NH, context, None, batch.tokens.labels)
         load = PassLoad(context.view_names, self.token_group, share)
@@ -104,6 +117,12 @@ class Chunk(nn.Module):
             load.reduce()
             self.statistics.expect(load)
         return output
+
+    def settle(self) -> None:
+        """Add up the counts of a step's passes, after the backward passes."""
+        self.statistics.settle()
+        if self.projector_balance is not None:
+            self.projector_balance.settle()
 
 
 class DistributedMoME(nn.Module):

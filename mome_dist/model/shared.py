@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mome_dist.config.derived import views_of
+from mome_dist.config.derived import check_joined, rates_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import dtype_of
@@ -31,18 +31,25 @@ def build_sequences(config: RunConfig) -> SequenceBuilder:
 
 
 def build_projectors(config: RunConfig, widths: Mapping[str, int]) -> Projectors:
-    """The projectors of a run with their initial values; ``widths`` are the encoders' feature widths by stream."""
-    views = views_of(config)
+    """The projectors of a run with their initial values.
+
+    Args:
+        widths: the encoders' feature widths by stream.
+
+    Raises:
+        UserError: if streams whose widths differ share a router.
+    """
+    check_joined(config, widths)
+    mixture = config.projector.mixture
     projectors = Projectors(
         widths,
-        {
-            "audio": sorted({view.audio_rate for view in views if view.audio_rate is not None}),
-            "video": sorted({view.video_rate for view in views if view.video_rate is not None}),
-        },
+        rates_of(config),
         LLMShape.from_directory(config.llm.path).hidden_size,
         config.projector.hidden_size,
         config.projector.per_rate,
         config.projector.compression,
+        config.projector.layer_norm,
+        None if mixture is None else asdict(mixture),
     )
     projectors.initialize(config.seed, embedding_scale(config.llm.path))
     return projectors.requires_grad_(config.projector.trainable)

@@ -11,12 +11,23 @@ and positions (tokens and dead ones).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mome_dist.token_context import TokenContext
+
+class CountedTokens(Protocol):
+    """Tokens that routes are counted of: `mome_dist.token_context.TokenContext`, or the speech tokens alone."""
+
+    @property
+    def members_VN(self) -> Tensor:
+        """fp32 [V, N], 1 where a token counts for a view, else 0."""
+
+    @property
+    def sizes_V2(self) -> Tensor:
+        """int64 [V, 2], tokens of each view, and positions."""
 
 
 class PassLoad:
@@ -31,7 +42,7 @@ class PassLoad:
     def __init__(self, views: tuple[str, ...], group: dist.ProcessGroup | None, share: float = 1.0) -> None:
         self.views, self.group, self.share = views, group, share
         self._put: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._tokens: TokenContext | None = None
+        self._tokens: CountedTokens | None = None
         self._experts = 0
         self._sum_LVX: Tensor | None = None
         self._work: dist.Work | None = None
@@ -43,7 +54,7 @@ class PassLoad:
         return self._sum_LVX is None
 
     def put(
-        self, place: int, tokens: TokenContext, experts: int, experts_TK: Tensor, kept_TK: Tensor | None = None
+        self, place: int, tokens: CountedTokens, experts: int, experts_TK: Tensor, kept_TK: Tensor | None = None
     ) -> None:
         """Leave what one module did; nothing is computed yet.
 

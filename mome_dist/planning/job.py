@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from mome_dist.config.derived import streams_of, views_of
-from mome_dist.config.schema import DataConfig, RunConfig
+from mome_dist.config.derived import projector_inputs, views_of
+from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
@@ -57,7 +58,7 @@ class Job:
         placement: "mhsa", "ffn", "layer" or "none".
         experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules; no experts, none a token and none
             shared in a run without.
-        projector_parameters: of all streams together.
+        projector_parameters: of all streams together, routers included.
         projector_values: that autograd keeps for a speech token in the projectors.
         projectors_train: whether they have gradients and optimiser state.
         lengths: positions of a sequence in each view.
@@ -250,8 +251,7 @@ def job_of(
         bottleneck=mome.bottleneck,
         capacity_factor=mome.capacity_factor,
         projector_parameters=_projector_parameters(config, shape.hidden_size, widths),
-        # The inputs of the two linear maps and of the norm.
-        projector_values=max(widths.values()) + config.projector.hidden_size + shape.hidden_size,
+        projector_values=_projector_values(config.projector, shape.hidden_size, max(widths.values())),
         projectors_train=config.projector.trainable,
         lengths=tuple(clip.length(view) for view in views),
         labels=clip.text_tokens + 1,
@@ -273,11 +273,23 @@ def typical_batch(data: DataConfig, seconds: float = Clip.seconds) -> int:
 
 
 def _projector_parameters(config: RunConfig, hidden_size: int, widths: Mapping[str, int]) -> int:
-    """Linear, Linear, LayerNorm for each stream, or for each rate of each stream."""
-    wide, total = config.projector.hidden_size, 0
-    for stream in streams_of(config):
-        rates = {getattr(view, f"{stream}_rate") for view in views_of(config)} - {None}
-        for rate in sorted(rates) if config.projector.per_rate else [1]:
-            width = widths[stream] * (rate if config.projector.compression == "stack" else 1)
-            total += (width + 1) * wide + (wide + 1) * hidden_size + 2 * hidden_size
-    return total
+    """Linear, Linear, LayerNorm for each stream, or for each rate of each stream; in a mixture for each expert of each
+    pool, and the routers."""
+    wide, norm, mixture = config.projector.hidden_size, 2 * config.projector.layer_norm, config.projector.mixture
+    inputs = list(chain.from_iterable(projector_inputs(config, widths).values()))
+    projectors = [(width + 1) * wide + (wide + 1 + norm) * hidden_size for width in inputs]
+    if mixture is None:
+        return sum(projectors)
+    # Streams that share a pool or a router are equally wide.
+    pools = projectors[:1] if mixture.form == "jejr" else projectors
+    routers = inputs if mixture.form == "dedr" else inputs[:1]
+    return mixture.experts * (sum(pools) + sum(routers))
+
+
+def _projector_values(projector: ProjectorConfig, hidden_size: int, width: int) -> int:
+    """What autograd keeps for a token of an input width: the inputs of the two linear maps and of the norm; in a
+    mixture those of all experts, and what the norm's weight and the gates are multiplied with."""
+    norm, mixture = int(projector.layer_norm), projector.mixture
+    if mixture is None:
+        return width + projector.hidden_size + norm * hidden_size
+    return width + mixture.experts * (projector.hidden_size + (1 + 2 * norm) * hidden_size)

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
+from mome_dist.speech.balance import SpeechRoutes, balance_losses
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
@@ -97,6 +98,7 @@ class MoMESpeechLM(nn.Module):
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
         self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
+        self._speech_routes: list[SpeechRoutes] = []  # of the projectors' routers in it
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -127,7 +129,8 @@ class MoMESpeechLM(nn.Module):
         """What the labels of a pass are predicted from, fp32 [L, V], view by view: every sequence by itself, padded
         beside the others of its view."""
         embedded_NH = self.llm.get_input_embeddings()(tokens.ids_N)
-        embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features)
+        keep = self._keep_routes if self.training else None
+        embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features, keep)
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
         self._routings = []
@@ -147,15 +150,21 @@ class MoMESpeechLM(nn.Module):
         return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
-        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses; zero
-        without experts."""
+        """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses, and
+        those of the projectors' routers with their own coefficients; zero without experts anywhere."""
         losses = [torch.zeros((), device=next(self.projectors.parameters()).device)]
         for routing in itertools.chain.from_iterable(self._routings):
             assert routing.valid_T is not None
             tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)
             loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
-        return torch.stack(losses).sum() / len(self._routings)
+        loss = torch.stack(losses).sum() / len(self._routings)
+        mixture = self.projectors.mixture
+        return loss if mixture is None else loss + balance_losses(mixture, self._speech_routes)
+
+    def _keep_routes(self, tokens_TH: Tensor, routes: Sequence[SpeechRoutes]) -> Tensor:
+        self._speech_routes = list(routes)
+        return tokens_TH
 
     def _read_once(self, embedded_BSH: Tensor, mask_BS: Tensor, beams: int) -> DynamicCache:
         """Keys and values of left-padded prefixes, read once and then repeated for the beams, without those of the

@@ -113,12 +113,14 @@ class SpeechPlaces:
         rate: frames a token.
         index_T: int64 [T], positions in the pass, clip by clip.
         absent_T: bool [T], tokens of clips that go without this stream in this view; None if there are none.
+        view: which view of the pass it is, from zero.
     """
 
     stream: str
     rate: int
     index_T: Tensor
     absent_T: Tensor | None
+    view: int = 0
 
     def to(self, device: torch.device) -> SpeechPlaces:
         """A copy on a device; the host does not wait for it."""
@@ -177,7 +179,7 @@ def pack(
     index: list[int] = []
     labels: list[int] = []
     speech: list[SpeechPlaces] = []
-    for view, examples in sequences:
+    for number, (view, examples) in enumerate(sequences):
         begin = len(ids)
         for example in examples:
             index += range(len(ids) + example.prefix_length - 1, len(ids) + len(example.ids) - 1)
@@ -188,7 +190,7 @@ def pack(
             if rate is not None:
                 index_T = (ids_T == placeholder).nonzero()[:, 0]
                 absent_T = _absent(view, stream, placeholder, examples, absent)
-                speech.append(SpeechPlaces(stream, rate, begin + index_T, absent_T))
+                speech.append(SpeechPlaces(stream, rate, begin + index_T, absent_T, number))
     ids_N = torch.tensor(ids)
     modality_N = int(Modality.AUDIO) * (ids_N == AUDIO) + int(Modality.VIDEO) * (ids_N == VIDEO)
     lengths = [(str(view), [len(example.ids) - 1 for example in examples]) for view, examples in sequences]

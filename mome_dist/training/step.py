@@ -69,7 +69,7 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
         forward_only=forward_only,
     )
     for chunk in model.parts():
-        chunk.statistics.settle()
+        chunk.settle()
     return _reduce(parts, step.views, context.members_VN.device)
 
 

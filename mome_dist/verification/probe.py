@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mome_dist.config.derived import streams_of, views_of
+from mome_dist.config.derived import streams_joined, streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
@@ -53,7 +53,8 @@ class Probe:
     @property
     def widths(self) -> dict[str, int]:
         """Feature width of each stream in use."""
-        return {stream: WIDTHS[stream] for stream in streams_of(self.config)}
+        joined = streams_joined(self.config)
+        return {stream: WIDTHS["audio" if joined else stream] for stream in streams_of(self.config)}
 
     @property
     def views(self) -> list[View]:
@@ -73,7 +74,7 @@ class Probe:
         """Some utterances in all views; their number of tokens as in `TokenContext.of`."""
         return MicroBatch(
             pack(self._laid_out(numbers), None, multiple, least).to(self.device),
-            {stream: [_features(n, stream).to(self.device) for n in numbers] for stream in self.widths},
+            {stream: [_features(n, stream, w).to(self.device) for n in numbers] for stream, w in self.widths.items()},
         )
 
     def _laid_out(self, numbers: Sequence[int]) -> list[tuple[View, list[Example]]]:
@@ -172,9 +173,9 @@ def _frames(number: int, stream: str) -> int:
     return 2 * video if stream == "audio" else video
 
 
-def _features(number: int, stream: str) -> Tensor:
+def _features(number: int, stream: str, width: int) -> Tensor:
     rng = np.random.default_rng([number, 1 if stream == "audio" else 2])
-    return torch.tensor(rng.normal(size=(_frames(number, stream), WIDTHS[stream])), dtype=torch.float32)
+    return torch.tensor(rng.normal(size=(_frames(number, stream), width)), dtype=torch.float32)
 
 
 def _text(number: int, vocabulary: int) -> Sequence[int]:
