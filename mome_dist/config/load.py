@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -178,8 +178,12 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     else:
         message = " ".join(lines)
     if key:
-        near = difflib.get_close_matches(key, list(_known_keys(RunConfig, "")), n=3, cutoff=0.5)
-        if message.startswith("unknown") and near:
+        known = list(_known_keys(RunConfig, ""))
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        if message.startswith("unknown") and key in known:
+            section, _, last = key.rpartition(".")
+            message = f"{key} cannot be set, because {section} is null here: set '{section}={{{last}: ...}}'"
+        elif message.startswith("unknown") and near:
             message += f"; did you mean {' or '.join(near)}?"
         elif message.startswith("unknown"):
             message += "; see configs/ for all keys."
@@ -187,8 +191,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(schema: Any, prefix: str) -> Iterator[str]:
-    for field in dataclasses.fields(schema):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        yield prefix + field.name
-        if dataclasses.is_dataclass(default):
-            yield from _known_keys(default, f"{prefix}{field.name}.")
+    """Of a class of the schema, and of all sections in it, those too that may be null."""
+    for name, kind in get_type_hints(schema).items():
+        yield prefix + name
+        for section in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(section):
+                yield from _known_keys(section, f"{prefix}{name}.")

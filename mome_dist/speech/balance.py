@@ -129,7 +129,7 @@ class ProjectorBalance:
     def take_shares(self) -> dict[str, float]:
         """The share of each expert in the routes of its router since the last call, over the global batch, by the
         router's name and the expert's number; a router that no view read has none."""
-        shares = {}
+        shares: dict[str, float] = {}
         for router, statistics in self._statistics.items():
             by_view = statistics.take()
             if by_view:

@@ -71,7 +71,7 @@ def perceptron(
         hidden_size: H, of the LLM.
     """
     linear = nn.Linear if experts is None else functools.partial(ExpertLinears, experts)
-    layers = [linear(input_size, projector_size), nn.ReLU(), linear(projector_size, hidden_size)]
+    layers: list[nn.Module] = [linear(input_size, projector_size), nn.ReLU(), linear(projector_size, hidden_size)]
     if layer_norm:
         layers.append(nn.LayerNorm(hidden_size) if experts is None else ExpertNorms(experts, hidden_size))
     return nn.Sequential(*layers)

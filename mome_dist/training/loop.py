@@ -23,6 +23,7 @@ from mome_dist.exit_codes import FAILED_AT
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.progress import progress
 from mome_dist.speech.views import views_of_step
@@ -146,6 +147,7 @@ def _run(
                 tokens = step.tokens * layout.dp
                 pace.append(tokens / seconds)
                 names = {"utterances": trainer.batches["train"].ids(batch)} if settings.log_utterances else {}
+                shares = _projector_shares(trainer.model) if done % ROUTING_EVERY == 0 else {}
                 metrics.step(
                     {
                         "step": done,
@@ -156,6 +158,7 @@ def _run(
                         "seconds": seconds,
                         "data_wait_seconds": found.data_wait,
                         "views": {str(view): loss for view, loss in result.by_view.items()},
+                        **shares,
                         **names,
                     }
                 )
@@ -190,6 +193,13 @@ def _run(
                 )
     trainer.saver.finish()
     return losses
+
+
+def _projector_shares(model: DistributedMoME) -> dict[str, dict[str, float]]:
+    """What the experts of the projectors had of their routers' routes since the last call, for a line of metrics; on
+    ranks that have the projectors, as rank 0 has."""
+    balance = model.parts()[0].projector_balance
+    return {} if balance is None else {"projector_experts": balance.take_shares()}
 
 
 def _validate(config: RunConfig, trainer: Trainer, step: int) -> dict[str, float]:

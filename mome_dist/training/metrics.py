@@ -5,6 +5,9 @@ A line of ``routing.jsonl`` has the counts since the line before: ``tokens``, ``
 rates since the last checkpoint: it is the larger part, and a resume continues from checkpoints only, so that the lines
 of a run add up to all its steps however often it was interrupted.
 
+With a mixture of projectors, every tenth line of a step has ``projector_experts``, the share of each expert in the
+routes of its router since the one before.
+
 Only rank 0 writes; every number it is given is already reduced over all ranks.
 """
 

@@ -102,8 +102,14 @@ def test_groups_of_experts_are_split_as_deepspeed_splits_them() -> None:
     assert default == (LARGEST_EXPERT_GROUP,)
 
 
-def test_projectors_are_in_the_order_of_the_module() -> None:
-    projectors = Projectors({"audio": 4, "video": 3}, {"audio": [2, 4, 16], "video": [1, 10]}, 8, 5, True, "stack")
+@pytest.mark.parametrize("form", [None, "jejr", "dejr", "dedr"])
+def test_projectors_are_in_the_order_of_the_module(form: str | None) -> None:
+    rates = {"audio": [2, 4, 16], "video": [1, 10]}
+    if form is None:
+        projectors = Projectors({"audio": 4, "video": 3}, rates, 8, 5, True, "stack")
+    else:
+        mixture = {"form": form, "experts": 3, "top_k": 2, "balance_loss": 0.0, "z_loss": 0.0}
+        projectors = Projectors({"audio": 4, "video": 4}, rates, 8, 5, False, "pool", mixture=mixture)
     named = {f"projectors.{name}": tuple(p.shape) for name, p in projectors.named_parameters()}
     model = ModelTensors({"mome.0.router_weight": (2, 8), **dict(sorted(named.items()))})
     assert [parameter.local for parameter in model.whole_modules()] == list(named)
