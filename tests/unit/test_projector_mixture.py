@@ -19,11 +19,12 @@ from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
-from mome_dist.speech.balance import ProjectorBalance, SpeechRoutes, balance_losses
+from mome_dist.speech.balance import Balance, ProjectorBalance, SpeechRoutes, balance_losses
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, Absent, Example, PackedTokens, pack
 from mome_dist.speech.views import View
+from tests.gpu.counting import waits
 
 FORMS = ("jejr", "dejr", "dedr")
 MIXTURE: dict[str, Any] = {"experts": 4, "top_k": 2, "balance_loss": 0.3, "z_loss": 0.07}
@@ -313,6 +314,23 @@ def test_a_balanced_pass_changes_no_token() -> None:
         for each in (None, balance.of_pass(tokens.context.view_names, 1.0))
     ]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mixture_makes_the_host_wait_no_more_than_one_projector(form: str) -> None:
+    tokens, counts = _tokens(_left_out), []
+    for projectors in (_projectors(form), _projectors(None)):
+        balance = None
+        if projectors.mixture is not None:
+            of_ranks = ProjectorBalance(projectors.mixture, None)  # type: ignore[arg-type]
+            balance = of_ranks.of_pass(tokens.context.view_names, 1.0)
+
+        def run(projectors: Projectors = projectors, balance: Balance | None = balance) -> None:
+            zeros_NH = torch.zeros(tokens.context.tokens, HIDDEN)
+            projectors.insert(zeros_NH, tokens.speech, _features(), balance).sum().backward()
+
+        counts.append(waits(torch.device("cpu"), run))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
