@@ -20,10 +20,10 @@ from mome_dist.config.derived import lora_of, views_of
 from mome_dist.engine.optimizer import learning_rate
 from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
+from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.model import DistributedMoME
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.progress import progress
 from mome_dist.speech.views import views_of_step

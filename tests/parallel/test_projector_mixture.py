@@ -11,16 +11,17 @@ import torch
 
 from mome_dist import report as report_command
 from mome_dist import transcribe
-from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
-from mome_dist.checkpoint.load import load_run
-from mome_dist.checkpoint.reshard import export, reshard
-from mome_dist.config import load_config, validate
+from mome_dist.checkpoint.reshard import reshard
+from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
 from mome_dist.errors import UserError
+from mome_dist.export.adapter import export_adapter, export_checkpoint, load_adapter
+from mome_dist.inference.load import load_run
 from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.layout import Layout
+from mome_dist.preflight import validate
 from mome_dist.speech import balance
 from mome_dist.training import loop
 from mome_dist.verification.cases import standard_cases
@@ -95,7 +96,7 @@ def _from_there_on(run: Path, folder: Path, sound: Path, cache: Path) -> str:
     """Export a run in two ways, report on it, and write down a file with the export."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
     export_adapter(run, folder / "export")
-    export(folder / "native", folder / "export of native")
+    export_checkpoint(folder / "native", folder / "export of native")
     here, there = load_run(str(run)), load_adapter(folder / "export")
     assert here.config.projector == there.config.projector
     for (name, mine), theirs in zip(here.model.named_parameters(), there.model.parameters(), strict=True):
