@@ -96,6 +96,7 @@ def _summary(files: RunFiles) -> str:
         *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
         *_experts(files),
         ("projectors", _projectors(files)),
+        *_projector_experts(files),
         ("tasks and rates", "; ".join(_rates(config))),
         ("views per step", "all" if task.views_per_step is None else str(task.views_per_step)),
         (
@@ -166,6 +167,15 @@ def _projectors(files: RunFiles) -> str:
     text = f"hidden {projector.hidden_size}, {projector.compression}, {sharing}{norm}{mixture}"
     counted = (files.results or {}).get("trainable_parameters", {}).get("projectors")
     return text if counted is None else f"{counted:,} trained; {text}"
+
+
+def _projector_experts(files: RunFiles) -> list[tuple[str, str]]:
+    """The share of each expert of a mixture in the latest routes of its router."""
+    found = [record["projector_experts"] for record in files.log.steps if "projector_experts" in record]
+    by_router: dict[str, list[str]] = {}
+    for name, share in (found[-1] if found else {}).items():
+        by_router.setdefault(name.partition(".")[0].replace("_", " and "), []).append(f"{share:.0%}")
+    return [(f"load of the projectors of {router}", ", ".join(shares)) for router, shares in by_router.items()]
 
 
 def _progress(files: RunFiles) -> list[tuple[str, str]]:

@@ -133,4 +133,6 @@ def test_a_run_goes_on_elsewhere_and_is_exported(
     assert f"- Projectors: {told}." in card and "do not end in a layer norm" in card
     one, other = (tmp_path / name / "adapter.safetensors" for name in ("export", "export of native"))
     assert one.read_bytes() == other.read_bytes()
-    assert f"without layer norm, {told}" in (run / "report/report.md").read_text()
+    page = (run / "report/report.md").read_text()
+    loads = ", ".join(f"{shares[-1][f'audio.{number}']:.0%}" for number in range(4))
+    assert f"without layer norm, {told}" in page and f"| load of the projectors of audio | {loads} |" in page
