@@ -27,6 +27,7 @@ REQUIREMENTS = [
     "megatron-core>=0.16.1,<0.17",  # 0.17 and later need Python 3.12
     "deepspeed>=0.19.8,<0.20",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
     "transformers>=5.17,<5.24",
+    "huggingface_hub>=1.33,<2.5",  # models named as hf://OWNER/NAME; transformers brings it
     "accelerate>=1.15,<2",  # transformers needs it to read GGUF
     "gguf>=0.19,<0.20",
     "tokenizers>=0.23.2,<0.24",

@@ -73,8 +73,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return options, [word for word in unknown if word not in keys] + after
 
 
-def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: int = 0) -> None:
-    """Find mistakes before any process starts.
+def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: int = 0) -> list[str]:
+    """Find mistakes before any process starts; return the arguments for the processes.
 
     Raises:
         UserError: no such module, a senseless number of processes, or a configuration that the module would refuse.
@@ -85,8 +85,9 @@ def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: i
         raise UserError(f"--restarts is {restarts}: must be at least 0")
     require_module(module)
     # Modules with options of their own (--corpus DIR) parse them themselves; the others take Hydra overrides.
-    if not any(argument.startswith("-") for argument in arguments):
-        validate_overrides(module, list(arguments), world_size=nproc)
+    if any(argument.startswith("-") for argument in arguments):
+        return list(arguments)
+    return validate_overrides(module, list(arguments), world_size=nproc)
 
 
 def launch(
@@ -151,7 +152,7 @@ def _explain(outcome: Outcome, timeout: float | None, logs_root: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    check_request(options.module, options.nproc, rest, options.restarts)
+    rest = check_request(options.module, options.nproc, rest, options.restarts)
     if options.dry_run:
         print(shlex.join([sys.executable, "-m", options.module, *rest]))
         return 0

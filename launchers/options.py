@@ -189,14 +189,14 @@ def require_module(module: str) -> None:
         raise UserError(f"--module {module}: there is no such Python module")
 
 
-def check_run(request: Request, options: ClusterOptions, arguments: Sequence[str]) -> None:
-    """Refuse here, before the queue, what the ranks would refuse.
+def check_run(request: Request, options: ClusterOptions, arguments: Sequence[str]) -> list[str]:
+    """Refuse here, before the queue, what the ranks would refuse; return the arguments for the ranks.
 
     Raises:
         UserError: naming the key and the fix.
     """
     try:
-        validate_overrides(request.module, list(arguments), options.world_size)
+        return validate_overrides(request.module, list(arguments), options.world_size)
     except UserError as error:
         size = f"launcher.nodes={options.nodes} x launcher.tasks_per_node={options.tasks_per_node}"
         raise UserError(f"{error} ({size} are {options.world_size} processes.)") from error

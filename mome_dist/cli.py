@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import ParamSpec
 
@@ -90,9 +89,9 @@ def add_frozen_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--llm``, ``--audio-encoder`` and ``--video-encoder`` to a command that loads a trained model."""
     for section in _FROZEN:
         option, what = f"--{section.replace('_', '-')}", section.replace("_", " ").replace("llm", "LLM")
-        parser.add_argument(option, type=Path, metavar="DIR", help=f"the frozen {what}, if it is elsewhere now")
+        parser.add_argument(option, metavar="DIR", help=f"the frozen {what}, if it is elsewhere now")
 
 
-def frozen_of(options: argparse.Namespace) -> dict[str, Path]:
+def frozen_of(options: argparse.Namespace) -> dict[str, str]:
     """The directories that those options name, by section of the configuration."""
     return {section: place for section in _FROZEN if (place := getattr(options, section)) is not None}

@@ -13,6 +13,7 @@ from pathlib import Path
 from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import check_joined, layout_of, least_parts, lora_of, streams_joined, streams_of
 from mome_dist.config.load import load_config
+from mome_dist.config.models import settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.data.corpus import Corpus, Utterance
@@ -28,14 +29,23 @@ from mome_dist.speech.geometry import geometry_of
 from mome_dist.text_files import read_json
 
 
-def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> None:
+def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> list[str]:
     """What a launcher calls before it starts ``world_size`` processes of ``module``.
+
+    Returns:
+        What to give to the processes: the overrides, with the commits of models of the hub, which are now in the cache.
 
     Raises:
         UserError: for anything that the processes would refuse.
     """
-    if module == "mome_dist.train":
-        validate(load_config(overrides), world_size)
+    if module == "mome_dist.evaluate":
+        return settle_evaluation(overrides)
+    if module != "mome_dist.train":
+        return list(overrides)
+    config = load_config(overrides)
+    pinned = settle_models(config)
+    validate(config, world_size)
+    return [*overrides, *pinned]
 
 
 def validate(config: RunConfig, world_size: int) -> Layout:
@@ -164,7 +174,7 @@ def check_encoders(config: RunConfig) -> None:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): {commands[stream]}, or give "
-                "another directory."
+                "another directory, or hf://OWNER/NAME for one on the hub."
             )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
+from mome_dist.config.models import settle_models
 from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
 from mome_dist.preflight import validate
@@ -30,6 +31,7 @@ def main(overrides: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     config = load_config(arguments)
+    settle_models(config)
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     quiet_libraries()

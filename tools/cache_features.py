@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
-from mome_dist.config.derived import refuse_lora
+from mome_dist.config.derived import encoder_sections, refuse_lora
+from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.preflight import check_encoders
 from mome_dist.quiet import quiet_libraries
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     config = load_config(options.overrides)
     check_values(config)
+    settle_models(config, encoder_sections(config))
     check_encoders(config)
     refuse_lora(config, "the features of an encoder that trains change with every step")
     if options.output is not None:

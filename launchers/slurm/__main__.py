@@ -10,6 +10,7 @@ the checkout.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     request = parse_arguments("slurm", "Submit a run to Slurm.", SlurmOptions, given, sweeps=False)
     options = load_options("slurm", SlurmOptions, request)
-    check_run(request, options, request.arguments)
+    request = dataclasses.replace(request, arguments=check_run(request, options, request.arguments))
     command, variables = sbatch_command(request, options), job_environment(options)
     if request.dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = load_steps(own)
     job = Job.from_environment(os.environ)
     try:
-        validate_overrides(module, rest, job.world_size)
+        rest = validate_overrides(module, rest, job.world_size)
     except UserError as error:
         raise UserError(
             f"{error} (The allocation has {len(job.nodes)} nodes x {job.tasks_per_node} ranks: --nodes and "

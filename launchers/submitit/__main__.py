@@ -8,6 +8,7 @@ A job is submitted and left alone; it requeues itself and continues. A sweep wai
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -55,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         combined = sweep.combinations(request.arguments)
         if options.cpus_per_task is None:
             options.cpus_per_task = max(cores_of_rank(request.module, overrides) for overrides in combined)
-        for overrides in combined:
-            check_run(request, options, overrides)
+        checked = [check_run(request, options, overrides) for overrides in combined]
         folder = sweep.new_folder()
-        command = sweep.hydra_arguments(options, request.arguments, folder)
+        shared = sweep.pinned(request.arguments, combined, checked)
+        command = sweep.hydra_arguments(options, shared, folder)
         if request.dry_run:
             print(shlex.join(["python", "-m", "launchers.submitit.sweep", *command]))
             for overrides in combined:
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep.run_sweep(command)
         print(sweep.table(folder, combined))
         return 0
-    check_run(request, options, request.arguments)
+    request = dataclasses.replace(request, arguments=check_run(request, options, request.arguments))
     name = load_config(request.arguments).name if request.module == DEFAULT_MODULE else "mome"
     if request.dry_run:
         for key, value in [*parameters(options, name).items(), *options.variables.items()]:

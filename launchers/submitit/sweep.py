@@ -49,6 +49,25 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
+def pinned(overrides: Sequence[str], combined: Sequence[Sequence[str]], checked: Sequence[Sequence[str]]) -> list[str]:
+    """The overrides of a sweep with what its checks have added: the commits of models of the hub.
+
+    Args:
+        combined: `combinations` of the overrides.
+        checked: each of them, as its ranks are to be given it.
+
+    Raises:
+        UserError: models differ between the combinations, and are named without their commits.
+    """
+    added = [list(after[len(before) :]) for before, after in zip(combined, checked, strict=True)]
+    if all(more == added[0] for more in added):
+        return [*overrides, *added[0]]
+    for before, more in zip(combined, added, strict=True):
+        if unnamed := [word for word in more if word not in before]:
+            raise UserError(f"a sweep over models of the hub has to name their commits: write {' '.join(unnamed)}.")
+    return list(overrides)
+
+
 def hydra_arguments(options: SubmititOptions, overrides: Sequence[str], folder: Path) -> list[str]:
     """Arguments of Hydra's command line for a sweep into ``folder``/0, 1, ..."""
     given = {

@@ -31,6 +31,7 @@ from torch import Tensor
 from mome_dist.checkpoint.hashes import content_hash, digest, joined, row_digests
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, sha256_of
+from mome_dist.hub import model_at, weight_files
 from mome_dist.sharing import Sharing, from_json, of_format_2
 
 FORMAT = "mome_dist.checkpoint/2"
@@ -50,10 +51,17 @@ class Part:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """Identity of a frozen model's directory: a hash over the names and hashes of its config and weight files."""
-    files = sorted(
-        path for path in Path(directory).iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
-    )
+    """Identity of a frozen model's directory: a hash over the names and hashes of its config and weight files.
+
+    In the cache of the hub others may put further files into the same directory: only those that are read count there.
+    """
+    directory = Path(directory)
+    if model_at(directory) is not None:
+        files = sorted(directory / name for name in ("config.json", *weight_files(directory)))
+    else:
+        files = sorted(
+            path for path in directory.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
+        )
     return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from mome_dist.engine.deepspeed_names import ModelTensors
 from mome_dist.engine.optimizer import moment_names
 from mome_dist.errors import UserError
 from mome_dist.files import fsync, published_directory
+from mome_dist.hub import directory_of
 from mome_dist.llm.division import check_division
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
@@ -189,9 +190,10 @@ def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[s
     layout.check_division(model.layers, model.routed_experts)
     for name, sharing in model.sharing.items():
         sharing.local_shape(model.shapes[name], layout.tp)
-    if not Path(run.llm.path).is_dir():
+    llm = directory_of(run.llm.path)
+    if not llm.is_dir():
         return [f"llm.path={run.llm.path} is not here: tp={layout.tp} was not checked against it"]
-    check_division(LLMShape.from_directory(run.llm.path), layout, model.routed_experts, run.llm.pad_heads)
+    check_division(LLMShape.from_directory(llm), layout, model.routed_experts, run.llm.pad_heads)
     return []
 
 

@@ -92,6 +92,16 @@ def check_joined(config: RunConfig, widths: Mapping[str, int]) -> None:
         )
 
 
+def frozen_sections(config: RunConfig) -> list[str]:
+    """The sections of the frozen models that a run uses."""
+    return ["llm", *encoder_sections(config)]
+
+
+def encoder_sections(config: RunConfig) -> list[str]:
+    """The sections of the encoders that a run uses."""
+    return [f"{stream}_encoder" for stream in streams_of(config)]
+
+
 def least_parts(config: RunConfig, layout: Layout) -> int:
     """The fewest microbatches that a step has: as configured, or, where they follow from their tokens, one; only the
     interleaved schedule wants one for each pipeline stage.

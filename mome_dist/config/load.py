@@ -18,6 +18,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
+from mome_dist.hub import portable
 from mome_dist.paths import cache_root, configs_dir
 from mome_dist.system_errors import note_places
 
@@ -121,8 +122,10 @@ def config_of(values: Any, origin: Path) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration, whole or not at all."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved configuration, whole or not at all; models of the hub are named by their commit."""
+    sections = {name: getattr(config, name) for name in ("llm", "audio_encoder", "video_encoder")}
+    named = {name: dataclasses.replace(model, path=portable(model.path)) for name, model in sections.items()}
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, **named))))
 
 
 def resolve_deepspeed_file(config: RunConfig) -> Path:

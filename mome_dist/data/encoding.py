@@ -15,6 +15,7 @@ from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.features import FeatureStore, build_features, encoder_fingerprint, feature_directory
+from mome_dist.hub import name_of
 from mome_dist.llm.precision import dtype_of
 from mome_dist.paths import cache_root
 from mome_dist.speech.clip_encoder import ClipEncoder
@@ -70,8 +71,8 @@ def split_features(
         with torch.no_grad():
             return encoder([torch.from_numpy(read(utterance)).to(device) for utterance in utterances])
 
-    path = Path(getattr(config, f"{stream}_encoder").path)
-    name = f"{path.name}-{encoder_fingerprint(encoder, encoder.settings)}"
+    path = getattr(config, f"{stream}_encoder").path
+    name = f"{name_of(path)}-{encoder_fingerprint(encoder, encoder.settings)}"
     root = Path(config.data.features_dir or cache_root() / "features")
     directory = feature_directory(root, manifest_sha256(corpus.directory), name, split)
     return build_features(

@@ -13,6 +13,7 @@ from launchers.ranks import Outcome, RankGroup
 from mome_dist import train
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import layout_of
+from mome_dist.config.models import settle_models
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.drills.injection import FAULT, READY, Injection, install
@@ -81,7 +82,7 @@ class Bench:
         layout_of(config, processes)
         if config.mome.experts:
             fixed.append("mome.capacity_factor=null")
-        return cls([*chosen, *fixed], processes, folder)
+        return cls([*chosen, *fixed, *settle_models(config)], processes, folder)
 
     def config(self, *more: str) -> RunConfig:
         """The configuration of a run."""

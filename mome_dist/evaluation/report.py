@@ -33,6 +33,7 @@ from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_
 from mome_dist.evaluation.style import save_figure
 from mome_dist.evaluation.tables import clean_views, markdown_report
 from mome_dist.files import write_text
+from mome_dist.hub import directory_of, name_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy
 
@@ -91,7 +92,7 @@ def _summary(files: RunFiles) -> str:
     config, task = files.config, files.config.task
     layout = config.parallel
     rows = [
-        ("frozen LLM", f"{Path(config.llm.path).name}, {config.llm.precision}"),
+        ("frozen LLM", f"{name_of(config.llm.path)}, {config.llm.precision}"),
         ("frozen encoders", ", ".join(_encoders(config)) or "-"),
         *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
         *_experts(files),
@@ -126,9 +127,9 @@ def _experts(files: RunFiles) -> list[tuple[str, str]]:
 def _encoders(config: RunConfig) -> list[str]:
     tasks, names = set(config.task.tasks), []
     if tasks & {"asr", "avsr"}:
-        names.append(f"{Path(config.audio_encoder.path).name} (audio, padded to {config.audio_encoder.padding})")
+        names.append(f"{name_of(config.audio_encoder.path)} (audio, padded to {config.audio_encoder.padding})")
     if tasks & {"vsr", "avsr"}:
-        names.append(f"{Path(config.video_encoder.path).name} (video)")
+        names.append(f"{name_of(config.video_encoder.path)} (video)")
     return names
 
 
@@ -152,7 +153,7 @@ def _router(config: RunConfig) -> str:
 def _parameters(files: RunFiles) -> str:
     """Counts in closed form, from the LLM's config.json."""
     try:
-        shape = LLMShape.from_directory(files.config.llm.path)
+        shape = LLMShape.from_directory(directory_of(files.config.llm.path))
     except UserError:
         return f"unknown: the LLM is not at {files.config.llm.path}"
     count = mome_parameters(files.config.mome, shape.hidden_size, shape.layers)

@@ -20,6 +20,7 @@ from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.export.model_card import model_card
 from mome_dist.files import aside, published_directory
+from mome_dist.hub import model_at, name_of
 from mome_dist.inference.load import LoadedRun, assemble, token_identity
 from mome_dist.parallel.layout import Layout
 from mome_dist.paths import cache_root
@@ -115,7 +116,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
         },
         "parameters": {"trained": trained, **model.part_sizes(), "mome_active_per_token": active},
         "frozen": {
-            section: {"name": Path(getattr(run.config, section).path).name, "fingerprint": fingerprint}
+            section: {"name": name_of(getattr(run.config, section).path), "fingerprint": fingerprint}
             for section, fingerprint in saved.frozen.items()
         },
         "tokens": token_identity(run.config, run.sequences),
@@ -134,7 +135,10 @@ def _portable_config(run: LoadedRun) -> dict[str, Any]:
 
 
 def _portable(path: Path) -> str:
-    """A path as the YAML files write it: inside the cache relative to it, so that it holds on other machines."""
+    """A path as the YAML files write it: inside the cache relative to it, so that it holds on other machines, and a
+    model of the hub by its name there."""
+    if (model := model_at(path)) is not None:
+        return str(model)
     path = path.absolute()
     if path.is_relative_to(cache_root()):
         inside = path.relative_to(cache_root()).as_posix()

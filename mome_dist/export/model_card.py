@@ -11,6 +11,7 @@ from mome_dist.assets import ASSETS
 from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import ProjectorConfig
 from mome_dist.evaluation.tables import markdown_report
+from mome_dist.hub import model_at
 from mome_dist.inference.load import LoadedRun
 from mome_dist.speech.views import View
 
@@ -147,6 +148,9 @@ def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:
 
 
 def _licence_note(directory: Path) -> str:
+    model = model_at(directory)
+    if model is not None:
+        return f"see https://huggingface.co/{model.repository}, of which this is commit {model.revision}"
     asset = ASSETS.get(directory.name)
     if asset is not None:
         return f"{asset.source.licence}, from the package {asset.source.package} {asset.source.version}"

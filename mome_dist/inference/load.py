@@ -16,10 +16,12 @@ from mome_dist.checkpoint.saved import Saved
 from mome_dist.checkpoint.select import read_saved
 from mome_dist.config import RunConfig
 from mome_dist.config.derived import streams_of, views_of
+from mome_dist.config.models import is_rank
 from mome_dist.config.values import check_values
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
 from mome_dist.files import sha256_of
+from mome_dist.hub import HubModel, fetch
 from mome_dist.llm.hugging_face import DeviceMap
 from mome_dist.llm.precision import dtype_of
 from mome_dist.model.shared import build_reference, build_sequences
@@ -88,7 +90,8 @@ def load_run(
         device: CPU if not given.
         weights: False gives the untrained model that the run started from.
         frozen: directories of frozen models ("llm", "audio_encoder", "video_encoder") that are not where the run had
-            them; without one, the place that the run recorded, then the cache of assets.
+            them, or models of the hub (`mome_dist.hub`); without one, the place that the run recorded, then the cache
+            of assets. A model of the hub is fetched if need be, unless this process is a rank.
         select: which checkpoint of a run: "latest", "best" (lowest validation loss), or "average:N" (mean of the N
             newest); see `mome_dist.checkpoint.select`.
         device_map: where the LLM goes (`mome_dist.llm.hugging_face.load_hugging_face`); None: as the run's
@@ -144,8 +147,11 @@ def token_identity(config: RunConfig, sequences: SequenceBuilder) -> dict[str, A
 
 def _find_frozen(saved: Saved, section: str, given: str | Path | None) -> Path:
     """The directory of a frozen model that has the right fingerprint."""
-    recorded = Path(getattr(saved.config, section).path)
-    places = [recorded, assets_root() / recorded.name] if given is None else [Path(given)]
+    named = getattr(saved.config, section).path if given is None else given
+    if (model := HubModel.parse(f"{section}.path", named)) is not None:
+        named = fetch(f"{section}.path", model, is_rank())
+    recorded = Path(named)
+    places = [recorded, assets_root() / recorded.name] if given is None and model is None else [recorded]
     others = []
     for place in dict.fromkeys(places):
         if place.is_dir():
@@ -155,8 +161,8 @@ def _find_frozen(saved: Saved, section: str, given: str | Path | None) -> Path:
     fix = f"name its directory with --{section.replace('_', '-')} DIR (mome_dist.evaluate: {section}=DIR)"
     if others:
         raise UserError(f"{section}: {others[0]} is not the model that {saved.directory} was trained with; {fix}.")
-    fetch = ", or fetch it with `python tools/fetch_assets.py`" if recorded.name in ASSETS else ""
-    raise UserError(f"{section}: {places[0]} does not exist; {fix}{fetch}.")
+    asset = ", or fetch it with `python tools/fetch_assets.py`" if recorded.name in ASSETS else ""
+    raise UserError(f"{section}: {places[0]} does not exist; {fix}{asset}.")
 
 
 def _check_tokens(saved: Saved, found: Mapping[str, Any]) -> None:

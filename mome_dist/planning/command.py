@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
-from mome_dist.config.derived import streams_of
+from mome_dist.config.derived import encoder_sections, streams_of
 from mome_dist.config.load import load_config
+from mome_dist.config.models import settle_models
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
@@ -38,6 +39,8 @@ def plan_command(options: argparse.Namespace, console: Console | None = None) ->
     """
     config = load_config(options.overrides)
     check_values(config)
+    own_llm = [] if options.llm else ["llm"]
+    settle_models(config, [*own_llm, *encoder_sections(config)], weights=False)
     deepspeed_of(config)  # a plan brings its own settings, but a wrong file should not wait for the run
     cluster = cluster_of(options)
     job = job_of_options(options, config, cluster)

@@ -15,6 +15,7 @@ from typing import Any
 
 from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
+from mome_dist.hub import name_of
 
 VIDEO_FRAMES, AUDIO_FRAMES = 25, 50  # a second, of features
 WHISPER_SECONDS = 30  # that it was trained on, and pads to
@@ -183,9 +184,9 @@ def encoder_shape(config: RunConfig, stream: str) -> EncoderShape:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         if stream == "audio":
-            return whisper(path.name, document, padded)
+            return whisper(name_of(path), document, padded)
         make = avhubert if document["format"].startswith("mome_dist.avhubert/") else visemes
-        return make(path.name, document["encoder"])
+        return make(name_of(path), document["encoder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = _by_name(path.name.lower(), stream, padded)
         if known is None:

@@ -42,7 +42,7 @@ class TextCodec:
 
         table = TokenTable.read(directory)
         self.tags, self.bos, self.eos = table.check_tags(tags), table.bos, table.eos
-        self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         check_rows(Path(directory), self._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:

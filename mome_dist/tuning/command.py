@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
-from mome_dist.config.derived import layout_of, refuse_lora
+from mome_dist.config.derived import encoder_sections, layout_of, refuse_lora
 from mome_dist.config.load import load_config
+from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.evaluation.style import save_figure
@@ -42,12 +43,14 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
         from mome_dist.verification.probe import write_random_llama
 
         check_values(config)
+        settle_models(config, encoder_sections(config), weights=False)
         refuse_lora(config, "--shrink runs steps on random features, which no encoder made")
         deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp)
         llm = write_random_llama(scratch / "llm")
         runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)
         options.llm = str(llm)
     else:
+        base = (*base, *settle_models(config))
         deepspeed = deepspeed_of(config, validate(config, options.nproc).dp)
         runner = LaunchedRunner(base, options.nproc, options.steps, options.timeout)
     cluster = cluster_of(options) if options.gpu or options.measured else None

@@ -14,6 +14,7 @@ from rich.table import Table
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
 from mome_dist.config.derived import layout_of, refuse_lora
+from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.division import check_division
@@ -45,6 +46,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     console.print(deepspeed.describe(), highlight=False, soft_wrap=True)
     if options.shrink:
         config = shrunk(config, scratch / "llm")
+    settle_models(config, ["llm"])
     cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard_cases(config.mome.experts > 0)
     cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]

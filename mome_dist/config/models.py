@@ -1,0 +1,123 @@
+"""The frozen models of a run that the Hugging Face hub has (`mome_dist.hub`): fetched once, pinned to their commit.
+
+It happens where a command is typed, before any process or job is started: what is started is given the commits, and
+finds the files in the cache. A rank never fetches. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mome_dist.config.derived import frozen_sections
+from mome_dist.config.load import config_of, load_saved_config
+from mome_dist.config.schema import RunConfig
+from mome_dist.config.values import check_values
+from mome_dist.errors import UserError
+from mome_dist.hub import HubModel, fetch, portable
+
+
+def is_rank() -> bool:
+    """Whether this process is one of a world, which a launcher has started."""
+    return "RANK" in os.environ
+
+
+def settle_models(config: RunConfig, sections: Sequence[str] | None = None, weights: bool = True) -> list[str]:
+    """Put the directories of the hub's models that a run uses into its configuration.
+
+    A run that is resumed keeps the commits that it began with, also when a branch has moved.
+
+    Args:
+        config: changed in place.
+        sections: of the configuration; None for all that the run uses.
+        weights: whether they are needed; a plan reads the settings only.
+
+    Returns:
+        Overrides for the processes of the run, with the commits of models that were named without.
+
+    Raises:
+        UserError: for a model that cannot be had, or is not the one that the run began with.
+    """
+    given = {section: getattr(config, section) for section in ("llm", "audio_encoder", "video_encoder")}
+    named = {section: HubModel.parse(f"{section}.path", values.path) for section, values in given.items()}
+    if not any(named.values()):
+        return []
+    check_values(config)  # a wrong one is told before gigabytes are fetched
+    overrides = []
+    for section in frozen_sections(config) if sections is None else sections:
+        model, key = named[section], f"{section}.path"
+        if model is None:
+            continue
+        directory = fetch(key, _continued(section, model, config), is_rank(), weights)
+        given[section].path, pinned = str(directory), portable(str(directory))
+        if pinned != str(model):
+            overrides.append(f"{key}={pinned}")
+            if not is_rank():
+                print(f"{key}: {model} is {pinned}", file=sys.stderr, flush=True)
+    return overrides
+
+
+def settle_evaluation(arguments: Sequence[str]) -> list[str]:
+    """Fetch the hub's models that ``mome_dist.evaluate`` will need; return its arguments, with commits.
+
+    Raises:
+        UserError: for a model that cannot be had.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    config = _evaluated(Path(given.get("checkpoint", "")))
+    settled = list(arguments)
+    for section in [] if config is None else frozen_sections(config):
+        model = HubModel.parse(section, given.get(section) or getattr(config, section).path)
+        if model is not None:
+            pinned = portable(str(fetch(f"{section}.path", model, is_rank())))
+            settled += [f"{section}={pinned}"] if section in given else []
+    return settled
+
+
+def _continued(section: str, model: HubModel, config: RunConfig) -> HubModel:
+    """The model at the commit that the run began with, if it is resumed.
+
+    Raises:
+        UserError: the run began with another commit than the one that is asked for.
+    """
+    file = _newest_config(Path(config.output_dir))
+    if not config.training.resume or file is None or model.commit is not None:
+        return model
+    key = f"{section}.path"
+    begun = HubModel.parse(key, getattr(load_saved_config(file), section).path)
+    if begun is None or begun.repository != model.repository:
+        return model  # whether it has the same weights is found out by their hashes
+    # A branch that has moved meant this commit when it was last asked for.
+    if model.revision is None or model.last_seen() == begun.commit:
+        return begun
+    commit = fetch(key, model, is_rank(), weights=False).name
+    if commit != begun.commit:
+        raise UserError(
+            f"{key}={model} is commit {commit} now, but {config.output_dir} was trained with {begun}: give that, or "
+            f"hf://{model.repository} for whatever the run began with, or start anew with training.resume=false."
+        )
+    return begun
+
+
+def _newest_config(run: Path) -> Path | None:
+    """The configuration in the newest checkpoint of a run (`mome_dist.checkpoint.format`, which needs torch)."""
+    latest = run / "checkpoints" / "latest"
+    file = latest.parent / latest.read_text(encoding="utf-8").strip() / "config.yaml" if latest.is_file() else None
+    return file if file is not None and file.is_file() else None
+
+
+def _evaluated(place: Path) -> RunConfig | None:
+    """The configuration of what is evaluated: a checkpoint, a run or an export; None where there is nothing."""
+    file = place / "config.yaml" if (place / "index.json").is_file() else _newest_config(place)
+    if file is not None and file.is_file():
+        return load_saved_config(file)
+    export = place / "config.json"
+    if not export.is_file():
+        return None
+    try:
+        return config_of(json.loads(export.read_text(encoding="utf-8"))["config"], export)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{export} is no config.json of an export ({error!r}); copy or export it again.") from error
