@@ -67,7 +67,7 @@ def settle_evaluation(arguments: Sequence[str]) -> list[str]:
         UserError: for a model that cannot be had.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    config = _evaluated(Path(given.get("checkpoint", "")))
+    config = _evaluated(Path(given["checkpoint"])) if given.get("checkpoint") else None
     settled = list(arguments)
     for section in [] if config is None else frozen_sections(config):
         model = HubModel.parse(section, given.get(section) or getattr(config, section).path)
