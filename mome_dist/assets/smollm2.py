@@ -26,8 +26,8 @@ def convert(source: Path, target: Path) -> None:
     if len(candidates) != 1:
         raise UserError(f"{source} holds {len(candidates)} GGUF files instead of one")
     name = candidates[0].name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, local_files_only=True)
     if quantised.config.model_type != "llama":
         raise UserError(f"{name} holds a {quantised.config.model_type} model, not a llama")
 

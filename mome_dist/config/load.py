@@ -18,7 +18,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
-from mome_dist.hub import portable
+from mome_dist.hub import SCHEME, portable
 from mome_dist.paths import cache_root, configs_dir
 from mome_dist.system_errors import note_places
 
@@ -145,7 +145,7 @@ def _paths_of(config: RunConfig) -> dict[str, str]:
         "video_encoder.path": config.video_encoder.path,
         "training.init_from": config.training.init_from,
     }
-    return {key: path for key, path in paths.items() if path}
+    return {key: path for key, path in paths.items() if path and not path.startswith(SCHEME)}
 
 
 def unreadable(override: str) -> str:

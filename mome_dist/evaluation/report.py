@@ -33,7 +33,7 @@ from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_
 from mome_dist.evaluation.style import save_figure
 from mome_dist.evaluation.tables import clean_views, markdown_report
 from mome_dist.files import write_text
-from mome_dist.hub import directory_of, name_of
+from mome_dist.hub import SCHEME, directory_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy
 
@@ -92,7 +92,7 @@ def _summary(files: RunFiles) -> str:
     config, task = files.config, files.config.task
     layout = config.parallel
     rows = [
-        ("frozen LLM", f"{name_of(config.llm.path)}, {config.llm.precision}"),
+        ("frozen LLM", f"{_model(config.llm.path)}, {config.llm.precision}"),
         ("frozen encoders", ", ".join(_encoders(config)) or "-"),
         *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
         *_experts(files),
@@ -127,10 +127,15 @@ def _experts(files: RunFiles) -> list[tuple[str, str]]:
 def _encoders(config: RunConfig) -> list[str]:
     tasks, names = set(config.task.tasks), []
     if tasks & {"asr", "avsr"}:
-        names.append(f"{name_of(config.audio_encoder.path)} (audio, padded to {config.audio_encoder.padding})")
+        names.append(f"{_model(config.audio_encoder.path)} (audio, padded to {config.audio_encoder.padding})")
     if tasks & {"vsr", "avsr"}:
-        names.append(f"{name_of(config.video_encoder.path)} (video)")
+        names.append(f"{_model(config.video_encoder.path)} (video)")
     return names
+
+
+def _model(path: str) -> str:
+    """What a frozen model is called: on the hub by its name and commit there, elsewhere as its directory."""
+    return path if path.startswith(SCHEME) else Path(path).name
 
 
 def _rates(config: RunConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -28,7 +29,9 @@ from mome_dist.llm.directory import check_directory
 from tests.evaluation_run import add_checkpoint, make_run
 from tests.hub_server import Hub, Repository, serving, use_hub
 from tests.tiny_llms import llama3, save
+from tools import plan_layout
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = HubModel("owner/tiny-llama")
 UNWANTED = ("pytorch_model.bin", "modeling_llama.py", "model.fp32.safetensors", "original/params.json")
 
@@ -239,6 +242,37 @@ def test_a_moved_branch_does_not_move_a_run(
     assert settled(f"llm.path={MODEL}", f"output_dir={run}")[0].llm.path == first.llm.path
     with pytest.raises(UserError, match=rf"@main is commit {moved} now, .* or hf://owner/tiny-llama for whatever"):
         settled(f"llm.path={MODEL}@main", f"output_dir={run}")  # what it now means to this machine, too
+
+
+def test_a_plan_fetches_no_weights(hub: Hub, repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["experiment=tiny", f"llm.path={MODEL}", "audio_encoder.path=whisper-tiny.en", "video_encoder.path=visemes"]
+    assert plan_layout.main(["--gpu", "h100", "--nodes", "1", "--ranks-per-node", "2", *own]) == 0
+    assert "config.json" in hub.files and not any(name.endswith(".safetensors") for name in hub.files)
+
+
+def test_nothing_else_asks_a_hub() -> None:
+    """Whatever transformers loads is a directory, and code that is beside a model is never run."""
+    loads = 0
+    for path in [*(ROOT / "mome_dist").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        tree, theirs = ast.parse(path.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            assert path.name == "hub.py" or not any(name.startswith("huggingface_hub") for name in modules), path
+            if isinstance(node, ast.ImportFrom) and modules[0].startswith("transformers"):
+                theirs |= {name.name for name in node.names}
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "from_pretrained"
+            ):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("trust_remote_code", "False") == "False", path
+                if isinstance(node.func.value, ast.Name) and node.func.value.id in theirs:
+                    assert given.get("local_files_only") == "True", path
+                    loads += 1
+    assert loads >= 5, "the test looks at nothing"
 
 
 def test_a_sweep_over_models_names_their_commits(repository: Repository) -> None:
