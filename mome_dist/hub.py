@@ -29,8 +29,9 @@ _ADDRESS = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
-# Settings and tokenizers, and the licence, which goes into model cards; not the folders with other forms of a model.
-_SMALL_FILES, _OTHERS = ["*.json", "LICENSE*"], ["*/*"]
+# Settings and tokenizers; not the folders with other forms of a model. No more than `_absent` advises to download: what
+# is missing of it makes a snapshot incomplete.
+_SMALL_FILES, _OTHERS = ["*.json"], ["*/*"]
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,8 @@ def _absent(key: str, model: HubModel, problem: str, host: str | None = None) ->
     why = "nothing is fetched here (a rank, or HF_HUB_OFFLINE is set)" if host is None else f"{host} cannot be reached"
     return UserError(
         f"{key}: {model}: {why}, and the cache {cache_directory()} {problem}: where there is a network, such as on a "
-        f"login node, run `hf download {model.repository}{revision} --include '*.json' '*.safetensors'`, and set "
-        "HF_HOME to a directory that both share."
+        f"login node, run `hf download {model.repository}{revision} --include '*.json' --include '*.safetensors'`, "
+        "with HF_HOME on a file system that both share."
     )
 
 

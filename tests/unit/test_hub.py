@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,14 @@ from tools import plan_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = HubModel("owner/tiny-llama")
-UNWANTED = ("pytorch_model.bin", "modeling_llama.py", "model.fp32.safetensors", "original/params.json")
+UNWANTED = (
+    "LICENSE",
+    "README.md",
+    "pytorch_model.bin",
+    "modeling_llama.py",
+    "model.fp32.safetensors",
+    "original/params.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,23 @@ def test_a_download_that_was_cut_off_is_completed(hub: Hub, repository: Reposito
     with pytest.raises(UserError, match=r"nothing is fetched here .* has no model.safetensors of it"):
         fetch("llm.path", MODEL, local=True)
     check_directory(fetch("llm.path", MODEL))
+
+
+def test_what_is_advised_where_there_is_no_network_fills_the_cache(
+    hub: Hub, repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = use_hub(hub.address, tmp_path / "home", monkeypatch)
+    for model in (MODEL, HubModel(MODEL.repository, repository.refs["main"])):
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        with pytest.raises(UserError) as error:
+            fetch("llm.path", model, local=True)
+        advised = re.search(r"`hf (.*?)`", str(error.value))
+        assert advised is not None
+        program = Path(sys.executable).with_name("hf")
+        environment = {**os.environ, **variables, "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        subprocess.run([program, *shlex.split(advised[1])], env=environment, capture_output=True, check=True)
+        check_directory(fetch("llm.path", model, local=True))
+        assert "pytorch_model.bin" not in hub.files
 
 
 @pytest.mark.parametrize("offline", [True, False])
