@@ -18,16 +18,17 @@ from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
 from launchers.submitit.sweep import combinations, pinned
-from mome_dist.checkpoint.export import export_adapter, load_adapter
 from mome_dist.checkpoint.format import fingerprint
-from mome_dist.checkpoint.load import load_run
-from mome_dist.config import load_config, save_config, validate_overrides
+from mome_dist.config import load_config, save_config
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.models import settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
+from mome_dist.export.adapter import export_adapter, load_adapter
 from mome_dist.hub import HubModel, cache_directory, directory_of, fetch, model_at, name_of
+from mome_dist.inference.load import load_run
 from mome_dist.llm.directory import check_directory
+from mome_dist.preflight import validate_overrides
 from tests.evaluation_run import add_checkpoint, make_run
 from tests.hub_server import Hub, Repository, serving, use_hub
 from tests.tiny_llms import llama3, save
