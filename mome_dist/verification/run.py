@@ -148,7 +148,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     for number in range(probe.steps):
         step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
         for batch in step.microbatches:
-            loss = model.loss(batch.tokens, batch.features)
+            loss = model.loss(batch.tokens, batch.features, step.weights)
             loss = loss / (step.label_tokens * len(step.views))
             total += loss.item()
             auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)

@@ -85,7 +85,7 @@ def test_zero_divides_the_optimiser_state_over_the_ranks_that_hold_the_same() ->
 
 
 def test_a_stage_keeps_the_microbatches_in_flight() -> None:
-    job = _job(lengths=(100,), views_per_step=1)
+    job = _job(lengths=(100,), shares=(1.0,), longest=(100,))
     candidate = _candidate(world=4, pp=4, dispatch="local", accumulation=8)
     kept = [memory(job, candidate, stage).experts for stage in range(4)]
     assert kept == pytest.approx([kept[3] * n for n in (4, 3, 2, 1)])
@@ -117,7 +117,7 @@ def test_all_reduce_is_a_scatter_and_a_gather() -> None:
 
 
 def test_more_microbatches_fill_the_pipeline() -> None:
-    job = _job(lengths=(400,), views_per_step=1)
+    job = _job(lengths=(400,), shares=(1.0,), longest=(400,))
     waits = []
     for accumulation in (1, 4, 16):
         time = step_time(job, _candidate(world=4, pp=4, dispatch="local", accumulation=accumulation), NODE)
