@@ -62,7 +62,7 @@ def test_a_projector_without_a_view_in_the_step(tmp_path: Path) -> None:
 
 
 def _forget_weights() -> None:
-    Step.weights = property(lambda self: [1.0] * len(self.views))  # type: ignore[assignment,misc]
+    Step.weights = property(lambda self: [1.0] * len(self.views))  # type: ignore[assignment]
 
 
 def test_a_layout_that_forgets_the_weights_is_found_out(without_experts: Verifier) -> None:

@@ -1,10 +1,9 @@
-"""Which views a step trains on, and what each counts for: by enumeration of all draws, against Hugging Face's autograd."""
+"""Which views a step trains on, and what each counts for: all draws enumerated, against Hugging Face's autograd."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
