@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Step:
     def weights(self) -> list[float]:
         """What the cross-entropy of each view counts for."""
         return [self.task_weights.get(view.task, 1.0) for view in self.views]
+
+    @cached_property
+    def weights_V(self) -> Tensor:
+        """The same, fp32 [V], where the microbatches are."""
+        return sent_to(torch.tensor(self.weights), self.microbatches[0].tokens.context.members_VN.device)
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,6 @@ from torch import Tensor
 from mome_dist.model.distributed import Chunk, DistributedMoME, MicroBatch
 from mome_dist.speech.views import View
 from mome_dist.training.batches import Step
-from mome_dist.transfer import sent_to
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,13 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     context = step.microbatches[0].tokens.context
     # Sum of cross-entropies of one microbatch -> its part of the mean over tokens and views.
     share = 1 / (step.label_tokens * len(step.views))
-    weights_V = sent_to(torch.tensor(step.weights), context.members_VN.device)
 
     def forward_step(batches: Any, stage: Chunk) -> tuple[Tensor, Any]:
         batch: MicroBatch = next(batches)
 
         def loss_of(cross_entropy_V: Tensor) -> tuple[Tensor, Tensor]:
             part_V = cross_entropy_V * share
-            return (part_V * weights_V).sum() * (count * data_parallel), part_V.detach()
+            return (part_V * step.weights_V).sum() * (count * data_parallel), part_V.detach()
 
         return stage(batch, data_parallel / count), loss_of
 
