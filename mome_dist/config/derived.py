@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
-from mome_dist.speech.views import View, all_views, streams_read
+from mome_dist.speech.views import View, ViewSchedule, all_views, streams_read
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -35,6 +35,13 @@ def views_of(config: RunConfig) -> list[View]:
     return all_views(
         task.tasks, task.asr_audio_rates, task.vsr_video_rates, task.avsr_audio_rates, task.avsr_video_rates
     )
+
+
+def schedule_of(config: RunConfig) -> ViewSchedule:
+    """Which of them each step trains on."""
+    if config.task.sampling == "rates":
+        return ViewSchedule.of_rates(views_of(config), config.seed)
+    return ViewSchedule.of_views(views_of(config), config.task.views_per_step, config.seed)
 
 
 def streams_of(config: RunConfig) -> list[str]:

@@ -45,9 +45,6 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"argument {override!r} is not of the form key=value.")
-    # `mome=none` has no other key, which Hydra would call an unknown one.
-    if any(override.lstrip("+") == "mome=none" for override in overrides):
-        _refuse_idle_experts(None, overrides)
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
@@ -70,9 +67,9 @@ def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
         )
 
 
-def _refuse_idle_experts(config: RunConfig | None, overrides: Sequence[str]) -> None:
-    """Refuse keys of experts on the command line of a run without experts; None for one that is known to be such."""
-    if config is not None and config.mome.experts:
+def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse keys of experts on the command line of a run without experts."""
+    if config.mome.experts:
         return
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]

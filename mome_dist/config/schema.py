@@ -114,13 +114,22 @@ class MoMEConfig:
 
 
 @dataclass
+class TaskWeights:
+    asr: float = 1.0
+    vsr: float = 1.0
+    avsr: float = 1.0
+
+
+@dataclass
 class TaskConfig:
     tasks: list[str] = field(default_factory=lambda: ["avsr"], metadata={"choices": ("asr", "vsr", "avsr")})
     asr_audio_rates: list[int] = field(default_factory=lambda: [4, 16])
     vsr_video_rates: list[int] = field(default_factory=lambda: [2, 5])
     avsr_audio_rates: list[int] = field(default_factory=lambda: [4, 16])
     avsr_video_rates: list[int] = field(default_factory=lambda: [2, 5])
+    sampling: str = one_of("views", "rates")
     views_per_step: int | None = None
+    weights: TaskWeights = field(default_factory=TaskWeights)
     prompts: dict[str, str] = field(
         default_factory=lambda: {
             "asr": "Transcribe speech to text.",

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mome_dist.config.derived import lora_of, rates_of, streams_of, views_of
-from mome_dist.config.schema import DecodingConfig, RunConfig
+from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig
 from mome_dist.errors import UserError
+from mome_dist.speech.views import streams_read
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -24,6 +25,7 @@ def check_values(config: RunConfig) -> None:
     """
     _check_choices(config, "")
     _check_numbers(config)
+    _check_task(config)
     _check_augmentation(config)
     _check_lora(config)
     _check_projector(config)
@@ -99,18 +101,68 @@ def _check_numbers(config: RunConfig) -> None:
         if factor is not None and factor <= 0:
             raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
     check_decoding(config.decoding)
-    if not config.task.tasks:
+
+
+def _check_task(config: RunConfig) -> None:
+    task = config.task
+    if not task.tasks:
         raise UserError("task.tasks is empty: name at least one of asr, vsr, avsr.")
     for key in ("asr_audio_rates", "vsr_video_rates", "avsr_audio_rates", "avsr_video_rates"):
-        rates = getattr(config.task, key)
+        rates = getattr(task, key)
         if not rates or min(rates) < 1:
             raise UserError(f"task.{key}={rates}: give rates of at least 1 (frames per token).")
     views = len(views_of(config))
-    if config.task.views_per_step is not None and not 1 <= config.task.views_per_step <= views:
-        raise UserError(f"task.views_per_step={config.task.views_per_step}: must be null or from 1 to {views}.")
-    for task in config.task.tasks:
-        if task not in config.task.prompts:
-            raise UserError(f"task.prompts has no prompt for {task!r}.")
+    if task.views_per_step is not None and not 1 <= task.views_per_step <= views:
+        raise UserError(f"task.views_per_step={task.views_per_step}: must be null or from 1 to {views}.")
+    for name in task.tasks:
+        if name not in task.prompts:
+            raise UserError(f"task.prompts has no prompt for {name!r}.")
+    if task.sampling == "rates":
+        _check_rates(task)
+    _check_weights(config)
+
+
+def _check_rates(task: TaskConfig) -> None:
+    """Refuse rates that one of the tasks does not have, where all train at the same drawn ones."""
+    if task.views_per_step is not None:
+        raise UserError(
+            f"task.views_per_step={task.views_per_step} would have no effect: with task.sampling=rates a step has one "
+            "view of each task. Set it to null, or task.sampling=views."
+        )
+    for key, other, task_of_key in (
+        ("asr_audio_rates", "avsr_audio_rates", "asr"),
+        ("vsr_video_rates", "avsr_video_rates", "vsr"),
+    ):
+        mine, theirs = getattr(task, key), getattr(task, other)
+        if {task_of_key, "avsr"} <= set(task.tasks) and sorted(mine) != sorted(theirs):
+            raise UserError(
+                f"task.{key}={mine} and task.{other}={theirs}: with task.sampling=rates every task is trained at the "
+                "drawn rates; make them equal, or set task.sampling=views."
+            )
+
+
+def _check_weights(config: RunConfig) -> None:
+    weights = dataclasses.asdict(config.task.weights)
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"task.weights.{name}={weight}: a weight is a number of at least 0.")
+    views = views_of(config)
+    weighed = [view for view in views if weights[view.task]]
+    if not weighed:
+        raise UserError(
+            f"task.weights gives each of task.tasks={config.task.tasks} a weight of 0: nothing would train on speech."
+        )
+    for view in views:
+        for stream in streams_read([view]):
+            rate = getattr(view, f"{stream}_rate")
+            trained = {getattr(each, f"{stream}_rate") for each in weighed} - {None}
+            adapts = config.projector.trainable or stream in lora_of(config)
+            if adapts and (not trained or (config.projector.per_rate and rate not in trained)):
+                raise UserError(
+                    f"task.weights.{view.task}=0 leaves the {stream} projector"
+                    f"{f' of rate {rate}' if config.projector.per_rate else ''} without a task to train on: leave "
+                    f"{view.task} out of task.tasks, or give it a weight."
+                )
 
 
 def check_decoding(decoding: DecodingConfig) -> None:

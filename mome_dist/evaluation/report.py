@@ -15,7 +15,7 @@ import numpy as np
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import RunConfig, TaskConfig, TaskWeights
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
@@ -99,7 +99,7 @@ def _summary(files: RunFiles) -> str:
         ("projectors", _projectors(files)),
         *_projector_experts(files),
         ("tasks and rates", "; ".join(_rates(config))),
-        ("views per step", "all" if task.views_per_step is None else str(task.views_per_step)),
+        ("views per step", _drawn_views(task)),
         (
             "optimiser",
             f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
@@ -110,6 +110,15 @@ def _summary(files: RunFiles) -> str:
         *_progress(files),
     ]
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + "\n"
+
+
+def _drawn_views(task: TaskConfig) -> str:
+    if task.sampling == "rates":
+        drawn = "each task at one drawn audio rate and one drawn video rate"
+    else:
+        drawn = "all" if task.views_per_step is None else str(task.views_per_step)
+    weights = [f"{name} {getattr(task.weights, name):g}" for name in task.tasks]
+    return drawn if task.weights == TaskWeights() else f"{drawn}; weights {', '.join(weights)}"
 
 
 def _experts(files: RunFiles) -> list[tuple[str, str]]:
@@ -225,6 +234,9 @@ def _losses(files: RunFiles, out: Path) -> Sequence[str]:
         "How to read it: cross-entropy on text and end tokens, on a logarithmic axis; a dot far above its line is "
         "overfitting, a view whose line lies above the others is the hard one."
     )
+    task = files.config.task
+    if task.sampling == "rates" or task.weights != TaskWeights():
+        reading += " Of all views together, the line is the weighted mean of each step, the dots are the plain mean."
     return ["## Training\n", _figure(out, "loss.png", loss_figure(files.log), "Losses", reading)]
 
 

@@ -18,12 +18,12 @@ class RoutingStatistics:
     """Running counts of the modules of a stage since the last `take`.
 
     Attributes:
-        step_load_LE: int64 [L, E], routes to each expert in the passes since it was last set to None, over the global
-            batch; None without any.
+        step_load: by view, int64 [L, E], routes to each expert in the passes since it was last cleared, over the global
+            batch.
     """
 
     def __init__(self) -> None:
-        self.step_load_LE: Tensor | None = None
+        self.step_load: dict[str, Tensor] = {}
         self._waiting: list[PassLoad] = []
         self._sums: dict[str, Tensor] = {}
 
@@ -36,15 +36,18 @@ class RoutingStatistics:
         for load in self._waiting:
             counts_LVX = load.all()
             for view, counts_LX in zip(load.views, counts_LVX.unbind(dim=1), strict=True):
-                self._sums[view] = counts_LX if view not in self._sums else self._sums[view] + counts_LX
-            load_LE = counts_LVX[..., : counts_LVX.shape[-1] // 2 - 1].sum(dim=1)
-            self.step_load_LE = load_LE if self.step_load_LE is None else self.step_load_LE + load_LE
+                _add(self._sums, view, counts_LX)
+                _add(self.step_load, view, counts_LX[:, : counts_LX.shape[1] // 2 - 1])
         self._waiting = []
 
     def take(self) -> dict[str, Tensor]:
         """By view, int64 [L, 2E + 2]: asked, dropped, tokens, positions. Starts again from zero."""
         sums, self._sums = self._sums, {}
         return sums
+
+
+def _add(sums: dict[str, Tensor], view: str, counts: Tensor) -> None:
+    sums[view] = sums[view] + counts if view in sums else counts
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mome_dist.config.derived import lora_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, schedule_of, streams_of
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.config.values import ATTENTION
 from mome_dist.planning.encoder_shapes import EncoderShape, Transformer, encoder_shape
@@ -127,11 +127,8 @@ def _precision(config: RunConfig, stream: str, fast_precision: str) -> str:
 
 
 def _share_of_steps(config: RunConfig, stream: str) -> float:
-    """How many of the steps have a view that reads a stream: views are drawn, none twice in a step."""
-    views = views_of(config)
-    without = sum(getattr(view, f"{stream}_rate") is None for view in views)
-    drawn = min(config.task.views_per_step or len(views), len(views))
-    return 1 - math.comb(without, drawn) / math.comb(len(views), drawn)
+    """How many of the steps have a view that reads a stream."""
+    return schedule_of(config).share_reading(stream)
 
 
 def _lora_parameters(transformer: Transformer, lora: LoRAConfig) -> int:

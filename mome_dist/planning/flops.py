@@ -33,12 +33,12 @@ def step_flops(job: Job) -> dict[str, float]:
 
     Projectors are left out: they are less than a hundredth of the LLM's, and by how much depends on the clips' streams.
     """
-    shape, views = job.shape, job.views_per_step / len(job.lengths)
+    shape = job.shape
     llm = experts = 0.0
-    for length in job.lengths:
-        tokens = length * job.batch_size * views
+    for length, share in zip(job.lengths, job.shares, strict=True):
+        tokens = length * job.batch_size * share
         layer = frozen_flops(shape, tokens) + attention_flops(shape, length, tokens, causal=True)
-        outputs = OUTPUT_PRODUCTS * job.labels * job.batch_size * views * shape.vocabulary * shape.hidden_size
+        outputs = OUTPUT_PRODUCTS * job.labels * job.batch_size * share * shape.vocabulary * shape.hidden_size
         llm += shape.layers * layer + outputs
         used = job.experts + 2 * (job.top_k + job.shared) * job.bottleneck  # outputs for a token
         experts += shape.layers * 2 * TRAINED * tokens * used * shape.hidden_size

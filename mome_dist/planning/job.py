@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from mome_dist.config.derived import projector_inputs, views_of
+from mome_dist.config.derived import projector_inputs, schedule_of, views_of
 from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
@@ -65,7 +65,8 @@ class Job:
         labels: positions of a sequence that predict a label.
         batch_size: utterances of a step.
         fixed_batch: whether every step has exactly so many; with a budget of frames it is their number in the mean.
-        views_per_step: views that a step trains on.
+        shares: how often a step has each of the views, in the mean.
+        longest: positions of a sequence in each view of the step that has the longest ones.
         moments: fp32 running averages that the optimiser keeps of each parameter.
         pad_heads: whether attention heads may be padded to a multiple of tp.
         encoders: that work in every step.
@@ -87,7 +88,8 @@ class Job:
     labels: int
     batch_size: int
     fixed_batch: bool
-    views_per_step: int
+    shares: tuple[float, ...]
+    longest: tuple[int, ...]
     moments: int
     pad_heads: bool
     encoders: tuple[StepEncoder, ...] = ()
@@ -97,6 +99,11 @@ class Job:
         if self.fixed_batch:
             return divisors(self.batch_size // dp) if self.batch_size % dp == 0 else []
         return [2**power for power in range((self.batch_size // dp).bit_length())]
+
+    @property
+    def views_per_step(self) -> int:
+        """Views that a step trains on."""
+        return len(self.longest)
 
     @property
     def element_bytes(self) -> int:
@@ -196,12 +203,12 @@ class Candidate:
         """(sequence length, tokens) of each view of a microbatch of the fullest rank, where a step has the longest
         views."""
         each = self.utterances(job)
-        return [(length, length * each) for length in sorted(job.lengths, reverse=True)[: job.views_per_step]]
+        return [(length, length * each) for length in job.longest]
 
     def mean_pass(self, job: Job) -> list[tuple[int, float]]:
         """(sequence length, tokens) of every view in a microbatch, in the mean over steps."""
-        share = self.utterances(job) * job.views_per_step / len(job.lengths)
-        return [(length, length * share) for length in job.lengths]
+        each = self.utterances(job)
+        return [(length, length * each * share) for length, share in zip(job.lengths, job.shares, strict=True)]
 
     def encoded(self, job: Job) -> tuple[int, int]:
         """Clips of a step on the fullest data-parallel rank, and those that a rank of its first stage encodes."""
@@ -236,7 +243,7 @@ def job_of(
     Raises:
         UserError: if encoders work in every step, and nothing tells the sizes of one.
     """
-    mome, views = config.mome, views_of(config)
+    mome, views, schedule = config.mome, views_of(config), schedule_of(config)
     attention = config.llm.attention
     if attention == "auto":
         attention = "sdpa" if on_gpu else "eager"
@@ -257,7 +264,8 @@ def job_of(
         labels=clip.text_tokens + 1,
         batch_size=typical_batch(config.data, clip.seconds),
         fixed_batch=config.data.batch_size is not None,
-        views_per_step=min(config.task.views_per_step or len(views), len(views)),
+        shares=tuple(schedule.share(view) for view in views),
+        longest=tuple(clip.length(view) for view in schedule.largest(clip.length)),
         moments=2 if config.optimizer.name == "adamw" else 0,
         pad_heads=config.llm.pad_heads,
         encoders=step_encoders(config, clip.seconds, fast_precision, on_gpu),

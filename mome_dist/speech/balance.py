@@ -124,7 +124,7 @@ class ProjectorBalance:
         """Add up the counts of a step, after its backward passes."""
         for statistics in self._statistics.values():
             statistics.settle()
-            statistics.step_load_LE = None
+            statistics.step_load.clear()
 
     def take_shares(self) -> dict[str, float]:
         """The share of each expert in the routes of its router since the last call, over the global batch, by the

@@ -145,9 +145,16 @@ class MoMESpeechLM(nn.Module):
             first += rows
         return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
-    def loss(self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
-        """Summed cross-entropy over the labels of a pass, fp32 scalar."""
-        return F.cross_entropy(self.label_logits(tokens, features), tokens.labels.ids_L, reduction="sum")
+    def loss(
+        self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]], weights: Sequence[float] | None = None
+    ) -> Tensor:
+        """Cross-entropy summed over the labels of a pass, fp32 scalar; that of each view times its weight."""
+        logits_LV, ids_L = self.label_logits(tokens, features), tokens.labels.ids_L
+        if weights is None:
+            return F.cross_entropy(logits_LV, ids_L, reduction="sum")
+        # Every view has the same clips, hence as many labels.
+        by_view = zip(logits_LV.chunk(len(weights)), ids_L.chunk(len(weights)), weights, strict=True)
+        return torch.stack([F.cross_entropy(rows, ids, reduction="sum") * w for rows, ids, w in by_view]).sum()
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
         """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses, and

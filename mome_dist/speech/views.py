@@ -5,8 +5,9 @@ Matryoshka training sees every utterance in several views; at inference any view
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 TASKS = ("asr", "vsr", "avsr")
@@ -52,17 +53,67 @@ def streams_read(views: Sequence[View]) -> list[str]:
     return [stream for stream, used in (("audio", audio), ("video", video)) if used]
 
 
-def views_of_step(views: Sequence[View], per_step: int | None, step: int, seed: int) -> list[View]:
-    """The views that a step trains on: all, or ``per_step`` of them.
+@dataclass(frozen=True)
+class ViewSchedule:
+    """Which views the steps of a run train on: hands of one or more views, dealt from reshuffled decks.
 
-    A pure function of (seed, step), hence equal on all ranks and after a resume. Views are dealt from reshuffled decks,
-    so that over any ``len(views)`` consecutive draws within a deck each view is seen once; the mean over steps of the
-    sampled loss is the mean over all views.
+    A step's views are a pure function of (seed, step), hence equal on all ranks and after a resume. A deck has every
+    hand once, so that the mean over steps of the sampled loss is the mean over all hands.
+
+    Attributes:
+        hands: the views that come together; all hands have as many.
+        per_step: hands of a step.
+        seed: of the run.
     """
-    if per_step is None or per_step >= len(views):
-        return list(views)
-    drawn: list[View] = []
-    for draw in range(step * per_step, (step + 1) * per_step):
-        deck, card = divmod(draw, len(views))
-        drawn.append(random.Random(f"views-{seed}-{deck}").sample(list(views), len(views))[card])
-    return drawn
+
+    hands: tuple[tuple[View, ...], ...]
+    per_step: int
+    seed: int
+
+    @classmethod
+    def of_views(cls, views: Sequence[View], per_step: int | None, seed: int) -> ViewSchedule:
+        """All views in every step, or ``per_step`` of them."""
+        if per_step is None or per_step >= len(views):
+            return cls((tuple(views),), 1, seed)
+        return cls(tuple((view,) for view in views), per_step, seed)
+
+    @classmethod
+    def of_rates(cls, views: Sequence[View], seed: int) -> ViewSchedule:
+        """One audio rate and one video rate a step, and every task at these rates (Omni-AVSR, arXiv 2511.07253).
+
+        Omni-AVSR draws each step by itself. Decks of all pairs have the same mean, and less variance.
+        """
+        audio_rates = dict.fromkeys(view.audio_rate for view in views if view.audio_rate is not None) or [None]
+        video_rates = dict.fromkeys(view.video_rate for view in views if view.video_rate is not None) or [None]
+        hands = (
+            tuple(view for view in views if view.audio_rate in (None, audio) and view.video_rate in (None, video))
+            for audio in audio_rates
+            for video in video_rates
+        )
+        return cls(tuple(hands), 1, seed)
+
+    def of_step(self, step: int) -> list[View]:
+        """The views that a step trains on; of single views, one may come twice where two decks meet."""
+        drawn: list[View] = []
+        for draw in range(step * self.per_step, (step + 1) * self.per_step):
+            deck, card = divmod(draw, len(self.hands))
+            drawn += random.Random(f"views-{self.seed}-{deck}").sample(self.hands, len(self.hands))[card]
+        return drawn
+
+    def steps_of_decks(self, decks: int) -> int:
+        """The first steps of a run that have so many whole decks."""
+        return math.ceil(decks * len(self.hands) / self.per_step)
+
+    def share(self, view: View) -> float:
+        """How often a step has a view, in the mean."""
+        return self.per_step * sum(view in hand for hand in self.hands) / len(self.hands)
+
+    def share_reading(self, stream: str) -> float:
+        """How many of the steps have a view that reads a stream, where no hand comes twice in a step."""
+        without = sum(stream not in streams_read(hand) for hand in self.hands)
+        return 1 - math.comb(without, self.per_step) / math.comb(len(self.hands), self.per_step)
+
+    def largest(self, size: Callable[[View], int]) -> list[View]:
+        """The views of the step that is the largest by the sizes of its views."""
+        hands = sorted(self.hands, key=lambda hand: -sum(map(size, hand)))
+        return [view for hand in hands[: self.per_step] for view in hand]

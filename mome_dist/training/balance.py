@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -16,8 +17,9 @@ def update_router_biases(model: DistributedMoME) -> None:
     equal on all of them. Nothing is sent without a bias.
     """
     for chunk in model.parts():
-        load_LE = chunk.statistics.step_load_LE
-        if load_LE is not None and any(mome.router_bias is not None for mome in chunk.momes.values()):
+        load = chunk.statistics.step_load
+        if load and any(mome.router_bias is not None for mome in chunk.momes.values()):
+            load_LE = torch.stack(list(load.values())).sum(dim=0)
             if parallel_state.get_tensor_model_parallel_world_size() > 1:
                 source = parallel_state.get_tensor_model_parallel_src_rank()
                 dist.broadcast(load_LE, src=source, group=parallel_state.get_tensor_model_parallel_group())
@@ -29,4 +31,4 @@ def update_router_biases(model: DistributedMoME) -> None:
 def forget_router_loads(model: DistributedMoME) -> None:
     """Drop the loads of a step that was taken, or is not."""
     for chunk in model.parts():
-        chunk.statistics.step_load_LE = None
+        chunk.statistics.step_load.clear()

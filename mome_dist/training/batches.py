@@ -6,9 +6,9 @@ stage read encoder features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -36,11 +36,23 @@ class Step:
         microbatches: one for every part of the batch, in order.
         views: of the step.
         label_tokens: text and end tokens of the global batch, over all ranks; the same in every view.
+        task_weights: what the cross-entropy of a view counts for, by task; 1 where nothing is said.
     """
 
     microbatches: list[MicroBatch]
     views: list[View]
     label_tokens: int
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> list[float]:
+        """What the cross-entropy of each view counts for."""
+        return [self.task_weights.get(view.task, 1.0) for view in self.views]
+
+    @cached_property
+    def weights_V(self) -> Tensor:
+        """The same, fp32 [V], where the microbatches are."""
+        return sent_to(torch.tensor(self.weights), self.microbatches[0].tokens.context.members_VN.device)
 
     @property
     def tokens(self) -> int:
@@ -61,6 +73,7 @@ class BatchBuilder:
         device: where the microbatches go.
         layout: whose sequence parallelism wants numbers of tokens that tp divides, and whose interleaved schedule wants
             one number of tokens for all microbatches of a step.
+        task_weights: of the steps.
     """
 
     def __init__(
@@ -74,9 +87,11 @@ class BatchBuilder:
         device: torch.device,
         layout: Layout,
         attention: float = 0.0,
+        task_weights: Mapping[str, float] | None = None,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
         self._left_out: LeftOut | None = None
+        self._task_weights = task_weights or {}
         self._parts, self._dp_rank, self._dp_size = parts, dp_rank, dp_size
         self._device, self._layout, self._attention = device, layout, attention
         self._overhead = lru_cache(maxsize=None)(sequences.overhead)
@@ -99,7 +114,7 @@ class BatchBuilder:
             for part, each in zip(parts, laid_out, strict=True)
         ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
-        return Step(microbatches, list(views), labels)
+        return Step(microbatches, list(views), labels, self._task_weights)
 
     def own(self, batch: Sequence[int], views: Sequence[View]) -> list[Utterance]:
         """This rank's utterances of a global batch."""

@@ -20,6 +20,7 @@ from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
 from mome_dist.model.distributed import DistributedMoME
 from mome_dist.parallel.parts import NamedPart
+from mome_dist.training.batches import Step
 
 CHUNK = 1 << 20  # elements that a checksum reads at a time
 
@@ -48,16 +49,19 @@ class Ledger:
         self._frozen_at_start = self._frozen_checksums()
         self._trainable_at_start = {name: checksum(part.value) for name, part in self._trainable.items()}
 
-    def after_step(self) -> None:
+    def after_step(self, step: Step) -> None:
         """Note which experts were used, while their load is there; at the last watched step, check gradients and
-        movement."""
+        movement. A view that counts for nothing has no gradient for the experts that it uses."""
         self._steps += 1
         if self._steps > self._watched_steps:
             return
         for chunk in self._model.parts():
-            load_LE = chunk.statistics.step_load_LE
-            for number, used_E in zip(chunk.momes, () if load_LE is None else load_LE > 0, strict=True):
-                self._visits[number] = used_E + self._visits.get(number, torch.zeros_like(used_E, dtype=torch.int64))
+            load, weights = chunk.statistics.step_load, zip(step.views, step.weights, strict=True)
+            counted = [load[str(view)] for view, weight in weights if weight and load]
+            if counted:
+                for number, used_E in zip(chunk.momes, torch.stack(counted).sum(dim=0) > 0, strict=True):
+                    before_E = self._visits.get(number, torch.zeros_like(used_E, dtype=torch.int64))
+                    self._visits[number] = before_E + used_E
         if self._steps == self._watched_steps:
             self._check_training()
 
@@ -118,7 +122,8 @@ class Ledger:
         layer = part.sharing.layer
         if part.index is None or layer is None:
             return True
-        return layer < self._model.config.num_layers - 1 and bool(self._visits[layer][part.index] >= 2)
+        visits_E = self._visits.get(layer)
+        return layer < self._model.config.num_layers - 1 and visits_E is not None and bool(visits_E[part.index] >= 2)
 
     def _frozen(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, the parameter (of an encoder maybe a buffer: statistics move too) that holds it, and its numbers."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from mome_dist import nvidia_apex
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
 from mome_dist.config import RunConfig, save_config
-from mome_dist.config.derived import lora_of, views_of
+from mome_dist.config.derived import lora_of, schedule_of, views_of
 from mome_dist.engine.optimizer import learning_rate
 from mome_dist.errors import PreemptedError, UserError
 from mome_dist.exit_codes import FAILED_AT
@@ -26,7 +26,6 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.progress import progress
-from mome_dist.speech.views import views_of_step
 from mome_dist.training.balance import forget_router_loads, update_router_biases
 from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
@@ -93,8 +92,7 @@ def _watched_steps(config: RunConfig) -> int:
     """Steps until every view was trained on, and two more: the gradient of what lies before the zero-initialised expert
     weights appears once these have moved. Likewise of LoRA's A, before its B that starts at zero, but only a step that
     reads the encoder's stream moves B: so every view twice."""
-    views, rounds = len(views_of(config)), 2 if lora_of(config) else 1
-    return math.ceil(rounds * views / (config.task.views_per_step or views)) + 2
+    return schedule_of(config).steps_of_decks(2 if lora_of(config) else 1) + 2
 
 
 def _run(
@@ -106,7 +104,7 @@ def _run(
     watch: StepWatch,
     console: Console,
 ) -> list[float]:
-    settings, views, losses, skipped = config.training, views_of(config), [], 0
+    settings, schedule, losses, skipped = config.training, schedule_of(config), [], 0
     pace: deque[float] = deque(maxlen=20)
     trainer.model.train()
     with progress(
@@ -116,7 +114,7 @@ def _run(
             began = time.monotonic()
             report("reading the batch", number)
             batch = trainer.order.batch(number)
-            step_views = views_of_step(views, config.task.views_per_step, number, config.seed)
+            step_views = schedule.of_step(number)
             waited = 0.0
             if trainer.online is not None:
                 report("encoding the clips", number)
@@ -140,7 +138,7 @@ def _run(
                 skipped = 0
                 report("optimiser step", number)
                 trainer.engine.step(rate)
-                ledger.after_step()
+                ledger.after_step(step)
                 update_router_biases(trainer.model)
                 losses.append(result.loss)
                 seconds = time.monotonic() - began

@@ -50,7 +50,11 @@ class Metrics:
             self._wandb = _start_wandb(config)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Log one step (``step``, ``loss``, ``views``, ...) or one validation (``step``, ``validation``)."""
+        """Log one step (``step``, ``loss``, ``views``, ...) or one validation (``step``, ``validation``).
+
+        ``loss`` is the mean over the views of the step, each times the weight of its task; ``views`` and ``validation``
+        have the loss of each view without weights.
+        """
         if self._board is None:
             return
         self._append("metrics.jsonl", record)

@@ -29,7 +29,7 @@ from mome_dist.checkpoint.restore import (
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import lora_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, schedule_of, streams_of, views_of
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
@@ -53,7 +53,7 @@ from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.paths import cache_root
 from mome_dist.preflight import settled_order, validation_batches
 from mome_dist.speech.lora import LoRATerms
-from mome_dist.speech.views import streams_read, views_of_step
+from mome_dist.speech.views import streams_read
 from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
@@ -136,6 +136,7 @@ def prepare(
             device,
             layout,
             shape.attention_share,
+            dataclasses.asdict(config.task.weights),
         )
         for purpose in splits
     }
@@ -192,9 +193,9 @@ def prepare(
 
 def _describe_epoch(order: Order, builder: BatchBuilder, config: RunConfig, layout: Layout) -> str:
     """How long an epoch is, and how even the work of its first steps."""
-    views, steps, work = views_of(config), order.steps_of(1), Work()
+    schedule, steps, work = schedule_of(config), order.steps_of(1), Work()
     for step in range(min(DESCRIBED_STEPS, steps)):
-        work += builder.work(order.batch(step), views_of_step(views, config.task.views_per_step, step, config.seed))
+        work += builder.work(order.batch(step), schedule.of_step(step))
     return work.describe(steps, layout.dp)
 
 
@@ -310,10 +311,10 @@ def _online(
     start: int,
 ) -> OnlineEncoding:
     """Encoding inside the step, whose features ``builder`` then reads."""
-    views = views_of(config)
+    schedule = schedule_of(config)
 
     def plan(step: int) -> StepClips:
-        step_views = views_of_step(views, config.task.views_per_step, step, config.seed)
+        step_views = schedule.of_step(step)
         epoch = order.utterances_before(step) // len(order.lengths)
         return StepClips(builder.own(order.batch(step), step_views), streams_read(step_views), epoch)
 

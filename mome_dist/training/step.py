@@ -1,8 +1,8 @@
 """One training step: the pipeline schedule over the microbatches of a step, then the engine's step.
 
-The objective is the mean over views of the token-weighted mean cross-entropy over the global batch, plus the mean over
-microbatches and their views of the sum over layers of the auxiliary losses (each MoE layer adds its own, as in Switch
-Transformer).
+The objective is the mean over views of the view's weight times its token-weighted mean cross-entropy over the global
+batch, plus the mean over microbatches and their views of the sum over layers of the auxiliary losses (each MoE layer
+adds its own, as in Switch Transformer); these have no weights of views.
 Every factor that a layout would otherwise bring in is cancelled here: the schedule divides by the number of
 microbatches, the engine by the data-parallel size.
 """
@@ -29,8 +29,8 @@ class StepLosses:
     """Losses of one step over the global batch, equal on all ranks.
 
     Attributes:
-        loss: mean over views of the mean token cross-entropy.
-        by_view: mean token cross-entropy of each view.
+        loss: mean over views of the weighted mean token cross-entropy; with a weight of 1 each, their mean.
+        by_view: mean token cross-entropy of each view, without weights.
     """
 
     loss: float
@@ -44,19 +44,19 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     """
     count = len(step.microbatches)
     data_parallel = parallel_state.get_data_parallel_world_size()
+    context = step.microbatches[0].tokens.context
     # Sum of cross-entropies of one microbatch -> its part of the mean over tokens and views.
-    weight = 1 / (step.label_tokens * len(step.views))
+    share = 1 / (step.label_tokens * len(step.views))
 
     def forward_step(batches: Any, stage: Chunk) -> tuple[Tensor, Any]:
         batch: MicroBatch = next(batches)
 
         def loss_of(cross_entropy_V: Tensor) -> tuple[Tensor, Tensor]:
-            part_V = cross_entropy_V * weight
-            return part_V.sum() * (count * data_parallel), part_V.detach()
+            part_V = cross_entropy_V * share
+            return (part_V * step.weights_V).sum() * (count * data_parallel), part_V.detach()
 
         return stage(batch, data_parallel / count), loss_of
 
-    context = step.microbatches[0].tokens.context
     parts: Sequence[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         # The interleaved schedule reads the microbatches once for each chunk.
@@ -70,11 +70,12 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     )
     for chunk in model.parts():
         chunk.settle()
-    return _reduce(parts, step.views, context.members_VN.device)
+    return _reduce(parts, step, context.members_VN.device)
 
 
-def _reduce(parts: Sequence[Tensor], views: Sequence[View], device: torch.device) -> StepLosses:
-    """Add up the parts of all ranks, [V] each; only the last pipeline stage has any."""
+def _reduce(parts: Sequence[Tensor], step: Step, device: torch.device) -> StepLosses:
+    """Add up the parts of all ranks, [V] each, unweighted; only the last pipeline stage has any."""
+    views = step.views
     sums_V = torch.zeros(len(views), dtype=torch.float64, device=device)
     for part_V in parts:
         sums_V += part_V
@@ -84,4 +85,4 @@ def _reduce(parts: Sequence[Tensor], views: Sequence[View], device: torch.device
     by_view: dict[View, float] = {}
     for view, loss in zip(views, losses, strict=True):  # a view may come twice
         by_view[view] = by_view.get(view, 0.0) + loss * len(views) / views.count(view)
-    return StepLosses(sum(losses), by_view)
+    return StepLosses(sum(weight * loss for weight, loss in zip(step.weights, losses, strict=True)), by_view)

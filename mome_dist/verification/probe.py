@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mome_dist.config.derived import streams_joined, streams_of, views_of
+from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
@@ -61,24 +61,31 @@ class Probe:
         return views_of(self.config)
 
     def step(self, number: int, dp_rank: int, layout: Layout) -> Step:
-        """One data-parallel rank's part of a step; the batch is cut and padded as in training."""
+        """One data-parallel rank's part of a step, in all views, or with ``task.sampling=rates`` in those that are
+        drawn; the batch is cut and padded as in training."""
         size = typical_batch(self.config.data)
         batch = list(range(number * size, (number + 1) * size))
         frames = [_frames(i, "video") for i in batch]
         chunks = share_of_rank(batch, frames, self.config.data.fixed_accumulation, dp_rank, layout.dp)
-        least = max(input_tokens(self._laid_out(chunk)) for chunk in chunks) if layout.virtual > 1 else 0
-        microbatches = [self.microbatch(chunk, token_multiple(layout), least) for chunk in chunks]
-        return Step(microbatches, self.views, sum(len(_text(i, self._vocabulary)) + 1 for i in batch))
+        views, task = self.views, self.config.task
+        if task.sampling == "rates":  # all tasks are there in every step
+            views = schedule_of(self.config).of_step(number)
+        least = max(input_tokens(self._laid_out(chunk, views)) for chunk in chunks) if layout.virtual > 1 else 0
+        microbatches = [self.microbatch(chunk, token_multiple(layout), least, views) for chunk in chunks]
+        labels = sum(len(_text(i, self._vocabulary)) + 1 for i in batch)
+        return Step(microbatches, views, labels, dataclasses.asdict(task.weights))
 
-    def microbatch(self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0) -> MicroBatch:
-        """Some utterances in all views; their number of tokens as in `TokenContext.of`."""
+    def microbatch(
+        self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0, views: Sequence[View] | None = None
+    ) -> MicroBatch:
+        """Some utterances in some views, or in all; their number of tokens as in `TokenContext.of`."""
         return MicroBatch(
-            pack(self._laid_out(numbers), None, multiple, least).to(self.device),
+            pack(self._laid_out(numbers, views or self.views), None, multiple, least).to(self.device),
             {stream: [_features(n, stream, w).to(self.device) for n in numbers] for stream, w in self.widths.items()},
         )
 
-    def _laid_out(self, numbers: Sequence[int]) -> list[tuple[View, list[Example]]]:
-        return [(view, [self.example(number, view) for number in numbers]) for view in self.views]
+    def _laid_out(self, numbers: Sequence[int], views: Sequence[View]) -> list[tuple[View, list[Example]]]:
+        return [(view, [self.example(number, view) for number in numbers]) for view in views]
 
     def example(self, number: int, view: View) -> Example:
         """The token sequence of utterance ``number``."""

@@ -148,11 +148,13 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     for number in range(probe.steps):
         step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
         for batch in step.microbatches:
-            loss = model.loss(batch.tokens, batch.features)
+            loss = model.loss(batch.tokens, batch.features, step.weights)
             loss = loss / (step.label_tokens * len(step.views))
             total += loss.item()
             auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)
             (loss + auxiliary / len(step.microbatches)).backward()
+        for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if number == 0:
             outcome.gradients = {name: _array(p.grad) for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.gradient_clipping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from mome_dist.assets import asset_dir
-from mome_dist.config import load_config, save_config
-from mome_dist.config.load import load_saved_config
+from mome_dist.config import RunConfig, load_config, save_config
+from mome_dist.config.derived import schedule_of
+from mome_dist.config.load import load_saved_config, register_resolvers
+from mome_dist.config.schema import TaskWeights
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
@@ -77,6 +82,7 @@ def test_a_validation_sees_every_utterance_once_whatever_the_ranks(batches: tupl
 
 
 LAYOUT = Layout.for_world(1)
+BY_RATES = ["task.views_per_step=null", "task.sampling=rates"]
 
 WRONG = [
     (["mome.top_kk=3"], 2, r"unknown configuration key 'mome.top_kk'; did you mean mome.top_k"),
@@ -152,6 +158,36 @@ WRONG = [
     (["mome.top_k=25"], 2, r"mome.top_k=25 is more than mome.routed_experts=24"),
     (["task.avsr_audio_rates=[4,0]"], 2, r"task.avsr_audio_rates=\[4, 0\]: give rates of at least 1"),
     (["task.views_per_step=9"], 2, r"task.views_per_step=9: must be null or from 1 to 8"),
+    (["task.sampling=pairs"], 2, r"task.sampling='pairs': choose from views, rates"),
+    (["task.sampling=rates"], 2, r"task.views_per_step=2 would have no effect: .* Set it to null, or task.sampling=vi"),
+    (
+        [*BY_RATES, "task.asr_audio_rates=[4]"],
+        2,
+        r"task.asr_audio_rates=\[4\] and task.avsr_audio_rates=\[4, 16\]: .* make them equal, or set task.sampling=v",
+    ),
+    (
+        [*BY_RATES, "task.tasks=[vsr,avsr]", "task.vsr_video_rates=[1,5]"],
+        2,
+        r"task.vsr_video_rates=\[1, 5\] and task.avsr_video_rates=\[2, 5\]: .* make them equal",
+    ),
+    (["task.weights.vsr=-1"], 2, r"task.weights.vsr=-1.0: a weight is a number of at least 0"),
+    (["task.weights.vsr=inf"], 2, r"task.weights.vsr=inf: a weight is a number of at least 0"),
+    (["task.weights.lip=1"], 2, r"unknown configuration key 'task.weights.lip'"),
+    (
+        ["task.tasks=[asr,vsr]", "task.weights={asr: 0, vsr: 0}"],
+        2,
+        r"task.weights gives each of task.tasks=\['asr', 'vsr'\] a weight of 0",
+    ),
+    (
+        ["task.tasks=[asr,vsr]", "task.weights.vsr=0"],
+        2,
+        r"task.weights.vsr=0 leaves the video projector without a task to train on: leave vsr out of task.tasks, or",
+    ),
+    (
+        ["task.asr_audio_rates=[4,8]", "task.weights.asr=0", "projector.per_rate=true"],
+        2,
+        r"task.weights.asr=0 leaves the audio projector of rate 8 without a task to train on",
+    ),
     (["data.batch_size=15"], 2, r"data.batch_size=15 is not a multiple of 2"),
     (["data.max_frames=900"], 2, r"data.batch_size=16 and data.max_frames=900: .* set one of them"),
     (["data.batch_size=null"], 2, r"data.batch_size=None and data.max_frames=None: .* set one of them"),
@@ -277,7 +313,7 @@ def test_every_key_is_commented(path: Path) -> None:
     # An experiment's plain step counts explain themselves in config.yaml, where the keys are commented.
     allowed = r"\s+(steps|save_every|validate_every):" if path.parent.name == "experiment" else r"$^"
     assert [line for line in uncommented if not re.match(allowed, line)] == [
-        line for line in uncommented if path.parent.name == "task" and re.match(r"  (asr|vsr|avsr):", line)
+        line for line in uncommented if path.parent.name == "task" and re.match(r"  (asr|vsr|avsr): Transcribe", line)
     ]
 
 
@@ -288,6 +324,33 @@ def _values(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@pytest.mark.parametrize("group", ["data", "mome", "parallel", "task"])
+def test_every_choice_of_a_group_says_the_same_keys(group: str) -> None:
+    """As files compose, before the schema would fill in what one of them forgot."""
+    keys: dict[str, frozenset[str]] = {}
+    register_resolvers()
+    for path in sorted((configs_dir() / group).glob("*.yaml")):
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            chosen = compose("config", [f"{group}={path.stem}"])[group]
+        keys[path.stem] = frozenset(_values(OmegaConf.to_container(chosen, resolve=True)))  # type: ignore[arg-type]
+    in_schema = frozenset(_values(dataclasses.asdict(getattr(RunConfig(), group))))
+    assert len(keys) > 3 and set(keys.values()) == {in_schema}
+
+
+def test_the_omni_task_is_the_published_one(overrides: list[str]) -> None:
+    config = load_config(["task=omni"])
+    hands = [[str(view) for view in hand] for hand in schedule_of(config).hands]
+    pairs = [(4, 2), (4, 5), (16, 2), (16, 5)]
+    assert hands == [[f"asr({audio})", f"vsr({video})", f"avsr({audio},{video})"] for audio, video in pairs]
+    assert config.task.weights == TaskWeights(asr=1.0, vsr=1.5, avsr=1.0)
+    validate(load_config([*overrides, "task=omni", "task.views_per_step=null"]), 2)
+
+
+def test_what_counts_for_nothing_is_allowed_where_others_train_the_projectors(overrides: list[str]) -> None:
+    weights = ["task.weights={asr: 0, vsr: 0, avsr: 3}", "task.views_per_step=null"]
+    validate(load_config([*overrides, "task=omni", *weights, "projector.per_rate=true"]), 2)
+
+
 # Those of a run; configs/launcher belongs to the launchers.
 GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "experiment", "launcher")]
 
@@ -296,7 +359,9 @@ GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "ex
 def test_every_group_option_composes(path: Path) -> None:
     config = load_config([f"{path.parent.name}={path.stem}"])
     section = getattr(config, path.parent.name)
-    for key, value in _values(yaml.safe_load(path.read_text())).items():
+    values = yaml.safe_load(path.read_text())
+    values.pop("defaults", None)
+    for key, value in _values(values).items():
         if not (isinstance(value, str) and "${" in value):
             found = section
             for part in key.split("."):

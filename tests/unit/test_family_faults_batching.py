@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from mome_dist.config import load_config
+from mome_dist.config import RunConfig, load_config
 from mome_dist.data import order
 from mome_dist.data.order import BatchOrder, FrameOrder, Order
 from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.preflight import validate
-from mome_dist.speech.views import View
+from mome_dist.speech.views import View, ViewSchedule
 from mome_dist.training import loop
 from mome_dist.training.batches import BatchBuilder, Step
 from mome_dist.training.step import forward_backward
@@ -118,8 +118,10 @@ def _views_drawn(overrides: list[str], cache: Path, planted: bool) -> list[list[
     """The views of every step of a run, on this rank."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
     drawn: list[list[str]] = []
-    build, draw = BatchBuilder.build, loop.views_of_step
-    seen: Any = lambda views, per_step, step, seed: draw(views, per_step, step, seed + dist.get_rank())  # noqa: E731
+    build, schedule_of = BatchBuilder.build, loop.schedule_of
+
+    def of_this_rank(config: RunConfig) -> ViewSchedule:
+        return replace(schedule_of(config), seed=config.seed + dist.get_rank())
 
     def building(self: BatchBuilder, batch: Sequence[int], views: Sequence[View]) -> Step:
         drawn.append([str(view) for view in views])
@@ -128,7 +130,7 @@ def _views_drawn(overrides: list[str], cache: Path, planted: bool) -> list[list[
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(BatchBuilder, "build", building)
         if planted:
-            monkeypatch.setattr(loop, "views_of_step", seen)
+            monkeypatch.setattr(loop, "schedule_of", of_this_rank)
         config = load_config(overrides)
         loop.train(config, validate(config, int(os.environ["WORLD_SIZE"])))
     return drawn

@@ -223,14 +223,14 @@ def test_statistics_add_up_by_view_until_taken() -> None:
         load.put(0, context, 3, asked_TK, kept)
         load.reduce()
         statistics.expect(load)
-    assert statistics.take() == {} and statistics.step_load_LE is None, "nothing has been read yet"
+    assert statistics.take() == {} and statistics.step_load == {}, "nothing has been read yet"
     statistics.settle()
     taken = statistics.take()
     assert taken["asr(4)"].tolist() == [[4, 3, 3, 0, 0, 1, 5, 10], [3, 3, 4, 1, 0, 0, 5, 10]]
     assert taken["vsr(2)"].tolist() == [[0, 1, 1, 0, 0, 0, 1, 6], [1, 1, 0, 0, 0, 0, 1, 6]]
     assert statistics.take() == {}
-    step_load = statistics.step_load_LE
-    assert step_load is not None and step_load.tolist() == [[4, 4, 4], [4, 4, 4]]
+    step_load = {view: load_LE.tolist() for view, load_LE in statistics.step_load.items()}
+    assert step_load == {"asr(4)": [[4, 3, 3], [3, 3, 4]], "vsr(2)": [[0, 1, 1], [1, 1, 0]]}
     packed = torch.stack([taken["asr(4)"], taken["vsr(2)"], torch.zeros(2, 8, dtype=torch.int64)])
     counts = RoutingCounts(("asr(4)", "vsr(2)", "vsr(5)"), packed[:, :1])
     assert (counts + counts).record() == {

@@ -19,6 +19,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.experts import expert_seconds
+from mome_dist.planning.flops import step_flops
 from mome_dist.planning.hardware import GPUS, Cluster, Link, cluster_of_gpus, known_gpu
 from mome_dist.planning.job import Candidate, Clip, Job, job_of
 from mome_dist.planning.llms import LLMS, find_shape
@@ -85,12 +86,30 @@ def test_zero_divides_the_optimiser_state_over_the_ranks_that_hold_the_same() ->
 
 
 def test_a_stage_keeps_the_microbatches_in_flight() -> None:
-    job = _job(lengths=(100,), views_per_step=1)
+    job = _job(lengths=(100,), shares=(1.0,), longest=(100,))
     candidate = _candidate(world=4, pp=4, dispatch="local", accumulation=8)
     kept = [memory(job, candidate, stage).experts for stage in range(4)]
     assert kept == pytest.approx([kept[3] * n for n in (4, 3, 2, 1)])
     few = memory(job, replace(candidate, accumulation=2), 0).experts  # two microbatches, of four times the clips
     assert few == pytest.approx(2 * memory(job, replace(candidate, accumulation=2), 3).experts)
+
+
+def test_drawn_rates_are_every_pair_in_the_mean_and_the_longest_at_most() -> None:
+    def job(*overrides: str) -> Job:
+        config = load_config(["mome.routed_experts=24", "task.views_per_step=null", *overrides])
+        return job_of(config, find_shape("llama-3.1-8b"), Clip(), WIDTHS, on_gpu=True)
+
+    drawn, pairs = job("task=omni"), []
+    for audio, video in ((4, 2), (4, 5), (16, 2), (16, 5)):
+        rates = [f"task.{task}_audio_rates=[{audio}]" for task in ("asr", "avsr")]
+        pairs.append(job("task=all", *rates, *(f"task.{task}_video_rates=[{video}]" for task in ("vsr", "avsr"))))
+    assert (drawn.views_per_step, len(drawn.lengths)) == (3, 8)
+    for part, flops in step_flops(drawn).items():
+        assert flops == pytest.approx(sum(step_flops(pair)[part] for pair in pairs) / 4), part
+    candidate = _candidate()
+    assert memory(drawn, candidate, 0).total == pytest.approx(memory(pairs[0], candidate, 0).total)
+    tokens = [sum(tokens for _, tokens in candidate.mean_pass(each)) for each in (drawn, *pairs)]
+    assert tokens[0] == pytest.approx(sum(tokens[1:]) / 4)
 
 
 def test_recomputation_and_sequence_parallelism_keep_less() -> None:
@@ -117,7 +136,7 @@ def test_all_reduce_is_a_scatter_and_a_gather() -> None:
 
 
 def test_more_microbatches_fill_the_pipeline() -> None:
-    job = _job(lengths=(400,), views_per_step=1)
+    job = _job(lengths=(400,), shares=(1.0,), longest=(400,))
     waits = []
     for accumulation in (1, 4, 16):
         time = step_time(job, _candidate(world=4, pp=4, dispatch="local", accumulation=accumulation), NODE)

@@ -156,6 +156,7 @@ def test_a_step_of_few_views_may_do_without_a_stream() -> None:
     views = ["task=all", "task.views_per_step=1"]  # two of eight views hear, two see, four do both
     assert [encoder.share for encoder in lrs3(*views).encoders] == [0.75, 0.75]
     assert [encoder.share for encoder in lrs3("task=all").encoders] == [1, 1]
+    assert [encoder.share for encoder in lrs3("task=omni").encoders] == [1, 1]
 
 
 def test_a_3b_llm_that_fits_a_gpu_is_not_cut() -> None:

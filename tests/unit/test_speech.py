@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mome_dist.errors import UserError
 from mome_dist.speech.matryoshka import audio_frames, compress, compressed_length, sequence_length
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, SequenceBuilder, TextCodec, pack
-from mome_dist.speech.views import View, all_views, views_of_step
+from mome_dist.speech.views import View, all_views
 
 TAGS = {"audio_open": "<audio>", "audio_close": "</audio>", "video_open": "<video>", "video_close": "</video>"}
 
@@ -66,15 +65,6 @@ def test_every_view_of_the_paper() -> None:
         "avsr(16,2)",
         "avsr(16,5)",
     ]
-
-
-def test_sampled_views_are_seen_equally_often_and_repeat_from_the_seed() -> None:
-    views = all_views(["asr", "vsr", "avsr"], [4, 16], [2, 5], [4, 16], [2, 5])
-    drawn = [views_of_step(views, 2, step, seed=1) for step in range(40)]
-    assert set(Counter(view for step in drawn for view in step).values()) == {10}
-    assert drawn == [views_of_step(views, 2, step, seed=1) for step in range(40)]
-    assert drawn != [views_of_step(views, 2, step, seed=2) for step in range(40)]
-    assert views_of_step(views, None, 3, seed=1) == views
 
 
 def test_projector_is_two_layers_and_a_norm_and_treats_clips_apart() -> None:
