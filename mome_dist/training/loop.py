@@ -91,9 +91,11 @@ def _describe(trainer: Trainer, console: Console) -> None:
 
 def _watched_steps(config: RunConfig) -> int:
     """Steps until every view was trained on, and two more: the gradient of what lies before the zero-initialised expert
-    weights appears once these have moved. Likewise of LoRA's A, before its B that starts at zero, but only a step that
-    reads the encoder's stream moves B: so every view twice."""
-    views, rounds = len(views_of(config)), 2 if lora_of(config) else 1
+    weights appears once these have moved. Likewise of one factor of a LoRA, beside the other that starts at zero, but
+    only a step that reads the encoder's stream, or has a view that uses the LLM's term, moves that: so every view
+    twice."""
+    adapted = config.llm.lora is not None or lora_of(config)
+    views, rounds = len(views_of(config)), 2 if adapted else 1
     return math.ceil(rounds * views / (config.task.views_per_step or views)) + 2
 
 
