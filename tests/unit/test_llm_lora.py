@@ -344,3 +344,42 @@ def test_saved_configurations_and_messages_have_them_as_a_command_line_writes_th
     given = "{reduction: 32, scale: 0.125, start: b_random, terms: [shared, rates]}"
     lora = _config(given).llm.lora
     assert str(lora) == given and lora == _config(str(lora)).llm.lora
+
+
+POOLED = ["projector.per_rate=true", "projector.layer_norm=false"]
+STACKED = [*POOLED, "projector.compression=stack"]
+PUBLISHED = [  # what trains in all, of models whose low-rank terms are not all that trains
+    ("llama-3.1-8b", "asr", ["task.asr_audio_rates=[3]", *STACKED], "{reduction: 64}", 0, 41_949_184),
+    ("llama-3.1-8b", "vsr", ["task.vsr_video_rates=[3]", *STACKED], "{reduction: 64}", 64, 48_240_640),
+    (
+        "llama-3.1-8b",
+        "avsr",
+        ["task.avsr_audio_rates=[4]", "task.avsr_video_rates=[2]", *STACKED],
+        "{reduction: 64}",
+        0,
+        56_635_392,
+    ),
+    ("llama-3.2-1b", "all", POOLED, "{reduction: 32, terms: [shared]}", 64, 38_289_408),
+    ("llama-3.2-1b", "all", POOLED, "{reduction: 32, terms: [task]}", 64, 51_920_896),
+    ("llama-3.2-1b", "all", POOLED, "{reduction: 32, terms: [shared, task]}", 64, 58_736_640),
+]
+
+
+@pytest.mark.parametrize(("llm", "task", "settings", "lora", "encoder_rank", "expected"), PUBLISHED)
+def test_totals_are_those_of_the_papers(
+    llm: str, task: str, settings: list[str], lora: str, encoder_rank: int, expected: int
+) -> None:
+    """Llama-AVSR's three models, and Omni-AVSR's S, T and ST."""
+    config = load_config(
+        [
+            "experiment=lrs3",
+            "mome=none",
+            f"task={task}",
+            f"llm.lora={lora}",
+            "data.features=online",
+            f"video_encoder.lora={f'{{rank: {encoder_rank}}}' if encoder_rank else 'null'}",
+            *settings,
+        ]
+    )
+    job = job_of(config, find_shape(llm), Clip(), {"audio": 1024, "video": 1024}, on_gpu=True)
+    assert job.trained_parameters == expected
