@@ -264,7 +264,7 @@ class MoMESpeechLM(nn.Module):
         read_once = num_beams > 1 and not static_cache
         embedded_BSH = flat.view(embedded_BSH.shape)
         with ExitStack() as laid_out:
-            for adapted in self._adapted():
+            for adapted in self._adapted() if not static_cache else ():  # a compiled pass is given parameters only
                 laid_out.enter_context(adapted.laid_out())
             written = self.llm.generate(
                 inputs_embeds=embedded_BSH,

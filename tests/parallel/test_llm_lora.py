@@ -24,6 +24,7 @@ from mome_dist.checkpoint.saved import read_checkpoint
 from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
+from mome_dist.errors import UserError
 from mome_dist.export.adapter import export_adapter, load_adapter
 from mome_dist.inference.load import load_run
 from mome_dist.model.build import build_distributed
@@ -220,6 +221,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path, source: str, experts: 
     mome = "mome.capacity_factor=null" if experts else "mome=none"
     probe = _probe(tmp_path / "llm", RATES, mome, "optimizer.epsilon=1e-2", "task.avsr_audio_rates=[4,16,10]")
     probe.config.optimizer = dataclasses.replace(probe.config.optimizer, warmup_steps=0)
+    probe.config.llm.pad_heads = True
     layout, zero = TRAINED_ON[source]
     losses = run_world(train_and_save, layout.world_size, probe, layout, zero, tmp_path)[0]
     canonical = tmp_path / f"checkpoints/step-{STEPS:06d}"
@@ -242,6 +244,8 @@ def test_checkpoints_move_between_layouts(tmp_path: Path, source: str, experts: 
             assert rank.different == [] and rank.losses == pytest.approx(losses, rel=1e-6)
         reshard(native, tmp_path / f"{name} back", "canonical", layout, zero)
         assert_same_checkpoint(canonical, tmp_path / f"{name} back")
+    with pytest.raises(UserError, match=r"llm\.lora adds to heads .* parallel\.tp=4 does not divide its 2 key-value"):
+        reshard(canonical, tmp_path / "tp4", "deepspeed", Layout.for_world(4, tp=4), 1)
     saved = read_checkpoint(canonical)
     write_average(tmp_path / "mean", [saved, saved])
     mean = read_checkpoint(tmp_path / "mean").weights
