@@ -11,7 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import check_joined, layout_of, least_parts, lora_of, streams_joined, streams_of
+from mome_dist.config.derived import (
+    check_joined,
+    check_llm_terms,
+    layout_of,
+    least_parts,
+    lora_of,
+    streams_joined,
+    streams_of,
+)
 from mome_dist.config.load import load_config
 from mome_dist.config.models import settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
@@ -69,12 +77,15 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "projector.trainable=false would keep random projectors: name the run that trained them with "
             "training.init_from, or set projector.trainable=true."
         )
-    if not config.mome.experts and not config.projector.trainable and not lora_of(config):
+    learning = config.mome.experts or config.projector.trainable or config.llm.lora is not None
+    if not learning and not lora_of(config):
         raise UserError(
             "mome.placement=none and projector.trainable=false leave nothing to train: set projector.trainable=true, "
-            "choose another mome, or give an encoder a LoRA (audio_encoder.lora, video_encoder.lora)."
+            "choose another mome, or give the LLM or an encoder a LoRA (llm.lora, audio_encoder.lora, "
+            "video_encoder.lora)."
         )
     check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
+    check_llm_terms(config, layout, shape)
     _check_batches(config, layout)
     deepspeed_of(config, layout.dp)
     check_encoders(config)

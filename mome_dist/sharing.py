@@ -29,6 +29,8 @@ class Sharing:
             where tensor-parallel ranks hold equal copies.
         partial: whether, under sequence parallelism, a copy's gradient is that of a rank's own tokens, so that the
             gradient is the sum over the tensor-parallel ranks.
+        packed: the name that an engine has for the parameter in which it lies beside others, in the order of their
+            names; None for a parameter of its own. Those of routed experts are packed anyway.
 
     Raises:
         ValueError: for a slice whose gradient would be summed, or experts that are sliced.
@@ -38,6 +40,7 @@ class Sharing:
     experts: int | None = None
     sliced: int | None = None
     partial: bool = False
+    packed: str | None = None
 
     def __post_init__(self) -> None:
         if self.sliced is not None and (self.partial or self.experts is not None):
@@ -70,7 +73,7 @@ class Sharing:
 
     def as_json(self) -> dict[str, Any]:
         """Return the description as an index of a checkpoint holds it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "packed" or value is not None}
 
 
 def of_format_2(name: str, shape: Sequence[int], stacked: bool | None = None) -> Sharing:

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(options.run, device, frozen=frozen_of(options), check=read)
-    check_view(run.model.projectors, view)
+    check_view(run.model.projectors, view, run.model.terms)
     trained = "" if view in run.views else f" (not trained; trained: {', '.join(map(str, run.views))})"
     started = time.perf_counter()
     text = transcribe(run, view, clips, options.num_beams)

@@ -23,6 +23,7 @@ from mome_dist.checkpoint.hashes import CONTENT, content_hash, joined
 from mome_dist.checkpoint.parts import parts_of, write_part
 from mome_dist.checkpoint.source import Source, item_size, open_canonical
 from mome_dist.config import RunConfig
+from mome_dist.config.derived import check_llm_terms
 from mome_dist.config.load import config_of
 from mome_dist.engine.deepspeed_names import ModelTensors
 from mome_dist.engine.optimizer import moment_names
@@ -193,7 +194,9 @@ def _check_layout(layout: Layout, model: ModelTensors, run: RunConfig) -> list[s
     llm = directory_of(run.llm.path)
     if not llm.is_dir():
         return [f"llm.path={run.llm.path} is not here: tp={layout.tp} was not checked against it"]
-    check_division(LLMShape.from_directory(llm), layout, model.routed_experts, run.llm.pad_heads)
+    shape = LLMShape.from_directory(llm)
+    check_division(shape, layout, model.routed_experts, run.llm.pad_heads)
+    check_llm_terms(run, layout, shape)
     return []
 
 

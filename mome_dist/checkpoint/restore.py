@@ -14,7 +14,7 @@ from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
-from mome_dist.config.schema import LoRAConfig
+from mome_dist.config.schema import LLMLoRAConfig, LoRAConfig
 from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
 from mome_dist.model.distributed import DistributedMoME
@@ -129,18 +129,46 @@ def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = Fal
     return begin
 
 
+def check_llm_lora(directory: Path, lora: LLMLoRAConfig | None, init: bool = False) -> bool:
+    """Refuse a checkpoint whose LLM has other low-rank terms than configured; their rank and views are those of its
+    tensors.
+
+    Args:
+        lora: of the LLM; None if it has none.
+        init: whether a new run starts from the checkpoint's weights; then an LLM without terms may get some.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        UserError: naming the configuration key.
+    """
+    with CheckpointReader(directory) as reader:
+        reader.verify([CONFIG])
+    before = load_saved_config(directory / CONFIG).llm.lora
+    if init and before is None:
+        return lora is not None
+    saved, now = (None if each is None else (each.scale, sorted(each.terms)) for each in (before, lora))
+    if saved != now:
+        raise UserError(
+            f"{directory} was trained with llm.lora={before or 'null'}, now it is {lora or 'null'}: set it back, "
+            f"{'or name another training.init_from' if init else ANEW}."
+        )
+    return False
+
+
 @torch.no_grad()
 def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[str] = ()) -> int:
     """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done.
 
     Args:
-        without: streams whose encoder had no LoRA; here it keeps its initial values.
+        without: what the names of tensors begin with that the checkpoint has not; here they keep their initial values.
     """
     with CheckpointReader(directory) as reader:
         _restore_biases(reader, model)
         _check_all_taken(reader, model)
         for part in model.own_parts():
-            if part.name.startswith(tuple(f"lora.{stream}." for stream in without)):
+            if part.name.startswith(tuple(without)):
                 continue
             value = reader.read(f"model/{part.name}", part.index)
             if value.shape != part.whole_shape:

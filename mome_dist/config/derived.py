@@ -1,11 +1,13 @@
-"""What follows from a configuration alone: its layout, views, streams, projectors and trained encoders."""
+"""What follows from a configuration alone: its layout, views, streams, projectors, trained encoders, low-rank terms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.errors import UserError
+from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import View, ViewSchedule, all_views, streams_read
 
@@ -122,6 +124,36 @@ def lora_of(config: RunConfig) -> dict[str, LoRAConfig]:
     """The low-rank terms of a run's encoders by stream; none of an encoder that stays as it is."""
     terms = {"audio": config.audio_encoder.lora, "video": config.video_encoder.lora}
     return {stream: lora for stream, lora in terms.items() if lora is not None}
+
+
+def llm_terms_of(config: RunConfig, hidden_size: int) -> LowRankTerms | None:
+    """The low-rank terms of a run's LLM; None where it has none."""
+    lora = config.llm.lora
+    if lora is None:
+        return None
+    rank = lora.rank_of(hidden_size)
+    return LowRankTerms(rank, lora.scale, lora.start, tuple(lora.terms), tuple(views_of(config)))
+
+
+def check_llm_terms(config: RunConfig, layout: Layout, shape: LLMShape) -> None:
+    """Check that the LLM's low-rank terms suit its sizes and a layout.
+
+    Raises:
+        UserError: naming the key.
+    """
+    lora = config.llm.lora
+    if lora is None:
+        return
+    if lora.rank_of(shape.hidden_size) < 1:
+        raise UserError(
+            f"llm.lora.reduction={lora.reduction} leaves no rank of a hidden size of {shape.hidden_size}: lower it."
+        )
+    if shape.kv_heads % layout.tp:
+        raise UserError(
+            f"llm.lora adds to heads that are the LLM's own, but llm.pad_heads=true adds others, because parallel.tp="
+            f"{layout.tp} does not divide its {shape.kv_heads} key-value groups: choose another tp, or set "
+            "llm.lora=null."
+        )
 
 
 def refuse_lora(config: RunConfig, reason: str) -> None:

@@ -26,12 +26,36 @@ class SpeechTags:
 
 
 @dataclass
+class LLMLoRAConfig:
+    """Low-rank terms of the LLM's query and value projections."""
+
+    rank: int | None = None
+    reduction: int | None = None
+    scale: float = 0.125
+    start: str = one_of("a_random", "b_random")
+    terms: list[str] = field(default_factory=lambda: ["shared"], metadata={"choices": ("shared", "task", "rates")})
+
+    def rank_of(self, hidden_size: int) -> int:
+        """The rank, in an LLM of a hidden size."""
+        if self.rank is not None:
+            return self.rank
+        assert self.reduction is not None, "one of the two is set; see `mome_dist.config.values`"
+        return round(hidden_size / self.reduction)
+
+    def __str__(self) -> str:
+        """As a command line writes it."""
+        size = f"rank: {self.rank}" if self.rank is not None else f"reduction: {self.reduction}"
+        return f"{{{size}, scale: {self.scale:g}, start: {self.start}, terms: [{', '.join(self.terms)}]}}"
+
+
+@dataclass
 class LLMConfig:
     path: str = ""
     precision: str = one_of("bf16", "fp32", "auto")
     attention: str = one_of("auto", "eager", "sdpa")
     pad_heads: bool = False
     cache_slices: bool = False
+    lora: LLMLoRAConfig | None = None
     tags: SpeechTags = field(default_factory=SpeechTags)
 
 

@@ -28,6 +28,7 @@ def check_values(config: RunConfig) -> None:
     _check_task(config)
     _check_augmentation(config)
     _check_lora(config)
+    _check_llm_lora(config)
     _check_projector(config)
 
 
@@ -261,3 +262,22 @@ def _check_lora(config: RunConfig) -> None:
                 f"{key} is set, but data.features={config.data.features} reads features that were made once, which no "
                 f"training of the encoder can change: set data.features=online, or {key}=null."
             )
+
+
+def _check_llm_lora(config: RunConfig) -> None:
+    lora = config.llm.lora
+    if lora is None:
+        return
+    if (lora.rank is None) == (lora.reduction is None):
+        raise UserError(
+            f"llm.lora.rank={lora.rank} and llm.lora.reduction={lora.reduction}: set one of them, the rank itself or "
+            "what the hidden size is divided by for it, and the other to null."
+        )
+    for key in ("rank", "reduction"):
+        value = getattr(lora, key)
+        if value is not None and value < 1:
+            raise UserError(f"llm.lora.{key}={value}: must be at least 1.")
+    if not 0 < lora.scale < math.inf:
+        raise UserError(f"llm.lora.scale={lora.scale}: must be above 0; the terms are multiplied by it.")
+    if not lora.terms or len(set(lora.terms)) != len(lora.terms):
+        raise UserError(f"llm.lora.terms={lora.terms}: name one or more of shared, task, rates, none of them twice.")

@@ -106,6 +106,13 @@ def _single(tensor: StateTensor) -> Parameter:
     return Parameter(tensor.local, tensor.shape, (tensor,))
 
 
+def _of_tensors(local: str, tensors: Sequence[StateTensor]) -> Parameter:
+    """A parameter of one tensor that is called like it, or of several (`Sharing.packed`)."""
+    if local == tensors[0].local:
+        return _single(tensors[0])
+    return Parameter(local, (sum(tensor.count for tensor in tensors),), tuple(tensors))
+
+
 def _packed(module: str, experts: Sequence[Sequence[StateTensor]]) -> Parameter:
     """The parameter of all experts of a module (`mome_dist.moe.routed`)."""
     numbers = sum(tensor.count for tensor in experts[0])
@@ -172,12 +179,15 @@ class ModelTensors:
         self, layers: Sequence[int] = (), first_stage: bool = True, tp: int = 1, tp_rank: int = 0
     ) -> list[Parameter]:
         """The parameters that a rank has beside its MoME modules: those of its layers, and of the first stage."""
-        chosen = []
+        chosen: list[str] = []
         for name in self.shapes.keys() - self._moe:
             layer = self.sharing[name].layer
             if first_stage if layer is None else layer in layers:
                 chosen.append(name)
-        return [_single(self._part(name, tp, tp_rank)) for name in sorted(chosen, key=_module_order)]
+        held: dict[str, list[StateTensor]] = {}
+        for name in sorted(chosen, key=_module_order):
+            held.setdefault(self.sharing[name].packed or name, []).append(self._part(name, tp, tp_rank))
+        return [_of_tensors(local, held[local]) for local in sorted(held, key=_module_order)]
 
     def _part(self, name: str, tp: int, tp_rank: int) -> StateTensor:
         """What a tensor-parallel rank has of a tensor."""

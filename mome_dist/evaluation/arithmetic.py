@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mome_dist.config.schema import MoMEConfig
+from mome_dist.config.derived import llm_terms_of
+from mome_dist.config.schema import MoMEConfig, RunConfig
+from mome_dist.llm.shape import LLMShape
 
 
 class ParameterCount(NamedTuple):
@@ -57,3 +59,13 @@ def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width
         value_width: key-value heads times head size.
     """
     return layers * rank * ((hidden_size + query_width) + (hidden_size + value_width))
+
+
+def llm_lora_parameters(config: RunConfig, shape: LLMShape) -> ParameterCount:
+    """Parameters of the low-rank terms of a run's LLM; none in a run without."""
+    terms = llm_terms_of(config, shape.hidden_size)
+    if terms is None:
+        return ParameterCount(0, 0)
+    heads, kv_heads = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    one = lora_parameters(shape.hidden_size, shape.layers, heads, kv_heads, terms.rank)
+    return ParameterCount(active=len(terms.kinds) * one, total=len(terms.names) * one)

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
+from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.errors import UserError
@@ -28,12 +29,21 @@ EXTRA_TOKENS = 8  # beside what the length of a clip allows: for short clips of 
 AUDIO_FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_AUDIO_FRAME
 
 
-def check_view(projectors: Projectors, view: View) -> None:
+def check_view(projectors: Projectors, view: View, terms: LowRankTerms | None = None) -> None:
     """Check that a model can read a view; rates that it never trained on are fine if a projector takes them.
 
+    Args:
+        terms: low-rank ones of the LLM.
+
     Raises:
-        UserError: the model has no projector for a stream, or none for its rate.
+        UserError: the model has no projector for a stream, or none for its rate, or not all low-rank terms of the view.
     """
+    if terms is not None and not terms.has(view):
+        raise UserError(
+            f"rates: {view} needs the low-rank terms {', '.join(terms.of(view))} of this model's LLM; it has "
+            f"{', '.join(terms.names)} (llm.lora.terms=[{', '.join(terms.kinds)}]): choose a view that it was trained "
+            "on."
+        )
     for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)):
         if rate is None:
             continue
@@ -142,7 +152,7 @@ def decode(
     Raises:
         UserError: the model cannot read the view, or the batch size is not positive.
     """
-    check_view(model.projectors, view)
+    check_view(model.projectors, view, model.terms)
     used = [clips for clips, rate in ((audio, view.audio_rate), (video, view.video_rate)) if rate is not None]
     lengths = [sum(map(len, streams)) for streams in zip(*used, strict=True)]
     texts = [""] * len(lengths)

@@ -19,7 +19,7 @@ from mome_dist.config.schema import RunConfig, TaskConfig, TaskWeights
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activation_plots import consistency_figure, heat_map_figure, tasks_of
 from mome_dist.evaluation.activations import Activations
-from mome_dist.evaluation.arithmetic import mome_parameters
+from mome_dist.evaluation.arithmetic import llm_lora_parameters, mome_parameters
 from mome_dist.evaluation.condition_plots import (
     corruption_figure,
     cost_figure,
@@ -95,6 +95,7 @@ def _summary(files: RunFiles) -> str:
         ("frozen LLM", f"{_model(config.llm.path)}, {config.llm.precision}"),
         ("frozen encoders", ", ".join(_encoders(config)) or "-"),
         *((f"LoRA of the {stream} encoder", str(lora)) for stream, lora in lora_of(config).items()),
+        *([("LoRA of the LLM", _llm_lora(files))] if config.llm.lora is not None else []),
         *_experts(files),
         ("projectors", _projectors(files)),
         *_projector_experts(files),
@@ -162,6 +163,17 @@ def _router(config: RunConfig) -> str:
     gates = f"{mome.score} scores{', renormalised' if mome.renormalize else ''}"
     bias = f", bias rate {mome.bias_rate:g}" if mome.bias_rate else ""
     return f"{gates}; balance loss {mome.balance_loss:g}, z-loss {mome.z_loss:g}{bias}"
+
+
+def _llm_lora(files: RunFiles) -> str:
+    """The low-rank terms, and counts in closed form."""
+    lora = files.config.llm.lora
+    try:
+        shape = LLMShape.from_directory(files.config.llm.path)
+    except UserError:
+        return str(lora)
+    count = llm_lora_parameters(files.config, shape)
+    return f"{lora}: {count.active:,} active per token, {count.total:,} trained"
 
 
 def _parameters(files: RunFiles) -> str:

@@ -141,7 +141,7 @@ def check_servable(model: MoMESpeechLM, utterances: Sequence[Utterance], views: 
     if not utterances:
         raise UserError("there is no utterance to evaluate; raise limit, or choose another split.")
     for view in views:
-        check_view(model.projectors, view)
+        check_view(model.projectors, view, model.terms)
         for stream in streams_of(view):
             length = "samples" if stream == "audio" else "frames"
             missing = next((utterance.id for utterance in utterances if not getattr(utterance, length)), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mome_dist.adapters.lora import PREFIX
 from mome_dist.checkpoint.adapter import is_adapter, read_adapter, write_adapter
 from mome_dist.checkpoint.deepspeed.read import is_deepspeed
 from mome_dist.checkpoint.format import find_checkpoint
@@ -100,7 +101,10 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
     model = run.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden_size, layers = model.llm.config.hidden_size, model.llm.config.num_hidden_layers
-    active = mome_parameters(run.config.mome, hidden_size, layers).active
+    active = {"mome_active_per_token": mome_parameters(run.config.mome, hidden_size, layers).active}
+    if (terms := model.terms) is not None:
+        each = model.part_sizes()[PREFIX] // len(terms.names)
+        active[f"{PREFIX}_active_per_token"] = len(terms.kinds) * each
     return {
         "name": run.config.name,
         "step": run.step,
@@ -114,7 +118,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
             "vocabulary": model.llm.config.vocab_size,
             "parameters": model.llm.num_parameters(),
         },
-        "parameters": {"trained": trained, **model.part_sizes(), "mome_active_per_token": active},
+        "parameters": {"trained": trained, **model.part_sizes(), **active},
         "frozen": {
             section: {"name": name_of(getattr(run.config, section).path), "fingerprint": fingerprint}
             for section, fingerprint in saved.frozen.items()

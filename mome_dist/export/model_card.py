@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mome_dist.adapters.lora import PREFIX
 from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
 from mome_dist.config.derived import lora_of
@@ -45,7 +46,7 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
 
 
 def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
-    mome, frozen = run.config.mome, document["frozen"]
+    mome, frozen, adapted = run.config.mome, document["frozen"], run.config.llm.lora is not None
     encoders = " and ".join(f"`{facts['name']}`" for section, facts in frozen.items() if section != "llm")
     views: dict[str, list[str]] = {}
     for view in run.views:
@@ -67,6 +68,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         *experts,
         *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
         *_projectors(run.config.projector),
+        *([f"- LoRA of the language model's query and value projections: `{run.config.llm.lora}`."] * adapted),
         *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
         "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",
@@ -87,12 +89,15 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
         trained.append(f"{counts['projectors']:,} projectors")
     else:
         kept = f"; the {counts['projectors']:,} of the projectors were taken from another run and kept"
+    if PREFIX in counts:
+        trained.append(f"{counts[PREFIX]:,} LoRA of the language model")
     if "lora" in counts:
         trained.append(f"{counts['lora']:,} LoRA of the encoders")
     parts = ", ".join(trained) + kept
     rows = {
         "parameters trained": f"{counts['trained']:,} ({parts})",
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
+        **_active_terms(counts),
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
         "training": f"{run.step:,} steps of {run.config.data.describe_batch()}, seed {run.config.seed}",
         "corpus": f"`{Path(run.config.data.corpus).name}`",
@@ -100,6 +105,11 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "made with": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _active_terms(counts: Mapping[str, int]) -> dict[str, str]:
+    active = counts.get(f"{PREFIX}_active_per_token")
+    return {} if active is None else {"LoRA parameters of the LLM active a token": f"{active:,}"}
 
 
 def _error_rates(results: Mapping[str, Any] | None) -> str:

@@ -69,12 +69,21 @@ class MoMESlot:
 
 
 class MoMESelfAttention(MoMESlot, SelfAttention):
-    """Self-attention with a slot beside it (placement "mhsa")."""
+    """Self-attention with a slot beside it (placement "mhsa"), and one in it: what adds to queries and values before
+    their rotation."""
+
+    lora: Any  # `mome_dist.adapters.tensor_parallel.TensorParallelLoRA`, or None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("lora", None)
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
         qkv_N1Z, _ = self.linear_qkv(hidden_N1H)
         groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        if self.lora is not None:
+            qkv_N1Z = self.lora(hidden_N1H, qkv_N1Z, groups, context.own)
         qkv_NGXd = context.rotation(qkv_N1Z.view(qkv_N1Z.shape[0], groups, -1, head))
         if self.checkpoint_core_attention and torch.is_grad_enabled():
             attend = partial(self.core_attention, context=context.tokens)

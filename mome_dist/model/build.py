@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
+from mome_dist.adapters.lora import PREFIX
+from mome_dist.adapters.tensor_parallel import TensorParallelLoRA, TermsOfTokens
+from mome_dist.config.derived import llm_terms_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
@@ -45,7 +49,7 @@ def build_distributed(
         load_weights(llm, shape, config.llm.path, slice_cache)
         momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
-        chunks.append(Chunk(llm, projectors, momes))
+        chunks.append(Chunk(llm, projectors, momes, _attach_llm_lora(config, llm, shape)))
     return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
 
 
@@ -65,3 +69,20 @@ def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch:
         z_loss=config.mome.z_loss,
         **mome_arguments(config),
     )
+
+
+def _attach_llm_lora(config: RunConfig, llm: FrozenLLM, shape: LLMShape) -> dict[str, nn.Module]:
+    """The low-rank terms of a chunk's layers by layout-free prefix; none where the LLM has none."""
+    terms, found = llm_terms_of(config, shape.hidden_size), dict[str, nn.Module]()
+    if terms is None:
+        return found
+    of_tokens, sizes = TermsOfTokens(terms), llm.config
+    widths = (shape.hidden_size, shape.heads * shape.head_size, shape.kv_heads * shape.head_size)
+    for layer in llm.decoder.layers:
+        number = layer.layer_number - 1
+        adapter = TensorParallelLoRA(
+            terms, number, *widths, sizes.tensor_model_parallel_size, sizes.sequence_parallel, of_tokens
+        )
+        adapter.initialize(f"{PREFIX}.{number}", config.seed)
+        layer.self_attention.lora = found[f"{PREFIX}.{number}"] = adapter.to(next(llm.parameters()).device)
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mome_dist.config.derived import check_joined, rates_of
+from mome_dist.config.derived import check_joined, llm_terms_of, rates_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import dtype_of
@@ -79,6 +79,7 @@ def build_reference(
     `MoMESpeechLM`."""
     llm = load_hugging_face(config.llm.path, llm_dtype(config), device_map)
     projectors = build_projectors(config, widths)
-    model = MoMESpeechLM(llm, projectors, config.mome.placement, lora, **mome_arguments(config))
+    terms = llm_terms_of(config, llm.config.hidden_size)
+    model = MoMESpeechLM(llm, projectors, config.mome.placement, lora, terms, **mome_arguments(config))
     model.initialize(config.seed, embedding_scale(config.llm.path))
     return model

@@ -12,7 +12,7 @@ Shape suffixes: E experts, P numbers of an expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mome_dist.moe.experts import ExpertWeights
+from mome_dist.packed_module import PackedModule, PackedTensor
 
 NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
 """Names of an expert's parts in DeepSpeed's state dicts, in the order of `ExpertWeights`."""
@@ -35,7 +36,7 @@ class ExpertPart(NamedTuple):
     shape: tuple[int, ...]
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(PackedModule):
     """Stands where DeepSpeed's ``Experts`` does.
 
     Args:
@@ -69,38 +70,12 @@ class RoutedExperts(nn.Module):
                 yield ExpertPart(expert, kind, start, shape)
                 start += math.prod(shape)
 
-    def _slices(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of DeepSpeed's names as views of ``values``, which is shaped like the parameter."""
+    def tensors(self) -> Iterator[PackedTensor]:
+        """By DeepSpeed's names."""
         names = dict(zip(ExpertWeights._fields, NAMES, strict=True))
         for part in self.parts():
-            view = values.view(-1)[part.start : part.start + math.prod(part.shape)].view(part.shape)
-            yield f"deepspeed_experts.{part.expert}.{names[part.kind]}", view
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, view in self._slices(self.packed if keep_vars else self.packed.detach()):
-            destination[prefix + name] = view
-
-    @torch.no_grad()
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        slices = {prefix + name: view for name, view in self._slices(self.packed.detach())}
-        for name, view in slices.items():
-            value = state_dict.get(name)
-            if value is None:
-                missing_keys.append(name)
-            elif value.shape != view.shape:
-                error_msgs.append(f"{name} has shape {list(value.shape)}, expected {list(view.shape)}")
-            else:
-                view.copy_(value)
-        unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in slices]
+            name = f"deepspeed_experts.{part.expert}.{names[part.kind]}"
+            yield PackedTensor(name, self.packed, part.start, part.shape)
 
 
 def part_shapes(hidden_size: int, bottleneck: int) -> tuple[tuple[int, ...], ...]:

@@ -29,17 +29,20 @@ def attention_flops(shape: LLMShape, length: int, tokens: float, causal: bool) -
 
 
 def step_flops(job: Job) -> dict[str, float]:
-    """FLOPs of a step of the whole job by part: "llm", "experts" with their router, "encoders".
+    """FLOPs of a step of the whole job by part: "llm", its low-rank "terms", "experts" with their router, "encoders".
 
     Projectors are left out: they are less than a hundredth of the LLM's, and by how much depends on the clips' streams.
     """
     shape = job.shape
-    llm = experts = 0.0
+    llm = terms = experts = 0.0
     for length, share in zip(job.lengths, job.shares, strict=True):
         tokens = length * job.batch_size * share
         layer = frozen_flops(shape, tokens) + attention_flops(shape, length, tokens, causal=True)
         outputs = OUTPUT_PRODUCTS * job.labels * job.batch_size * share * shape.vocabulary * shape.hidden_size
         llm += shape.layers * layer + outputs
+        if job.terms is not None:
+            one = job.terms.rank * (2 * shape.hidden_size + job.term_widths)
+            terms += shape.layers * 2 * TRAINED * tokens * len(job.terms.kinds) * one
         used = job.experts + 2 * (job.top_k + job.shared) * job.bottleneck  # outputs for a token
         experts += shape.layers * 2 * TRAINED * tokens * used * shape.hidden_size
     encoders = sum(
@@ -48,4 +51,4 @@ def step_flops(job: Job) -> dict[str, float]:
         * (each.shape.front_flops(each.seconds) + each.shape.transformer.flops(each.shape.frames(each.seconds)))
         for each in job.encoders
     )
-    return {"llm": llm, "experts": experts, "encoders": encoders}
+    return {"llm": llm, "terms": terms, "experts": experts, "encoders": encoders}

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from mome_dist.config.derived import projector_inputs, schedule_of, views_of
+from mome_dist.adapters.terms import LowRankTerms
+from mome_dist.config.derived import llm_terms_of, projector_inputs, schedule_of, views_of
 from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.parallel.layout import Layout, divisors
@@ -70,6 +71,7 @@ class Job:
         moments: fp32 running averages that the optimiser keeps of each parameter.
         pad_heads: whether attention heads may be padded to a multiple of tp.
         encoders: that work in every step.
+        terms: low-rank ones of the LLM; None if it has none.
     """
 
     shape: LLMShape
@@ -93,6 +95,7 @@ class Job:
     moments: int
     pad_heads: bool
     encoders: tuple[StepEncoder, ...] = ()
+    terms: LowRankTerms | None = None
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -121,6 +124,16 @@ class Job:
         return (self.experts + self.shared) * self.bottleneck
 
     @property
+    def low_width(self) -> int:
+        """Values of a token between the low-rank factors of a layer's queries and values, of all terms."""
+        return 0 if self.terms is None else 2 * len(self.terms.names) * self.terms.rank
+
+    @property
+    def term_widths(self) -> int:
+        """Outputs of the query and the value projection together."""
+        return (self.shape.heads + self.shape.kv_heads) * self.shape.head_size
+
+    @property
     def frozen_parameters(self) -> int:
         """Weights of the whole LLM, input and output embeddings apart."""
         shape = self.shape
@@ -137,6 +150,8 @@ class Job:
         return (
             Trained(replicated, Sharing(layer=0, partial=True)),
             Trained(self.experts * self.expert_parameters, routed),
+            Trained(self.low_width * self.shape.hidden_size, Sharing(layer=0, partial=True)),
+            Trained(self.low_width * self.term_widths // 2, Sharing(layer=0, sliced=0)),
             Trained(self.projector_parameters * self.projectors_train + lora, Sharing()),
         )
 
@@ -267,8 +282,9 @@ def job_of(
         shares=tuple(schedule.share(view) for view in views),
         longest=tuple(clip.length(view) for view in schedule.largest(clip.length)),
         moments=2 if config.optimizer.name == "adamw" else 0,
-        pad_heads=config.llm.pad_heads,
+        pad_heads=config.llm.pad_heads and config.llm.lora is None,  # terms are of the LLM's own heads
         encoders=step_encoders(config, clip.seconds, fast_precision, on_gpu),
+        terms=llm_terms_of(config, shape.hidden_size),
     )
 
 

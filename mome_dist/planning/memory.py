@@ -31,7 +31,7 @@ class Memory:
         trained: fp32 weights of MoME, projectors and LoRA, with ZeRO's copy of this rank's partition.
         gradients: of what trains.
         moments: the optimiser's running averages.
-        activations: of the frozen layers, for all microbatches in flight.
+        activations: of the frozen layers and their low-rank terms, for all microbatches in flight.
         experts: activations of the MoME modules, gathered weights and dispatched rows included.
         logits: of label positions, on the last stage.
         encoders: weights of those that work in every step, and the features of its clips, on the first stage.
@@ -79,6 +79,7 @@ def memory(job: Job, candidate: Candidate, stage: int, runtime: float = 0.0, res
     views, in_flight = candidate.longest_pass(job), min(layout.pp - stage, candidate.accumulation)
     tokens = sum(count for _, count in views)
     one_layer = sum(_layer_bytes(job, shape, candidate, length, count) for length, count in views)
+    one_layer += _term_bytes(job, candidate, tokens)
     one_mome = _mome_bytes(job, candidate, tokens)
     labels = candidate.utterances(job) * job.labels * job.views_per_step
     logits = labels * shape.vocabulary / layout.tp if last else 0.0
@@ -158,6 +159,18 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
         scores = 0.0
     gated = 2 * tokens * shape.ffn_size / tp * e  # both halves of the first product
     return norms + attended + scores + gated
+
+
+def _term_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
+    """What autograd keeps of the low-rank terms of a layer: their input, which experts beside attention keep already,
+    what lies between the factors, and the factors where the products have them cast or in another order."""
+    if job.terms is None:
+        return 0.0
+    hidden, kept = job.shape.hidden_size, job.placement == "mhsa"
+    inputs = 0.0 if kept else tokens * hidden / _sequence_share(candidate)
+    cast, several = job.element_bytes < FP32, len(job.terms.names) > 1
+    factors = job.low_width * (hidden * cast + job.term_widths / 2 / candidate.layout.tp * (cast or several))
+    return job.element_bytes * (inputs + tokens * job.low_width + factors)
 
 
 def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.experts import expert_seconds
-from mome_dist.planning.flops import OUTPUT_PRODUCTS, attention_flops, frozen_flops
+from mome_dist.planning.flops import OUTPUT_PRODUCTS, TRAINED, attention_flops, frozen_flops
 from mome_dist.planning.hardware import Cluster, Link
 from mome_dist.planning.job import Candidate, Job, held_parameters
 
@@ -30,6 +30,8 @@ LAYER_CALLS, STEP_CALLS = 150, 600  # operations of a frozen layer, forward and 
 OPTIMIZER_BYTES, TENSOR_CALLS = 52, 12
 # Tensors of a MoME module that train, whatever the number of experts: routed ones are packed, shared ones stacked.
 ROUTED_TENSORS, ROUTER_TENSORS, SHARED_TENSORS = 1, 1, 4
+# Of the low-rank terms of a layer, whatever their number: operations forward and backward, and tensors that train.
+LOW_RANK_CALLS, LOW_RANK_TENSORS = 25, 2
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,11 @@ def _pass(job: Job, candidate: Candidate, cluster: Cluster, stage: int) -> _Pass
     layers, views = layout.stages(shape.layers)[stage], candidate.mean_pass(job)
     tokens = sum(count for _, count in views)
     flops, moved, links = _layer(job, shape, candidate, cluster, views)
+    low_flops, low_moved, low_links = _terms(job, candidate, cluster, tokens)
+    flops, moved, links = flops + low_flops, moved + low_moved, links + low_links
     experts = layers * expert_seconds(job, candidate, cluster, tokens)
     again = 1 + FORWARD_SHARE if layout.recompute == "full" else 1.0
-    products, bytes_moved, calls = layers * flops, layers * moved * again, layers * LAYER_CALLS * again
+    products, bytes_moved, calls = layers * flops, layers * moved * again, layers * _layer_calls(job) * again
     if layout.recompute == "full":
         products, experts = products * 1.5, experts * (1 + 1 / 3)
     links *= layers
@@ -190,6 +194,26 @@ def _layer(
     return flops, moved, sums * all_reduce(tokens * hidden * job.element_bytes, layout.tp, link)
 
 
+def _terms(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> tuple[float, float, float]:
+    """What `_layer` gives, of the low-rank terms of a layer: every token goes through all of them."""
+    if job.terms is None:
+        return 0.0, 0.0, 0.0
+    layout, e = candidate.layout, job.element_bytes
+    ranks, hidden, out = layout.tp, job.shape.hidden_size, job.term_widths / layout.tp
+    here = tokens / (ranks if layout.sequence_parallel else 1)
+    flops = 2 * TRAINED * job.low_width * (here * hidden + tokens * out / 2)
+    # Factors are cast and laid in order, there and back; what they give is written, added, and its gradient copied.
+    factors = job.low_width * (hidden + out / 2)
+    moved = (4 * FP32 + 2 * e) * factors + e * (8 * tokens * out + 10 * tokens * job.low_width)
+    # What is narrow is gathered and its gradient scattered; without sequence parallelism its gradient is summed.
+    return flops, moved, all_reduce(tokens * job.low_width * e, ranks, cluster.link(ranks))
+
+
+def _layer_calls(job: Job) -> int:
+    """Operations that a layer with its low-rank terms calls, forward and backward."""
+    return LAYER_CALLS + (0 if job.terms is None else LOW_RANK_CALLS)
+
+
 def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[float, float]:
     """Seconds of the reduction of gradients, and of the optimiser with what ZeRO gathers; the largest stage's."""
     layout = candidate.layout
@@ -198,6 +222,7 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
     of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + SHARED_TENSORS * (job.shared > 0)
+    of_layer += 0 if job.terms is None else LOW_RANK_TENSORS
     tensors = layers * of_layer
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)
     reduction += tensors * TENSOR_CALLS * cluster.call

@@ -2,13 +2,14 @@
 
 It decodes with transformers' `generate`, is what an export loads into, and is what the distributed model is proven
 against: it shares no layer code with Megatron-Core and keeps all experts in one place. Parameter names are the
-layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``lora.*``).
+layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``llm_lora.N.*``, ``lora.*``).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from mome_dist.adapters.lora import PREFIX, OneProcessLoRA
+from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
@@ -76,6 +79,7 @@ class MoMESpeechLM(nn.Module):
         projectors: of the streams in use.
         placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
+        terms: low-rank ones of the LLM; None if it has none.
         mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
     """
 
@@ -85,6 +89,7 @@ class MoMESpeechLM(nn.Module):
         projectors: Projectors,
         placement: str,
         lora: LoRATerms | None = None,
+        terms: LowRankTerms | None = None,
         **mome_arguments: Any,
     ) -> None:
         super().__init__()
@@ -95,6 +100,10 @@ class MoMESpeechLM(nn.Module):
         self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in layers])
         for layer, mome in zip(layers, self.momes, strict=True):
             _attach(layer, placement, mome)
+        self._view: View | None = None  # of the pass under way
+        if terms is not None:
+            layers = list(llm.model.layers)
+            self.llm_lora = nn.ModuleList([OneProcessLoRA(terms, layer.self_attn, self._view_now) for layer in layers])
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
         self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
@@ -112,9 +121,25 @@ class MoMESpeechLM(nn.Module):
         """The MoME modules, first layer first; none in a model without experts."""
         return cast(list[LocalMoME], list(self.mome))
 
+    @property
+    def terms(self) -> LowRankTerms | None:
+        """The low-rank terms of the LLM; None if it has none."""
+        adapted = self._adapted()
+        return adapted[0].terms if adapted else None
+
+    def _adapted(self) -> list[OneProcessLoRA]:
+        """The low-rank terms of the layers, first layer first; none where the LLM has none."""
+        return cast(list[OneProcessLoRA], list(getattr(self, PREFIX, ())))
+
+    def _view_now(self) -> View:
+        assert self._view is not None, "a pass says its view before it begins"
+        return self._view
+
     def part_sizes(self) -> dict[str, int]:
-        """Numbers of parameters of "mome", "projectors" and, where encoders have any, "lora"."""
+        """Numbers of parameters of "mome" and "projectors" and, where there are any, of "llm_lora" and "lora"."""
         parts: dict[str, nn.Module] = {"mome": self.mome, "projectors": self.projectors}
+        if self._adapted():
+            parts[PREFIX] = self.llm_lora
         if self.lora is not None:
             parts["lora"] = self.lora
         return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
@@ -124,6 +149,8 @@ class MoMESpeechLM(nn.Module):
         self.projectors.initialize(seed, embedding_scale)
         for number, mome in enumerate(self.momes):
             mome.initialize(f"mome.{number}", seed)
+        for number, adapted in enumerate(self._adapted()):
+            adapted.initialize(f"{PREFIX}.{number}", seed)
 
     def label_logits(self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
         """What the labels of a pass are predicted from, fp32 [L, V], view by view: every sequence by itself, padded
@@ -134,7 +161,8 @@ class MoMESpeechLM(nn.Module):
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
         self._routings = []
-        for rows in tokens.context.view_sequences:
+        for view, rows in zip(tokens.views, tokens.context.view_sequences, strict=True):
+            self._view = view
             embedded_BSH = pad_sequence(sequences[first : first + rows], batch_first=True)
             lengths_B = torch.tensor(tokens.context.lengths[first : first + rows], device=embedded_BSH.device)
             valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
@@ -218,6 +246,7 @@ class MoMESpeechLM(nn.Module):
         Returns:
             New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
         """
+        self._view = view
         embed = self.llm.get_input_embeddings()
         device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
         length = max(map(len, prefixes))
@@ -241,11 +270,14 @@ class MoMESpeechLM(nn.Module):
         )
         read_once = num_beams > 1 and not static_cache
         embedded_BSH = flat.view(embedded_BSH.shape)
-        written = self.llm.generate(
-            inputs_embeds=embedded_BSH,
-            attention_mask=mask_BS,
-            past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if read_once else None,
-            generation_config=search,
-            stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
-        )
+        with ExitStack() as laid_out:
+            for adapted in self._adapted() if not static_cache else ():  # a compiled pass is given parameters only
+                laid_out.enter_context(adapted.laid_out())
+            written = self.llm.generate(
+                inputs_embeds=embedded_BSH,
+                attention_mask=mask_BS,
+                past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if read_once else None,
+                generation_config=search,
+                stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
+            )
         return [row[: row.index(eos)] if eos in row else row for row in written.tolist()]

@@ -90,9 +90,11 @@ def _describe(trainer: Trainer, console: Console) -> None:
 
 def _watched_steps(config: RunConfig) -> int:
     """Steps until every view was trained on, and two more: the gradient of what lies before the zero-initialised expert
-    weights appears once these have moved. Likewise of LoRA's A, before its B that starts at zero, but only a step that
-    reads the encoder's stream moves B: so every view twice."""
-    return schedule_of(config).steps_of_decks(2 if lora_of(config) else 1) + 2
+    weights appears once these have moved. Likewise of one factor of a LoRA, beside the other that starts at zero, but
+    only a step that reads the encoder's stream, or has a view that uses the LLM's term, moves that: so every view
+    twice."""
+    adapted = config.llm.lora is not None or lora_of(config)
+    return schedule_of(config).steps_of_decks(2 if adapted else 1) + 2
 
 
 def _run(

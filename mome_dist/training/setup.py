@@ -15,11 +15,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
 
+from mome_dist.adapters.lora import PREFIX
 from mome_dist.artefact import manifest_sha256
 from mome_dist.checkpoint.format import find_checkpoint, fingerprint
 from mome_dist.checkpoint.restore import (
     check_continues,
     check_frozen,
+    check_llm_lora,
     check_lora,
     checkpoint_to_resume,
     restore_optimizer,
@@ -155,6 +157,7 @@ def prepare(
     if checkpoint is not None:
         check_continues(checkpoint, frozen, order_facts, config.optimizer.name)
         check_lora(checkpoint, lora_of(config))
+        check_llm_lora(checkpoint, config.llm.lora)
         start = restore_weights(checkpoint, model)
     elif config.training.init_from is not None:
         source = find_checkpoint(config.training.init_from)
@@ -162,7 +165,9 @@ def prepare(
         # Projectors suit any encoder of their width, LoRA the one that it was trained on.
         adapted = [f"{stream}_encoder" for stream in lora_of(config) if stream not in begin]
         check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
-        restore_weights(source, model, begin)
+        new = [f"lora.{stream}." for stream in begin]
+        new += [f"{PREFIX}."] if check_llm_lora(source, config.llm.lora, init=True) else []
+        restore_weights(source, model, new)
         console.print(f"starts from the weights of {source}", highlight=False)
     engine = Engine(model, config.optimizer, deepspeed.acts, layout.sequence_parallel)
     if checkpoint is not None:

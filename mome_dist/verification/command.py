@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.derived import layout_of, refuse_lora
+from mome_dist.config.derived import check_llm_terms, layout_of, refuse_lora
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
@@ -55,6 +55,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     shape = LLMShape.from_directory(config.llm.path)
     for case in cases:
         check_division(shape, case.layout, config.mome.experts, config.llm.pad_heads)
+        check_llm_terms(config, case.layout, shape)
     optimizers = [options.optimizer] if options.optimizer else list(OPTIMIZERS)
     began = time.monotonic()
     verdicts: list[Verdict] = []

@@ -119,6 +119,8 @@ def small_modules(config: RunConfig, llm: Path) -> RunConfig:
     """The configuration with the LLM in a directory and small modules; its batches stay as they are."""
     config = dataclasses.replace(config)
     config.llm = dataclasses.replace(config.llm, path=str(llm), pad_heads=False)
+    if (lora := config.llm.lora) is not None:
+        config.llm.lora = dataclasses.replace(lora, rank=min(lora.rank or 4, 4), reduction=None)
     config.projector = dataclasses.replace(config.projector, hidden_size=16)
     mome = config.mome
     config.mome = dataclasses.replace(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from mome_dist.config.schema import LLMLoRAConfig
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.probe import Probe
 from mome_dist.verification.run import Case
@@ -31,4 +34,13 @@ def test_ranks_that_share_the_device(device: torch.device, probe: Probe, world: 
     names = (ON_A_CPU if device.type == "cpu" else BY_WORLD)[world]
     comparisons = compare_layouts(device, probe, named(*names), "adamw")
     record(**{f"errors_of_{world}_ranks": {name: each.errors for name, each in comparisons.items()}})
+    assert_equal(comparisons)
+
+
+def test_low_rank_terms_on_the_device(device: torch.device, probe: Probe, record: Record) -> None:
+    config = dataclasses.replace(probe.config)
+    config.llm = dataclasses.replace(config.llm, lora=LLMLoRAConfig(rank=4, scale=0.5, terms=["shared", "rates"]))
+    names = ("tp2 sp",) if device.type == "cpu" else ("tp2", "tp2 sp")
+    comparisons = compare_layouts(device, dataclasses.replace(probe, config=config), named(*names), "adamw")
+    record(errors_of_low_rank_terms={name: each.errors for name, each in comparisons.items()})
     assert_equal(comparisons)

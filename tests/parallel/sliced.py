@@ -96,8 +96,8 @@ def attach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put an adapter into every layer of each model that is built, in both forms."""
     built, reference = build.Chunk, run.build_reference
 
-    def with_adapters(llm: Any, projectors: Any, momes: Any) -> Chunk:
-        adapters: dict[str, nn.Module] = {}
+    def with_adapters(llm: Any, projectors: Any, momes: Any, others: dict[str, nn.Module]) -> Chunk:
+        adapters = dict(others)
         for layer in llm.decoder.layers:
             number = layer.layer_number - 1
             adapter = SlicedAdapter(f"adapter.{number}", number, llm.config.hidden_size, llm.config.sequence_parallel)

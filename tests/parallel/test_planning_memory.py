@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mome_dist.config import load_config
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import LLMLoRAConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
@@ -87,7 +87,20 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("candidate", CASES, ids=lambda candidate: candidate.name())
 def test_what_is_counted_is_what_is_kept(llm: Path, candidate: Candidate, precision: str) -> None:
+    _compare(_config(llm, precision), candidate)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("candidate", CASES[-2:], ids=lambda candidate: candidate.name())
+@pytest.mark.parametrize("placement", ["mhsa", "none"])
+def test_low_rank_terms_are_counted_too(llm: Path, candidate: Candidate, precision: str, placement: str) -> None:
     config = _config(llm, precision)
+    config.mome.placement = placement
+    config.llm.lora = LLMLoRAConfig(rank=64, terms=["shared", "rates"])
+    _compare(config, candidate)
+
+
+def _compare(config: RunConfig, candidate: Candidate) -> None:
     for rank in run_world(_kept, candidate.layout.world_size, config, candidate):
         job = _job(config, rank["length"], rank["labels"])
         need = memory(job, candidate, 0)

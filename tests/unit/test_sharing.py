@@ -58,7 +58,9 @@ def test_checkpoints_without_descriptions_are_read_as_before() -> None:
 
 def test_an_index_says_it_or_its_parts_do() -> None:
     sharing = Sharing(2, sliced=1)
-    assert from_json(sharing.as_json()) == sharing
+    assert from_json(sharing.as_json()) == sharing and "packed" not in sharing.as_json()
+    packed = Sharing(2, sliced=0, packed="llm_lora.2.b")
+    assert from_json(packed.as_json()) == packed
     whole = {"shape": [8, 6], "parts": [{"file": "a", "start": None, "rows": None}]}
     rows = {"shape": [8, 6], "parts": [{"file": "a", "start": 0, "rows": 4}, {"file": "b", "start": 4, "rows": 4}]}
     assert sharing_of("model/x", {**whole, "sharing": sharing.as_json()}) == sharing

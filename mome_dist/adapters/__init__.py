@@ -1,0 +1,1 @@
+"""What trains inside the layers of the frozen LLM, beside experts."""
