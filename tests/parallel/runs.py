@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from mome_dist.training.loop import train
 from tests.parallel.worlds import run_world
 
 LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
+
+
+def _without_experts(overrides: Sequence[str]) -> bool:
+    methods = [override for override in overrides if override.startswith("method=")]
+    return "mome=none" in overrides or any(method != "method=mome" for method in methods)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Lab:
             f"output_dir={output}",
             "data.batch_size=8",
             "data.max_frames=null",
-            *(() if "mome=none" in more else ("mome.routed_experts=8", "mome.capacity_factor=null")),
+            *(() if _without_experts(more) else ("mome.routed_experts=8", "mome.capacity_factor=null")),
             "projector.hidden_size=64",
             "optimizer.warmup_steps=0",
             "training.steps=5",

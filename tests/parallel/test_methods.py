@@ -1,0 +1,42 @@
+"""Every method of the family trains, resumes at another layout and decodes, or says what it needs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mome_dist.config import load_config
+from mome_dist.config.derived import views_of
+from mome_dist.errors import UserError
+from mome_dist.inference.load import load_run
+from mome_dist.preflight import validate
+from tests.parallel.runs import Lab
+from tests.unit.test_methods import METHODS
+
+EQUALLY_WIDE = ("llama_smop/jejr", "llama_smop/dejr")  # which these encoders are not
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("methods"))
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(EQUALLY_WIDE)))
+def test_each_trains_resumes_and_decodes(lab: Lab, tmp_path: Path, method: str) -> None:
+    settings = [f"method={method}", "training.save_every=2", "optimizer.final_fraction=1"]
+    whole = lab.train(1, tmp_path / "whole", *settings, "training.steps=4")
+    first = lab.train(2, tmp_path / "run", *settings, "training.steps=2")
+    rest = lab.train(2, tmp_path / "run", *settings, "training.steps=4", tp=2)
+    assert all(map(math.isfinite, whole)) and len(whole) == 4
+    assert first + rest == pytest.approx(whole, rel=1e-5)
+    run = load_run(tmp_path / "run")
+    assert run.step == 4 and run.views == views_of(load_config(lab.overrides(tmp_path, *settings)))
+
+
+@pytest.mark.parametrize("method", EQUALLY_WIDE)
+def test_streams_of_other_widths_are_refused_by_name(lab: Lab, tmp_path: Path, method: str) -> None:
+    config = load_config(lab.overrides(tmp_path, f"method={method}"))
+    with pytest.raises(UserError, match=rf"projector\.mixture\.form={method.rpartition('/')[2]}"):
+        validate(config, 1)
