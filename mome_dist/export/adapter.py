@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mome_dist.adapters.lora import PREFIX
+from mome_dist.adapters.peft import PeftAdapter, peft_adapters
 from mome_dist.checkpoint.adapter import is_adapter, read_adapter, write_adapter
 from mome_dist.checkpoint.deepspeed.read import is_deepspeed
 from mome_dist.checkpoint.format import find_checkpoint
@@ -26,6 +27,8 @@ from mome_dist.inference.load import LoadedRun, assemble, token_identity
 from mome_dist.parallel.layout import Layout
 from mome_dist.paths import cache_root
 from mome_dist.versions import version_of
+
+PEFT = "peft"  # the folder of an export with what PEFT reads
 
 # The sections of a run's configuration that describe the model and its use; the others describe its training.
 _SECTIONS = ("name", "seed", "llm", "audio_encoder", "video_encoder", "projector", "mome", "task", "data", "decoding")
@@ -84,7 +87,15 @@ def export_adapter(
     card = model_card(run, document, _results(saved))
     with published_directory(target, replace=False) as directory:
         write_adapter(directory, run.model.state_dict(), document, card)
+        for name, adapter in _for_peft(run).items():
+            adapter.write(directory / PEFT / name, document["frozen"]["llm"]["name"])
     return document
+
+
+def _for_peft(run: LoadedRun) -> dict[str, PeftAdapter]:
+    """What PEFT can add to the plain LLM; nothing where experts are a part of the model, which it does not know."""
+    terms = run.model.terms
+    return {} if terms is None or run.model.momes else peft_adapters(run.model.state_dict(), terms)
 
 
 def export_checkpoint(source: Path, target: Path, config: Path | None = None) -> None:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from mome_dist.adapters.lora import PREFIX
+from mome_dist.adapters.peft import is_peft, start_from_peft
 from mome_dist.artefact import manifest_sha256
 from mome_dist.checkpoint.format import find_checkpoint, fingerprint
 from mome_dist.checkpoint.restore import (
@@ -31,7 +32,7 @@ from mome_dist.checkpoint.restore import (
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import lora_of, schedule_of, streams_of, views_of
+from mome_dist.config.derived import llm_terms_of, lora_of, schedule_of, streams_of, views_of
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
@@ -159,6 +160,9 @@ def prepare(
         check_lora(checkpoint, lora_of(config))
         check_llm_lora(checkpoint, config.llm.lora)
         start = restore_weights(checkpoint, model)
+    elif config.training.init_from is not None and is_peft(config.training.init_from):
+        start_from_peft(config.training.init_from, llm_terms_of(config, shape.hidden_size), model.own_parts())
+        console.print(f"the LLM's shared term starts from {config.training.init_from}", highlight=False)
     elif config.training.init_from is not None:
         source = find_checkpoint(config.training.init_from)
         begin = check_lora(source, lora_of(config), init=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mome_dist.adapters.lora import PREFIX
-from mome_dist.adapters.terms import LowRankTerms
+from mome_dist.adapters.terms import SHARED, LowRankTerms
 from mome_dist.errors import UserError
 from mome_dist.files import save_tensors
+from mome_dist.parallel.parts import NamedPart
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAME = re.compile(rf"{PREFIX}\.(\d+)\.([qv])\.(\w+)\.([ab])")
@@ -111,7 +112,7 @@ def read_peft(directory: str | Path) -> PeftAdapter:
         ) from error
     if problem := next(_unlike(config), None):
         raise UserError(f"{directory / CONFIG}: {problem}; only plain LoRA of q_proj and v_proj can be read.")
-    rank, found = int(config["r"]), {}
+    rank, found = int(config["r"]), dict[tuple[int, str, str], Tensor]()
     for name, tensor in tensors.items():
         match = _THEIRS.fullmatch(name)
         if match is None:
@@ -143,3 +144,46 @@ def _unlike(config: Any) -> Iterator[str]:
         yield f"target_modules={targets}"
     yield from (f"{key}={config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain) != plain)
     yield from (f"{key}={config[key]!r}" for key in _EMPTY if config.get(key))
+
+
+def is_peft(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter of PEFT."""
+    return (Path(directory) / CONFIG).is_file()
+
+
+@torch.no_grad()
+def start_from_peft(directory: str | Path, terms: LowRankTerms | None, parts: Iterable[NamedPart]) -> None:
+    """Let the shared term of a model begin with an adapter of PEFT.
+
+    Args:
+        terms: of the LLM; None if it has none.
+        parts: what this rank holds of the model.
+
+    Raises:
+        UserError: if the model has no such term, or one of another rank, scale or size.
+    """
+    adapter = read_peft(directory)
+    if terms is None or SHARED not in terms.kinds:
+        raise UserError(
+            f"training.init_from={directory} is an adapter of PEFT for a term of all views, which the run does not "
+            f"have: set llm.lora={{rank: {adapter.rank}, scale: {adapter.scale:g}, terms: [shared]}}."
+        )
+    if (terms.rank, terms.scale) != (adapter.rank, adapter.scale):
+        raise UserError(
+            f"training.init_from={directory} has rank {adapter.rank} and scale {adapter.scale:g}, the run's term rank "
+            f"{terms.rank} and scale {terms.scale:g}: set llm.lora.rank={adapter.rank}, llm.lora.reduction=null and "
+            f"llm.lora.scale={adapter.scale:g}."
+        )
+    for part in parts:
+        match = _NAME.fullmatch(part.name)
+        if match is None or match[3] != SHARED:
+            continue
+        pair = adapter.factors.get((int(match[1]), match[2]))
+        whole = None if pair is None else pair["ab".index(match[4])]
+        if whole is None or whole.shape != part.whole_shape:
+            found = "nothing" if whole is None else f"shape {list(whole.shape)}"
+            raise UserError(
+                f"training.init_from={directory} has {found} for {part.name}, which has shape "
+                f"{list(part.whole_shape)}: it belongs to another LLM."
+            )
+        part.value.copy_(part.here(whole))
