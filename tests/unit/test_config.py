@@ -351,8 +351,9 @@ def test_what_counts_for_nothing_is_allowed_where_others_train_the_projectors(ov
     validate(load_config([*overrides, "task=omni", *weights, "projector.per_rate=true"]), 2)
 
 
-# Those of a run; configs/launcher belongs to the launchers.
-GROUPS = [path for path in YAML_FILES if path.parent.name not in ("configs", "experiment", "launcher")]
+# Those of one section of a run; configs/launcher belongs to the launchers.
+OTHERS = ("config.yaml", "experiment", "method", "launcher")
+GROUPS = [path for path in YAML_FILES if path.relative_to(configs_dir()).parts[0] not in OTHERS]
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
