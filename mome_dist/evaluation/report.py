@@ -169,7 +169,7 @@ def _llm_lora(files: RunFiles) -> str:
     """The low-rank terms, and counts in closed form."""
     lora = files.config.llm.lora
     try:
-        shape = LLMShape.from_directory(files.config.llm.path)
+        shape = LLMShape.from_directory(directory_of(files.config.llm.path))
     except UserError:
         return str(lora)
     count = llm_lora_parameters(files.config, shape)
