@@ -50,6 +50,7 @@ SHRINK = {
     "python -m mome_dist.report run=runs/quickstart": [],
     "python -m mome_dist.transcribe runs/quickstart": [],
     "python tools/export_adapter.py runs/quickstart": [],
+    "python tools/export_adapter.py runs/tiny_mss": [],
     "python -m mome_dist.transcribe exports/quickstart": [],
     "python tools/reshard_checkpoint.py runs/tiny": [],
     "python tools/reshard_checkpoint.py native/tiny": [],
