@@ -55,7 +55,7 @@ class LowRankTerms:
     @property
     def names(self) -> list[str]:
         """Of all terms, in the order of their names, numbers by value."""
-        return sorted({name for view in self.views for name in self.of(view)}, key=_by_number)
+        return sorted({name for view in self.views for name in self.of(view)}, key=by_number)
 
     def of(self, view: View) -> list[str]:
         """Names of the terms that tokens of a view use; a view that the run does not train on may name unknown ones."""
@@ -70,5 +70,6 @@ class LowRankTerms:
         return len(self.names) * self.rank * (2 * hidden_size + query_width + value_width)
 
 
-def _by_number(name: str) -> list[tuple[int, int | str]]:
+def by_number(name: str) -> list[tuple[int, int | str]]:
+    """A key to sort names of terms by, their numbers by value."""
     return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in name.split("_")]

@@ -27,6 +27,7 @@ from mome_dist.evaluation.condition_plots import (
     has_noise,
     noise_figure,
 )
+from mome_dist.evaluation.lora_plots import term_norm_figure, term_norms
 from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
 from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, read_results
 from mome_dist.evaluation.routing_plots import view_agreement_figure, view_load_figure
@@ -82,6 +83,8 @@ def write_report(directory: Path) -> Path:
     files = RunFiles.read(directory)
     out = directory / "report"
     sections = [f"# {files.config.name}\n", _summary(files), *_losses(files, out), *_recognition(files, out)]
+    if files.config.llm.lora is not None:
+        sections += _low_rank(files, out)
     if files.config.mome.experts:
         sections += [*_activations(files, out), *_load(files, out)]
     write_text(out / REPORT, "\n".join(sections))
@@ -298,6 +301,19 @@ def _limits(decoding: Mapping[str, Any]) -> str:
     if decoding["tokens_per_second"] is not None:
         limits.append(f"{decoding['tokens_per_second']:g} for a second of speech and a few more")
     return " and ".join(limits)
+
+
+def _low_rank(files: RunFiles, out: Path) -> Sequence[str]:
+    title, checkpoint = "## LoRA of the LLM\n", newest_checkpoint(files.directory)
+    if checkpoint is None or files.config.llm.lora is None:
+        return [title, "No checkpoint in the run yet: training writes it.\n"]
+    figure = term_norm_figure(term_norms(checkpoint, files.config.llm.lora.scale))
+    reading = (
+        f"How to read it ({checkpoint.name}): how much each term adds to the weights of a layer, as a Frobenius norm. "
+        "Layers at zero have learned nothing; where a view's own term stays far below the shared one, the views differ "
+        "little there."
+    )
+    return [title, _figure(out, "lora.png", figure, "Norms of the low-rank terms", reading)]
 
 
 def _activations(files: RunFiles, out: Path) -> Sequence[str]:

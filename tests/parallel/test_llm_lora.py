@@ -302,6 +302,7 @@ def test_the_whole_pipeline(lab: Lab, tiny_corpus: Corpus, tmp_path: Path, capfd
     assert f"{9 * one:,} LoRA of the language model" in card and f"active a token | {2 * one:,} |" in card
     assert "query and value projections: `{reduction: 16, scale: 0.5," in card
     assert f"{2 * one:,} active per token, {9 * one:,} trained" in (run / "report/report.md").read_text()
+    assert (run / "report/lora.png").is_file()
 
     arguments = [f"checkpoint={run}", "baselines=[untrained]", "limit=2", "max_new_tokens=3"]
     assert run_world(_evaluated, 1, arguments, lab.cache) == [0]

@@ -23,6 +23,7 @@ from mome_dist.engine.deepspeed_names import ModelTensors
 from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import llm_lora_parameters
 from mome_dist.evaluation.decoding import check_view
+from mome_dist.evaluation.lora_plots import product_norm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.shared import build_reference
 from mome_dist.parallel.layout import Layout
@@ -383,3 +384,9 @@ def test_totals_are_those_of_the_papers(
     )
     job = job_of(config, find_shape(llm), Clip(), {"audio": 1024, "video": 1024}, on_gpu=True)
     assert job.trained_parameters == expected
+
+
+def test_norms_of_products_need_no_product() -> None:
+    a, b = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)), torch.randn(50, 3)
+    assert product_norm(a, b) == pytest.approx(torch.linalg.matrix_norm(b.double() @ a.double()).item(), rel=1e-12)
+    assert product_norm(torch.zeros(3, 40), b) == 0
