@@ -26,6 +26,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import write_json
 
 RATIOS = (-5, 0, 5, 10)
+BABBLE = ("noise=[clean,babble]", f"snr=[{','.join(map(str, RATIOS))}]")
 # The coarsest view of each task, alone: its rates, and one view a step, for there is no other.
 FIXED = {
     "asr(16)": ["task.tasks=[asr]", "task.asr_audio_rates=[16]", "task.views_per_step=1"],
@@ -48,11 +49,13 @@ class Model:
         name: in tables and as a directory.
         directory: of the run.
         overrides: of the training, without those that all runs share.
+        conditions: arguments of the evaluation; by default clean, and in babble.
     """
 
     name: str
     directory: Path
     overrides: list[str] = field(default_factory=list)
+    conditions: tuple[str, ...] = BABBLE
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,8 +100,7 @@ def training_arguments(model: Model) -> list[str]:
 def evaluation_arguments(model: Model, options: argparse.Namespace) -> list[str]:
     """Arguments of a model's evaluation."""
     limit = [] if options.limit is None else [f"limit={options.limit}"]
-    ratios = ",".join(map(str, RATIOS))
-    return [f"checkpoint={model.directory}", "noise=[clean,babble]", f"snr=[{ratios}]", *limit]
+    return [f"checkpoint={model.directory}", *model.conditions, *limit]
 
 
 def steps_of(model: Model) -> tuple[int, int]:

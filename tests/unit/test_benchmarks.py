@@ -24,6 +24,7 @@ from benchmarks import (
     launches,
     learning,
     long_film,
+    methods,
     moe_layer,
     plan_layout,
     reshard,
@@ -36,7 +37,7 @@ from benchmarks.gpu import told
 from benchmarks.step_parts import PROJECTOR_SIZE, WIDTHS
 from benchmarks.step_peer import RANK, PeftStep
 from mome_dist import evaluate
-from mome_dist.config import load_config
+from mome_dist.config import load_config, save_config
 from mome_dist.config.derived import views_of
 from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
@@ -278,11 +279,37 @@ def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_c
     assert learning.verdict({"low": -2.0, "high": 0.1}) == "not told apart"
 
 
+def test_the_benchmark_of_methods_tells_what_each_was_trained_on(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    """Its table from a finished evaluation; trainings are those of the commands that it starts."""
+    options = methods.parse_arguments(
+        ["--methods", "mome", "omni_avsr/st", "--runs", str(tmp_path), "training.steps=7"]
+    )
+    models = methods.models_of(options)
+    assert "14 training steps are left" in learning.plan(models, options)
+    omni = load_config(learning.training_arguments(models[1]))
+    assert omni.video_encoder.lora is None and omni.data.features == "cached" and omni.task.sampling == "rates"
+    small = make_run(tmp_path / "small", tiny_corpus_dir)
+    place = [f"output={models[1].directory / 'evaluation'}", f"checkpoint={small}", "rates=asr(16)"]
+    assert evaluate.main([*learning.evaluation_arguments(models[1], options)[1:], *place]) == 0
+    save_config(omni, models[1].directory / "config.yaml")
+    figures = methods.figures_of(models[1:])
+    assert figures["views_per_step"] == {"omni_avsr/st": 3}
+    (row,) = re.findall(r"^\| `omni_avsr/st` \|.*$", "\n".join(methods.render(figures)), re.M)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == "3" and [number for number, cell in enumerate(cells[3:]) if cell != "-"] == [1]
+
+
 def test_documented_commands_are_understood() -> None:
     page = (ROOT / "benchmarks/README.md").read_text()
     commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
     scripts = {"moe_layer": moe_layer, "plan_layout": plan_layout, "reshard": reshard}
-    scripts |= {"learning": learning, "save_stall": save_stall, "train_step": train_step, "data_speed": data_speed}
+    scripts |= {
+        "learning": learning,
+        "methods": methods,
+        "save_stall": save_stall,
+        "train_step": train_step,
+        "data_speed": data_speed,
+    }
     scripts |= {"decode": decode, "encoder_padding": encoder_padding, "launches": launches}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
