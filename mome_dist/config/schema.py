@@ -76,6 +76,7 @@ class LoRAConfig:
 class AudioEncoderConfig:
     path: str = ""
     padding: str = one_of("30s", "clip")
+    normalize: bool = False
     precision: str = one_of("fp32", "bf16", "auto")  # what a run saved before there was a choice; configs/ has auto
     lora: LoRAConfig | None = None
 

@@ -38,7 +38,7 @@ def load_encoder(config: RunConfig, stream: str, device: torch.device) -> Encode
     if stream == "audio":
         padding = cast(Padding, config.audio_encoder.padding)  # the schema allows no other values
         encoder = WhisperAudioEncoder.from_pretrained(
-            config.audio_encoder.path, padding, dtype_of(config.audio_encoder.precision)
+            config.audio_encoder.path, padding, dtype_of(config.audio_encoder.precision), config.audio_encoder.normalize
         )
     else:
         encoder = load_video_encoder(config.video_encoder.path, dtype_of(config.video_encoder.precision))

@@ -77,12 +77,21 @@ def export_adapter(
         UserError: the target exists, or the run is not whole.
     """
     source, target = Path(source), Path(target)
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists, and an export replaces nothing: name another directory or remove it.")
+    check_target(target)
     if is_adapter(source):
         raise UserError(f"{source} is an export already: copy the directory.")
     saved = read_checkpoint(find_checkpoint(source))
-    run = assemble(saved, frozen=frozen)
+    return export_run(assemble(saved, frozen=frozen), saved, target)
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError if there is something where an export shall be."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists, and an export replaces nothing: name another directory or remove it.")
+
+
+def export_run(run: LoadedRun, saved: Saved, target: Path) -> dict[str, Any]:
+    """Write a model that is filled; ``saved`` is what it was read from. Returns as `export_adapter`."""
     document = _describe(run, saved)
     card = model_card(run, document, _results(saved))
     with published_directory(target, replace=False) as directory:

@@ -99,12 +99,18 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
         **_active_terms(counts),
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
-        "training": f"{run.step:,} steps of {run.config.data.describe_batch()}, seed {run.config.seed}",
-        "corpus": f"`{Path(run.config.data.corpus).name}`",
+        **_training(run),
         "checkpoint": f"`{source['checkpoint']}`, content `{source['content']}`",
         "made with": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _training(run: LoadedRun) -> dict[str, str]:
+    if run.directory.is_file():
+        return {"training": "by its authors, who published the file"}
+    steps = f"{run.step:,} steps of {run.config.data.describe_batch()}, seed {run.config.seed}"
+    return {"training": steps, "corpus": f"`{Path(run.config.data.corpus).name}`"}
 
 
 def _active_terms(counts: Mapping[str, int]) -> dict[str, str]:

@@ -129,6 +129,8 @@ def assemble(
     widths = {stream: encoder.width for stream, encoder in encoders.items()}
     device_map = config.decoding.device_map if device_map is None else device_map
     model = build_reference(config, widths, device_map, LoRATerms.of(encoders))
+    if any(name.startswith("tags.") for name in saved.weights):
+        model.own_tags(sequences.codec.tags)
     if weights:
         _fill(model, saved)
     if device_map is None:

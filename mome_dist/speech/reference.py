@@ -2,7 +2,8 @@
 
 It decodes with transformers' `generate`, is what an export loads into, and is what the distributed model is proven
 against: it shares no layer code with Megatron-Core and keeps all experts in one place. Parameter names are the
-layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``llm_lora.N.*``, ``lora.*``).
+layout-free names of checkpoints (``projectors.*``, ``mome.N.*``, ``llm_lora.N.*``, ``lora.*``), and ``tags.*`` where
+the tokens around speech have vectors of their own.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class MoMESpeechLM(nn.Module):
         for layer, mome in zip(layers, self.momes, strict=True):
             _attach(layer, placement, mome)
         self._view: View | None = None  # of the pass under way
+        self._tag_ids: dict[str, int] = {}  # of tags that have vectors of their own
         if terms is not None:
             layers = list(llm.model.layers)
             self.llm_lora = nn.ModuleList([OneProcessLoRA(terms, layer.self_attn, self._view_now) for layer in layers])
@@ -110,6 +112,26 @@ class MoMESpeechLM(nn.Module):
         self._speech_routes: list[SpeechRoutes] = []  # of the projectors' routers in it
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
+
+    def own_tags(self, ids: Mapping[str, int]) -> None:
+        """Give the tokens around speech vectors of their own, ``tags.NAME``, [H], in the place of the LLM's embeddings:
+        the authors of Llama-AVSR add such tokens to the LLM and leave their random vectors as they are.
+
+        Args:
+            ids: by the name of the tag; no two alike.
+        """
+        self.tags = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(self.llm.config.hidden_size), requires_grad=False) for name in ids}
+        )
+        self._tag_ids = dict(ids)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens; zero or more dimensions, and then H."""
+        embedded = self.llm.get_input_embeddings()(ids)
+        for name, number in self._tag_ids.items():
+            own = self.tags[name].to(embedded.device, embedded.dtype)
+            embedded = torch.where((ids == number).to(embedded.device)[..., None], own, embedded)
+        return embedded
 
     @property
     def llm(self) -> PreTrainedModel:
@@ -155,7 +177,7 @@ class MoMESpeechLM(nn.Module):
     def label_logits(self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
         """What the labels of a pass are predicted from, fp32 [L, V], view by view: every sequence by itself, padded
         beside the others of its view."""
-        embedded_NH = self.llm.get_input_embeddings()(tokens.ids_N)
+        embedded_NH = self._embed(tokens.ids_N)
         keep = self._keep_routes if self.training else None
         embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features, keep)
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
@@ -247,13 +269,12 @@ class MoMESpeechLM(nn.Module):
             New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
         """
         self._view = view
-        embed = self.llm.get_input_embeddings()
         device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
         length = max(map(len, prefixes))
         # Left padding, so that every text starts at the same position.
         ids_BS = torch.tensor([[0] * (length - len(ids)) + ids for ids in prefixes], device=device)
         mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
-        embedded_BSH = embed(ids_BS.clamp(min=0)).to(device)
+        embedded_BSH = self._embed(ids_BS.clamp(min=0)).to(device)
         at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
         rates = {"audio": view.audio_rate, "video": view.video_rate}
         places = [SpeechPlaces(stream, rate, at[stream], None) for stream, rate in rates.items() if rate is not None]

@@ -172,7 +172,7 @@ class WhisperAudioEncoder(nn.Module):
         weight = self.encoder.conv1.weight
         clips = [waveform.detach().to(weight.device, torch.float32) for waveform in waveforms]
         if self.normalize:
-            clips = [F.layer_norm(clip, clip.shape) for clip in clips]
+            clips = [F.layer_norm(clip, clip.shape, eps=1e-8) for clip in clips]
         mel = self.log_mel(clips, seconds)
         # Whisper's own forward refuses anything but 30 s, so its parts are called one by one.
         hidden = F.gelu(self.encoder.conv1(mel.to(weight.dtype)))
