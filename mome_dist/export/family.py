@@ -80,9 +80,10 @@ def convert_family(
     if own_video_encoder is not None:
         check_target(own_video_encoder)
     tensors = read_state(checkpoint)
-    plain = _with_places(load_config(["audio_encoder.normalize=true", *overrides]))
-    told = examine(tensors, _Widths(plain), rates)
-    config = _with_places(load_config([*told.overrides, *overrides]))
+    told = examine(tensors, _Widths(overrides), rates)
+    config = load_config([*told.overrides, *overrides])
+    for section in frozen_sections(config):
+        _find(config, section)
     if "video" in told.streams:
         _check_video(tensors, config, own_video_encoder)
     try:
@@ -101,25 +102,28 @@ def convert_family(
 
 
 class _Widths(dict[str, int]):
-    """Widths of the encoders that a configuration names, found when they are asked for."""
+    """Widths of the encoders that a command line names, found when they are asked for."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, overrides: Sequence[str]) -> None:
         super().__init__()
-        self._config = config
+        self._overrides = overrides
 
     def __missing__(self, stream: str) -> int:
-        return load_encoder(self._config, stream, torch.device("cpu")).width
+        config = load_config(self._overrides)
+        _find(config, f"{stream}_encoder")
+        return load_encoder(config, stream, torch.device("cpu")).width
 
 
-def _with_places(config: RunConfig) -> RunConfig:
-    """Models of the hub are fetched."""
-    for section in frozen_sections(config):
-        part = getattr(config, section)
-        if (model := HubModel.parse(f"{section}.path", part.path)) is not None:
-            part.path = str(fetch(f"{section}.path", model, False))
-        if not Path(part.path).is_dir():
-            raise UserError(f"{section}.path={part.path} does not exist: name the {section.replace('_', ' ')}.")
-    return config
+def _find(config: RunConfig, section: str) -> None:
+    """Check that a frozen model is there; one of the hub is fetched."""
+    part = getattr(config, section)
+    if (model := HubModel.parse(f"{section}.path", part.path)) is not None:
+        part.path = str(fetch(f"{section}.path", model, False))
+    if not Path(part.path).is_dir():
+        raise UserError(
+            f"{section}.path={part.path} does not exist: name the {section.replace('_', ' ')} that the checkpoint was "
+            "trained with."
+        )
 
 
 def _fill(run: LoadedRun, tensors: Mapping[str, Tensor], told: Told) -> None:
