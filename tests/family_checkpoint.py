@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,12 +131,12 @@ class Published(nn.Module):
         if not hasattr(self, "audiovisual_proj"):
             projector = getattr(self, f"{stream}_proj")
             return (projector if number is None else projector[number])(tokens)
-        rows = []
+        rows, mixture = [], cast(Any, self.audiovisual_proj)
         for token in tokens:
-            probabilities = self.audiovisual_proj.gate(token).softmax(dim=-1)
-            best = sorted(range(len(probabilities)), key=lambda e: -float(probabilities[e]))[:2]
+            probabilities = mixture.gate(token).softmax(dim=-1)
+            best = sorted(range(len(probabilities)), key=probabilities.tolist().__getitem__, reverse=True)[:2]
             total = sum(probabilities[e] for e in best)
-            rows.append(sum(probabilities[e] / total * self.audiovisual_proj.experts[e](token) for e in best))
+            rows.append(torch.stack([probabilities[e] / total * mixture.experts[e](token) for e in best]).sum(dim=0))
         return torch.stack(rows)
 
     @torch.no_grad()

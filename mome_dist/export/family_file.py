@@ -95,10 +95,11 @@ def examine(
     Raises:
         UserError: if it is none of theirs, or rates are missing or do not fit.
     """
+    streams: tuple[str, ...] = STREAMS
     experts = 1 + _highest(tensors, rf"{MIXTURE}\.experts\.(\d+)\.") or None
     projectors = {stream: 1 + _highest(tensors, rf"{stream}_proj\.(\d+)\.0\.weight") for stream in STREAMS}
     if experts is not None:
-        streams, first = STREAMS, dict.fromkeys(STREAMS, f"{MIXTURE}.experts.0.")
+        first = dict.fromkeys(STREAMS, f"{MIXTURE}.experts.0.")
     else:
         streams = tuple(stream for stream in STREAMS if any(name.startswith(f"{stream}_proj.") for name in tensors))
         first = {stream: f"{stream}_proj." + ("0." if projectors[stream] else "") for stream in streams}
@@ -178,7 +179,7 @@ def _rates(stream: str, told: Sequence[int] | None, given: Sequence[int] | None)
         )
     if told is not None and given is not None and list(told) != list(given):
         raise UserError(f"--{stream}-rates {list(given)}: the checkpoint's projectors stack {list(told)} frames.")
-    return list(told if given is None else given) if told is not None else list(given or ())
+    return list(given or () if told is None else told)
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -45,7 +45,7 @@ class Kind:
     stacked: bool = False
 
 
-POOLED = {"audio": [4, 16], "video": [2, 5]}
+POOLED: dict[str, list[int] | None] = {"audio": [4, 16], "video": [2, 5]}
 OMNI = [
     *(View("asr", rate, None) for rate in (4, 16)),
     *(View("vsr", None, rate) for rate in (2, 5)),
