@@ -113,7 +113,7 @@ def examine(
     }
     ratios = {stream: _ratios(tensors, stream, first[stream], widths[stream], projectors[stream]) for stream in streams}
     stacked = any(ratio > 1 for each in ratios.values() for ratio in each)
-    rates = {stream: _rates(stream, ratios[stream] if stacked else None, given[stream]) for stream in streams}
+    rates = {stream: _rates(stream, ratios[stream] if stacked else None, given.get(stream)) for stream in streams}
     for stream in streams:
         if per_rate and len(rates[stream]) != projectors[stream]:
             raise UserError(

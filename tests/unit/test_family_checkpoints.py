@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperModel
 
+from mome_dist import transcribe
+from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
 from mome_dist.export.adapter import load_adapter
 from mome_dist.export.family import convert_family
@@ -66,6 +69,15 @@ KINDS = {
         {"audio": None, "video": [3]},
         [View("vsr", None, 3)],
         True,
+    ),
+    "speech": Kind(
+        "llama_avsr", {"inputs": {"audio": 3 * WIDTH}}, {"audio": None}, [View("asr", 3, None)], stacked=True
+    ),
+    "one for all rates": Kind(
+        "omni_avsr",
+        {"inputs": {"audio": WIDTH, "video": WIDTH}, "norm": True, "prompts": True},
+        POOLED,
+        OMNI,
     ),
     "mtsk": Kind("llama_mtsk", {"inputs": NUMBERED, "norm": True}, POOLED, OMNI[4:]),
     "smop": Kind(
@@ -156,7 +168,7 @@ def theirs_speech(kind: Kind, view: View) -> dict[str, Any]:
     speech = {}
     for stream, clip in features().items():
         if (rate := getattr(view, f"{stream}_rate")) is not None:
-            rates = kind.rates[stream]
+            rates = kind.rates.get(stream)
             numbered = isinstance(kind.settings["inputs"].get(stream), list)
             speech[stream] = (clip, rate, kind.stacked, rates.index(rate) if numbered and rates else None)
     return speech
@@ -259,6 +271,39 @@ def test_the_video_encoder_is_theirs(frozen: Path, tmp_path: Path) -> None:
         expected = reference((clip[:, 4:92, 4:92] / 255 - 0.421) / 0.165)
         (found,) = run.encoders()["video"]([clip])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_audio_is_heard_as_theirs_is(frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whisper hears clips of zero mean and unit variance, however loud they are; a file is transcribed."""
+    made = make(frozen, KINDS["speech"])
+    convert_family(write(made, tmp_path), tmp_path / "export", made.frozen, made.kind.rates)
+    clip = 0.05 * torch.randn(20_000, generator=torch.Generator().manual_seed(2)) + 0.01
+    whisper = WhisperModel.from_pretrained(frozen / "whisper").encoder.eval()
+    normal = (clip - clip.mean()) / clip.std(correction=0)
+    mel = WhisperFeatureExtractor()(normal.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+    with torch.no_grad():
+        (found,) = load_adapter(tmp_path / "export").encoders()["audio"]([clip])
+        expected = whisper(mel)[0][0, :62]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    write_media_file(tmp_path / "clip.mp4", clip.numpy(), np.zeros((30, 96, 96), dtype=np.uint8))
+    assert transcribe.main([str(tmp_path / "export"), str(tmp_path / "clip.mp4"), "--audio-rate", "3"]) == 0
+    assert "llama_avsr, step 0, asr(3): 1.2" in capsys.readouterr().err
+
+
+def test_frozen_weights_may_be_absent(omni: Made, tmp_path: Path) -> None:
+    """But not the embeddings, which hold the vectors of the tokens around speech."""
+
+    def strip(state: dict[str, Tensor]) -> None:
+        for name in [*state]:
+            frozen = name.startswith(("llm.", "audio_encoder.", "video_encoder.")) and "lora_" not in name
+            if frozen and name != "llm.model.embed_tokens.weight":
+                del state[name]
+
+    for folder, change in (("whole", lambda state: None), ("less", strip)):
+        (tmp_path / folder).mkdir()
+        convert_family(write(omni, tmp_path, change), tmp_path / folder / "export", omni.frozen, omni.kind.rates)
+    whole, less = (load_file(tmp_path / folder / "export" / "adapter.safetensors") for folder in ("whole", "less"))
+    assert whole.keys() == less.keys() and all(torch.equal(whole[name], less[name]) for name in whole)
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
