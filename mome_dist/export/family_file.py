@@ -120,38 +120,48 @@ def examine(
                 f"The checkpoint has {projectors[stream]} projectors of {stream}: give as many rates, in the authors' "
                 f"order, with --{stream}-rates; these are {rates[stream]}."
             )
-    a = re.compile(r"llm\.model\.layers\.0\.self_attn\.lora_down_Q(_shared|\.\w+)?\.weight")
-    found = {match[1] or "": tensor for name, tensor in tensors.items() if (match := a.fullmatch(name))}
-    own = any(term.startswith(".") for term in found)
-    terms = tuple(
-        kind for kind, there in (("shared", "" in found or "_shared" in found), ("task", own)) if there and found
-    )
-    together = own or any(f"prompt_{task}" in tensors for task in TASKS.values())
+    rank, terms = _llm_lora(tensors)
+    together = "task" in terms or any(f"prompt_{task}" in tensors for task in TASKS.values())
     tasks = _tasks(streams) if together else ["avsr" if len(streams) > 1 else "asr" if "audio" in streams else "vsr"]
     name = "omni_avsr" if together else "llama_smop" if experts else "llama_mtsk" if per_rate else "llama_avsr"
-    overrides = [f"name={name}", "mome=none", f"task.tasks=[{','.join(tasks)}]", "audio_encoder.normalize=true"]
-    for task in tasks:
-        for stream in streams:
-            if TASKS[task] in (stream, "audiovisual"):
-                overrides.append(f"task.{task}_{stream}_rates={str(rates[stream]).replace(' ', '')}")
     one = first[streams[0]]
-    overrides += [
+    overrides = [
+        f"name={name}",
+        "mome=none",
+        "audio_encoder.normalize=true",
+        "decoding.num_beams=15",
+        "decoding.max_new_tokens=32",
+        f"task.tasks=[{','.join(tasks)}]",
+        *(
+            f"task.{task}_{stream}_rates=[{','.join(map(str, rates[stream]))}]"
+            for task in tasks
+            for stream in streams
+            if TASKS[task] in (stream, "audiovisual")
+        ),
         f"projector.hidden_size={_tensor(tensors, f'{one}0.weight').shape[0]}",
         f"projector.layer_norm={str(f'{one}3.weight' in tensors).lower()}",
         f"projector.per_rate={str(per_rate or (stacked and experts is None)).lower()}",
         f"projector.compression={'stack' if stacked else 'pool'}",
     ]
     if experts is not None:
-        overrides.append(f"projector.mixture={{form:jejr,experts:{experts}}}")
+        overrides.append(f"projector.mixture={{form:jejr,experts:{experts},top_k:2}}")
     if terms:
-        rank = next(iter(found.values())).shape[0]
         overrides.append(f"llm.lora={{rank:{rank},scale:0.125,start:b_random,terms:[{','.join(terms)}]}}")
-    if (a_video := VIDEO_LORA.format(layer=0, part="down", projection="Q")) in tensors:
-        rank = tensors[a_video].shape[0]
+    if (a := VIDEO_LORA.format(layer=0, part="down", projection="Q")) in tensors:
+        rank = len(tensors[a])
         # Their multiplier is 2, whatever the rank.
         overrides += [f"video_encoder.lora={{rank:{rank},alpha:{2 * rank}}}", "data.features=online"]
-    overrides += ["decoding.num_beams=15", "decoding.max_new_tokens=32"]
     return Told(name, streams, per_rate, rates, experts, terms, overrides)
+
+
+def _llm_lora(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[str, ...]]:
+    """The rank and the kinds of the low-rank terms of the LLM; no kinds where it has none."""
+    pattern = re.compile(
+        r"llm\.model\.layers\.0\.self_attn\.lora_down_Q(_shared|\.(?:audio|video|audiovisual))?\.weight"
+    )
+    found = {match[1] or "": len(value) for name, value in tensors.items() if (match := pattern.fullmatch(name))}
+    kinds = {"shared" if term in ("", "_shared") else "task" for term in found}
+    return max(found.values(), default=0), tuple(sorted(kinds))
 
 
 def _tasks(streams: Sequence[str]) -> list[str]:

@@ -290,6 +290,22 @@ def test_audio_is_heard_as_theirs_is(frozen: Path, tmp_path: Path, capsys: pytes
     assert "llama_avsr, step 0, asr(3): 1.2" in capsys.readouterr().err
 
 
+def test_what_no_tensor_tells_can_be_said(frozen: Path, tmp_path: Path) -> None:
+    made = make(frozen, KINDS["smop"])
+    said = ["llm.lora.scale=0.25", "projector.mixture.top_k=3", "name=other"]
+    document = convert_family(write(made, tmp_path), tmp_path / "export", [*made.frozen, *said], made.kind.rates)
+    run, view = load_adapter(tmp_path / "export"), made.kind.views[0]
+    mixture = run.config.projector.mixture
+    assert document["name"] == "other" and mixture is not None and (mixture.form, mixture.top_k) == ("jejr", 3)
+    usual, ids = our_logits(run, view, "sea")
+    theirs = made.theirs.logits("audiovisual", theirs_speech(made.kind, view), ids[:-1], scale=0.25)
+    assert (usual - theirs[:, : usual.shape[1]]).abs().max() > 1e-3, "three experts of a token, not two"
+    assert run.model.projectors.mixture is not None
+    run.model.projectors.mixture.top_k = 2
+    ours = our_logits(run, view, "sea")[0]
+    torch.testing.assert_close(ours, theirs[:, : ours.shape[1]], rtol=0, atol=1e-5)
+
+
 def test_frozen_weights_may_be_absent(omni: Made, tmp_path: Path) -> None:
     """But not the embeddings, which hold the vectors of the tokens around speech."""
 
