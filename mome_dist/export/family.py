@@ -84,9 +84,13 @@ def convert_family(
     config = load_config([*told.overrides, *overrides])
     for section in frozen_sections(config):
         _find(config, section)
-    if "video" in told.streams:
-        _check_video(tensors, config, own_video_encoder)
+    if own_video_encoder is not None and "video" not in told.streams:
+        raise UserError(
+            f"--own-video-encoder {own_video_encoder}: the checkpoint reads no video; leave the option out."
+        )
     try:
+        if "video" in told.streams:
+            _check_video(tensors, config, own_video_encoder)
         if "audio" in told.streams:
             _check_audio(tensors, config)
         frozen = {section: fingerprint(getattr(config, section).path) for section in frozen_sections(config)}

@@ -107,6 +107,8 @@ def examine(
         raise UserError(
             f"The checkpoint holds no audio_proj, video_proj or {MIXTURE}.experts: it is none of this family."
         )
+    if idle := [stream for stream in STREAMS if stream not in streams and given.get(stream) is not None]:
+        raise UserError(f"--{idle[0]}-rates: the checkpoint reads no {idle[0]}; leave the option out.")
     per_rate = experts is None and any(projectors[stream] for stream in streams)
     widths = {
         stream: tensors[name].shape[0] if (name := _WIDTHS[stream]) in tensors else widths[stream] for stream in streams

@@ -395,6 +395,16 @@ def test_rates_are_asked_for(omni: Made, frozen: Path, tmp_path: Path) -> None:
         convert_family(write(made, tmp_path), tmp_path / "export", made.frozen, {"audio": [3], "video": None})
 
 
+def test_options_without_effect_are_refused(frozen: Path, tmp_path: Path) -> None:
+    made = make(frozen, KINDS["speech"])
+    path = write(made, tmp_path)
+    with pytest.raises(UserError, match="--video-rates: the checkpoint reads no video"):
+        convert_family(path, tmp_path / "export", made.frozen, {"video": [2]})
+    with pytest.raises(UserError, match="--own-video-encoder .*: the checkpoint reads no video"):
+        convert_family(path, tmp_path / "export", made.frozen, {}, tmp_path / "own")
+    assert not (tmp_path / "own").exists() and not (tmp_path / "export").exists()
+
+
 def test_the_command(omni: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A Lightning checkpoint holds the same under a name."""
     path = tmp_path / "last.ckpt"
