@@ -400,7 +400,7 @@ def test_options_without_effect_are_refused(frozen: Path, tmp_path: Path) -> Non
     path = write(made, tmp_path)
     with pytest.raises(UserError, match="--video-rates: the checkpoint reads no video"):
         convert_family(path, tmp_path / "export", made.frozen, {"video": [2]})
-    with pytest.raises(UserError, match="--own-video-encoder .*: the checkpoint reads no video"):
+    with pytest.raises(UserError, match=r"--own-video-encoder .*: the checkpoint reads no video"):
         convert_family(path, tmp_path / "export", made.frozen, {}, tmp_path / "own")
     assert not (tmp_path / "own").exists() and not (tmp_path / "export").exists()
 
