@@ -76,7 +76,8 @@ def _kept(config: RunConfig, candidate: Candidate) -> dict[str, float]:
 
 def _job(config: RunConfig, length: float, labels: float) -> Job:
     job = job_of(config, LLMShape.from_directory(config.llm.path), Clip(), WIDTHS, on_gpu=False)
-    return Job(**{**vars(job), "lengths": (int(length),), "labels": labels})
+    one_view = {"lengths": (int(length),), "shares": (1.0,), "longest": (int(length),)}
+    return Job(**{**vars(job), **one_view, "labels": labels})
 
 
 @pytest.fixture(scope="module")
