@@ -1,6 +1,8 @@
-"""Batches of equal sequences as the library packs them, and layers alone on the tokens of one view."""
+"""Sequences as the library packs them, and layers alone on the tokens of one view."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +10,9 @@ from torch.nn import functional as F
 
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
+from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.sequence import AUDIO, VIDEO, Absent, Example, PackedTokens, pack
+from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT, TokenContext
 
 VIEW = "text"
@@ -36,3 +41,20 @@ def counted(module: ExpertParallelMoME, hidden_TH: Tensor, context: TokenContext
     output_TH: Tensor = module(hidden_TH, context, load)
     load.reduce()
     return output_TH, load
+
+
+def speech_tokens(views: Sequence[View], frames: Sequence[tuple[int, int]], absent: Absent | None) -> PackedTokens:
+    """Some clips in some views, each a start, its speech and two tokens of text.
+
+    Args:
+        frames: of audio and of video in each clip.
+        absent: as `pack` takes it.
+    """
+
+    def example(view: View, audio: int, video: int) -> Example:
+        ids = [1]
+        ids += [AUDIO] * (0 if view.audio_rate is None else compressed_length(audio, view.audio_rate))
+        ids += [VIDEO] * (0 if view.video_rate is None else compressed_length(video, view.video_rate))
+        return Example([*ids, 2, 3], len(ids) + 1)
+
+    return pack([(view, [example(view, *lengths) for lengths in frames]) for view in views], absent)

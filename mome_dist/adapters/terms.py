@@ -54,7 +54,7 @@ class LowRankTerms:
 
     @property
     def names(self) -> list[str]:
-        """Of all terms, in the order of their names, numbers by value."""
+        """Names of all terms, sorted, with the numbers in them by value."""
         return sorted({name for view in self.views for name in self.of(view)}, key=by_number)
 
     def of(self, view: View) -> list[str]:

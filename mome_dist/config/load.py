@@ -191,7 +191,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(schema: Any, prefix: str) -> Iterator[str]:
-    """Of a class of the schema, and of all sections in it, those too that may be null."""
+    """Yield the keys of a class of the schema and of all sections in it, those too that may be null."""
     for name, kind in get_type_hints(schema).items():
         yield prefix + name
         for section in (kind, *get_args(kind)):

@@ -22,9 +22,9 @@ from mome_dist.evaluation.request import EvaluationRequest, check_baselines, nam
 from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
 from mome_dist.evaluation.tables import tables_for_terminal
-from mome_dist.evaluation.world import World
 from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.ownership import owned
+from mome_dist.parallel.plain_world import World
 from mome_dist.preflight import check_geometry
 from mome_dist.speech.views import streams_read
 from mome_dist.text import NORMALIZER, normalize

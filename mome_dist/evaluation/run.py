@@ -31,7 +31,7 @@ from mome_dist.evaluation.conditions import Case, ClipReader, Condition, cases_o
 from mome_dist.evaluation.decoding import batches_by_length, check_view, decode_batch, prefixes_of
 from mome_dist.evaluation.outcome import CaseResult, Share, score
 from mome_dist.evaluation.peak_memory import peak_bytes, reset_peak
-from mome_dist.evaluation.world import World
+from mome_dist.parallel.plain_world import World
 from mome_dist.progress import progress
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import SequenceBuilder
@@ -124,7 +124,7 @@ def evaluate_run(
     shuffled = derangement(len(utterances), seed) if chance else None
     plan = _Plan(corpus, utterances, views, conditions, open_sources(conditions, corpus, noise_split, seed), seed)
     share = _decode_share(run, plan, decoding, world, untrained_state, console)
-    shares = world.gather(share)
+    shares = world.gather(share, "decoding")  # batches differ, and so does the time they take
     if shares is None:
         return None
     counted = [part.counts for part in shares if part.counts is not None]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,27 +12,8 @@ import torch.distributed as dist
 from mome_dist.parallel import rendezvous
 from mome_dist.parallel.backend import GLOO
 from mome_dist.parallel.device import device_to_share
-from mome_dist.parallel.whereabouts import wait_for_all, watched
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's place; a world of one needs no process group."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def gather(self, share: T) -> list[T] | None:
-        """Every rank's ``share`` in rank order on rank 0, None elsewhere."""
-        if self.size == 1:
-            return [share]
-        wait_for_all("decoding")  # the ranks' batches differ, and so does the time they take
-        gathered: list[T | None] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(share, gathered)
-        return gathered  # type: ignore[return-value]
+from mome_dist.parallel.plain_world import World
+from mome_dist.parallel.whereabouts import watched
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
 
 def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
     mome, frozen, adapted = run.config.mome, document["frozen"], run.config.llm.lora is not None
+    alone = adapted and not run.config.mome.experts
     encoders = " and ".join(f"`{facts['name']}`" for section, facts in frozen.items() if section != "llm")
     views: dict[str, list[str]] = {}
     for view in run.views:
@@ -69,6 +70,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
         *_projectors(run.config.projector),
         *([f"- LoRA of the language model's query and value projections: `{run.config.llm.lora}`."] * adapted),
+        *(["- `peft/` has the same for PEFT's `PeftModel.from_pretrained`, a folder for each sum of terms."] * alone),
         *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
         "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",

@@ -47,6 +47,16 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
 
+    def gather(self, share: T, what: str) -> list[T] | None:
+        """Return every rank's ``share`` in rank order on rank 0, None elsewhere; ``what`` the others may still do is
+        waited for."""
+        if self.size == 1:
+            return [share]
+        wait_for_all(what)
+        gathered: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(share, gathered)
+        return gathered  # type: ignore[return-value]
+
     def agree(self, value: bool) -> bool:
         """Return rank 0's ``value`` on every rank, so that all take the same branch."""
         return self.share(value)

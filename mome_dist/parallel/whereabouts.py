@@ -30,56 +30,26 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import asdict, replace
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from mome_dist.cli import main_guard
 from mome_dist.errors import PreemptedError, RankLostError, UserError
 from mome_dist.parallel.rendezvous import STORE_SECONDS, ask, open_store
+from mome_dist.parallel.sighting import ENDED, OWN_ERROR, USER_ERROR, VICTIM, Sighting
 
 BEAT_SECONDS = 1.0
 OBSERVE_SECONDS = 3.5  # three heartbeats are missed before a rank counts as silent
-LINGER_SECONDS = 20.0  # rank 0 keeps the store open for others that are still looking, twice as long as they should
+LINGER_SECONDS = 20.0  # rank 0 keeps the store open for others that are still looking
 GLOO_SLACK_SECONDS = 15.0  # gloo's own error should come first
 TOLD_SECONDS = 3.0  # a rank may take to notice by itself that another one has stopped
 SILENT_SECONDS = 15.0  # without a heartbeat or an answer: long work may starve the thread that beats or serves
 POLL_SECONDS = (0.002, 1.0)  # first and longest pause while waiting for all
 NAMED_RANKS = 8  # in one message
 
-OWN_ERROR, USER_ERROR, VICTIM, ENDED = "error", "user error", "victim", "ended"
 _BROKEN = "whereabouts/broken"  # the key that the first rank to stop sets
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """What a rank last said of itself.
-
-    Attributes:
-        host: name of its machine.
-        step: optimiser steps done, None outside of training.
-        place: what it was doing.
-        since: when it came there, seconds of its own wall clock.
-        visits: places it had been to; the ranks of a world go through the same ones.
-        beats: heartbeats so far.
-        fate: how it ended (`OWN_ERROR`, ...), None while it runs.
-        reason: its last words.
-    """
-
-    host: str
-    step: int | None
-    place: str
-    since: float
-    visits: int = 0
-    beats: int = 0
-    fate: str | None = None
-    reason: str = ""
-
-    def where(self) -> str:
-        """Such as ``in step 12, 'forward and backward', since 14:05:31``."""
-        since = datetime.fromtimestamp(self.since).strftime("%H:%M:%S")
-        return f"in {'' if self.step is None else f'step {self.step + 1}, '}{self.place!r}, since {since}"
 
 
 class Whereabouts:

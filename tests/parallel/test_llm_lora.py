@@ -35,9 +35,9 @@ from mome_dist.verification.probe import Probe, shrunk, wake
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verifier
 from tests import tiny_llms
-from tests.parallel.resharding import STEPS, TAG, load_and_train, train_and_save
+from tests.parallel.resharding import STEPS, TAG, train_and_save
 from tests.parallel.runs import Lab, lines, losses_by_view, validation_step
-from tests.parallel.test_resharding import assert_same_checkpoint, assert_same_files
+from tests.parallel.same_checkpoints import assert_engines_go_on, assert_same_files
 from tests.parallel.worlds import run_world
 
 VIEWS = [
@@ -236,14 +236,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path, source: str, experts: 
         assert all(half.abs().max() > 0 for half in moment.chunk(2)), "a rank's slice is missing"
     reshard(canonical, tmp_path / "mine", "deepspeed", layout, zero)
     assert_same_files(tmp_path / f"mine/global_step{STEPS}", tmp_path / "native" / TAG)
-    for name, (there, stage) in MOVED_TO.items():
-        native, scratch = tmp_path / f"{name} native", tmp_path / f"{name} scratch"
-        scratch.mkdir()
-        reshard(canonical, native, "deepspeed", there, stage)
-        for rank in run_world(load_and_train, there.world_size, probe, there, stage, native, canonical, scratch):
-            assert rank.different == [] and rank.losses == pytest.approx(losses, rel=1e-6)
-        reshard(native, tmp_path / f"{name} back", "canonical", layout, zero)
-        assert_same_checkpoint(canonical, tmp_path / f"{name} back")
+    assert_engines_go_on(probe, canonical, tmp_path, (layout, zero), MOVED_TO, losses)
     with pytest.raises(UserError, match=r"llm\.lora adds to heads .* parallel\.tp=4 does not divide its 2 key-value"):
         reshard(canonical, tmp_path / "tp4", "deepspeed", Layout.for_world(4, tp=4), 1)
     saved = read_checkpoint(canonical)

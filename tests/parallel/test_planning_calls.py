@@ -60,7 +60,7 @@ def test_experts_are_called_together_whatever_their_number(world: int, weights: 
 
 @dataclass(frozen=True)
 class TermCounts:
-    """Of a forward and backward pass in bf16 that adds to the gradients of one before."""
+    """What a forward and backward pass in bf16 asks for, where it adds to the gradients of one before."""
 
     calls: int
     flops: int
@@ -68,7 +68,7 @@ class TermCounts:
 
 
 def _term_counts(world: int, sequence_parallel: bool) -> list[TermCounts]:
-    """Of one term, and of five of which a token uses one."""
+    """Count one term, and five of which a token uses one."""
     layout = Layout.for_world(world, tp=world, sequence_parallel=sequence_parallel)
     with parallel_world(layout, 0, timeout_seconds=60):
         return [_count_terms(world, sequence_parallel, terms) for terms in (1, 5)]

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from mome_dist.checkpoint.deepspeed.read import allowed_classes
 from mome_dist.checkpoint.format import CONFIG, CheckpointReader
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.config import load_config
@@ -30,8 +29,8 @@ from tests.parallel.resharding import (
     forget_sharing,
     load_and_train,
     train_and_save,
-    tree_differences,
 )
+from tests.parallel.same_checkpoints import assert_same_checkpoint, assert_same_files, facts_and_tensors
 from tests.parallel.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,35 +128,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for name, topology in SOURCES.items():
         made.saved[name] = made.train(topology, folder / name.replace(" ", "_"))
     return made
-
-
-def facts_and_tensors(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a layout-free checkpoint holds: what its index says whatever the files, and every tensor."""
-    with CheckpointReader(checkpoint) as reader:
-        reader.verify()
-        cut = ("files", "tensors", "resharded")
-        tensors = {name: reader.read(name) for name in reader.names()}
-        return {key: value for key, value in reader.index.items() if key not in cut}, tensors
-
-
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    (facts, tensors), (other_facts, other_tensors) = facts_and_tensors(one), facts_and_tensors(other)
-    assert facts == other_facts
-    assert tensors.keys() == other_tensors.keys()
-    assert not [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])]
-    assert (one / CONFIG).read_bytes() == (other / CONFIG).read_bytes()
-
-
-def load_all(folder: Path) -> dict[str, Any]:
-    with torch.serialization.safe_globals(allowed_classes()):
-        return {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
-
-
-def assert_same_files(mine: Path, theirs: Path) -> None:
-    """Compare two directories of a tag, all files and all that is in them."""
-    one, other = load_all(mine), load_all(theirs)
-    assert one.keys() == other.keys()
-    assert not [difference for name in one for difference in tree_differences(one[name], other[name], name)]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -118,7 +118,7 @@ def test_whole_runs_of_drawn_rates(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_what_experts_do_in_views_of_no_weight_is_not_asked_for(lab: Lab, tmp_path: Path) -> None:
-    """Of many experts, some are chosen in VSR alone: they have no gradient, and the ledger lets them."""
+    """Some of many experts are chosen in VSR alone: they have no gradient, and the ledger lets them."""
     more = ["mome.routed_experts=128", "mome.top_k=1", "mome.renormalize=false", "mome.balance_loss=0"]
     losses = lab.train(1, tmp_path, *OMNI, *more, "task.weights={asr: 1, vsr: 0, avsr: 1}", "training.steps=7")
     assert len(losses) == 7 and losses[-1] < losses[0]

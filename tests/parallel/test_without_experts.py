@@ -26,9 +26,9 @@ from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.probe import Probe, shrunk
 from mome_dist.verification.verify import Verifier
 from tests.parallel import sliced
-from tests.parallel.resharding import STEPS, TAG, load_and_train, train_and_save
+from tests.parallel.resharding import STEPS, TAG, train_and_save
 from tests.parallel.runs import Lab
-from tests.parallel.test_resharding import assert_same_checkpoint, assert_same_files
+from tests.parallel.same_checkpoints import assert_engines_go_on, assert_same_files
 from tests.parallel.worlds import run_world
 
 ONE_VIEW_EACH = ["task.asr_audio_rates=[4]", "task.vsr_video_rates=[2]", "task.avsr_audio_rates=[16]"]
@@ -88,15 +88,7 @@ def test_engines_load_what_is_written_for_them(tmp_path: Path, source: str) -> N
     canonical = tmp_path / f"checkpoints/step-{STEPS:06d}"
     reshard(canonical, tmp_path / "mine", "deepspeed", layout, zero)
     assert_same_files(tmp_path / f"mine/global_step{STEPS}", tmp_path / "native" / TAG)
-    for name, (there, stage) in MOVED_TO.items():
-        native, scratch = tmp_path / f"{name} native", tmp_path / f"{name} scratch"
-        scratch.mkdir()
-        reshard(canonical, native, "deepspeed", there, stage)
-        for rank in run_world(load_and_train, there.world_size, probe, there, stage, native, canonical, scratch):
-            assert rank.different == [] and rank.losses == pytest.approx(losses, rel=1e-6)
-        assert_same_files(native / f"global_step{STEPS}", scratch / "native" / TAG)
-        reshard(native, tmp_path / f"{name} back", "canonical", layout, zero)
-        assert_same_checkpoint(canonical, tmp_path / f"{name} back")
+    assert_engines_go_on(probe, canonical, tmp_path, (layout, zero), MOVED_TO, losses)
 
 
 @pytest.fixture(scope="module")

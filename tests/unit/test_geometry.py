@@ -19,8 +19,8 @@ from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.errors import UserError
 from mome_dist.evaluation.command import evaluate
 from mome_dist.evaluation.request import EvaluationRequest
-from mome_dist.evaluation.world import World
 from mome_dist.parallel import plain_world
+from mome_dist.parallel.plain_world import World
 from mome_dist.preflight import validate
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder
 from mome_dist.speech.clip_encoder import ClipEncoder

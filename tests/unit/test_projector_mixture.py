@@ -22,9 +22,10 @@ from mome_dist.planning.llms import find_shape
 from mome_dist.speech.balance import Balance, ProjectorBalance, SpeechRoutes, balance_losses
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import AUDIO, VIDEO, Absent, Example, PackedTokens, pack
+from mome_dist.speech.sequence import Absent, PackedTokens
 from mome_dist.speech.views import View
 from tests.gpu.counting import waits
+from tests.packed import speech_tokens
 
 FORMS = ("jejr", "dejr", "dedr")
 MIXTURE: dict[str, Any] = {"experts": 4, "top_k": 2, "balance_loss": 0.3, "z_loss": 0.07}
@@ -169,13 +170,7 @@ def test_streams_of_unequal_width_have_routers_of_their_own() -> None:
 
 
 def _tokens(absent: Absent | None) -> PackedTokens:
-    def example(view: View, audio: int, video: int) -> Example:
-        ids = [1]
-        ids += [AUDIO] * (0 if view.audio_rate is None else compressed_length(audio, view.audio_rate))
-        ids += [VIDEO] * (0 if view.video_rate is None else compressed_length(video, view.video_rate))
-        return Example([*ids, 2, 3], len(ids) + 1)
-
-    return pack([(view, [example(view, *frames) for frames in FRAMES]) for view in VIEWS], absent)
+    return speech_tokens(VIEWS, FRAMES, absent)
 
 
 def _features(seed: int = 0) -> dict[str, list[Tensor]]:

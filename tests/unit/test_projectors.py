@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mome_dist.speech.matryoshka import compress, compressed_length
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.sequence import AUDIO, VIDEO, Absent, Example, PackedTokens, pack
+from mome_dist.speech.sequence import Absent, PackedTokens
 from mome_dist.speech.views import View
+from tests.packed import speech_tokens
 
 WIDTHS, RATES, HIDDEN = {"audio": 6, "video": 5}, {"audio": [2, 4], "video": [1, 3]}, 8
 # Two views share an audio rate, two a video rate; one comes twice.
@@ -63,13 +64,7 @@ def _features() -> dict[str, list[Tensor]]:
 
 
 def _tokens(absent: Absent | None) -> PackedTokens:
-    def example(view: View, audio: int, video: int) -> Example:
-        ids = [1]
-        ids += [AUDIO] * (0 if view.audio_rate is None else compressed_length(audio, view.audio_rate))
-        ids += [VIDEO] * (0 if view.video_rate is None else compressed_length(video, view.video_rate))
-        return Example([*ids, 2, 3], len(ids) + 1)
-
-    return pack([(view, [example(view, *frames) for frames in FRAMES]) for view in VIEWS], absent)
+    return speech_tokens(VIEWS, FRAMES, absent)
 
 
 def _left_out(view: View, clip: int, stream: str) -> bool:
