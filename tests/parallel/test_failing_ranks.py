@@ -39,8 +39,8 @@ from tests.parallel.worlds import run_world
 from tests.patience import patience
 
 LONG = 300  # seconds: a timeout that no test waits for
-SOON = patience(15)  # seconds in which a world must have ended
-COLLECTIVE = 5  # seconds: a timeout of collectives that a test waits for; ranks of a busy machine meet within it
+SOON = patience(20)  # seconds in which a world must have ended
+COLLECTIVE = min(round(patience(4)), 20)  # seconds: ranks of a busy machine meet within it, and a test waits for it
 
 
 def _call_it_nccl(folder: Path) -> None:

@@ -31,7 +31,7 @@ from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 from tests.patience import patience
 
-TIMEOUT = 5  # ranks of a busy machine meet within it
+TIMEOUT = min(round(patience(4)), 20)  # seconds: ranks of a busy machine meet within it
 
 
 def _timeouts_of_a_run(overrides: list[str], cache: Path) -> list[float]:
