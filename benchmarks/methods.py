@@ -93,7 +93,7 @@ def render(figures: Mapping[str, Any]) -> list[str]:
                 f"`{method}`",
                 f"{trained:,}",
                 str(figures["views_per_step"][method]),
-                *(_cell(found.get(view)) for view in VIEWS),
+                *(wer_cell(found.get(view)) for view in VIEWS),
             ]
         )
     first = next(iter(figures["evaluations"].values()))
@@ -106,7 +106,8 @@ def render(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _cell(view: Mapping[str, Any] | None) -> str:
+def wer_cell(view: Mapping[str, Any] | None) -> str:
+    """WER of an evaluated view with its interval, "-" where it was not trained."""
     if view is None or not view["trained"]:
         return "-"
     return f"{view['wer']:.1f} ({view['wer_low']:.1f}-{view['wer_high']:.1f})"

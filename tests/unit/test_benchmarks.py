@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks import (
     long_film,
     methods,
     moe_layer,
+    padding_wer,
     plan_layout,
     reshard,
     results,
@@ -39,6 +41,7 @@ from benchmarks.step_peer import RANK, PeftStep
 from mome_dist import evaluate
 from mome_dist.config import load_config, save_config
 from mome_dist.config.derived import views_of
+from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.model.distributed import MicroBatch
@@ -299,6 +302,23 @@ def test_the_benchmark_of_methods_tells_what_each_was_trained_on(tmp_path: Path,
     assert cells[2] == "3" and [number for number, cell in enumerate(cells[3:]) if cell != "-"] == [1]
 
 
+def test_the_benchmark_of_padding_in_words_differs_in_nothing_else(tmp_path: Path, tiny_corpus_dir: Path) -> None:
+    """Its table from a finished evaluation; trainings are those of the commands that it starts."""
+    options = padding_wer.parse_arguments(["--runs", str(tmp_path / "runs"), "training.steps=7"])
+    models = padding_wer.models_of(options)
+    whole, own = (load_config(learning.training_arguments(model)) for model in models)
+    assert (whole.audio_encoder.padding, own.audio_encoder.padding) == ("30s", "clip")
+    assert replace(whole, audio_encoder=own.audio_encoder, output_dir=own.output_dir, name=own.name) == own
+    small = make_run(tmp_path / "small", tiny_corpus_dir)
+    place = [f"output={tmp_path / 'evaluation'}", f"checkpoint={small}", "rates=asr(16)"]
+    assert evaluate.main([*learning.evaluation_arguments(models[0], options)[1:], *place]) == 0
+    text = "\n".join(padding_wer.render({"clip": read_results(tmp_path / "evaluation" / RESULTS)}))
+    rows = re.findall(r"^\| `clip` \|.*$", text, re.M)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[1] for row in cells] == ["clean", "babble 0 dB"]
+    assert all([number for number, cell in enumerate(row[2:]) if cell != "-"] == [1] for row in cells)
+
+
 def test_documented_commands_are_understood() -> None:
     page = (ROOT / "benchmarks/README.md").read_text()
     commands = re.findall(r"^python -m benchmarks\.([\w.]+) *([^#\n]*)", page, re.M)
@@ -310,7 +330,7 @@ def test_documented_commands_are_understood() -> None:
         "train_step": train_step,
         "data_speed": data_speed,
     }
-    scripts |= {"decode": decode, "encoder_padding": encoder_padding, "launches": launches}
+    scripts |= {"decode": decode, "encoder_padding": encoder_padding, "padding_wer": padding_wer, "launches": launches}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
