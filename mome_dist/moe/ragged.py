@@ -147,9 +147,9 @@ class Groups:
 
 
 def _padded(rows: int) -> int:
-    """Rows rounded up, by an eighth at most above 128: bf16 kernels are compiled for each number of rows that occurs,
+    """Rows rounded up, by an eighth at most above 64: bf16 kernels are compiled for each number of rows that occurs,
     which for numbers as they come takes longer than the products."""
-    step = max(16, 1 << max((rows - 1).bit_length() - 4, 0))
+    step = max(8, 1 << max((rows - 1).bit_length() - 4, 0))
     return -(-rows // step) * step
 
 

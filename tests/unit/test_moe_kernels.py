@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe.experts import ExpertStack, ExpertWeights, dense_experts
-from mome_dist.moe.ragged import Groups, Placement, by_expert, ragged_experts
-from mome_dist.moe.routed import RoutedExperts
+from mome_dist.moe.ragged import Groups, Placement, by_expert, lay_out, ragged_experts
+from mome_dist.moe.routed import RoutedExperts, part_shapes
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -118,7 +118,10 @@ def _ragged(
     groups = Groups.of([counts], training, hidden_TH.device)
     rows = groups.placement.after(tokens)
     gates_P = groups.gates(gates_TK.flatten()[order_R])
-    return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, weights, groups))
+    packed_EP = torch.cat([part.flatten(1) for part in weights], dim=1)
+    shapes = part_shapes(hidden_TH.shape[1], BOTTLENECK)
+    laid_out = lay_out(packed_EP, shapes, hidden_TH.dtype)
+    return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, packed_EP, shapes, laid_out, groups))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -185,7 +188,7 @@ def test_rows_of_several_ranks_meet_by_expert_and_go_back() -> None:
     owner = torch.tensor([0] * 2 + [2] * 3 + [0] + [2] * 40)
     rows = torch.stack([owner, torch.arange(46)], dim=1).float()
     placed = groups.placement.spread(rows)
-    assert groups.sizes == [16, 0, 48]
+    assert groups.sizes == [8, 0, 48]
     for expert, group in enumerate(placed.split(groups.sizes)):
         real = sum(count[expert] for count in counts)
         assert group[:real, 0].eq(expert).all() and group[:real, 1].diff().gt(0).all()
