@@ -24,6 +24,9 @@ from mome_dist.moe.routed import Shapes, columns
 from mome_dist.transfer import sent_to
 
 UNIT_ALIGNMENT = 8
+# Numbers of an expert's weight gradient from which on a CPU takes one expert after the other: each is then cast to the
+# parameter's precision while it is still in the cache. For smaller ones the calls would take longer than that saves.
+WIDE = 2**16
 # Rows of every product in evaluation. A row's result depends on how many rows its product has, to the last bit; with
 # one number of rows for all products it cannot depend on what shares the batch.
 EVALUATION_ROWS = 32
@@ -259,8 +262,9 @@ def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:
 
 def _row_products(left_PA: Tensor, right_PB: Tensor, groups: Groups) -> Iterator[tuple[int | slice, Tensor]]:
     """Sums of outer products over the rows of each expert: [E, A, B] of all experts at once, or [A, B] of one after the
-    other. On a CPU each is to be used before the next one takes its place: it is still in the cache then."""
-    if left_PA.device.type != "cpu" and _aligned(left_PA, right_PB):
+    other, each to be used before the next one takes its place."""
+    wide = left_PA.device.type == "cpu" and left_PA.shape[1] * right_PB.shape[1] >= WIDE
+    if _aligned(left_PA, right_PB) and not wide:
         yield slice(None), F.grouped_mm(left_PA.t(), right_PB, offs=groups.ends_E)
         return
     product_AB = left_PA.new_empty(left_PA.shape[1], right_PB.shape[1])

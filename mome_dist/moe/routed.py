@@ -62,10 +62,6 @@ class RoutedExperts(PackedModule):
         for name, value in (("allreduce", False), ("group_name", group_name)):
             setattr(self.packed, name, value)
 
-    def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """All experts, stacked, in ``dtype``; gradients come back in fp32."""
-        return unpack(self.packed, self.shapes, dtype)
-
     def parts(self) -> Iterator[ExpertPart]:
         """Every tensor of every expert, in order."""
         start = 0
@@ -111,9 +107,7 @@ class _Unpack(torch.autograd.Function):
     """Its gradient is one pass over memory, where those of four slices and of a cast are nine."""
 
     @staticmethod
-    def forward(
-        ctx: Any, packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> tuple[Tensor, ...]:
         ctx.shapes, ctx.dtype = shapes, packed_EP.dtype
         return tuple(columns(packed_EP.to(dtype), shapes))
 

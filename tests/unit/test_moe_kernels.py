@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mome_dist.moe import ragged
 from mome_dist.moe.experts import ExpertStack, ExpertWeights, dense_experts
 from mome_dist.moe.ragged import Groups, Placement, by_expert, lay_out, ragged_experts
-from mome_dist.moe.routed import RoutedExperts, part_shapes
+from mome_dist.moe.routed import RoutedExperts, part_shapes, unpack
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -80,7 +81,7 @@ def test_packed_experts_are_linear_modules_one_after_another(dtype: torch.dtype)
     assert all(torch.equal(value, own[name]) for name, value in packed.state_dict().items())
     flat = torch.cat([parameter.flatten() for linear in linears for parameter in linear.parameters()])
     assert torch.equal(packed.packed.flatten(), flat), "not as ZeRO lays the tensors of modules"
-    weights = packed.weights(dtype)
+    weights = unpack(packed.packed, packed.shapes, dtype)
     for kind, stacked in zip(ExpertWeights._fields, weights, strict=True):
         each = [linear.get_parameter(kind.replace("_", ".")) for linear in linears]
         assert torch.equal(stacked, torch.stack(list(each)).to(dtype))
@@ -163,6 +164,20 @@ def test_ragged_experts_in_bf16_are_close_and_sum_in_fp32() -> None:
     ones = torch.tensor([[1.0], [2.0**-8], [2.0**-8]]).bfloat16()  # in bf16, each of the small ones would be lost
     one_bag = Placement(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([0]))
     assert one_bag.collect(ones).item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_wide_experts_one_after_the_other_are_those_of_all_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, (experts, kept) = _stack(EXPERTS, seed=10), _routes(70)  # experts without rows among them
+    hidden, gates, weight = _random(70, HIDDEN, seed=1).to(dtype), _random(70, 2, seed=2), _random(70, HIDDEN, seed=3)
+    found = []
+    for wide in (0, ragged.WIDE):
+        monkeypatch.setattr(ragged, "WIDE", wide)
+        output = _ragged(hidden, gates, stack.weights(), experts, kept, True)
+        found.append(torch.autograd.grad(output, list(stack.parameters()), weight.to(dtype)))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("hidden_size", [24, 576])
