@@ -83,6 +83,10 @@ def tuning(machine: Machine) -> dict[str, str]:
     }
     if not machine.gpus:
         variables["DS_ACCELERATOR"] = "cpu"
+        # glibc gives the memory of large tensors back to the kernel and gets it anew, cleared page by page, in every
+        # step: for gradients that takes longer than computing them. Up to these sizes it is to be kept.
+        variables["MALLOC_MMAP_THRESHOLD_"] = str(2**30)
+        variables["MALLOC_TRIM_THRESHOLD_"] = str(2**32)
     return variables
 
 

@@ -9,9 +9,10 @@ padded to a multiple of `UNIT_ALIGNMENT`: its b units, one that is always 1 and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertWeights
+from mome_dist.moe.routed import Shapes, columns
 from mome_dist.transfer import sent_to
 
 UNIT_ALIGNMENT = 8
+# Numbers of an expert's weight gradient from which on a CPU takes one expert after the other: each is then cast to the
+# parameter's precision while it is still in the cache. For smaller ones the calls would take longer than that saves.
+WIDE = 2**16
 # Rows of every product in evaluation. A row's result depends on how many rows its product has, to the last bit; with
 # one number of rows for all products it cannot depend on what shares the batch.
 EVALUATION_ROWS = 32
@@ -146,68 +150,102 @@ class Groups:
 
 
 def _padded(rows: int) -> int:
-    """Rows rounded up, by an eighth at most above 128: bf16 kernels are compiled for each number of rows that occurs,
+    """Rows rounded up, by an eighth at most above 64: bf16 kernels are compiled for each number of rows that occurs,
     which for numbers as they come takes longer than the products."""
-    step = max(16, 1 << max((rows - 1).bit_length() - 4, 0))
+    step = max(8, 1 << max((rows - 1).bit_length() - 4, 0))
     return -(-rows // step) * step
 
 
-def ragged_experts(rows_PH: Tensor, gates_P: Tensor, weights: ExpertWeights, groups: Groups) -> Tensor:
+class LaidOut(NamedTuple):
+    """Weights of E experts as the products want them: ``down_EcH`` [E, c, H], ``down_bias_Eb`` [E, b], ``up_EHc``
+    [E, H, c] with the output bias as the unit after the last one."""
+
+    down_EcH: Tensor
+    down_bias_Eb: Tensor
+    up_EHc: Tensor
+
+
+@torch.no_grad()
+def lay_out(packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> LaidOut:
+    """Experts that lie one after another (`mome_dist.moe.routed`), in the products' precision. Every weight is read
+    once and written once: cast and put in its place in one operation, and no matrix is transposed."""
+    weights = columns(packed_EP, shapes)
+    experts, units, hidden_size = weights.down_weight.shape
+    width = -(-(units + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+    down_EcH = packed_EP.new_empty(experts, width, hidden_size, dtype=dtype)
+    up_EHc = packed_EP.new_empty(experts, hidden_size, width, dtype=dtype)
+    down_EcH[:, :units] = weights.down_weight
+    down_EcH[:, units:] = 0
+    up_EHc[..., :units] = weights.up_weight
+    up_EHc[..., units] = weights.up_bias
+    up_EHc[..., units + 1 :] = 0
+    return LaidOut(down_EcH, weights.down_bias.to(dtype), up_EHc)
+
+
+def ragged_experts(
+    rows_PH: Tensor, gates_P: Tensor, packed_EP: Tensor, shapes: Shapes, laid_out: LaidOut, groups: Groups
+) -> Tensor:
     """Each row through the expert of its group, times its gate.
 
     Args:
         rows_PH: [P, H] as ``groups`` places them.
         gates_P: fp32 [P], zero for padding.
-        weights: of E experts, in any dtype.
+        packed_EP: E experts, one after another, which get the gradient, in their own dtype.
+        shapes: of an expert's parts.
+        laid_out: their weights, from `lay_out`, in the dtype of ``rows_PH``.
 
     Returns:
         [P, H] in the dtype of ``rows_PH``, which is also that of the products.
     """
-    return _RaggedExperts.apply(rows_PH, gates_P, groups, *weights)
+    return _RaggedExperts.apply(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
 
 
 class _RaggedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_PH: Tensor, gates_P: Tensor, groups: Groups, *parts: Tensor) -> Tensor:
-        weights, units = ExpertWeights(*parts), parts[0].shape[1]
-        experts, hidden_size = weights.up_bias.shape
-        width = -(-(units + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
-        down_EcH, up_EcH = rows_PH.new_zeros(2, experts, width, hidden_size)
-        down_EcH[:, :units] = weights.down_weight
-        up_EcH[:, :units], up_EcH[:, units] = weights.up_weight.mT, weights.up_bias
+    def forward(
+        ctx: Any,
+        rows_PH: Tensor,
+        gates_P: Tensor,
+        packed_EP: Tensor,
+        shapes: Shapes,
+        laid_out: LaidOut,
+        groups: Groups,
+    ) -> Tensor:
+        down_EcH, down_bias_Eb, up_EHc = laid_out
+        units = down_bias_Eb.shape[1]
         narrow_Pc = _products(rows_PH, down_EcH.mT, groups)
-        narrow_Pc[:, :units] += weights.down_bias.to(rows_PH.dtype).index_select(0, groups.expert_P)
+        narrow_Pc[:, :units] += down_bias_Eb.index_select(0, groups.expert_P)
         active_Pc = F.gelu(narrow_Pc)
         active_Pc[:, units:] = 0
         active_Pc[:, units] = 1
         gates_P1 = gates_P[:, None].to(rows_PH.dtype)
         inputs_Pc = active_Pc * gates_P1
-        ctx.save_for_backward(rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH)
-        ctx.groups, ctx.units, ctx.types = groups, units, [part.dtype for part in parts]
-        return _products(inputs_Pc, up_EcH, groups)
+        ctx.save_for_backward(rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EHc)
+        ctx.groups, ctx.shapes, ctx.dtype = groups, shapes, packed_EP.dtype
+        return _products(inputs_Pc, up_EHc.mT, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_PH,) = gradients
-        rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EcH = ctx.saved_tensors
-        groups, units = ctx.groups, ctx.units
-        grad_gated_Pc = _products(grad_PH, up_EcH.mT, groups)
+        rows_PH, gates_P1, narrow_Pc, active_Pc, inputs_Pc, down_EcH, up_EHc = ctx.saved_tensors
+        groups, units = ctx.groups, ctx.shapes[0][0]
+        grad_gated_Pc = _products(grad_PH, up_EHc, groups)
         grad_gates_P = (grad_gated_Pc * active_Pc).sum(dim=1, dtype=torch.float32)
         grad_narrow_Pc = torch.ops.aten.gelu_backward(grad_gated_Pc * gates_P1, narrow_Pc)
         grad_narrow_Pc[:, units:] = 0
         grad_rows_PH = _products(grad_narrow_Pc, down_EcH, groups) if ctx.needs_input_grad[0] else None
-        grad_up_EcH = _row_products(inputs_Pc, grad_PH, groups)
+        grad_packed_EP = grad_PH.new_empty(len(groups.sizes), sum(map(math.prod, ctx.shapes)), dtype=ctx.dtype)
+        grads = columns(grad_packed_EP, ctx.shapes)
         grad_bias_Ec = grad_narrow_Pc.new_zeros(len(groups.sizes), narrow_Pc.shape[1], dtype=torch.float32)
         grad_bias_Ec.index_add_(0, groups.expert_P, grad_narrow_Pc.float())
-        parts = ExpertWeights(
-            _row_products(grad_narrow_Pc, rows_PH, groups)[:, :units],
-            grad_bias_Ec[:, :units],
-            grad_up_EcH[:, :units].mT,
-            grad_up_EcH[:, units],
-        )
-        typed = (part.to(dtype) for part, dtype in zip(parts, ctx.types, strict=True))
-        return grad_rows_PH, grad_gates_P, None, *typed
+        grads.down_bias.copy_(grad_bias_Ec[:, :units])
+        for experts, grad_down_cH in _row_products(grad_narrow_Pc, rows_PH, groups):
+            grads.down_weight[experts] = grad_down_cH[..., :units, :]
+        for experts, grad_up_Hc in _row_products(grad_PH, inputs_Pc, groups):
+            grads.up_weight[experts] = grad_up_Hc[..., :units]
+            grads.up_bias[experts] = grad_up_Hc[..., units]
+        return grad_rows_PH, grad_gates_P, grad_packed_EP, None, None, None
 
 
 def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:
@@ -222,14 +260,21 @@ def _products(rows_PA: Tensor, weight_EAB: Tensor, groups: Groups) -> Tensor:
     return result_PB
 
 
-def _row_products(left_PA: Tensor, right_PB: Tensor, groups: Groups) -> Tensor:
-    """Sums of outer products over the rows of each expert: [E, A, B]."""
-    if _aligned(left_PA, right_PB):
-        return F.grouped_mm(left_PA.t(), right_PB, offs=groups.ends_E)
-    result_EAB = left_PA.new_zeros(len(groups.sizes), left_PA.shape[1], right_PB.shape[1])
-    for left, result, right in _each(groups, left_PA, result_EAB, right_PB):
-        torch.mm(left.t(), right, out=result)
-    return result_EAB
+def _row_products(left_PA: Tensor, right_PB: Tensor, groups: Groups) -> Iterator[tuple[int | slice, Tensor]]:
+    """Sums of outer products over the rows of each expert: [E, A, B] of all experts at once, or [A, B] of one after the
+    other, each to be used before the next one takes its place."""
+    wide = left_PA.device.type == "cpu" and left_PA.shape[1] * right_PB.shape[1] >= WIDE
+    if _aligned(left_PA, right_PB) and not wide:
+        yield slice(None), F.grouped_mm(left_PA.t(), right_PB, offs=groups.ends_E)
+        return
+    product_AB = left_PA.new_empty(left_PA.shape[1], right_PB.shape[1])
+    parts = zip(left_PA.split(groups.sizes), right_PB.split(groups.sizes), strict=True)
+    for expert, (left, right) in enumerate(parts):
+        if len(left):
+            torch.mm(left.t(), right, out=product_AB)
+        else:
+            product_AB.zero_()
+        yield expert, product_AB
 
 
 def _aligned(*factors: Tensor) -> bool:

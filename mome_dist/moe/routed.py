@@ -26,6 +26,10 @@ NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
 """Names of an expert's parts in DeepSpeed's state dicts, in the order of `ExpertWeights`."""
 
 
+Shapes = tuple[tuple[int, ...], ...]
+"""Of an expert's parts, in that order."""
+
+
 class ExpertPart(NamedTuple):
     """One tensor of one expert in the parameter: the expert's number on its rank, the field of `ExpertWeights`, the
     first of its elements in row-major order, and its shape."""
@@ -58,10 +62,6 @@ class RoutedExperts(PackedModule):
         for name, value in (("allreduce", False), ("group_name", group_name)):
             setattr(self.packed, name, value)
 
-    def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """All experts, stacked, in ``dtype``; gradients come back in fp32."""
-        return unpack(self.packed, self.shapes, dtype)
-
     def parts(self) -> Iterator[ExpertPart]:
         """Every tensor of every expert, in order."""
         start = 0
@@ -78,23 +78,23 @@ class RoutedExperts(PackedModule):
             yield PackedTensor(name, self.packed, part.start, part.shape)
 
 
-def part_shapes(hidden_size: int, bottleneck: int) -> tuple[tuple[int, ...], ...]:
+def part_shapes(hidden_size: int, bottleneck: int) -> Shapes:
     """Shapes of an expert's parts, in the order of `ExpertWeights`."""
     return ((bottleneck, hidden_size), (bottleneck,), (hidden_size, bottleneck), (hidden_size,))
 
 
-def unpack(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> ExpertWeights:
+def unpack(packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> ExpertWeights:
     """Experts that lie one after another -> stacked parts in ``dtype``, views of one tensor."""
     return ExpertWeights(*_Unpack.apply(packed_EP, shapes, dtype))
 
 
-def columns(packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...]) -> ExpertWeights:
+def columns(packed_EP: Tensor, shapes: Shapes) -> ExpertWeights:
     """`unpack` in the tensor's own dtype, without a gradient of its own."""
     parts = packed_EP.split([math.prod(shape) for shape in shapes], dim=1)
     return ExpertWeights(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
-def packed_gradient(gradients: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Tensor:
+def packed_gradient(gradients: Sequence[Tensor], shapes: Shapes, dtype: torch.dtype) -> Tensor:
     """Gradients of the parts [E, ...], in the order of `ExpertWeights` -> that of the packed experts [E, P], in
     ``dtype``: every part is cast and put in its place in one operation."""
     packed_EP = gradients[0].new_empty(gradients[0].shape[0], sum(map(math.prod, shapes)), dtype=dtype)
@@ -107,9 +107,7 @@ class _Unpack(torch.autograd.Function):
     """Its gradient is one pass over memory, where those of four slices and of a cast are nine."""
 
     @staticmethod
-    def forward(
-        ctx: Any, packed_EP: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> tuple[Tensor, ...]:
         ctx.shapes, ctx.dtype = shapes, packed_EP.dtype
         return tuple(columns(packed_EP.to(dtype), shapes))
 

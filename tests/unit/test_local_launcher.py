@@ -77,6 +77,24 @@ def test_tuning_fills_gaps_and_leaves_the_users_own_values() -> None:
     assert (own["OMP_NUM_THREADS"], own["HF_HUB_OFFLINE"], own["RANK"]) == ("7", "0", "1")
 
 
+def test_ranks_on_cpus_keep_the_memory_of_large_tensors() -> None:
+    code = """
+import resource
+faults = []
+for _ in range(3):
+    memory = bytearray(64 << 20)
+    memory[:: 4096] = b"1" * len(memory[:: 4096])
+    del memory
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2])
+"""
+    machine = Machine(1, own_cores(), len(own_cores()))
+    base = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    for environment, kept in ((base, False), (rank_environment(0, machine, 1234, base), True)):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        assert (int(done.stdout) < 1000) is kept, "pages that the kernel gave anew, of 16384"
+
+
 def test_unknown_options_and_all_after_the_dashes_go_to_the_module() -> None:
     options, rest = parse_arguments(["--nproc", "2", "--corpus", "a b", "x=1", "--", "--timeout", "3"])
     assert (options.nproc, options.timeout) == (2, None)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mome_dist.moe import ragged
 from mome_dist.moe.experts import ExpertStack, ExpertWeights, dense_experts
-from mome_dist.moe.ragged import Groups, Placement, by_expert, ragged_experts
-from mome_dist.moe.routed import RoutedExperts
+from mome_dist.moe.ragged import Groups, Placement, by_expert, lay_out, ragged_experts
+from mome_dist.moe.routed import RoutedExperts, part_shapes, unpack
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -80,7 +81,7 @@ def test_packed_experts_are_linear_modules_one_after_another(dtype: torch.dtype)
     assert all(torch.equal(value, own[name]) for name, value in packed.state_dict().items())
     flat = torch.cat([parameter.flatten() for linear in linears for parameter in linear.parameters()])
     assert torch.equal(packed.packed.flatten(), flat), "not as ZeRO lays the tensors of modules"
-    weights = packed.weights(dtype)
+    weights = unpack(packed.packed, packed.shapes, dtype)
     for kind, stacked in zip(ExpertWeights._fields, weights, strict=True):
         each = [linear.get_parameter(kind.replace("_", ".")) for linear in linears]
         assert torch.equal(stacked, torch.stack(list(each)).to(dtype))
@@ -118,7 +119,10 @@ def _ragged(
     groups = Groups.of([counts], training, hidden_TH.device)
     rows = groups.placement.after(tokens)
     gates_P = groups.gates(gates_TK.flatten()[order_R])
-    return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, weights, groups))
+    packed_EP = torch.cat([part.flatten(1) for part in weights], dim=1)
+    shapes = part_shapes(hidden_TH.shape[1], BOTTLENECK)
+    laid_out = lay_out(packed_EP, shapes, hidden_TH.dtype)
+    return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, packed_EP, shapes, laid_out, groups))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -162,6 +166,20 @@ def test_ragged_experts_in_bf16_are_close_and_sum_in_fp32() -> None:
     assert one_bag.collect(ones).item() == 1 + 2.0**-7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_wide_experts_one_after_the_other_are_those_of_all_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, (experts, kept) = _stack(EXPERTS, seed=10), _routes(70)  # experts without rows among them
+    hidden, gates, weight = _random(70, HIDDEN, seed=1).to(dtype), _random(70, 2, seed=2), _random(70, HIDDEN, seed=3)
+    found = []
+    for wide in (0, ragged.WIDE):
+        monkeypatch.setattr(ragged, "WIDE", wide)
+        output = _ragged(hidden, gates, stack.weights(), experts, kept, True)
+        found.append(torch.autograd.grad(output, list(stack.parameters()), weight.to(dtype)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("hidden_size", [24, 576])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_evaluation_no_bit_depends_on_the_number_or_place_of_rows(dtype: torch.dtype, hidden_size: int) -> None:
@@ -185,7 +203,7 @@ def test_rows_of_several_ranks_meet_by_expert_and_go_back() -> None:
     owner = torch.tensor([0] * 2 + [2] * 3 + [0] + [2] * 40)
     rows = torch.stack([owner, torch.arange(46)], dim=1).float()
     placed = groups.placement.spread(rows)
-    assert groups.sizes == [16, 0, 48]
+    assert groups.sizes == [8, 0, 48]
     for expert, group in enumerate(placed.split(groups.sizes)):
         real = sum(count[expert] for count in counts)
         assert group[:real, 0].eq(expert).all() and group[:real, 1].diff().gt(0).all()
