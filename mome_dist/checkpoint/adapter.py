@@ -6,6 +6,7 @@
       config.json         all that is needed to rebuild the model, and the identity of the frozen models
       README.md           model card
       SHA256SUMS          hashes of them, as `sha256sum --check` reads them
+      peft/TERMS/         the LLM's low-rank terms as PEFT reads them, of a model without experts
 
 The same checkpoint always gives the same bytes. The frozen models are named by hash, never stored. Exports of before
 transformers knew them (their weights are in adapter.safetensors) are read as well.
@@ -34,6 +35,7 @@ from mome_dist.hub import SINGLE as WEIGHTS
 FORMAT, FIRST = "mome_dist.adapter/2", "mome_dist.adapter/1"
 FIRST_WEIGHTS = "adapter.safetensors"
 CONFIG, CARD, SUMS = "config.json", "README.md", "SHA256SUMS"
+PEFT = "peft"
 LARGEST_SHARD = "5GB"
 
 _SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")

@@ -14,6 +14,7 @@ from mome_dist.adapters.peft import peft_adapters
 from mome_dist.checkpoint.adapter import (
     CARD,
     LARGEST_SHARD,
+    PEFT,
     is_adapter,
     is_current,
     read_document,
@@ -41,8 +42,6 @@ from mome_dist.versions import version_of
 
 # What transformers and model hubs look for.
 IDENTITY = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
-
-PEFT = "peft"  # the folder of an export with what PEFT reads
 
 # The sections of a run's configuration that describe the model and its use; the others describe its training.
 _SECTIONS = ("name", "seed", "llm", "audio_encoder", "video_encoder", "projector", "mome", "task", "data", "decoding")

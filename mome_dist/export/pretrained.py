@@ -27,6 +27,7 @@ from mome_dist.checkpoint.adapter import (
     FIRST_WEIGHTS,
     INDEX,
     LARGEST_SHARD,
+    PEFT,
     SUMS,
     read_document,
     read_weights,
@@ -37,7 +38,6 @@ from mome_dist.config.models import is_rank
 from mome_dist.errors import UserError, first_line
 from mome_dist.evaluation.decoding import check_view
 from mome_dist.evaluation.transcription import clips_of, transcribe
-from mome_dist.export.adapter import IDENTITY, PEFT, write_export
 from mome_dist.export.model_card import ERROR_RATES, model_card, with_section
 from mome_dist.export.pretrained_config import MoMESpeechConfig
 from mome_dist.files import published_directory
@@ -280,6 +280,9 @@ class MoMESpeechModel(PreTrainedModel):
             )
 
     def _write(self, target: Path, max_shard_size: int | str, tags: Sequence[str]) -> None:
+        # Here, since it needs DeepSpeed, whose import takes seconds and prints; whoever transcribes does without.
+        from mome_dist.export.adapter import IDENTITY, write_export
+
         document = {**IDENTITY, **self.config.document()}
         card = model_card(self._run, document, None) if self._card is None else self._card
         if (content := content_of_weights(self.state_dict())) != self._loaded:
