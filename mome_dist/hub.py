@@ -6,7 +6,7 @@ relative path. Files go into huggingface_hub's cache (``HF_HOME``), one director
 same files: a run works with the first and writes down the second.
 
 Only settings, tokenizers and safetensors are fetched: no pickled weights, and no code. Nothing else in mome_dist asks a
-hub for anything. Cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+hub for anything, or sends it anything: exports, when they are pushed. Cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mome_dist.errors import UserError
@@ -176,6 +177,48 @@ def fetch(key: str, model: HubModel, local: bool = False, weights: bool = True, 
             "never from pickled files: choose a revision that has them, or convert it and give the directory."
         )
     return directory
+
+
+def upload(
+    directory: Path,
+    repository: str,
+    *,
+    replaced: Sequence[str],
+    private: bool | None,
+    token: bool | str | None,
+    revision: str | None,
+    **commit: Any,
+) -> Any:
+    """Send the files of a directory as one commit of a model, which is made if there is none.
+
+    Args:
+        repository: "OWNER/NAME", or "NAME" of the user who is logged in.
+        replaced: patterns of files that go where the directory does not have them.
+        private: whether a new model is; None: as its owner has it.
+        revision: branch, which is made if there is none.
+        commit: of huggingface_hub's ``upload_folder``.
+
+    Returns:
+        Its ``CommitInfo``.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repository, folder_path=directory, delete_patterns=list(replaced), revision=revision, **commit
+    )
+
+
+def with_tags(card: str, tags: Sequence[str]) -> str:
+    """A model card with further tags in its front matter."""
+    from huggingface_hub import ModelCard
+
+    parsed = ModelCard(card)
+    parsed.data["tags"] = list(dict.fromkeys([*(parsed.data.get("tags") or ()), *tags]))
+    return str(parsed)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,13 +36,20 @@ WIDTHS = {"audio": 16, "video": 16}
 STEP = 7
 
 
-def make_run(root: Path, corpus: Path, lips: ClipEncoder | None = None) -> Path:
+def make_run(
+    root: Path,
+    corpus: Path,
+    lips: ClipEncoder | None = None,
+    change: Callable[[RunConfig], None] = lambda config: None,
+) -> Path:
     """Write frozen models and a run into ``root``; return the run directory.
 
     Args:
         lips: another video encoder than the usual one, as wide as ``WIDTHS`` says.
+        change: what the configuration has otherwise.
     """
     config = _config(root, corpus)
+    change(config)
     _frozen_models(root, Corpus.open(corpus), lips)
     model = build_reference(config, WIDTHS)
     generator = torch.Generator().manual_seed(5)

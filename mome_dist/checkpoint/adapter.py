@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -76,23 +75,34 @@ def write_adapter(
 
 def _save(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> list[str]:
     """Write the weights; returns the names of all files that say something of them."""
-    try:
-        split = split_torch_state_dict_into_shards(
-            dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise UserError(
-            f"max_shard_size={max_shard_size!r} is no size: give bytes, or a text such as '5GB'."
-        ) from error
-    for name, held in split.filename_to_tensors.items():
+    shards: list[dict[str, Tensor]] = [{}]
+    limit, filled = _bytes_of(max_shard_size), 0
+    for name, tensor in sorted(tensors.items()):
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [WEIGHTS]
+    for file, held in zip(names, shards, strict=True):
         # One entry of metadata: the order of several is not fixed.
-        save_tensors({tensor: tensors[tensor] for tensor in held}, directory / name, {"format": "pt"})
-    names = sorted(split.filename_to_tensors)
-    if not split.is_sharded:
+        save_tensors(held, directory / file, {"format": "pt"})
+    if len(shards) == 1:
         return names
-    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    places = {name: file for file, held in zip(names, shards, strict=True) for name in held}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    (directory / INDEX).write_text(index + "\n", encoding="utf-8")
     return [*names, INDEX]
+
+
+def _bytes_of(size: int | str) -> int:
+    """As transformers reads it: a number, or a text such as "5GB" or "200MiB"."""
+    match = re.fullmatch(r"(\d+) ?([KMGT]?)(i?)B?", str(size), re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise UserError(f"max_shard_size={size!r} is no size: give bytes, or a text such as '5GB'.")
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
 
 
 def read_adapter(directory: str | Path) -> Saved:

@@ -18,14 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mome_dist.checkpoint.adapter import (
     CARD,
     FIRST_WEIGHTS,
-    INDEX,
     LARGEST_SHARD,
     PEFT,
     SUMS,
@@ -41,7 +39,7 @@ from mome_dist.evaluation.transcription import clips_of, transcribe
 from mome_dist.export.model_card import ERROR_RATES, model_card, with_section
 from mome_dist.export.pretrained_config import MoMESpeechConfig
 from mome_dist.files import published_directory
-from mome_dist.hub import SCHEME, HubModel, fetch
+from mome_dist.hub import INDEX, SCHEME, HubModel, fetch, upload, with_tags
 from mome_dist.inference.load import Encoder, LoadedRun, assemble
 from mome_dist.llm.hugging_face import PLACEMENTS
 from mome_dist.speech.reference import MoMESpeechLM
@@ -91,7 +89,7 @@ class MoMESpeechModel(PreTrainedModel):
         """Nothing: parts come with their values."""
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -203,13 +201,13 @@ class MoMESpeechModel(PreTrainedModel):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoMESpeechModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if getattr(self.speech_lm.llm, "hf_device_map", None) is None:
             self.speech_lm.llm._apply(fn)
         self._encoders = {}  # they are loaded again, on the device of the model then
         return self
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -239,7 +237,7 @@ class MoMESpeechModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", target.name), max_shard_size=max_shard_size, **hub)
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         repo_id: str,
         *,
@@ -251,7 +249,7 @@ class MoMESpeechModel(PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str = LARGEST_SHARD,
         tags: Sequence[str] = (),
-    ) -> CommitInfo:
+    ) -> Any:
         """Send what `save_pretrained` writes as one commit of a repository of the hub, which is made if need be.
 
         transformers' own sends neither the model card of an export nor folders in folders (``peft/TERMS/``).
@@ -260,23 +258,24 @@ class MoMESpeechModel(PreTrainedModel):
             repo_id: ``OWNER/NAME``, or ``NAME`` of the user who is logged in.
             revision: branch, which is made if need be.
             tags: further ones for the model card.
+
+        Returns:
+            huggingface_hub's ``CommitInfo``.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with TemporaryDirectory() as folder:
             target = Path(folder) / "export"
             self._write(target, max_shard_size, tags)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=target,
+            return upload(
+                target,
+                repo_id,
+                # What an older export may have and this one not.
+                replaced=["model*.safetensors", INDEX, FIRST_WEIGHTS, f"{PEFT}/*"],
+                private=private,
+                token=token,
+                revision=revision,
                 commit_message=commit_message,
                 commit_description=commit_description,
-                revision=revision,
                 create_pr=create_pr,
-                # What an older export has and this one does not.
-                delete_patterns=["model*.safetensors", INDEX, FIRST_WEIGHTS, f"{PEFT}/*"],
             )
 
     def _write(self, target: Path, max_shard_size: int | str, tags: Sequence[str]) -> None:
@@ -289,9 +288,7 @@ class MoMESpeechModel(PreTrainedModel):
             document["source"] = {**document["source"], "content": content}
             card = with_section(card, ERROR_RATES, _CHANGED)
         if tags:
-            parsed = ModelCard(card)
-            parsed.data.tags = list(dict.fromkeys([*(parsed.data.tags or ()), *tags]))
-            card = str(parsed)
+            card = with_tags(card, tags)
         with published_directory(target, replace=False) as directory:
             write_export(directory, self.speech_lm, document, card, max_shard_size)
 

@@ -194,7 +194,7 @@ def test_a_file_of_another_export_is_found(copied: Path) -> None:
     save_file({**tensors, first: tensors[first] + 1}, copied / WEIGHTS)
     sums = subprocess.run(["sha256sum", WEIGHTS, CONFIG], cwd=copied, check=True, capture_output=True).stdout
     (copied / SUMS).write_bytes(sums)
-    with pytest.raises(UserError, match=r"config\.json belongs to another adapter\.safetensors"):
+    with pytest.raises(UserError, match=r"config\.json belongs to another model\.safetensors"):
         load_run(copied)
 
 

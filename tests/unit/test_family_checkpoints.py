@@ -211,6 +211,7 @@ def test_the_same_logits(name: str, frozen: Path, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tmp_path / "export")
     for view in kind.views:
         assert torch.equal(our_logits(model.run, view, "ship blue sea")[0], our_logits(run, view, "ship blue sea")[0])
+    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys(), "also of an untrained model"
     model.save_pretrained(tmp_path / "again")
     contents = files_of(tmp_path / "export")
     assert files_of(tmp_path / "again") == contents

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 from mome_dist import transcribe
 from mome_dist.checkpoint.adapter import CARD, CONFIG, FIRST, FIRST_WEIGHTS, INDEX, SUMS, WEIGHTS
+from mome_dist.config.schema import LLMLoRAConfig, MixtureConfig, RunConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
@@ -47,6 +48,21 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("exports") / "small"
     export_adapter(run, target)
     return target
+
+
+def _of_other_methods(config: RunConfig) -> None:
+    """Low-rank terms and projectors with a router, in the place of experts."""
+    config.mome.placement = "none"
+    config.llm.lora = LLMLoRAConfig(rank=4, terms=["shared", "task"])
+    config.projector.mixture = MixtureConfig(form="dejr", experts=3, top_k=2)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path:
+    """An export without experts. Do not change files in it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    export_adapter(make_run(folder / "made", tiny_corpus_dir, change=_of_other_methods), folder / "export")
+    return folder / "export"
 
 
 @pytest.fixture(scope="module")
@@ -242,19 +258,21 @@ def test_mistakes(load: Callable[[Path], Any], said: str, exported: Path) -> Non
 
 
 def test_it_goes_to_the_hub_and_back(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path
+    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path
 ) -> None:
     name = "owner/small-adapter"
     with serving(tmp_path / "uploaded") as hub:
         use_hub(hub.address, tmp_path / "home", monkeypatch)
-        model = AutoModel.from_pretrained(exported)
-        model.push_to_hub(name, max_shard_size="10KB", commit_message="In pieces")
+        model = AutoModel.from_pretrained(adapted)
+        model.push_to_hub(name, max_shard_size="10KB", commit_message="In pieces", tags=["lips"])
         cut = hub.repositories[name].refs["main"]
-        assert "model-00001-of" in " ".join(files_of(hub.repositories[name].commits[cut]))
+        pieces = hub.repositories[name].commits[cut]
+        assert "model-00001-of" in " ".join(files_of(pieces)) and "- lips\n" in (pieces / CARD).read_text()
         commit = model.push_to_hub(name)
         assert hub.repositories[name].refs["main"] == commit.oid
         sent = hub.repositories[name].commits[commit.oid]
-        assert files_of(sent) == files_of(exported), "and nothing of the older commit is left"
+        assert files_of(sent) == files_of(adapted), "and nothing of the older commit is left"
+        assert {path.name for path in (sent / "peft").iterdir()} == {"shared+asr", "shared+vsr", "shared+avsr"}
         # Its publisher gives the adapter a licence on its page.
         (sent / CARD).write_text((sent / CARD).read_text().replace("library_name", "license: mit\nlibrary_name"))
         for loader, revision in (
