@@ -6,7 +6,7 @@ relative path. Files go into huggingface_hub's cache (``HF_HOME``), one director
 same files: a run works with the first and writes down the second.
 
 Only settings, tokenizers and safetensors are fetched: no pickled weights, and no code. Nothing else in mome_dist asks a
-hub for anything. Cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+hub for anything, or sends it anything: exports, when they are pushed. Cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mome_dist.errors import UserError
@@ -137,13 +138,14 @@ def weight_files(directory: Path) -> list[str]:
     return named
 
 
-def fetch(key: str, model: HubModel, local: bool = False, weights: bool = True) -> Path:
+def fetch(key: str, model: HubModel, local: bool = False, weights: bool = True, also: Sequence[str] = ()) -> Path:
     """The directory of a model, whose files are fetched where the cache does not have them yet.
 
     Args:
         key: of the configuration, for messages.
         local: read the cache only, as with ``HF_HUB_OFFLINE=1``.
         weights: also these, and not only settings and tokenizers.
+        also: names of further files, where the model has them.
 
     Raises:
         UserError: no network, no such repository or revision, no right to it, or no safetensors weights in it.
@@ -151,13 +153,13 @@ def fetch(key: str, model: HubModel, local: bool = False, weights: bool = True) 
     from huggingface_hub import constants, snapshot_download
 
     local = local or constants.HF_HUB_OFFLINE
-    with _explained(key, model, local):
+    with _explained(key, model, local, also):
         with _bars(False):
             directory = Path(
                 snapshot_download(
                     model.repository,
                     revision=model.revision,
-                    allow_patterns=_SMALL_FILES,
+                    allow_patterns=[*_SMALL_FILES, *also],
                     ignore_patterns=_OTHERS,
                     local_files_only=local,
                 )
@@ -168,13 +170,55 @@ def fetch(key: str, model: HubModel, local: bool = False, weights: bool = True) 
                 snapshot_download(model.repository, revision=directory.name, allow_patterns=needed)
     missing = [name for name in (CONFIG, *needed) if not (directory / name).is_file()]
     if missing and local:
-        raise _absent(key, model, f"has no {missing[0]} of it")
+        raise _absent(key, model, f"has no {missing[0]} of it", None, also)
     if missing:
         raise UserError(
             f"{key}: {model} has no {missing[0]} at commit {directory.name}. Weights are read from safetensors only, "
             "never from pickled files: choose a revision that has them, or convert it and give the directory."
         )
     return directory
+
+
+def upload(
+    directory: Path,
+    repository: str,
+    *,
+    replaced: Sequence[str],
+    private: bool | None,
+    token: bool | str | None,
+    revision: str | None,
+    **commit: Any,
+) -> Any:
+    """Send the files of a directory as one commit of a model, which is made if there is none.
+
+    Args:
+        repository: "OWNER/NAME", or "NAME" of the user who is logged in.
+        replaced: patterns of files that go where the directory does not have them.
+        private: whether a new model is; None: as its owner has it.
+        revision: branch, which is made if there is none.
+        commit: of huggingface_hub's ``upload_folder``.
+
+    Returns:
+        Its ``CommitInfo``.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repository, folder_path=directory, delete_patterns=list(replaced), revision=revision, **commit
+    )
+
+
+def with_tags(card: str, tags: Sequence[str]) -> str:
+    """A model card with further tags in its front matter."""
+    from huggingface_hub import ModelCard
+
+    parsed = ModelCard(card)
+    parsed.data["tags"] = list(dict.fromkeys([*(parsed.data.get("tags") or ()), *tags]))
+    return str(parsed)
 
 
 @contextmanager
@@ -193,7 +237,7 @@ def _bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(key: str, model: HubModel, local: bool) -> Iterator[None]:
+def _explained(key: str, model: HubModel, local: bool, also: Sequence[str] = ()) -> Iterator[None]:
     """Tell in one line what the hub, or the way there, refuses. No text of the library's: it may hold signed addresses.
 
     Raises:
@@ -230,23 +274,24 @@ def _explained(key: str, model: HubModel, local: bool) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _refused(key, model, host, cause.response.status_code) from error
-        raise _absent(key, model, "does not have it whole", None if local else host) from error
+        raise _absent(key, model, "does not have it whole", None if local else host, also) from error
     except HfHubHTTPError as error:
         raise _refused(key, model, host, error.response.status_code) from error
     except Exception as error:
         # The errors of the HTTP library, whose name differs between versions of huggingface_hub.
         if not type(error).__module__.startswith("http"):
             raise
-        raise _absent(key, model, "does not have it whole", host) from error
+        raise _absent(key, model, "does not have it whole", host, also) from error
 
 
-def _absent(key: str, model: HubModel, problem: str, host: str | None = None) -> UserError:
+def _absent(key: str, model: HubModel, problem: str, host: str | None, also: Sequence[str]) -> UserError:
     revision = "" if model.revision is None else f" --revision {model.revision}"
     why = "nothing is fetched here (a rank, or HF_HUB_OFFLINE is set)" if host is None else f"{host} cannot be reached"
+    includes = " ".join(f"--include '{pattern}'" for pattern in (*_SMALL_FILES, "*.safetensors", *also))
     return UserError(
         f"{key}: {model}: {why}, and the cache {cache_directory()} {problem}: where there is a network, such as on a "
-        f"login node, run `hf download {model.repository}{revision} --include '*.json' --include '*.safetensors'`, "
-        "with HF_HOME on a file system that both share."
+        f"login node, run `hf download {model.repository}{revision} {includes}`, with "
+        "HF_HOME on a file system that both share."
     )
 
 

@@ -20,22 +20,7 @@ from pathlib import Path
 from mome_dist.cli import add_frozen_options, frozen_of, main_guard
 from mome_dist.errors import UserError
 from mome_dist.quiet import quiet_libraries
-from mome_dist.speech.views import View
-
-
-def view_of(audio_rate: int | None, video_rate: int | None) -> View:
-    """The view that the given rates ask for.
-
-    Raises:
-        UserError: no rate, or one below 1.
-    """
-    if audio_rate is None and video_rate is None:
-        raise UserError("no rate is given: add --audio-rate A to listen, --video-rate V to read lips, or both.")
-    for option, rate in (("--audio-rate", audio_rate), ("--video-rate", video_rate)):
-        if rate is not None and rate < 1:
-            raise UserError(f"{option} {rate}: a rate is the number of frames per token, at least 1.")
-    task = "vsr" if audio_rate is None else "asr" if video_rate is None else "avsr"
-    return View(task, audio_rate, video_rate)
+from mome_dist.speech.views import view_of
 
 
 @main_guard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from mome_dist.config.schema import (
 from mome_dist.data.corpus import Corpus
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.model.shared import build_reference
+from mome_dist.sharing import Sharing
 from mome_dist.speech.clip_encoder import ClipEncoder
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.video_encoder import VideoEncoder
@@ -35,13 +37,20 @@ WIDTHS = {"audio": 16, "video": 16}
 STEP = 7
 
 
-def make_run(root: Path, corpus: Path, lips: ClipEncoder | None = None) -> Path:
+def make_run(
+    root: Path,
+    corpus: Path,
+    lips: ClipEncoder | None = None,
+    change: Callable[[RunConfig], None] = lambda config: None,
+) -> Path:
     """Write frozen models and a run into ``root``; return the run directory.
 
     Args:
         lips: another video encoder than the usual one, as wide as ``WIDTHS`` says.
+        change: what the configuration has otherwise.
     """
     config = _config(root, corpus)
+    change(config)
     _frozen_models(root, Corpus.open(corpus), lips)
     model = build_reference(config, WIDTHS)
     generator = torch.Generator().manual_seed(5)
@@ -65,7 +74,11 @@ def add_checkpoint(run: Path, config: RunConfig, model: MoMESpeechLM, step: int)
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
     part = aside / "part-00000.safetensors"
     save_file(tensors, part)
-    described = {name: describe_part(value, Part(part.name, None, None), None) for name, value in tensors.items()}
+    described = {
+        # Of low-rank terms alone a checkpoint has always said how ranks share them.
+        name: describe_part(value, Part(part.name, None, None), Sharing(0) if "llm_lora" in name else None)
+        for name, value in tensors.items()
+    }
     frozen = {name: fingerprint(getattr(config, name).path) for name in ("llm", "audio_encoder", "video_encoder")}
     files = {path.name: file_facts(path) for path in (part, aside / CONFIG)}
     index = index_of({"step": step, "frozen": frozen}, files, merge_parts([described]))

@@ -1,13 +1,16 @@
-"""The part of the Hugging Face hub's HTTP interface that downloading a model uses, on loopback, out of directories.
+"""The part of the Hugging Face hub's HTTP interface that downloading and uploading a model use, on loopback, out of
+directories and into them.
 
 What it has to answer: https://huggingface.co/docs/hub/api
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ from huggingface_hub import constants
 
 _INFO = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?")
 _TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)")
+_UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)")
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -39,6 +43,13 @@ class Repository:
         return name
 
 
+def files_of(directory: Path) -> dict[str, bytes]:
+    """The content of every file in a directory and its folders, by name."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
 @dataclass
 class Hub:
     """A hub that is being served.
@@ -48,9 +59,11 @@ class Hub:
         repositories: by "OWNER/NAME".
         asked: every request so far, as "METHOD path".
         tokens: what came with them as authorization.
+        storage: folder for what is uploaded.
     """
 
     address: str
+    storage: Path
     repositories: dict[str, Repository] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
@@ -63,11 +76,11 @@ class Hub:
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
-    """Serve a hub from a thread until the block ends."""
+def serving(storage: Path = Path("nowhere")) -> Iterator[Hub]:
+    """Serve a hub from a thread until the block ends; what is uploaded goes into folders of ``storage``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
-    hub = Hub(f"http://127.0.0.1:{server.server_port}")
+    hub = Hub(f"http://127.0.0.1:{server.server_port}", storage)
     server.hub = hub  # type: ignore[attr-defined]
     thread = Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -102,6 +115,48 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        """Make a repository, say how files are to be sent, and take a commit of them."""
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        path, sent = self.path.partition("?")[0], self.rfile.read(int(self.headers["Content-Length"]))
+        hub.asked.append(f"POST {path}")
+        if path == "/api/validate-yaml":
+            return self._reply({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            made = json.loads(sent)
+            name = f"{made['organization']}/{made['name']}"
+            hub.repositories.setdefault(name, Repository())
+            if not hub.repositories[name].commits:
+                (hub.storage / name / "0").mkdir(parents=True)
+                hub.repositories[name].commit(hub.storage / name / "0")
+            return self._reply({"url": f"{hub.address}/{name}", "name": name})
+        match = _UPLOAD.fullmatch(path)
+        if match is None or match[1] not in hub.repositories:
+            return self._refuse(404, "RepoNotFound")
+        repository = hub.repositories[match[1]]
+        if match[2] == "preupload":
+            asked = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(sent)["files"]
+            ]
+            return self._reply({"files": asked})
+        directory = hub.storage / match[1] / str(len(repository.commits))
+        shutil.copytree(repository.commits[repository.refs[match[3]]], directory)
+        for line in map(json.loads, sent.splitlines()):
+            file = directory / line["value"].get("path", "")
+            if line["key"] == "deletedFile":
+                file.unlink()
+            elif line["key"] == "file":
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+            else:
+                assert line["key"] == "header", line["key"]
+        commit = repository.commit(directory, match[3])
+        return self._reply({"commitUrl": f"{hub.address}/{match[1]}/commit/{commit}", "commitOid": commit})
+
+    def _reply(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, True)
 
     def _answer(self, body: bool) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@
 The file is the state of their model, or a Lightning checkpoint that holds it; no code in it runs. What it is follows
 from its names and shapes; the frozen models are named as for a run, and further key=value arguments say what no tensor
 tells: llm.lora.scale (0.125), projector.mixture.top_k (2). The export is loaded as any other: by mome_dist.transcribe,
-mome_dist.evaluate and mome_dist.export.adapter.load_adapter.
+mome_dist.evaluate and transformers' AutoModel.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python tools/export_adapter.py runs/quickstart/checkpoints/step-000160 exports/quickstart-160
 
 It holds the trained weights (safetensors), config.json, a model card and SHA256SUMS, and is loaded by
-`python -m mome_dist.transcribe DIR FILE`, `python -m mome_dist.evaluate checkpoint=DIR output=OUT` and, in Python,
-`mome_dist.export.adapter.load_adapter`.
+`python -m mome_dist.transcribe DIR FILE`, `python -m mome_dist.evaluate checkpoint=DIR output=OUT` and, in Python after
+`import mome_dist`, transformers' `AutoModel.from_pretrained(DIR)`. An export of before transformers knew them, in the
+place of a run, is written anew.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mome_dist.quiet import quiet_libraries
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export and say what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory, or one checkpoint of it")
+    parser.add_argument("run", type=Path, help="run directory, one checkpoint of it, or an export in the older form")
     parser.add_argument("target", type=Path, help="directory to make; it must not exist")
     add_frozen_options(parser)
     options = parser.parse_args(arguments)

@@ -78,3 +78,9 @@ def content_hash(tensors: Mapping[str, Mapping[str, Any]]) -> str:
         if name.startswith(CONTENT)
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def content_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """One hash for weights in memory, of any devices, whatever their order."""
+    facts = (f"{name} {list(value.shape)} {digest(value.float().cpu())}\n" for name, value in sorted(weights.items()))
+    return hashlib.sha256("".join(facts).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mome_dist.data.preparation.mouth import NoFaceError
 from mome_dist.errors import UserError
 from mome_dist.evaluation.decoding import decode
 from mome_dist.evaluation.run import streams_of
-from mome_dist.inference.load import LoadedRun
+from mome_dist.inference.load import Encoder, LoadedRun
 from mome_dist.preflight import expected_geometry
 from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.views import View
@@ -52,9 +52,20 @@ def clips_of(
     return clips
 
 
-def transcribe(run: LoadedRun, view: View, clips: dict[str, Tensor], num_beams: int | None = None) -> str:
-    """Text of one clip: encode each stream, then decode."""
-    encoders = run.encoders()
+def transcribe(
+    run: LoadedRun,
+    view: View,
+    clips: dict[str, Tensor],
+    num_beams: int | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
+) -> str:
+    """Text of one clip: encode each stream, then decode.
+
+    Args:
+        num_beams: of the search; None: as the run has it.
+        encoders: of the run; None loads them.
+    """
+    encoders = run.encoders() if encoders is None else encoders
     with torch.no_grad():
         features = {stream: list(encoders[stream]([clip.to(run.device)])) for stream, clip in clips.items()}
     decoding = run.config.decoding if num_beams is None else replace(run.config.decoding, num_beams=num_beams)

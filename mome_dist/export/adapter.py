@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mome_dist.adapters.lora import PREFIX
-from mome_dist.adapters.peft import PeftAdapter, peft_adapters
-from mome_dist.checkpoint.adapter import is_adapter, read_adapter, write_adapter
+from mome_dist.adapters.peft import peft_adapters
+from mome_dist.checkpoint.adapter import (
+    CARD,
+    LARGEST_SHARD,
+    PEFT,
+    is_adapter,
+    is_current,
+    read_document,
+    read_weights,
+    saved_of,
+    write_adapter,
+)
 from mome_dist.checkpoint.deepspeed.read import is_deepspeed
 from mome_dist.checkpoint.format import find_checkpoint
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
+from mome_dist.config.derived import views_of
 from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
-from mome_dist.export.model_card import model_card
+from mome_dist.export.model_card import USE, model_card, usage, with_section
 from mome_dist.files import aside, published_directory
 from mome_dist.hub import model_at, name_of
 from mome_dist.inference.load import LoadedRun, assemble, token_identity
 from mome_dist.parallel.layout import Layout
 from mome_dist.paths import cache_root
+from mome_dist.speech.reference import MoMESpeechLM
+from mome_dist.transformers_auto import ARCHITECTURE, MODEL_TYPE
 from mome_dist.versions import version_of
 
-PEFT = "peft"  # the folder of an export with what PEFT reads
+# What transformers and model hubs look for.
+IDENTITY = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
 
 # The sections of a run's configuration that describe the model and its use; the others describe its training.
 _SECTIONS = ("name", "seed", "llm", "audio_encoder", "video_encoder", "projector", "mome", "task", "data", "decoding")
-
-
-def load_adapter(
-    directory: str | Path,
-    device: torch.device | None = None,
-    *,
-    llm: str | Path | None = None,
-    audio_encoder: str | Path | None = None,
-    video_encoder: str | Path | None = None,
-) -> LoadedRun:
-    """Load an export in one process; its `model` decodes with transformers' ``generate``.
-
-    Args:
-        directory: of the export.
-        device: CPU if not given.
-        llm, audio_encoder, video_encoder: directories of the frozen models; where not given, the place that the export
-            recorded, then the cache of assets.
-
-    Raises:
-        UserError: for a missing or damaged file, or a frozen model that is missing or another one.
-    """
-    given = {"llm": llm, "audio_encoder": audio_encoder, "video_encoder": video_encoder}
-    frozen = {section: place for section, place in given.items() if place is not None}
-    return assemble(read_adapter(directory), device, frozen=frozen)
 
 
 def export_adapter(
@@ -66,7 +55,8 @@ def export_adapter(
     Nothing is written before the model has been built and filled as a user of the export will do it.
 
     Args:
-        source: directory of a run (its newest checkpoint) or of one checkpoint.
+        source: directory of a run (its newest checkpoint), of one checkpoint, or of an export of before transformers
+            knew them, which is written anew without building its model.
         target: directory to make; it appears whole or not at all.
         frozen: as for `mome_dist.inference.load.load_run`.
 
@@ -74,12 +64,12 @@ def export_adapter(
         The content of ``config.json`` but for the facts about the weights.
 
     Raises:
-        UserError: the target exists, or the run is not whole.
+        UserError: the target exists, the run is not whole, or the source is an export as this version writes them.
     """
     source, target = Path(source), Path(target)
     check_target(target)
     if is_adapter(source):
-        raise UserError(f"{source} is an export already: copy the directory.")
+        return _renew(source, target)
     saved = read_checkpoint(find_checkpoint(source))
     return export_run(assemble(saved, frozen=frozen), saved, target)
 
@@ -92,19 +82,47 @@ def check_target(target: Path) -> None:
 
 def export_run(run: LoadedRun, saved: Saved, target: Path) -> dict[str, Any]:
     """Write a model that is filled; ``saved`` is what it was read from. Returns as `export_adapter`."""
-    document = _describe(run, saved)
+    document = {**IDENTITY, **_describe(run, saved)}
     card = model_card(run, document, _results(saved))
     with published_directory(target, replace=False) as directory:
-        write_adapter(directory, run.model.state_dict(), document, card)
-        for name, adapter in _for_peft(run).items():
-            adapter.write(directory / PEFT / name, document["frozen"]["llm"]["name"])
+        write_export(directory, run.model, document, card)
     return document
 
 
-def _for_peft(run: LoadedRun) -> dict[str, PeftAdapter]:
-    """What PEFT can add to the plain LLM; nothing where experts are a part of the model, which it does not know."""
-    terms = run.model.terms
-    return {} if terms is None or run.model.momes else peft_adapters(run.model.state_dict(), terms)
+def write_export(
+    directory: Path,
+    model: MoMESpeechLM,
+    document: Mapping[str, Any],
+    card: str,
+    max_shard_size: int | str = LARGEST_SHARD,
+) -> None:
+    """Fill an empty directory with what a model has; arguments as `mome_dist.checkpoint.adapter.write_adapter`."""
+    weights = model.state_dict()
+    write_adapter(directory, weights, document, card, max_shard_size)
+    # What PEFT can add to the plain LLM; nothing where experts are a part of the model, which it does not know.
+    if model.terms is not None and not model.momes:
+        for name, adapter in peft_adapters(weights, model.terms).items():
+            adapter.write(directory / PEFT / name, document["frozen"]["llm"]["name"])
+
+
+def _renew(source: Path, target: Path) -> dict[str, Any]:
+    """Write an export of before transformers knew them as one that it knows; returns as `export_adapter`."""
+    old = read_document(source)
+    if is_current(old):
+        raise UserError(f"{source} is an export already: copy the directory.")
+    weights = read_weights(source, old)
+    document = {**IDENTITY, **{key: value for key, value in old.items() if key not in ("format", "weights")}}
+    if any(name.startswith("tags.") for name in weights):
+        document["own_tags"] = True
+    if not (source / CARD).is_file():
+        raise UserError(f"{source / CARD} does not exist: restore the model card from a copy, or export the run again.")
+    view = views_of(saved_of(source, old, weights).config)[0]
+    card = with_section((source / CARD).read_text(encoding="utf-8"), USE, usage(view))
+    with published_directory(target, replace=False) as directory:
+        write_adapter(directory, weights, document, card)
+        if (source / PEFT).is_dir():
+            shutil.copytree(source / PEFT, directory / PEFT)
+    return document
 
 
 def export_checkpoint(source: Path, target: Path, config: Path | None = None) -> None:
@@ -143,6 +161,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
             section: {"name": name_of(getattr(run.config, section).path), "fingerprint": fingerprint}
             for section, fingerprint in saved.frozen.items()
         },
+        **({"own_tags": True} if hasattr(model, "tags") else {}),
         "tokens": token_identity(run.config, run.sequences),
         "config": _portable_config(run),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from mome_dist.speech.views import View
 _TASKS = {"asr": "speech to text", "vsr": "lips to text", "avsr": "speech and lips to text"}
 
 
+USE, ERROR_RATES = "Use", "Word error rates"
+
+
 def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     """The card in Markdown, with the front matter that model hubs read. A function of its arguments and of the licence
     notes in the directories of the frozen models.
@@ -31,18 +35,38 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
     sections = {
         f"{document['name']}: a {'MoME ' if run.config.mome.experts else ''}speech adapter": _summary(run, document),
         "Numbers": _numbers(run, document),
-        "Word error rates": _error_rates(results),
-        "Use": _use(run.views[0]),
+        ERROR_RATES: _error_rates(results),
+        USE: usage(run.views[0]),
         "Licences": _licences(run, document),
         "Citation": "MoME: Mixture of Matryoshka Experts for Audio-Visual Speech Recognition, "
         "[arXiv 2510.04136](https://arxiv.org/abs/2510.04136).",
     }
     level = "#"
-    text = "---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [mome, adapter]\n---\n"
+    text = (
+        f"---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [mome, adapter]\n"
+        f"{_base_models(run, document)}---\n"
+    )
     for title, body in sections.items():
         text += f"\n{level} {title}\n\n{body}\n"
         level = "##"
     return text
+
+
+def with_section(card: str, title: str, body: str) -> str:
+    """A card with another text under one of its second-level headings; as it is where it has no such heading."""
+    return (
+        re.sub(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", lambda _: f"## {title}\n\n{body}\n\n", card).rstrip(
+            "\n"
+        )
+        + "\n"
+    )
+
+
+def _base_models(run: LoadedRun, document: Mapping[str, Any]) -> str:
+    """What the hub lists an adapter under: the frozen models that are there."""
+    found = [model_at(getattr(run.config, section).path) for section in document["frozen"]]
+    names = [model.repository for model in found if model is not None]
+    return f"base_model: [{', '.join(names)}]\nbase_model_relation: adapter\n" if names else ""
 
 
 def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
@@ -127,10 +151,12 @@ def _error_rates(results: Mapping[str, Any] | None) -> str:
     return intro + markdown_report(results).rstrip("\n")
 
 
-def _use(view: View) -> str:
+def usage(view: View) -> str:
+    """How to use an export, with code for one of its views."""
     file = "clip.flac" if view.video_rate is None else "clip.mp4"
-    rates = {"--audio-rate": view.audio_rate, "--video-rate": view.video_rate}
-    options = " ".join(f"{option} {rate}" for option, rate in rates.items() if rate is not None)
+    rates = {stream: rate for stream, rate in (("audio", view.audio_rate), ("video", view.video_rate)) if rate}
+    options = " ".join(f"--{stream}-rate {rate}" for stream, rate in rates.items())
+    arguments = ", ".join(f"{stream}_rate={rate}" for stream, rate in rates.items())
     return f"""Text of one file, in this directory:
 
 ```bash
@@ -140,20 +166,17 @@ python -m mome_dist.transcribe . {file} {options}
 The same in Python:
 
 ```python
-from pathlib import Path
+import mome_dist  # tells transformers of this kind of model
+from transformers import AutoModel
 
-from mome_dist.export.adapter import load_adapter
-from mome_dist.evaluation.transcription import clips_of, transcribe
-from mome_dist.speech.views import View
-
-run = load_adapter(".")  # run.model is a torch module around transformers' model, run.model.llm
-view, file = View("{view.task}", {view.audio_rate}, {view.video_rate}), Path("{file}")
-text = transcribe(run, view, clips_of(file, view, run.config))
+model = AutoModel.from_pretrained(".")
+text = model.transcribe("{file}", {arguments})
 ```
 
 Audio is resampled to 16 kHz. In a video of a face the mouth is found and cropped; 96x96 mouth crops are taken as they
 are. The frozen models are looked for where they were at the export and in the cache of assets; name other places with
-`--llm`, `--audio-encoder` and `--video-encoder`, or with the arguments of the same names of `load_adapter`."""
+`--llm`, `--audio-encoder` and `--video-encoder`, or in Python with `llm_path=`, `audio_encoder_path=` and
+`video_encoder_path=`."""
 
 
 def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:

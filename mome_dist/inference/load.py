@@ -160,7 +160,10 @@ def _find_frozen(saved: Saved, section: str, given: str | Path | None) -> Path:
             if fingerprint(place) == saved.frozen[section]:
                 return place
             others.append(place)
-    fix = f"name its directory with --{section.replace('_', '-')} DIR (mome_dist.evaluate: {section}=DIR)"
+    fix = (
+        f"name its directory with --{section.replace('_', '-')} DIR (mome_dist.evaluate: {section}=DIR, "
+        f"from_pretrained: {section}_path=DIR)"
+    )
     if others:
         raise UserError(f"{section}: {others[0]} is not the model that {saved.directory} was trained with; {fix}.")
     asset = ", or fetch it with `python tools/fetch_assets.py`" if recorded.name in ASSETS else ""
@@ -172,7 +175,8 @@ def _check_tokens(saved: Saved, found: Mapping[str, Any]) -> None:
         if found.get(key) != expected:
             raise UserError(
                 f"llm: the tokenizer in {saved.config.llm.path} is not the one that {saved.directory} was trained with "
-                f"({key} differs); name the whole directory of that LLM with --llm DIR (mome_dist.evaluate: llm=DIR)."
+                f"({key} differs); name the whole directory of that LLM with --llm DIR (mome_dist.evaluate: llm=DIR, "
+                "from_pretrained: llm_path=DIR)."
             )
 
 

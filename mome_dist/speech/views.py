@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mome_dist.errors import UserError
+
 TASKS = ("asr", "vsr", "avsr")
 
 
@@ -28,6 +30,21 @@ class View:
 
     def __str__(self) -> str:
         return f"{self.task}{self.rates}"
+
+
+def view_of(audio_rate: int | None, video_rate: int | None) -> View:
+    """The view that the given rates ask for.
+
+    Raises:
+        UserError: no rate, or one below 1.
+    """
+    if audio_rate is None and video_rate is None:
+        raise UserError("no rate is given: add --audio-rate A to listen, --video-rate V to read lips, or both.")
+    for option, rate in (("--audio-rate", audio_rate), ("--video-rate", video_rate)):
+        if rate is not None and rate < 1:
+            raise UserError(f"{option} {rate}: a rate is the number of frames per token, at least 1.")
+    task = "vsr" if audio_rate is None else "asr" if video_rate is None else "avsr"
+    return View(task, audio_rate, video_rate)
 
 
 def all_views(

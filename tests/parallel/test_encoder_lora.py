@@ -19,7 +19,7 @@ from mome_dist.checkpoint.reshard import reshard
 from mome_dist.config import RunConfig, load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.parts import Parts
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.parallel.layout import Layout
 from mome_dist.preflight import validate
@@ -206,7 +206,7 @@ def _decoded(run: Path, target: Path, cache_directory: Path) -> list[dict[str, f
     """Validation losses of a run, of its export and of the run before training, each in one process."""
     os.environ["MOME_DIST_CACHE"] = str(cache_directory)
     export_adapter(run, target)
-    return [_validation(loaded) for loaded in (load_run(run), load_adapter(target), load_run(run, weights=False))]
+    return [_validation(loaded) for loaded in (load_run(run), load_run(target), load_run(run, weights=False))]
 
 
 def test_decoding_and_exports_have_the_trained_encoder(

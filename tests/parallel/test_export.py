@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import LoadedRun, load_run
 from tests.parallel.logits import trained_logits
 from tests.parallel.runs import Lab, validation_step
@@ -41,7 +41,7 @@ def _export_and_compare(run: Path, target: Path, cache: Path, dp_size: int) -> t
     export_adapter(run, target)
     untrained = load_run(run, weights=False)
     shutil.rmtree(run)
-    adapter = load_adapter(target)
+    adapter = load_run(target)
     return [_label_logits(adapter, rank, dp_size) for rank in range(dp_size)], _label_logits(untrained, 0, dp_size)
 
 

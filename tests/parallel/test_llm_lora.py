@@ -25,7 +25,7 @@ from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import load_run
 from mome_dist.model.build import build_distributed
 from mome_dist.parallel.initialize import parallel_world
@@ -262,7 +262,7 @@ def _decoded(run: Path, target: Path, sound: Path, cache: Path) -> list[dict[str
     assert report_command.main([f"run={run}"]) == 0
     assert transcribe.main([str(target), str(sound), "--audio-rate", "4"]) == 0
     assert transcribe.main([str(target), str(sound), "--audio-rate", "5"]) != 0
-    runs = [load_run(run), load_adapter(target), load_run(run, weights=False)]
+    runs = [load_run(run), load_run(target), load_run(run, weights=False)]
     return [losses_by_view(each, validation_step(each)) for each in runs]
 
 

@@ -16,7 +16,7 @@ from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import export_adapter, export_checkpoint, load_adapter
+from mome_dist.export.adapter import export_adapter, export_checkpoint
 from mome_dist.inference.load import load_run
 from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.layout import Layout
@@ -96,7 +96,7 @@ def _from_there_on(run: Path, folder: Path, sound: Path, cache: Path) -> str:
     os.environ["MOME_DIST_CACHE"] = str(cache)
     export_adapter(run, folder / "export")
     export_checkpoint(folder / "native", folder / "export of native")
-    here, there = load_run(str(run)), load_adapter(folder / "export")
+    here, there = load_run(str(run)), load_run(folder / "export")
     assert here.config.projector == there.config.projector
     for (name, mine), theirs in zip(here.model.named_parameters(), there.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -130,7 +130,7 @@ def test_a_run_goes_on_elsewhere_and_is_exported(
     card = run_world(_from_there_on, 1, run, tmp_path, sound, lab.cache)[0]
     told = "DEDR mixture of 4 experts, 2 a token, balance loss 0.01, z-loss 0.001"
     assert f"- Projectors: {told}." in card and "do not end in a layer norm" in card
-    one, other = (tmp_path / name / "adapter.safetensors" for name in ("export", "export of native"))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("export", "export of native"))
     assert one.read_bytes() == other.read_bytes()
     page = (run / "report/report.md").read_text()
     loads = ", ".join(f"{shares[-1][f'audio.{number}']:.0%}" for number in range(4))

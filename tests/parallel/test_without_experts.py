@@ -136,7 +136,7 @@ def test_the_whole_pipeline(lab: Lab, tiny_corpus: Corpus, tmp_path: Path) -> No
     sound.write_bytes(encode_flac(tiny_corpus.audio(tiny_corpus.split("test")[0])))
     card = run_world(_from_there_on, 1, run, tmp_path, sound, lab.cache)[0]
     assert "without experts" in card and "Experts:" not in card and "bottleneck" not in card
-    one, other = (tmp_path / name / "adapter.safetensors" for name in ("export", "export of native"))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("export", "export of native"))
     assert one.read_bytes() == other.read_bytes()
     page = (run / "report/report.md").read_text()
     assert "| MoME | none |" in page and "Expert load" not in page and "Expert activations" not in page

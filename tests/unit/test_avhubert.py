@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mome_dist.errors import UserError
 from mome_dist.evaluation.transcription import transcribe
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import load_run
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder, front_end
 from mome_dist.speech.avhubert.conversion import convert
@@ -103,9 +103,9 @@ def test_a_run_with_it_exports_and_transcribes(tiny_corpus_dir: Path, tmp_path: 
     export_adapter(run, tmp_path / "export")
     (tmp_path / "lips").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="video_encoder"):
-        load_adapter(tmp_path / "export")
+        load_run(tmp_path / "export")
     moved = {"video_encoder": tmp_path / "moved"}
-    loaded, view = load_adapter(tmp_path / "export", video_encoder=tmp_path / "moved"), View("vsr", None, 2)
+    loaded, view = load_run(tmp_path / "export", frozen={"video_encoder": tmp_path / "moved"}), View("vsr", None, 2)
     assert isinstance(loaded.encoders()["video"], AVHubertEncoder)
     (video,) = clips(20)
     text = transcribe(loaded, view, {"video": video})

@@ -19,7 +19,7 @@ from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, finge
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.export.model_card import model_card
 from mome_dist.inference.load import load_run
 from tests.evaluation_run import STEP, make_run
@@ -137,7 +137,7 @@ def test_packaged_models_are_found_in_the_cache_of_another_machine(
     assert config["llm"]["path"] == "${cache:llm}"
     shutil.move(tmp_path / "mine", tmp_path / "theirs")
     monkeypatch.setenv("MOME_DIST_CACHE", str(tmp_path / "theirs"))
-    assert load_adapter(tmp_path / "exported").config.llm.path == str(tmp_path / "theirs/llm")
+    assert load_run(tmp_path / "exported").config.llm.path == str(tmp_path / "theirs/llm")
 
 
 def test_the_card_says_what_it_is_and_its_python_runs(
@@ -157,7 +157,7 @@ def test_the_card_says_what_it_is_and_its_python_runs(
 
 
 def test_the_card_does_not_call_kept_projectors_trained(exported: Path) -> None:
-    run, document = load_adapter(exported), json.loads((exported / CONFIG).read_text())
+    run, document = load_run(exported), json.loads((exported / CONFIG).read_text())
     assert model_card(run, document, None) == (exported / CARD).read_text()
     run.config.projector.trainable = False
     assert "projectors were taken from another run" in model_card(run, document, None)
@@ -194,7 +194,7 @@ def test_a_file_of_another_export_is_found(copied: Path) -> None:
     save_file({**tensors, first: tensors[first] + 1}, copied / WEIGHTS)
     sums = subprocess.run(["sha256sum", WEIGHTS, CONFIG], cwd=copied, check=True, capture_output=True).stdout
     (copied / SUMS).write_bytes(sums)
-    with pytest.raises(UserError, match=r"config\.json belongs to another adapter\.safetensors"):
+    with pytest.raises(UserError, match=r"config\.json belongs to another model\.safetensors"):
         load_run(copied)
 
 
@@ -220,10 +220,10 @@ def test_another_llm_is_refused(
     copied: Path, run: Path, tmp_path: Path, change: Callable[[Path], None], named: str
 ) -> None:
     other = Path(shutil.copytree(run.parent.parent / "llm", tmp_path / "other"))
-    load_adapter(copied, llm=other)
+    load_run(copied, frozen={"llm": other})
     change(other)
     with pytest.raises(UserError, match=named):
-        load_adapter(copied, llm=other)
+        load_run(copied, frozen={"llm": other})
 
 
 def test_mistakes(run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,20 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist import transcribe
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import load_adapter
 from mome_dist.export.family import convert_family
 from mome_dist.export.family_file import read_state
-from mome_dist.inference.load import LoadedRun
+from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.speech.avhubert.conversion import convert
 from mome_dist.speech.sequence import pack
 from mome_dist.speech.views import View
 from tests.avhubert_checkpoint import small
 from tests.family_checkpoint import PROMPTS, RANK, RESERVED, WIDTH, Published, llm_directory
+from tests.hub_server import files_of
 from tests.whisper_directory import whisper_directory
 from tools import convert_family as command
 
@@ -190,7 +190,7 @@ def test_the_same_logits(name: str, frozen: Path, tmp_path: Path) -> None:
     made = make(frozen, kind)
     document = convert_family(write(made, tmp_path), tmp_path / "export", made.frozen, kind.rates)
     assert document["name"] == kind.name and sorted(document["views"]) == sorted(map(str, kind.views))
-    run = load_adapter(tmp_path / "export")
+    run = load_run(tmp_path / "export")
     assert run.config.llm.lora is not None
     assert (run.config.llm.lora.rank, run.config.llm.lora.terms) == (RANK, kind.terms)
     assert run.config.projector.layer_norm is kind.settings.get("norm", False) and run.config.audio_encoder.normalize
@@ -207,12 +207,26 @@ def test_the_same_logits(name: str, frozen: Path, tmp_path: Path) -> None:
         known = min(theirs.shape[1], ours.shape[1])
         torch.testing.assert_close(ours[:, :known], theirs[:, :known], rtol=0, atol=1e-5)
     assert len({str(our_logits(run, view, "sea")[0][0]) for view in kind.views}) == len(kind.views), "views differ"
+    # The same through transformers' own interface, which writes the same export again.
+    model = AutoModel.from_pretrained(tmp_path / "export")
+    for view in kind.views:
+        assert torch.equal(our_logits(model.run, view, "ship blue sea")[0], our_logits(run, view, "ship blue sea")[0])
+    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys(), "also of an untrained model"
+    model.save_pretrained(tmp_path / "again")
+    contents = files_of(tmp_path / "export")
+    assert files_of(tmp_path / "again") == contents
+    adapters = {
+        "shared": ["shared"],
+        "task": ["asr", "vsr", "avsr"],
+        "shared task": [f"shared+{t}" for t in TASKS.values()],
+    }
+    assert {name.split("/")[1] for name in contents if name.startswith("peft/")} == set(adapters[" ".join(kind.terms)])
 
 
 def test_texts_are_theirs(frozen: Path, tmp_path: Path) -> None:
     made = make(frozen, KINDS["omni st"])
     convert_family(write(made, tmp_path), tmp_path / "export", made.frozen, made.kind.rates)
-    run, view = load_adapter(tmp_path / "export"), View("avsr", 16, 2)
+    run, view = load_run(tmp_path / "export"), View("avsr", 16, 2)
     clips, ids = features(), list[int]()
     for _ in range(6):
         logits = made.theirs.logits("audiovisual", theirs_speech(made.kind, view), ids)[-1]
@@ -232,9 +246,9 @@ def test_texts_are_theirs(frozen: Path, tmp_path: Path) -> None:
 def test_the_vectors_of_tags_matter(frozen: Path, tmp_path: Path) -> None:
     made = make(frozen, KINDS["stacked"])
     convert_family(write(made, tmp_path), tmp_path / "export", made.frozen, made.kind.rates)
-    run, view = load_adapter(tmp_path / "export"), made.kind.views[0]
+    run, view = load_run(tmp_path / "export"), made.kind.views[0]
     before = our_logits(run, view, "sea")[0]
-    vectors = load_file(tmp_path / "export" / "adapter.safetensors")
+    vectors = load_file(tmp_path / "export" / "model.safetensors")
     tokenizer = made.theirs.tokenizer
     for name, token in (("audio_open", "<audio>"), ("video_close", "</video>")):
         row = made.state["llm.model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids(token)]
@@ -256,7 +270,7 @@ def test_the_video_encoder_is_theirs(frozen: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stages.1.0.norm1.running_mean here\), which moved.*--own-video-encoder DIR"):
         convert_family(path, tmp_path / "export", made.frozen, rates)
     convert_family(path, tmp_path / "export", made.frozen, rates, tmp_path / "own")
-    run = load_adapter(tmp_path / "export")
+    run = load_run(tmp_path / "export")
     clip = torch.randint(0, 256, (9, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     reference = small()
     state = reference.state_dict()
@@ -282,7 +296,7 @@ def test_audio_is_heard_as_theirs_is(frozen: Path, tmp_path: Path, capsys: pytes
     normal = (clip - clip.mean()) / clip.std(correction=0)
     mel = WhisperFeatureExtractor()(normal.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
     with torch.no_grad():
-        (found,) = load_adapter(tmp_path / "export").encoders()["audio"]([clip])
+        (found,) = load_run(tmp_path / "export").encoders()["audio"]([clip])
         expected = whisper(mel)[0][0, :62]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     write_media_file(tmp_path / "clip.mp4", clip.numpy(), np.zeros((30, 96, 96), dtype=np.uint8))
@@ -294,7 +308,7 @@ def test_what_no_tensor_tells_can_be_said(frozen: Path, tmp_path: Path) -> None:
     made = make(frozen, KINDS["smop"])
     said = ["llm.lora.scale=0.25", "projector.mixture.top_k=3", "name=other"]
     document = convert_family(write(made, tmp_path), tmp_path / "export", [*made.frozen, *said], made.kind.rates)
-    run, view = load_adapter(tmp_path / "export"), made.kind.views[0]
+    run, view = load_run(tmp_path / "export"), made.kind.views[0]
     mixture = run.config.projector.mixture
     assert document["name"] == "other" and mixture is not None and (mixture.form, mixture.top_k) == ("jejr", 3)
     usual, ids = our_logits(run, view, "sea")
@@ -318,7 +332,7 @@ def test_frozen_weights_may_be_absent(omni: Made, tmp_path: Path) -> None:
     for folder, change in (("whole", lambda state: None), ("less", strip)):
         (tmp_path / folder).mkdir()
         convert_family(write(omni, tmp_path, change), tmp_path / folder / "export", omni.frozen, omni.kind.rates)
-    whole, less = (load_file(tmp_path / folder / "export" / "adapter.safetensors") for folder in ("whole", "less"))
+    whole, less = (load_file(tmp_path / folder / "export" / "model.safetensors") for folder in ("whole", "less"))
     assert whole.keys() == less.keys() and all(torch.equal(whole[name], less[name]) for name in whole)
 
 

@@ -24,7 +24,7 @@ from mome_dist.config.load import load_saved_config
 from mome_dist.config.models import settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import export_adapter, load_adapter
+from mome_dist.export.adapter import export_adapter
 from mome_dist.hub import HubModel, cache_directory, directory_of, fetch, model_at, name_of
 from mome_dist.inference.load import load_run
 from mome_dist.llm.directory import check_directory
@@ -350,11 +350,12 @@ def test_an_old_run_is_evaluated_with_the_files_it_was_trained_with(
     export_adapter(run, tmp_path / "export")
     card = (tmp_path / "export/README.md").read_text(encoding="utf-8")
     assert str(tmp_path / "home") not in card and "https://huggingface.co/owner/llm, of which this is commit" in card
+    assert "base_model: [owner/llm, owner/whisper, owner/lips]\nbase_model_relation: adapter\n" in card
     shutil.rmtree(cache_directory())
-    again = load_adapter(tmp_path / "export")
+    again = load_run(tmp_path / "export")
     assert again.config.llm.path == trained.config.llm.path
     with pytest.raises(UserError, match=r"is not the model that .* was trained with"):
-        load_adapter(tmp_path / "export", llm="hf://owner/llm")
+        load_run(tmp_path / "export", frozen={"llm": "hf://owner/llm"})
     given = [f"checkpoint={tmp_path / 'export'}", "llm=hf://owner/llm"]
     pins = validate_overrides("mome_dist.evaluate", given, 2)
     assert pins == [*given, f"llm=hf://owner/llm@{hub.repositories['owner/llm'].refs['main']}"]
