@@ -50,6 +50,7 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             composed = compose("config", list(overrides))
         config = _to_schema(composed)
+        _let_go_of_idle_views(config, overrides)
         _refuse_idle_steps(config, overrides)
         _refuse_idle_experts(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -58,8 +59,20 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """The values of a command line by key."""
+    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+
+
+def _let_go_of_idle_views(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Leave out how many views an experiment draws a step where it is made to draw rates; a number of the command line
+    stays, to be refused with the other values."""
+    if config.task.sampling == "rates" and "task.views_per_step" not in _given(overrides):
+        config.task.views_per_step = None
+
+
 def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
-    given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    given = _given(overrides)
     if "training.steps" in given and "training.epochs" not in given and config.training.epochs is not None:
         raise UserError(
             f"training.steps={given['training.steps']} would have no effect, because training.epochs="

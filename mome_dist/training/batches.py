@@ -131,11 +131,6 @@ class BatchBuilder:
         tokens = {i: sum(each) for i, each in lengths.items()}
         return Work.of(self._shares(batch, views), frames, tokens, {i: self._work(each) for i, each in lengths.items()})
 
-    def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
-        """Tokens of a microbatch of a rank, in the mean; the same on all ranks."""
-        work = self.work(batch, views)
-        return work.tokens // (work.microbatches * self._dp_size)
-
     def _shares(self, batch: Sequence[int], views: Sequence[View]) -> Shares:
         lengths = [self._lengths(i, views) for i in batch]
         return self._parts.shares(batch, [sum(each) for each in lengths], list(map(self._work, lengths)), self._dp_size)
