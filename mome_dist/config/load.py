@@ -90,6 +90,12 @@ def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"{override} would have no effect: the run has no experts (mome=none). Leave it out.")
 
 
+def names_key(word: str) -> bool:
+    """Whether an argument sets a group of ``configs/`` or a key of the schema."""
+    key, given, _ = word.lstrip("+").partition("=")
+    return bool(given) and (key in _known_keys(RunConfig, "") or (configs_dir() / key).is_dir())
+
+
 def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:
     """Compose one file of ``configs/`` that is no part of a run, such as ``launcher/slurm.yaml``.
 
