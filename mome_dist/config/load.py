@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.config.schema import RunConfig
@@ -46,10 +46,7 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         if "=" not in override:
             raise UserError(f"argument {override!r} is not of the form key=value.")
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-            composed = compose("config", list(overrides))
-        config = _to_schema(composed)
+        config = _to_schema(_composed(overrides))
         _let_go_of_idle_views(config, overrides)
         _refuse_idle_steps(config, overrides)
         _refuse_idle_experts(config, overrides)
@@ -57,6 +54,24 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         raise UserError(_one_line(error, overrides)) from error
     note_places(_paths_of(config))
     return config
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The YAML files that overrides choose, and after them what a method's authors set in the experiment: the file of
+    ``configs/published/EXPERIMENT`` that is named after the method's family, and perhaps the task. It may replace
+    groups; the command line still has the last word."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        composed = compose("config", list(overrides), return_hydra_config=True)
+        chosen = composed.hydra.runtime.choices
+        family = (chosen.method or "mome").partition("/")[0]
+        group = f"published/{chosen.experiment}"
+        for name in (f"{family}_{chosen.task}", family):
+            if (configs_dir() / group / f"{name}.yaml").is_file():
+                return compose("config", [*overrides, f"+{group}={name}"])
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return composed
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

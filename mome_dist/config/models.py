@@ -19,7 +19,6 @@ from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.hub import HubModel, fetch, portable
 
-
 SECTIONS = ("llm", "audio_encoder", "video_encoder")
 NEEDED: Mapping[str, Callable[[RunConfig], list[str]]] = {"tools.cache_features": encoder_sections}
 """Which frozen models a module needs that takes a run's overrides, beside `mome_dist.train`."""

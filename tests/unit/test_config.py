@@ -159,7 +159,11 @@ WRONG = [
     (["task.avsr_audio_rates=[4,0]"], 2, r"task.avsr_audio_rates=\[4, 0\]: give rates of at least 1"),
     (["task.views_per_step=9"], 2, r"task.views_per_step=9: must be null or from 1 to 8"),
     (["task.sampling=pairs"], 2, r"task.sampling='pairs': choose from views, rates"),
-    ([*BY_RATES, "task.views_per_step=2"], 2, r"task.views_per_step=2 would have no effect: .* Set it to null, or task.sampling=vi"),
+    (
+        [*BY_RATES, "task.views_per_step=2"],
+        2,
+        r"task.views_per_step=2 would have no effect: .* Set it to null, or task.sampling=vi",
+    ),
     (
         [*BY_RATES, "task.asr_audio_rates=[4]"],
         2,
@@ -354,7 +358,7 @@ def test_what_counts_for_nothing_is_allowed_where_others_train_the_projectors(ov
 
 
 # Those of one section of a run; configs/launcher belongs to the launchers.
-OTHERS = ("config.yaml", "experiment", "method", "launcher")
+OTHERS = ("config.yaml", "experiment", "method", "published", "launcher")
 GROUPS = [path for path in YAML_FILES if path.relative_to(configs_dir()).parts[0] not in OTHERS]
 
 

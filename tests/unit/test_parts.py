@@ -106,9 +106,7 @@ def test_the_tokens_of_a_pass_are_those_of_the_views_that_its_steps_draw(
     save_llm(tiny_llama(tokenizer, hidden=16, layers=1, ffn_width=16), tokenizer, tmp_path)
     config = load_config(["experiment=tiny", f"task={task}", f"llm.path={tmp_path}"])
     layout, schedule = Layout.for_world(1), schedule_of(config)
-    builder = BatchBuilder(
-        utterances, build_sequences(config), None, Parts(2), 0, 1, torch.device("cpu"), layout
-    )
+    builder = BatchBuilder(utterances, build_sequences(config), None, Parts(2), 0, 1, torch.device("cpu"), layout)
     order = order_of(utterances, batch_size, None, 1, seed=0)
     built = [builder.build(order.batch(step), schedule.of_step(step)).tokens for step in range(steps)]
     work = work_of_first_steps(order, builder, schedule)
