@@ -87,6 +87,11 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "choose another mome, or give the LLM or an encoder a LoRA (llm.lora, audio_encoder.lora, "
             "video_encoder.lora)."
         )
+    if config.llm.sink_loss and shape.layers < 2:
+        raise UserError(
+            f"llm.sink_loss={config.llm.sink_loss} is of all layers but the last, and {config.llm.path} has one: set it "
+            "to 0."
+        )
     check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
     check_llm_terms(config, layout, shape)
     _check_batches(config, layout)
