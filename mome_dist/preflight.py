@@ -89,8 +89,8 @@ def validate(config: RunConfig, world_size: int) -> Layout:
         )
     if config.llm.sink_loss and shape.layers < 2:
         raise UserError(
-            f"llm.sink_loss={config.llm.sink_loss} is of all layers but the last, and {config.llm.path} has one: set it "
-            "to 0."
+            f"llm.sink_loss={config.llm.sink_loss} is of all layers but the last, and {config.llm.path} has one: set "
+            "it to 0."
         )
     check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
     check_llm_terms(config, layout, shape)

@@ -73,8 +73,14 @@ class PrefixSinks:
         here = [number for number, start in enumerate(starts) if first <= start < first + own]
         rows_F = torch.tensor([starts[number] - first for number in here], dtype=torch.int64)
         part, device = slice(first, first + own), context.modality_N.device
-        tensors = (weight_N[part], sequence_N[part], rows_F, torch.tensor(here, dtype=torch.int64))
-        return cls(*(sent_to(each.contiguous(), device) for each in tensors), len(starts), group)
+        return cls(
+            sent_to(weight_N[part].contiguous(), device),
+            sent_to(sequence_N[part].contiguous(), device),
+            sent_to(rows_F, device),
+            sent_to(torch.tensor(here, dtype=torch.int64), device),
+            len(starts),
+            group,
+        )
 
     def __call__(self, hidden_N1H: Tensor) -> Tensor:
         """The same hidden states, whose backward pass adds the gradient of their term."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.config import load_config
 from mome_dist.config.load import config_of
+from mome_dist.config.values import check_values
+from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
 from mome_dist.llm.sinks import PrefixSinks
+from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.model.distributed import Chunk, MicroBatch
 from mome_dist.parallel.layout import Layout
-from mome_dist.preflight import check_values
+from mome_dist.preflight import validate
 from mome_dist.token_context import TokenContext
-from mome_dist.training import step as training_step
 from mome_dist.verification.probe import Probe, shrunk
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verdict, Verifier
@@ -24,11 +29,11 @@ from mome_dist.verification.verify import Verdict, Verifier
 pytestmark = pytest.mark.parallel
 
 
-def _case(name: str, world: int, zero: int = 1, dispatch: str = "local", **layout: object) -> Case:
-    return Case(name, Layout.for_world(world, **layout), zero, dispatch)  # type: ignore[arg-type]
+def _case(name: str, world: int, zero: int = 1, dispatch: str = "local", **layout: Any) -> Case:
+    return Case(name, Layout.for_world(world, **layout), zero, dispatch)
 
 
-SP = {"tp": 2, "sequence_parallel": True}
+SP: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
 CASES = {
     case.name: case
     for case in (
@@ -51,8 +56,8 @@ def _verifier(folder: Path, *more: str) -> Verifier:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
-    """A run of LoRA, as its authors train."""
-    return _verifier(tmp_path_factory.mktemp("lora"), "method=lora", "task.avsr_audio_rates=[4]")
+    """LoRA behind projectors of stacked frames, one for each rate, as its authors train."""
+    return _verifier(tmp_path_factory.mktemp("lora"), "method=llama_avsr")
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +94,16 @@ def test_beside_experts_too(with_experts: Verifier, name: str, optimizer: str) -
 
 
 def _first_tokens_of_a_rank_alone() -> None:
-    PrefixSinks._summed = lambda self, rows: rows  # type: ignore[method-assign]
+    PrefixSinks._summed = lambda self, rows_BH: rows_BH  # type: ignore[method-assign]
 
 
 def _mean_of_a_microbatch() -> None:
-    forward = training_step.Chunk.forward
-    training_step.Chunk.forward = (  # type: ignore[method-assign]
-        lambda self, batch, share, sequence_share: forward(self, batch, share, 2 * sequence_share)
-    )
+    forward = Chunk.forward
+
+    def doubled(self: Chunk, batch: MicroBatch, share: float = 1.0, sequence_share: float = 1.0) -> Tensor:
+        return forward(self, batch, share, 2 * sequence_share)
+
+    Chunk.forward = doubled  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("fault", "name"), [(_first_tokens_of_a_rank_alone, "tp2 sp"), (_mean_of_a_microbatch, "dp2")])
@@ -124,8 +131,12 @@ def test_the_gradient_is_that_of_the_equation() -> None:
     torch.testing.assert_close(hidden_NH.grad, expected + 1, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_off_by_default_and_a_wrong_coefficient_is_told() -> None:
+def test_it_is_off_by_default_and_where_it_makes_no_sense_that_is_told(tiny_corpus_dir: Path, tmp_path: Path) -> None:
     assert config_of({"llm": {"path": "x"}}, Path("saved")).llm.sink_loss == 0, "of a run saved before"
     assert load_config(["experiment=lrs3", "method=omni_avsr/st"]).llm.sink_loss == 0
     with pytest.raises(UserError, match=r"llm\.sink_loss=-1\.0: must be at least 0"):
         check_values(load_config(["experiment=tiny", "llm.sink_loss=-1"]))
+    tokenizer = word_tokenizer(utterance.text for utterance in Corpus.open(tiny_corpus_dir).split("train"))
+    save_llm(tiny_llama(tokenizer, hidden=16, layers=1, ffn_width=16), tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"llm\.sink_loss=1\.0 is of all layers but the last, and .* has one"):
+        validate(load_config(["experiment=tiny", "parallel=single", "llm.sink_loss=1", f"llm.path={tmp_path}"]), 1)

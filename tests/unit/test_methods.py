@@ -99,16 +99,16 @@ STACKED = Published("llama-3.1-8b", 64, "avsr(4,2)", 10, 8000, projector="stack"
 MTSK = Published("llama-3.2-1b", 64, PAIRS, 8, 3000)
 SMOP = Published("llama-3.2-1b", 64, "avsr(4,2)", 10, 3000)
 MOME = Published("llama-3.2-3b", None, PAIRS, 10, 24000, warmup=True, clipping=1.0)
-LIPS = {"learning_rate": 5e-4, "views": "vsr(1) vsr(2) vsr(3) vsr(4) vsr(5)"}
+LIPS = "vsr(1) vsr(2) vsr(3) vsr(4) vsr(5)"
 PUBLISHED = {
     "mome": MOME,
-    "mome task=vsr": replace(MOME, **LIPS),
+    "mome task=vsr": replace(MOME, learning_rate=5e-4, views=LIPS),
     "llama_avsr": STACKED,
     "llama_avsr task=asr": replace(STACKED, views="asr(3)"),
     "llama_avsr task=vsr": replace(STACKED, learning_rate=5e-4, views="vsr(3)", rank_of_lips=64),
     **{f"llama_mtsk/{form}": MTSK for form in ("ms", "ss", "mss")},
     "llama_mtsk/ms task=asr": replace(MTSK, views="asr(4) asr(8) asr(12) asr(16) asr(20)"),
-    "llama_mtsk/ms task=vsr": replace(MTSK, **LIPS, rank_of_lips=64),
+    "llama_mtsk/ms task=vsr": replace(MTSK, learning_rate=5e-4, views=LIPS, rank_of_lips=64),
     **{f"llama_smop/{form}": SMOP for form in ("dedr", "dejr", "jejr")},
     "llama_smop/dedr task=vsr": replace(SMOP, learning_rate=5e-4, views="vsr(2)"),
     **{f"omni_avsr/{form}": OMNI for form in ("s", "st", "t")},
