@@ -90,7 +90,7 @@ def _step(trial: Trial) -> Step:
         microbatch(views, [clip.seconds] * each, clip.text_tokens, clip.prompt_tokens, multiple)
         for _ in range(candidate.accumulation)
     ]
-    return Step(batches, views, (trial.clip.text_tokens + 1) * config.data.batch_size)
+    return Step(batches, views, (trial.clip.text_tokens + 1) * config.data.batch_size, config.data.batch_size)
 
 
 def run_steps(trial: Trial, rounds: int) -> list[float]:

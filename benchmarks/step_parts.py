@@ -77,8 +77,8 @@ def build(form: str, options: argparse.Namespace, layout: Layout) -> Trained:
 
 def random_step(options: argparse.Namespace, number: int) -> Step:
     """A microbatch of random clips in all views; the same on every rank, so that all have the same work."""
-    labels = (TEXT_TOKENS + 1) * options.clips * dist.get_world_size()
-    return Step([microbatch(VIEWS, _seconds(options, number))], VIEWS, labels)
+    clips = options.clips * dist.get_world_size()
+    return Step([microbatch(VIEWS, _seconds(options, number))], VIEWS, (TEXT_TOKENS + 1) * clips, clips)
 
 
 def _seconds(options: argparse.Namespace, number: int) -> list[float]:

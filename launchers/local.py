@@ -84,9 +84,8 @@ def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: i
     if restarts < 0:
         raise UserError(f"--restarts is {restarts}: must be at least 0")
     require_module(module)
-    # Modules with options of their own (--corpus DIR) parse them themselves; the others take Hydra overrides.
-    if any(argument.startswith("-") for argument in arguments):
-        return list(arguments)
+    if module == DEFAULT_MODULE and any(argument.startswith("-") for argument in arguments):
+        return list(arguments)  # it has no options but --help
     return validate_overrides(module, list(arguments), world_size=nproc)
 
 

@@ -21,7 +21,7 @@ from mome_dist.config.derived import (
     streams_of,
 )
 from mome_dist.config.load import load_config
-from mome_dist.config.models import settle_evaluation, settle_models
+from mome_dist.config.models import settle_arguments, settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.data.corpus import Corpus, Utterance
@@ -38,10 +38,13 @@ from mome_dist.text_files import read_json
 
 
 def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> list[str]:
-    """What a launcher calls before it starts ``world_size`` processes of ``module``.
+    """What a launcher calls before it starts ``world_size`` processes of ``module``, whatever module that is.
+
+    Args:
+        overrides: all arguments of the module, options of its own among them.
 
     Returns:
-        What to give to the processes: the overrides, with the commits of models of the hub, which are now in the cache.
+        What to give to the processes: the same, with the commits of models of the hub, which are now in the cache.
 
     Raises:
         UserError: for anything that the processes would refuse.
@@ -49,7 +52,7 @@ def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -
     if module == "mome_dist.evaluate":
         return settle_evaluation(overrides)
     if module != "mome_dist.train":
-        return list(overrides)
+        return settle_arguments(module, overrides)
     config = load_config(overrides)
     pinned = settle_models(config)
     validate(config, world_size)
@@ -83,6 +86,11 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             "mome.placement=none and projector.trainable=false leave nothing to train: set projector.trainable=true, "
             "choose another mome, or give the LLM or an encoder a LoRA (llm.lora, audio_encoder.lora, "
             "video_encoder.lora)."
+        )
+    if config.llm.sink_loss and shape.layers < 2:
+        raise UserError(
+            f"llm.sink_loss={config.llm.sink_loss} is of all layers but the last, and {config.llm.path} has one: set "
+            "it to 0."
         )
     check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
     check_llm_terms(config, layout, shape)

@@ -46,6 +46,7 @@ class TokenContext:
         modality_N: int8 [N], see `Modality`.
         alive_N: bool [N]; None if no token is dead.
         positions_N: int64 [N], of each token in its sequence; zero for dead tokens.
+        prefixes: tokens of each sequence before its text, like ``lengths``; None where nobody said.
     """
 
     lengths: tuple[int, ...]
@@ -56,6 +57,7 @@ class TokenContext:
     modality_N: Tensor
     alive_N: Tensor | None
     positions_N: Tensor
+    prefixes: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class TokenContext:
         modality: Sequence[int] | Tensor | None = None,
         multiple: int = ALIGNMENT,
         least: int = 0,
+        prefixes: Sequence[int] | None = None,
     ) -> Self:
         """The context of whole sequences, on the CPU.
 
@@ -72,6 +75,7 @@ class TokenContext:
             modality: of every token that is alive; None if all are text.
             multiple: of tokens, which dead ones fill up.
             least: tokens at least.
+            prefixes: of each sequence, see the class.
         """
         lengths = tuple(itertools.chain.from_iterable(each for _, each in views))
         alive = sum(lengths)
@@ -97,6 +101,7 @@ class TokenContext:
             modality_N=modality_N,
             alive_N=torch.arange(tokens) < alive if tokens > alive else None,
             positions_N=positions_N,
+            prefixes=None if prefixes is None else tuple(prefixes),
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.config.schema import RunConfig
@@ -46,10 +46,8 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
         if "=" not in override:
             raise UserError(f"argument {override!r} is not of the form key=value.")
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-            composed = compose("config", list(overrides))
-        config = _to_schema(composed)
+        config = _to_schema(_composed(overrides))
+        _let_go_of_idle_views(config, overrides)
         _refuse_idle_steps(config, overrides)
         _refuse_idle_experts(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -58,8 +56,38 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The YAML files that overrides choose, and after them what a method's authors set in the experiment: the file of
+    ``configs/published/EXPERIMENT`` that is named after the method's family, and perhaps the task. It may replace
+    groups; the command line still has the last word."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        composed = compose("config", list(overrides), return_hydra_config=True)
+        chosen = composed.hydra.runtime.choices
+        family = (chosen.method or "mome").partition("/")[0]
+        group = f"published/{chosen.experiment}"
+        for name in (f"{family}_{chosen.task}", family):
+            if (configs_dir() / group / f"{name}.yaml").is_file():
+                return compose("config", [*overrides, f"+{group}={name}"])
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """The values of a command line by key."""
+    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+
+
+def _let_go_of_idle_views(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Leave out how many views an experiment draws a step where it is made to draw rates; a number of the command line
+    stays, to be refused with the other values."""
+    if config.task.sampling == "rates" and "task.views_per_step" not in _given(overrides):
+        config.task.views_per_step = None
+
+
 def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
-    given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    given = _given(overrides)
     if "training.steps" in given and "training.epochs" not in given and config.training.epochs is not None:
         raise UserError(
             f"training.steps={given['training.steps']} would have no effect, because training.epochs="
@@ -75,6 +103,12 @@ def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:
         key = override.lstrip("+").partition("=")[0]
         if key.startswith("mome.") and key != "mome.placement":
             raise UserError(f"{override} would have no effect: the run has no experts (mome=none). Leave it out.")
+
+
+def names_key(word: str) -> bool:
+    """Whether an argument sets a group of ``configs/`` or a key of the schema."""
+    key, given, _ = word.lstrip("+").partition("=")
+    return bool(given) and (key in _known_keys(RunConfig, "") or (configs_dir() / key).is_dir())
 
 
 def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:

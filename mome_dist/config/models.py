@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mome_dist.config.derived import frozen_sections
-from mome_dist.config.load import config_of, load_saved_config
+from mome_dist.config.derived import encoder_sections, frozen_sections
+from mome_dist.config.load import config_of, load_config, load_saved_config, names_key
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.hub import HubModel, fetch, portable
+
+SECTIONS = ("llm", "audio_encoder", "video_encoder")
+NEEDED: Mapping[str, Callable[[RunConfig], list[str]]] = {"tools.cache_features": encoder_sections}
+"""Which frozen models a module needs that takes a run's overrides, beside `mome_dist.train`."""
 
 
 def is_rank() -> bool:
@@ -41,7 +45,7 @@ def settle_models(config: RunConfig, sections: Sequence[str] | None = None, weig
     Raises:
         UserError: for a model that cannot be had, or is not the one that the run began with.
     """
-    given = {section: getattr(config, section) for section in ("llm", "audio_encoder", "video_encoder")}
+    given = {section: getattr(config, section) for section in SECTIONS}
     named = {section: HubModel.parse(f"{section}.path", values.path) for section, values in given.items()}
     if not any(named.values()):
         return []
@@ -75,6 +79,29 @@ def settle_evaluation(arguments: Sequence[str]) -> list[str]:
             pinned = portable(str(fetch(f"{section}.path", model, is_rank())))
             settled += [f"{section}={pinned}"] if section in given else []
     return settled
+
+
+def settle_arguments(module: str, arguments: Sequence[str]) -> list[str]:
+    """Fetch the hub's models that any other module will need; return its arguments, with commits.
+
+    A module of `NEEDED` finds them through the configuration that its arguments make, so that an experiment may name
+    them. Of others only ``llm.path=hf://...`` and the like are known.
+
+    Raises:
+        UserError: for a model that cannot be had, or overrides that make no configuration.
+    """
+    if module in NEEDED:
+        # Options and their values are the module's own, and an unknown key is refused there.
+        config = load_config([word for word in arguments if names_key(word)])
+        return [*arguments, *settle_models(config, NEEDED[module](config))]
+    return [_pinned(word) for word in arguments]
+
+
+def _pinned(word: str) -> str:
+    """An argument, with the commit if it sets the path of a frozen model to one of the hub, which is then fetched."""
+    key, _, value = word.partition("=")
+    model = HubModel.parse(key, value) if key in [f"{section}.path" for section in SECTIONS] else None
+    return word if model is None else f"{key}={portable(str(fetch(key, model, is_rank())))}"
 
 
 def _continued(section: str, model: HubModel, config: RunConfig) -> HubModel:

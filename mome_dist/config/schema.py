@@ -56,6 +56,7 @@ class LLMConfig:
     pad_heads: bool = False
     cache_slices: bool = False
     lora: LLMLoRAConfig | None = None
+    sink_loss: float = 0.0
     tags: SpeechTags = field(default_factory=SpeechTags)
 
 

@@ -52,6 +52,7 @@ def _check_numbers(config: RunConfig) -> None:
         "mome.balance_loss": (config.mome.balance_loss, 0),
         "mome.z_loss": (config.mome.z_loss, 0),
         "mome.bias_rate": (config.mome.bias_rate, 0),
+        "llm.sink_loss": (config.llm.sink_loss, 0),
         "mome.min_capacity": (config.mome.min_capacity, 1),
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),

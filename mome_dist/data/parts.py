@@ -106,11 +106,15 @@ class Work:
         """Work of the fullest rank over the mean of the ranks; 1 is even."""
         return self.fullest / self.work
 
+    def mean_tokens(self, dp_size: int) -> int:
+        """Tokens of a microbatch of a rank, in the mean."""
+        return self.tokens // (self.microbatches * dp_size)
+
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
 
     def describe(self, epoch: int, dp_size: int) -> str:
-        """One line on an epoch of so many steps, of which these are the first."""
+        """One line on an epoch of so many steps, which are like these."""
         line = (
             f"an epoch is {epoch:,} steps; in the mean {self.utterances / self.steps:.1f} utterances, "
             f"{self.frames / self.steps:,.0f} video frames and {self.tokens / self.steps:,.0f} tokens a step, in "

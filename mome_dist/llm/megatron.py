@@ -31,6 +31,7 @@ from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.norm import RMSNorm
 from mome_dist.llm.rope import Rotation, inverse_frequencies
 from mome_dist.llm.shape import LLMShape
+from mome_dist.llm.sinks import PrefixSinks
 from mome_dist.llm.swiglu import swiglu
 from mome_dist.moe.load import PassLoad
 from mome_dist.parallel.layout import Layout
@@ -46,12 +47,14 @@ class LayerContext:
         own: those that this rank holds between products: all, but under sequence parallelism.
         rotation: rotary positions.
         load: where routers count; None where nobody asks.
+        sinks: of the sink loss; None without one.
     """
 
     tokens: TokenContext
     own: TokenContext
     rotation: Rotation
     load: PassLoad | None
+    sinks: PrefixSinks | None = None
 
 
 class MoMESlot:
@@ -126,7 +129,10 @@ class MoMETransformerLayer(MoMESlot, TransformerLayer):
                 part.mome.prefetch(hidden_states.dtype)
         attended = hidden_states + self.self_attention(self.input_layernorm(hidden_states), context)
         output = attended + self.mlp(self.pre_mlp_layernorm(attended), context)
-        return self.beside(hidden_states, output, context), None
+        output = self.beside(hidden_states, output, context)
+        if context.sinks is not None and self.layer_number < self.config.num_layers:
+            output = context.sinks(output)
+        return output, None
 
 
 class FrozenLLM(GPTModel):
@@ -140,7 +146,12 @@ class FrozenLLM(GPTModel):
         return self.embedding.word_embeddings(ids_N[None])[0]
 
     def forward(
-        self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None, labels: Labels
+        self,
+        embedded_NH: Tensor | None,
+        context: TokenContext,
+        load: PassLoad | None,
+        labels: Labels,
+        sink_weight: float = 0.0,
     ) -> Tensor:
         """Run this pipeline stage.
 
@@ -148,12 +159,13 @@ class FrozenLLM(GPTModel):
             embedded_NH: input of the first stage; None on later ones (the schedule sets their input).
             load: where the stage's routers count; None where nobody asks.
             labels: what is to be predicted.
+            sink_weight: of the sink loss of one sequence (`mome_dist.llm.sinks`), summed over layers.
 
         Returns:
             Hidden states [N, 1, H] (of this rank's tokens under sequence parallelism); on the last stage the sum of the
             cross-entropy over the labels of each view, fp32 [V].
         """
-        hidden_N1H = self._decode(embedded_NH, context, load)
+        hidden_N1H = self._decode(embedded_NH, context, load, sink_weight)
         if not self.post_process:
             return hidden_N1H
         selected_L1H = self._whole(hidden_N1H).index_select(0, labels.index_L)
@@ -175,7 +187,9 @@ class FrozenLLM(GPTModel):
             return hidden_N1H
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_N1H, tensor_parallel_output_grad=False)
 
-    def _decode(self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None) -> Tensor:
+    def _decode(
+        self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None, sink_weight: float = 0.0
+    ) -> Tensor:
         embedded_N1H = None if embedded_NH is None else embedded_NH[:, None]
         own = context
         if self.config.sequence_parallel:
@@ -189,8 +203,18 @@ class FrozenLLM(GPTModel):
         return self.decoder(
             hidden_states=embedded_N1H,
             attention_mask=None,
-            packed_seq_params=LayerContext(context, own, rotation, load),
+            packed_seq_params=LayerContext(context, own, rotation, load, self._sinks(context, sink_weight)),
         )
+
+    def _sinks(self, context: TokenContext, weight: float) -> PrefixSinks | None:
+        """Of a pass, on the tokens that this rank holds between layers."""
+        if not weight:
+            return None
+        weight /= self.config.num_layers - 1
+        if not self.config.sequence_parallel:
+            return PrefixSinks.of(context, weight)
+        rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+        return PrefixSinks.of(context, weight, rank, group)
 
 
 def _layer_spec() -> ModuleSpec:

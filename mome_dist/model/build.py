@@ -49,7 +49,7 @@ def build_distributed(
         load_weights(llm, shape, config.llm.path, slice_cache)
         momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
-        chunks.append(Chunk(llm, projectors, momes, _attach_llm_lora(config, llm, shape)))
+        chunks.append(Chunk(llm, projectors, momes, _attach_llm_lora(config, llm, shape), config.llm.sink_loss))
     return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
 
 

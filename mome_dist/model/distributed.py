@@ -51,6 +51,7 @@ class Chunk(nn.Module):
         projectors: on the first chunk of the pipeline, None on others.
         momes: the MoME modules by global layer number, in the order of the layers; none in a run without experts.
         adapters: what else trains in the layers (`Described`), by layout-free prefix, in the order of the layers.
+        sink_loss: coefficient of the sink loss (`mome_dist.llm.sinks`).
 
     Attributes:
         statistics: of the routers of the MoME modules.
@@ -63,6 +64,7 @@ class Chunk(nn.Module):
         projectors: Projectors | None,
         momes: dict[int, ExpertParallelMoME],
         adapters: Mapping[str, nn.Module] | None = None,
+        sink_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.token_group = token_group(llm.config.sequence_parallel)
@@ -72,6 +74,7 @@ class Chunk(nn.Module):
         self.llm = llm
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.vp_stage = llm.vp_stage
+        self.sink_loss = sink_loss
         self.projectors = projectors
         self.projector_balance: ProjectorBalance | None = None
         if projectors is not None and projectors.mixture is not None:
@@ -101,18 +104,19 @@ class Chunk(nn.Module):
             embedded_NH.requires_grad_()
         return embedded_NH
 
-    def forward(self, batch: MicroBatch, share: float = 1.0) -> Tensor:
+    def forward(self, batch: MicroBatch, share: float = 1.0, sequence_share: float = 1.0) -> Tensor:
         """Hidden states [N, 1, H], or on the last stage the cross-entropy summed over the labels of each view, [V].
 
         Args:
             share: what the auxiliary losses of this pass count for in the step's, times what the engine divides by.
+            sequence_share: the same of those of one sequence.
         """
         context = batch.tokens.context
         embedded_NH = self.embed(batch, share if self.training else None) if self.llm.pre_process else None
         if not self.training:
             return self.llm(embedded_NH, context, None, batch.tokens.labels)
         load = PassLoad(context.view_names, self.token_group, share)
-        output = self.llm(embedded_NH, context, load, batch.tokens.labels)
+        output = self.llm(embedded_NH, context, load, batch.tokens.labels, self.sink_loss * sequence_share)
         if self.momes:
             load.reduce()
             self.statistics.expect(load)

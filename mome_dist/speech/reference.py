@@ -110,6 +110,9 @@ class MoMESpeechLM(nn.Module):
         llm.generation_config = GenerationConfig()
         self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
         self._speech_routes: list[SpeechRoutes] = []  # of the projectors' routers in it
+        self._keeps_states = False
+        self._states: list[list[Tensor]] = []  # of the latest pass by view, what layers but the last gave
+        self._prefixes: list[tuple[int, ...]] = []  # by view, of each sequence
         # Outside the module tree: the LLM is frozen, named by checkpoints and never part of them.
         self._llm = [llm.requires_grad_(False).eval()]
 
@@ -182,9 +185,13 @@ class MoMESpeechLM(nn.Module):
         embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features, keep)
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
-        self._routings = []
+        self._routings, self._states, self._prefixes = [], [], []
         for view, rows in zip(tokens.views, tokens.context.view_sequences, strict=True):
             self._view = view
+            if self._keeps_states:
+                assert tokens.context.prefixes is not None
+                self._states.append([])
+                self._prefixes.append(tokens.context.prefixes[first : first + rows])
             embedded_BSH = pad_sequence(sequences[first : first + rows], batch_first=True)
             lengths_B = torch.tensor(tokens.context.lengths[first : first + rows], device=embedded_BSH.device)
             valid_BS = torch.arange(embedded_BSH.shape[1], device=embedded_BSH.device) < lengths_B[:, None]
@@ -218,6 +225,27 @@ class MoMESpeechLM(nn.Module):
         loss = torch.stack(losses).sum() / len(self._routings)
         mixture = self.projectors.mixture
         return loss if mixture is None else loss + balance_losses(mixture, self._speech_routes)
+
+    def keep_states(self) -> None:
+        """Keep what layers give in training from now on, for `sink_loss`."""
+        self._keeps_states = True
+        for layer in list(self.llm.model.layers)[:-1]:
+            layer.register_forward_hook(self._keep_state)
+
+    def sink_loss(self) -> Tensor:
+        """Sum over the sequences of the latest `loss` of the mean of ``cos(h_0, h_i)^2`` over layers but the last and
+        over the tokens before the text but the first (`mome_dist.llm.sinks`), fp32; `keep_states` comes first."""
+        found = [
+            F.cosine_similarity(hidden_SH[:1].float(), hidden_SH[1:prefix].float()).square().mean() / len(states)
+            for states, prefixes in zip(self._states, self._prefixes, strict=True)
+            for state_BSH in states
+            for hidden_SH, prefix in zip(state_BSH, prefixes, strict=True)
+        ]
+        return torch.stack(found).sum()
+
+    def _keep_state(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self.training:
+            self._states[-1].append(output[0] if isinstance(output, tuple) else output)
 
     def _keep_routes(self, tokens_TH: Tensor, routes: Sequence[SpeechRoutes]) -> Tensor:
         self._speech_routes = list(routes)

@@ -194,7 +194,8 @@ def pack(
     ids_N = torch.tensor(ids)
     modality_N = int(Modality.AUDIO) * (ids_N == AUDIO) + int(Modality.VIDEO) * (ids_N == VIDEO)
     lengths = [(str(view), [len(example.ids) - 1 for example in examples]) for view, examples in sequences]
-    context = TokenContext.of(lengths, modality_N, multiple, least)
+    prefixes = [example.prefix_length for _, examples in sequences for example in examples]
+    context = TokenContext.of(lengths, modality_N, multiple, least, prefixes)
     return PackedTokens(
         views=tuple(view for view, _ in sequences),
         ids_N=F.pad(ids_N.clamp(min=0), (0, context.tokens - len(ids))),

@@ -36,12 +36,14 @@ class Step:
         microbatches: one for every part of the batch, in order.
         views: of the step.
         label_tokens: text and end tokens of the global batch, over all ranks; the same in every view.
+        utterances: of the global batch.
         task_weights: what the cross-entropy of a view counts for, by task; 1 where nothing is said.
     """
 
     microbatches: list[MicroBatch]
     views: list[View]
     label_tokens: int
+    utterances: int
     task_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -114,7 +116,7 @@ class BatchBuilder:
             for part, each in zip(parts, laid_out, strict=True)
         ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
-        return Step(microbatches, list(views), labels, self._task_weights)
+        return Step(microbatches, list(views), labels, len(batch), self._task_weights)
 
     def own(self, batch: Sequence[int], views: Sequence[View]) -> list[Utterance]:
         """This rank's utterances of a global batch."""
@@ -130,11 +132,6 @@ class BatchBuilder:
         lengths = {i: self._lengths(i, views) for i in batch}
         tokens = {i: sum(each) for i, each in lengths.items()}
         return Work.of(self._shares(batch, views), frames, tokens, {i: self._work(each) for i, each in lengths.items()})
-
-    def mean_tokens(self, batch: Sequence[int], views: Sequence[View]) -> int:
-        """Tokens of a microbatch of a rank, in the mean; the same on all ranks."""
-        work = self.work(batch, views)
-        return work.tokens // (work.microbatches * self._dp_size)
 
     def _shares(self, batch: Sequence[int], views: Sequence[View]) -> Shares:
         lengths = [self._lengths(i, views) for i in batch]

@@ -56,7 +56,7 @@ from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.paths import cache_root
 from mome_dist.preflight import settled_order, validation_batches
 from mome_dist.speech.lora import LoRATerms
-from mome_dist.speech.views import streams_read
+from mome_dist.speech.views import ViewSchedule, streams_read
 from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.batches import BatchBuilder, FeatureReader
 from mome_dist.training.dispatch import settle_dispatch
@@ -64,7 +64,7 @@ from mome_dist.training.microbatches import settle_parts
 from mome_dist.training.noise_log import NoiseLog
 from mome_dist.training.online import OnlineEncoding, StepClips, StepFeatures
 
-DESCRIBED_STEPS = 50  # of the first epoch, for the line that describes it
+DESCRIBED_STEPS = 50  # at most, of those that an epoch and the tokens of a pass are judged by
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def prepare(
         for purpose in splits
     }
     validation = validation_batches(config, utterances["validation"], layout)
-    console.print(_describe_epoch(order, batches["train"], config, layout), highlight=False)
-    tokens = batches["train"].mean_tokens(order.batch(0), views_of(config))
-    dispatch = settle_dispatch(config, layout, shape, tokens, device, console)
+    work = work_of_first_steps(order, batches["train"], schedule_of(config))
+    console.print(work.describe(order.steps_of(1), layout.dp), highlight=False)
+    dispatch = settle_dispatch(config, layout, shape, work.mean_tokens(layout.dp), device, console)
     report("building the model", patient=True)
     frozen = _fingerprints(config)
     slice_cache, lora = _slice_cache(config, frozen["llm"]), LoRATerms.of(found.encoders)
@@ -200,12 +200,13 @@ def prepare(
     )
 
 
-def _describe_epoch(order: Order, builder: BatchBuilder, config: RunConfig, layout: Layout) -> str:
-    """How long an epoch is, and how even the work of its first steps."""
-    schedule, steps, work = schedule_of(config), order.steps_of(1), Work()
-    for step in range(min(DESCRIBED_STEPS, steps)):
-        work += builder.work(order.batch(step), schedule.of_step(step))
-    return work.describe(steps, layout.dp)
+def work_of_first_steps(order: Order, builder: BatchBuilder, schedule: ViewSchedule) -> Work:
+    """The work of the first steps of a run, each in the views that it draws; the same on all ranks.
+
+    They are an epoch's, up to `DESCRIBED_STEPS`, and in a short epoch those in which every view comes.
+    """
+    steps = min(DESCRIBED_STEPS, max(order.steps_of(1), schedule.steps_of_decks(1)))
+    return sum((builder.work(order.batch(step), schedule.of_step(step)) for step in range(steps)), Work())
 
 
 def _of_first_rank(value: list[str]) -> list[str]:

@@ -47,6 +47,8 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     context = step.microbatches[0].tokens.context
     # Sum of cross-entropies of one microbatch -> its part of the mean over tokens and views.
     share = 1 / (step.label_tokens * len(step.views))
+    # What the engine divides by, so that a sum over all sequences of the step becomes their mean.
+    sequence_share = data_parallel / (step.utterances * len(step.views))
 
     def forward_step(batches: Any, stage: Chunk) -> tuple[Tensor, Any]:
         batch: MicroBatch = next(batches)
@@ -55,7 +57,7 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
             part_V = cross_entropy_V * share
             return (part_V * step.weights_V).sum() * (count * data_parallel), part_V.detach()
 
-        return stage(batch, data_parallel / count), loss_of
+        return stage(batch, data_parallel / count, sequence_share), loss_of
 
     parts: Sequence[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,

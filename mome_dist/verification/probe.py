@@ -73,7 +73,7 @@ class Probe:
         least = max(input_tokens(self._laid_out(chunk, views)) for chunk in chunks) if layout.virtual > 1 else 0
         microbatches = [self.microbatch(chunk, token_multiple(layout), least, views) for chunk in chunks]
         labels = sum(len(_text(i, self._vocabulary)) + 1 for i in batch)
-        return Step(microbatches, views, labels, dataclasses.asdict(task.weights))
+        return Step(microbatches, views, labels, size, dataclasses.asdict(task.weights))
 
     def microbatch(
         self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0, views: Sequence[View] | None = None

@@ -144,7 +144,9 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         stepper = torch.optim.AdamW(
             named.values(), settings.learning_rate, betas, settings.epsilon, settings.weight_decay
         )
-    mome = probe.config.mome
+    mome, sink_loss = probe.config.mome, probe.config.llm.sink_loss
+    if sink_loss:
+        model.keep_states()
     for number in range(probe.steps):
         step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
         for batch in step.microbatches:
@@ -152,7 +154,10 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
             loss = loss / (step.label_tokens * len(step.views))
             total += loss.item()
             auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)
-            (loss + auxiliary / len(step.microbatches)).backward()
+            auxiliary = auxiliary / len(step.microbatches)
+            if sink_loss:
+                auxiliary = auxiliary + sink_loss * model.sink_loss() / (step.utterances * len(step.views))
+            (loss + auxiliary).backward()
         for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if number == 0:

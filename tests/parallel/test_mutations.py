@@ -107,8 +107,8 @@ def _without_last_view(batch: MicroBatch) -> MicroBatch:
 def _loss_divided_by_the_microbatches_twice() -> None:
     forward = Chunk.forward
 
-    def divided(self: Chunk, batch: MicroBatch, share: float = 1.0) -> torch.Tensor:
-        output = forward(self, batch, share)
+    def divided(self: Chunk, batch: MicroBatch, share: float = 1.0, sequence_share: float = 1.0) -> torch.Tensor:
+        output = forward(self, batch, share, sequence_share)
         return output / MICROBATCHES if self.llm.post_process else output
 
     Chunk.forward = divided  # type: ignore[method-assign]

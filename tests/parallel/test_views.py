@@ -20,8 +20,7 @@ from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel
 
-OMNI = ["task=omni", "task.views_per_step=null"]
-PROBE = ["experiment=tiny", "llm.precision=fp32", "parallel=single", *OMNI]
+PROBE = ["experiment=tiny", "llm.precision=fp32", "parallel=single", "task=omni"]
 CASES = [
     Case("dp2", Layout.for_world(2), 1, "local"),
     Case("pp2", Layout.for_world(2, pp=2), 0, "local"),
@@ -97,7 +96,7 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 # Half of the projectors have no view in a step.
-RUN = [*OMNI, "mome=none", "projector.per_rate=true", "training.validate_every=6", "optimizer.final_fraction=1"]
+RUN = ["task=omni", "mome=none", "projector.per_rate=true", "training.validate_every=6", "optimizer.final_fraction=1"]
 
 
 def test_whole_runs_of_drawn_rates(lab: Lab, tmp_path: Path) -> None:
@@ -120,5 +119,5 @@ def test_whole_runs_of_drawn_rates(lab: Lab, tmp_path: Path) -> None:
 def test_what_experts_do_in_views_of_no_weight_is_not_asked_for(lab: Lab, tmp_path: Path) -> None:
     """Some of many experts are chosen in VSR alone: they have no gradient, and the ledger lets them."""
     more = ["mome.routed_experts=128", "mome.top_k=1", "mome.renormalize=false", "mome.balance_loss=0"]
-    losses = lab.train(1, tmp_path, *OMNI, *more, "task.weights={asr: 1, vsr: 0, avsr: 1}", "training.steps=7")
+    losses = lab.train(1, tmp_path, "task=omni", *more, "task.weights={asr: 1, vsr: 0, avsr: 1}", "training.steps=7")
     assert len(losses) == 7 and losses[-1] < losses[0]

@@ -91,4 +91,4 @@ def step_of(batch: list[int], dp_rank: int, dp_size: int, accumulation: int = 2)
 
     chunks = share_of_rank(batch, [len(utterance(number)[1]) for number in batch], accumulation, dp_rank, dp_size)
     labels = sum(len(utterance(number)[2]) + 1 for number in batch)
-    return Step([microbatch(chunk) for chunk in chunks], VIEWS, labels)
+    return Step([microbatch(chunk) for chunk in chunks], VIEWS, labels, len(batch))

@@ -196,7 +196,7 @@ def _losses(llm: Path, file: Path) -> int:
         assert next(values, None) is None
         sequences, features = step_parts.clips_of(step_parts.VIEWS, [2.0, 2.7, 2.2])
         batch = MicroBatch(pack(sequences), features)
-        ours = forward_backward(trained.model, Step([batch], step_parts.VIEWS, 3 * (step_parts.TEXT_TOKENS + 1)))
+        ours = forward_backward(trained.model, Step([batch], step_parts.VIEWS, 3 * (step_parts.TEXT_TOKENS + 1), 3))
         write_json(file, [len(step_parts.VIEWS) * ours.loss, peer(sequences, features)])
     return 0
 

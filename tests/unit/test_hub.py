@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
+from launchers.local import check_request
 from launchers.submitit.sweep import combinations, pinned
 from mome_dist.checkpoint.format import fingerprint
 from mome_dist.config import load_config, save_config
@@ -382,3 +383,28 @@ def test_a_launcher_gives_commits_to_its_processes(
     assert done.stdout.rstrip().endswith(f"llm.path=hf://owner/llm llm.path=hf://owner/llm@{commit}")
     assert told == [f"llm.path: hf://owner/llm is hf://owner/llm@{commit}"]
     assert not any(line.rpartition("|")[2].strip() == "torch" for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("experiment", [False, True])
+def test_a_launcher_fetches_for_any_module(
+    configs: Path, hub: Hub, tmp_path: Path, experiment: bool, source: Path
+) -> None:
+    """As for training, before a rank starts: the encoders of what caches features, and what others are told to use."""
+    hub.repositories["owner/llm"], hub.repositories["owner/whisper"] = Repository(), Repository()
+    llm, whisper = (hub.repositories[name].commit(source) for name in ("owner/llm", "owner/whisper"))
+    heard = "audio_encoder.path=hf://owner/whisper"
+    if experiment:  # the user's own names it
+        text = "# @package _global_\naudio_encoder:\n  path: hf://owner/whisper\nllm:\n  path: hf://owner/llm\n"
+        (configs / "experiment/own.yaml").write_text(text)
+        heard = "experiment=own"
+    arguments = ["task=asr", heard, "--output", "features", "--split=test", "extra=1"]
+    assert check_request("tools.cache_features", 2, arguments) == [
+        *arguments,
+        f"audio_encoder.path=hf://owner/whisper@{whisper}",
+    ]
+    assert fetch("x", HubModel("owner/whisper"), local=True).name == whisper
+    assert not any("owner/llm" in line for line in hub.asked), "nobody reads the LLM there"
+
+    other = ["--steps", "2", "llm.path=hf://owner/llm", "seed=many"]
+    assert check_request("mome_dist.pretrain_llm", 2, other) == [*other[:2], f"llm.path=hf://owner/llm@{llm}", other[3]]
+    assert fetch("x", HubModel("owner/llm"), local=True).name == llm

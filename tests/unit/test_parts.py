@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+import torch
 
-from mome_dist.data.order import shares_of
+from mome_dist.config import load_config
+from mome_dist.config.derived import schedule_of, views_of
+from mome_dist.data.corpus import Corpus
+from mome_dist.data.order import order_of, shares_of
 from mome_dist.data.parts import Parts, Work, work_of_sequence
+from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+from mome_dist.model.shared import build_sequences
+from mome_dist.parallel.layout import Layout
+from mome_dist.training.batches import BatchBuilder
+from mome_dist.training.setup import work_of_first_steps
 
 BATCH = [7, 3, 9, 1, 4, 8, 2, 6, 5, 0]
 TOKENS = [30, 40, 50, 60, 70, 80, 90, 100, 110, 120]  # 750
@@ -84,3 +94,21 @@ def test_the_line_on_an_epoch_says_what_ranks_wait_for() -> None:
         "microbatches; the fullest rank has 25.0% more work than the mean"
     )
     assert "fullest" not in work.describe(1234, 1)
+
+
+@pytest.mark.parametrize(("task", "batch_size", "steps"), [("omni", 4, 6), ("omni", 12, 4), ("all", 4, 6)])
+def test_the_tokens_of_a_pass_are_those_of_the_views_that_its_steps_draw(
+    tiny_corpus: Corpus, tmp_path: Path, task: str, batch_size: int, steps: int
+) -> None:
+    """Three views of eight at one pair of rates, or two of eight: what `mome.dispatch=auto` is settled by."""
+    utterances = tiny_corpus.split("train")
+    tokenizer = word_tokenizer(utterance.text for utterance in utterances)
+    save_llm(tiny_llama(tokenizer, hidden=16, layers=1, ffn_width=16), tokenizer, tmp_path)
+    config = load_config(["experiment=tiny", f"task={task}", f"llm.path={tmp_path}"])
+    layout, schedule = Layout.for_world(1), schedule_of(config)
+    builder = BatchBuilder(utterances, build_sequences(config), None, Parts(2), 0, 1, torch.device("cpu"), layout)
+    order = order_of(utterances, batch_size, None, 1, seed=0)
+    built = [builder.build(order.batch(step), schedule.of_step(step)).tokens for step in range(steps)]
+    work = work_of_first_steps(order, builder, schedule)
+    assert (work.steps, work.tokens) == (steps, sum(built)) and work.mean_tokens(1) == sum(built) // (2 * steps)
+    assert work.tokens < steps * builder.build(order.batch(0), views_of(config)).tokens / 2

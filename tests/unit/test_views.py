@@ -84,7 +84,7 @@ def _loss_and_gradients(model: MoMESpeechLM, views: Sequence[View], weights: dic
     """The loss of a step in some views and its gradients, fp32, one after the other in one vector."""
     batch = toy.microbatch([0, 1, 2], views)
     labels = len(batch.tokens.labels.ids_L) // len(views)
-    step = Step([batch], list(views), labels, weights)
+    step = Step([batch], list(views), labels, 3, weights)
     loss = model.loss(batch.tokens, batch.features, step.weights) / (labels * len(views))
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     found = (torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True))
