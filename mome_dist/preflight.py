@@ -31,8 +31,10 @@ from mome_dist.errors import UserError
 from mome_dist.llm.directory import check_directory
 from mome_dist.llm.division import check_division
 from mome_dist.llm.tokens import TokenTable
+from mome_dist.moe.forms.registry import find_form
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.encoder_shapes import encoder_shape
+from mome_dist.planning.job import dispatches
 from mome_dist.speech.geometry import geometry_of
 from mome_dist.text_files import read_json
 
@@ -59,6 +61,28 @@ def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -
     return [*overrides, *pinned]
 
 
+def _check_experts(config: RunConfig, layout: Layout) -> None:
+    mome = config.mome
+    if not mome.experts:
+        return
+    if mome.routed_experts == 1:
+        raise UserError(
+            "mome.routed_experts=1 leaves the router nothing to choose: set mome.routed_experts=0 and one more of "
+            "mome.shared_experts, which every token uses without a router."
+        )
+    if mome.dispatch == "local" and layout.ep > 1:
+        raise UserError(
+            f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
+            "parallel.ep=1, or mome.dispatch=gather."
+        )
+    possible = dispatches(layout, mome.experts, mome.expert)
+    if not possible or mome.dispatch not in ("auto", *find_form(mome.expert).dispatches):
+        raise UserError(
+            f"mome.expert={mome.expert} works with mome.dispatch={' or '.join(find_form(mome.expert).dispatches)} "
+            f"only, but it is {mome.dispatch} with parallel.ep={layout.ep}: change one of them."
+        )
+
+
 def validate(config: RunConfig, world_size: int) -> Layout:
     """Check a configuration for a number of processes; return its layout.
 
@@ -70,17 +94,13 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
     tokens.check_tags(tags)
     tokens.check_prompts(config.task.prompts, tags)
-    if config.mome.experts and config.mome.dispatch == "local" and layout.ep > 1:
-        raise UserError(
-            f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
-            "parallel.ep=1, or mome.dispatch=gather."
-        )
+    _check_experts(config, layout)
     if not config.projector.trainable and config.training.init_from is None:
         raise UserError(
             "projector.trainable=false would keep random projectors: name the run that trained them with "
             "training.init_from, or set projector.trainable=true."
         )
-    learning = config.mome.experts or config.projector.trainable or config.llm.lora is not None
+    learning = config.mome.placed or config.projector.trainable or config.llm.lora is not None
     if not learning and not lora_of(config):
         raise UserError(
             "mome.placement=none and projector.trainable=false leave nothing to train: set projector.trainable=true, "

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.moe.balance import add_balance
-from mome_dist.moe.experts import ExpertStack, dense_experts
+from mome_dist.moe.bottleneck import dense_experts
+from mome_dist.moe.columns import unpack
+from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.forms.registry import find_form
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.routed import part_shapes, unpack
 from mome_dist.moe.router import route
 from mome_dist.moe.triton.experts import LayerForm, kernel_experts
 from mome_dist.token_context import TokenContext
@@ -77,7 +79,7 @@ class Layer:
 def computed(layer: Layer, device: torch.device | str, by_kernel: bool) -> dict[str, Tensor]:
     """Output, choice, counts and every gradient of a pass of training, on the CPU in fp32."""
     context = layer.context.to(torch.device(device))
-    shapes = part_shapes(layer.hidden, layer.units)
+    shapes = find_form("bottleneck").shapes(layer.hidden, layer.units)
     numbers = sum(torch.Size(shape).numel() for shape in shapes)
     scale = layer.hidden**-0.5
 
@@ -106,7 +108,7 @@ def computed(layer: Layer, device: torch.device | str, by_kernel: bool) -> dict[
     else:
         routed = route(logits_TE, valid_T=context.alive_N, **settings)
         weights = unpack(weights_EP, shapes, weights_EP.dtype)
-        output_TH = dense_experts(hidden_TH, weights, routed.gates_TE(), shared)
+        output_TH = dense_experts(hidden_TH, weights, routed.gates_TE(), None if shared is None else shared.weights())
     load.put(0, context, layer.routed, routed.experts_TK)
     output_TH = add_balance(output_TH, routed, context.members_VN, load, 0, BALANCE, Z_LOSS)
     load.reduce()

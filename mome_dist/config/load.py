@@ -95,14 +95,19 @@ def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
         )
 
 
+# Keys of experts that a run without a router heeds.
+UNROUTED: tuple[str, ...] = ("placement", "routed_experts", "shared_experts", "expert", "bottleneck")
+
+
 def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse keys of experts on the command line of a run without experts."""
+    """Refuse keys of experts on the command line of a run without experts, and those of a router without a router."""
     if config.mome.experts:
         return
+    heeded, lack = (UNROUTED, "no routed experts") if config.mome.placed else (UNROUTED[:1], "no experts (mome=none)")
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0]
-        if key.startswith("mome.") and key != "mome.placement":
-            raise UserError(f"{override} would have no effect: the run has no experts (mome=none). Leave it out.")
+        group, _, key = override.lstrip("+").partition("=")[0].partition(".")
+        if group == "mome" and key and key not in heeded:
+            raise UserError(f"{override} would have no effect: the run has {lack}. Leave it out.")
 
 
 def names_key(word: str) -> bool:

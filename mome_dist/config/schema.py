@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mome_dist.moe.forms.registry import DEFAULT
+
 
 def one_of(default: str, *others: str) -> Any:
     """A string field restricted to the given values (checked by `mome_dist.config.values`)."""
@@ -121,6 +123,7 @@ class MoMEConfig:
     routed_experts: int = 23
     top_k: int = 4
     shared_experts: int = 1
+    expert: str = DEFAULT
     bottleneck: int = 12
     renormalize: bool = True
     score: str = one_of("softmax", "sigmoid")
@@ -137,6 +140,11 @@ class MoMEConfig:
     def experts(self) -> int:
         """Routed experts of a layer; 0 in a run without experts, whatever the other keys say."""
         return 0 if self.placement == "none" else self.routed_experts
+
+    @property
+    def placed(self) -> bool:
+        """Whether there are experts beside the layers, routed or shared."""
+        return self.placement != "none"
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 from mome_dist.config.derived import lora_of, rates_of, streams_of, views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig
 from mome_dist.errors import UserError
+from mome_dist.moe.forms.registry import FORMS
 from mome_dist.speech.views import streams_read
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
@@ -45,7 +46,7 @@ def _check_choices(section: Any, prefix: str) -> None:
 
 def _check_numbers(config: RunConfig) -> None:
     at_least: dict[str, tuple[float | None, float]] = {
-        "mome.routed_experts": (config.mome.routed_experts, 1),
+        "mome.routed_experts": (config.mome.routed_experts, 0),
         "mome.top_k": (config.mome.top_k, 1),
         "mome.shared_experts": (config.mome.shared_experts, 0),
         "mome.bottleneck": (config.mome.bottleneck, 1),
@@ -93,7 +94,11 @@ def _check_numbers(config: RunConfig) -> None:
             f"data.microbatch_tokens={config.data.microbatch_tokens} cuts batches only with data.accumulation=auto, "
             f"but that is {config.data.accumulation}: set one of them."
         )
-    if config.mome.top_k > config.mome.routed_experts:
+    if config.mome.expert not in FORMS:
+        raise UserError(f"mome.expert={config.mome.expert!r}: choose from {', '.join(FORMS)}.")
+    if not config.mome.routed_experts and not config.mome.shared_experts:
+        raise UserError("mome.routed_experts=0 and mome.shared_experts=0 leave no expert: raise one, or set mome=none.")
+    if config.mome.routed_experts and config.mome.top_k > config.mome.routed_experts:
         raise UserError(
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
             "cannot use more experts than there are."

@@ -14,15 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mome_dist.errors import UserError
+from mome_dist.moe.forms.base import part_order, saved_name
+from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.sharing import Sharing, of_format_2
 
-# A parameter of an expert in the engine, and in the layout-free model.
-EXPERT_PARTS = {
-    "down.weight": "down_weight",
-    "down.bias": "down_bias",
-    "up.weight": "up_weight",
-    "up.bias": "up_bias",
-}
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
@@ -141,8 +136,12 @@ class ModelTensors:
     ) -> None:
         self.shapes = dict(shapes)
         self.sharing = sharing or {name: of_format_2(name, shape) for name, shape in shapes.items()}
-        self._moe = {name for name in shapes if re.match(r"mome\.\d+\.", name)}
-        numbers = {layer for name in self._moe if (layer := self.sharing[name].layer) is not None}
+        routers = (re.fullmatch(r"mome\.(\d+)\.router_weight", name) for name in shapes)
+        numbers = {int(router[1]) for router in routers if router is not None}
+        # Without a router a module's experts are trained parts like others.
+        self._moe = {
+            name for name in shapes if (found := re.match(r"mome\.(\d+)\.", name)) and int(found[1]) in numbers
+        }
         self.layers = len(numbers) if layers is None else layers
         if numbers and numbers != set(range(self.layers)):
             raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
@@ -155,18 +154,21 @@ class ModelTensors:
         found = [_single(StateTensor(f"{local}.{GATE}.wg.weight", self.shapes[router], router))]
         held = [self._expert(number, expert, position) for position, expert in enumerate(experts)]
         found.append(_packed(local, held))
-        for kind in EXPERT_PARTS.values():
+        for kind in self._parts(f"{prefix}.shared."):
             name = f"{prefix}.shared.{kind}"
-            if name in self.shapes:
-                found.append(_single(StateTensor(f"{local}.shared.{kind}", self.shapes[name], name)))
+            found.append(_single(StateTensor(f"{local}.shared.{kind}", self.shapes[name], name)))
         return found
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The tensors of some experts, in the order of their form."""
+        return sorted((name.removeprefix(prefix) for name in self._moe if name.startswith(prefix)), key=part_order)
 
     def _expert(self, number: int, expert: int, position: int) -> list[StateTensor]:
         """The tensors of an expert that has the given position on its rank."""
         tensors = []
-        for part, kind in EXPERT_PARTS.items():
+        for kind in self._parts(f"mome.{number}.routed."):
             name = f"mome.{number}.routed.{kind}"
-            local = f"layer_{number}.{EXPERTS}.{position}.{part}"
+            local = f"layer_{number}.{EXPERTS}.{position}.{saved_name(kind)}"
             tensors.append(StateTensor(local, self.shapes[name][1:], name, expert))
         return tensors
 
@@ -209,13 +211,9 @@ def _module_order(name: str) -> list[tuple[int, int | str]]:
 
 def idle_module(ep: int) -> list[Parameter]:
     """The parameters of the module of one unit on a rank without layers."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "down.weight": (1, 1),
-        "down.bias": (1,),
-        "up.weight": (1, 1),
-        "up.bias": (1,),
-    }
-    expert = [StateTensor(f"idle.{EXPERTS}.0.{part}", shape, None) for part, shape in shapes.items()]
+    expert = [
+        StateTensor(f"idle.{EXPERTS}.0.{part.saved_name}", part.shape(1, 1), None) for part in find_form(DEFAULT).parts
+    ]
     return [_single(StateTensor(f"idle.{GATE}.wg.weight", (ep, 1), None)), _packed("idle", [expert])]
 
 

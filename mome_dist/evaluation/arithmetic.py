@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mome_dist.config.derived import llm_terms_of
 from mome_dist.config.schema import MoMEConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
+from mome_dist.moe.forms.registry import DEFAULT, find_form
 
 
 class ParameterCount(NamedTuple):
@@ -21,21 +22,24 @@ class ParameterCount(NamedTuple):
     total: int
 
 
-def expert_parameters(hidden_size: int, bottleneck: int) -> int:
-    """Weights and biases of one expert, ``Linear(H -> b)`` and ``Linear(b -> H)``."""
-    return 2 * hidden_size * bottleneck + bottleneck + hidden_size
-
-
 def active_and_total_parameters(
-    hidden_size: int, layers: int, routed_experts: int, top_k: int, shared_experts: int, bottleneck: int
+    hidden_size: int,
+    layers: int,
+    routed_experts: int,
+    top_k: int,
+    shared_experts: int,
+    bottleneck: int,
+    expert_form: str = DEFAULT,
 ) -> ParameterCount:
     """Parameters of the MoME modules of a model, routers included.
 
     Args:
-        hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper; no routed experts
+            and none a token without a router.
         layers: LLM layers; each has one module.
+        expert_form: name of the experts' form.
     """
-    expert = expert_parameters(hidden_size, bottleneck)
+    expert = find_form(expert_form).parameters(hidden_size, bottleneck)
     router = hidden_size * routed_experts
     return ParameterCount(
         active=layers * ((top_k + shared_experts) * expert + router),
@@ -45,10 +49,10 @@ def active_and_total_parameters(
 
 def mome_parameters(mome: MoMEConfig, hidden_size: int, layers: int) -> ParameterCount:
     """Parameters of the MoME modules of a configuration; none in a run without experts."""
-    if not mome.experts:
+    if not mome.placed:
         return ParameterCount(0, 0)
-    sizes = (mome.routed_experts, mome.top_k, mome.shared_experts, mome.bottleneck)
-    return active_and_total_parameters(hidden_size, layers, *sizes)
+    sizes = (mome.experts, mome.top_k if mome.experts else 0, mome.shared_experts, mome.bottleneck)
+    return active_and_total_parameters(hidden_size, layers, *sizes, mome.expert)
 
 
 def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:

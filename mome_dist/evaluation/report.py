@@ -127,11 +127,14 @@ def _drawn_views(task: TaskConfig) -> str:
 
 def _experts(files: RunFiles) -> list[tuple[str, str]]:
     mome = files.config.mome
-    if not mome.experts:
+    if not mome.placed:
         return [("MoME", "none")]
+    if not mome.experts:
+        place = f"{mome.shared_experts}-{mome.placement.upper()}, {mome.expert} of width {mome.bottleneck}"
+        return [("MoME", f"{place}; no router"), ("MoME parameters", _parameters(files))]
     sizes = f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared"
     return [
-        ("MoME", f"{sizes}, bottleneck {mome.bottleneck}"),
+        ("MoME", f"{sizes}, {mome.expert} {mome.bottleneck}"),
         ("router", _router(files.config)),
         ("MoME parameters", _parameters(files)),
     ]

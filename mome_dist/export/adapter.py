@@ -100,7 +100,7 @@ def write_export(
     weights = model.state_dict()
     write_adapter(directory, weights, document, card, max_shard_size)
     # What PEFT can add to the plain LLM; nothing where experts are a part of the model, which it does not know.
-    if model.terms is not None and not model.momes:
+    if model.terms is not None and not len(model.mome):
         for name, adapter in peft_adapters(weights, model.terms).items():
             adapter.write(directory / PEFT / name, document["frozen"]["llm"]["name"])
 

@@ -71,7 +71,7 @@ def _base_models(run: LoadedRun, document: Mapping[str, Any]) -> str:
 
 def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
     mome, frozen, adapted = run.config.mome, document["frozen"], run.config.llm.lora is not None
-    alone = adapted and not run.config.mome.experts
+    alone = adapted and not mome.placed
     encoders = " and ".join(f"`{facts['name']}`" for section, facts in frozen.items() if section != "llm")
     views: dict[str, list[str]] = {}
     for view in run.views:
@@ -83,8 +83,14 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
             "encoders"
         )
         experts = [
-            f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of "
-            f"bottleneck {mome.bottleneck}, beside each layer's `{mome.placement}`."
+            f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of form "
+            f"{mome.expert} {mome.bottleneck}, beside each layer's `{mome.placement}`."
+        ]
+    elif mome.placed:
+        kind = "Projectors from frozen encoders into a frozen language model, and experts that every token uses"
+        experts = [
+            f"- Experts: {mome.shared_experts}, of form {mome.expert} {mome.bottleneck}, without a router, beside each "
+            f"layer's `{mome.placement}`."
         ]
     lines = [
         f"{kind}: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
@@ -110,7 +116,7 @@ def _projectors(projector: ProjectorConfig) -> list[str]:
 
 def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     counts, llm, source = document["parameters"], document["llm"], document["source"]
-    trained, kept = [f"{counts['mome']:,} MoME"] if run.config.mome.experts else [], ""
+    trained, kept = [f"{counts['mome']:,} MoME"] if run.config.mome.placed else [], ""
     if run.config.projector.trainable:
         trained.append(f"{counts['projectors']:,} projectors")
     else:

@@ -18,6 +18,7 @@ from mome_dist.llm.weights import load_weights
 from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
 from mome_dist.model.shared import build_projectors, llm_dtype, mome_arguments
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.unrouted import UnroutedExperts
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.lora import LoRATerms
 
@@ -49,7 +50,8 @@ def build_distributed(
         load_weights(llm, shape, config.llm.path, slice_cache)
         momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
-        chunks.append(Chunk(llm, projectors, momes, _attach_llm_lora(config, llm, shape), config.llm.sink_loss))
+        others = _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)
+        chunks.append(Chunk(llm, projectors, momes, others, config.llm.sink_loss))
     return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
 
 
@@ -69,6 +71,17 @@ def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch:
         z_loss=config.mome.z_loss,
         **mome_arguments(config),
     )
+
+
+def _attach_unrouted(config: RunConfig, llm: FrozenLLM) -> dict[str, nn.Module]:
+    """The experts of a chunk's layers in a run without a router, by layout-free prefix."""
+    mome, found = config.mome, dict[str, nn.Module]()
+    for layer in llm.decoder.layers if mome.placed and not mome.experts else ():
+        number, hidden_size = layer.layer_number - 1, llm.config.hidden_size
+        beside = UnroutedExperts(number, hidden_size, mome.shared_experts, mome.bottleneck, mome.expert)
+        beside.shared.initialize(f"mome.{number}.shared", config.seed)
+        layer.slot(mome.placement).mome = found[f"mome.{number}"] = beside.to(next(llm.parameters()).device)
+    return found
 
 
 def _attach_llm_lora(config: RunConfig, llm: FrozenLLM, shape: LLMShape) -> dict[str, nn.Module]:

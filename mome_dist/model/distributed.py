@@ -220,9 +220,8 @@ def _mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[N
     yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight, shared)
     first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
     routed = Sharing(layer, experts=mome.num_experts, partial=True)
-    for part in experts.parts():
-        name = f"{prefix}.routed.{part.kind}"
-        yield NamedPart(name, first + part.expert, experts.packed, part.start, part.shape, routed)
+    for expert, part, start, shape in experts.parts():
+        yield NamedPart(f"{prefix}.routed.{part.name}", first + expert, experts.packed, start, shape, routed)
     if mome.shared is not None:
         yield from whole_parts(f"{prefix}.shared", mome.shared, shared)
 

@@ -63,6 +63,7 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
         "top_k": mome.top_k,
         "shared_experts": mome.shared_experts,
         "bottleneck": mome.bottleneck,
+        "expert": mome.expert,
         "renormalize": mome.renormalize,
         "score": mome.score,
         "bias_rate": mome.bias_rate,

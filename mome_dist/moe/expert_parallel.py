@@ -25,6 +25,7 @@ from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.routed import RoutedExperts
 from mome_dist.token_context import TokenContext
@@ -36,6 +37,7 @@ class ExpertParallelMoME(MoE):
     Args:
         hidden_size, routed_experts, top_k, shared_experts, bottleneck, renormalize, score: as in `LocalMoME`.
         bias_rate: of the router bias that `update_bias` moves after every step; 0 for no bias.
+        expert: name of the experts' form.
         ep_size: expert-parallel ranks; divides ``routed_experts`` and the data-parallel size.
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
@@ -56,6 +58,7 @@ class ExpertParallelMoME(MoE):
         renormalize: bool = True,
         score: str = "softmax",
         bias_rate: float = 0.0,
+        expert: str = DEFAULT,
         *,
         ep_size: int = 1,
         dispatch: str = "alltoall",
@@ -76,7 +79,7 @@ class ExpertParallelMoME(MoE):
             enable_expert_tensor_parallelism=True,
         )
         gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize, score, with_bias=bias_rate > 0)
-        experts = RoutedExperts(self.num_local_experts, hidden_size, bottleneck, self.expert_group_name)
+        experts = RoutedExperts(self.num_local_experts, hidden_size, bottleneck, self.expert_group_name, expert)
         if dispatch == "alltoall":
             self.deepspeed_moe = AllToAllDispatch(
                 self, gate, experts, capacity_factor, eval_capacity_factor, min_capacity, drop_policy
@@ -85,7 +88,7 @@ class ExpertParallelMoME(MoE):
             assert dispatch == "gather" or ep_size == 1, "local dispatch has every expert on every rank"
             self.deepspeed_moe = GatherDispatch(self, gate, experts)
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
-        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
+        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.balance_loss, self.z_loss = balance_loss, z_loss
         self.bias_rate = bias_rate
         self.place = 0
@@ -106,12 +109,11 @@ class ExpertParallelMoME(MoE):
         weight.copy_(initial_value(f"{prefix}.router_weight", tuple(weight.shape), seed))
         first = self.ep_rank * self.num_local_experts
         experts = self.deepspeed_moe.experts
-        for part in experts.parts():
-            value = initial_value(f"{prefix}.routed.{first + part.expert}.{part.kind}", part.shape, seed).flatten()
-            experts.packed.view(-1)[part.start : part.start + value.numel()] = value
-        for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
-            for number, value in enumerate(parameter):
-                value.copy_(initial_value(f"{prefix}.shared.{number}.{name}", tuple(value.shape), seed))
+        for expert, part, start, shape in experts.parts():
+            value = initial_value(f"{prefix}.routed.{first + expert}.{part.name}", shape, seed, part.start).flatten()
+            experts.packed.view(-1)[start : start + value.numel()] = value
+        if self.shared is not None:
+            self.shared.initialize(f"{prefix}.shared", seed)
 
     def forward(self, hidden: Tensor, tokens: TokenContext, load: PassLoad | None = None) -> Tensor:
         """[..., H] -> [..., H] in the same dtype; dead tokens get the shared experts only.

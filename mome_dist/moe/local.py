@@ -7,27 +7,30 @@ its weights are laid out once (`mome_dist.moe.packed`), and again as soon as any
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
-from mome_dist.moe.packed import PackedExperts
+from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.forms.registry import DEFAULT
+from mome_dist.moe.plain_pack import Pack
 from mome_dist.moe.router import Routing, choose_experts, route
 
+Made = TypeVar("Made")
 
-class _Pack:
-    """Packed experts, and which values of which tensors they were made from.
+
+class Kept(Generic[Made]):
+    """What was made from tensors, such as packed experts, and from which values of which of them.
 
     A tensor's version counter rises with every write in place (autograd itself relies on it), and its address is its
     own as long as something holds its memory, as this object does. Tensors of inference mode count nothing: what is
     made from them is never used again.
     """
 
-    def __init__(self, experts: PackedExperts, sources: list[Tensor], dtype: torch.dtype) -> None:
-        self.experts, self._dtype = experts, dtype
+    def __init__(self, made: Made, sources: list[Tensor], dtype: torch.dtype) -> None:
+        self.made, self._dtype = made, dtype
         self._held = [tensor.detach() for tensor in sources]
         self._stamps = _stamps(sources)
 
@@ -51,6 +54,7 @@ class LocalMoME(nn.Module):
         renormalize: whether the K gates are divided by their sum.
         score: "softmax" or "sigmoid", see `mome_dist.moe.router.route`.
         bias_rate: above 0, the choice of experts has a bias; here it only comes from a checkpoint.
+        expert: name of the experts' form (`mome_dist.moe.forms.registry`).
 
     Attributes:
         router_bias: fp32 [Nr], or None.
@@ -71,25 +75,30 @@ class LocalMoME(nn.Module):
         renormalize: bool = True,
         score: str = "softmax",
         bias_rate: float = 0.0,
+        expert: str = DEFAULT,
     ) -> None:
         super().__init__()
         self.top_k, self.renormalize, self.score = top_k, renormalize, score
         self.router_weight = nn.Parameter(torch.empty(routed_experts, hidden_size))
         self.register_buffer("router_bias", torch.zeros(routed_experts) if bias_rate > 0 else None)
-        self.routed = ExpertStack(routed_experts, hidden_size, bottleneck)
-        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck) if shared_experts else None
+        self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert)
+        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
         self.last_routing: Routing | None = None
-        self._pack: _Pack | None = None
+        self._pack: Kept[Pack] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.router_weight.device
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
         """Set the initial values that every parallel layout starts from; ``prefix`` is the module's global name."""
         self.router_weight.copy_(initial_value(f"{prefix}.router_weight", tuple(self.router_weight.shape), seed))
-        for kind, stack in (("routed", self.routed), ("shared", self.shared)):
-            for name, parameter in stack.named_parameters() if stack is not None else ():
-                for expert, value in enumerate(parameter):
-                    value.copy_(initial_value(f"{prefix}.{kind}.{expert}.{name}", tuple(value.shape), seed))
+        self.routed.initialize(f"{prefix}.routed", seed)
+        if self.shared is not None:
+            self.shared.initialize(f"{prefix}.shared", seed)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; frees the packed weights, in either mode."""
@@ -118,7 +127,8 @@ class LocalMoME(nn.Module):
         self.last_routing = routing = self._route(F.linear(hidden_TH, self.router_weight))
         if self.observer is not None:
             self.observer(routing)
-        output_TH = dense_experts(hidden_TH, self.routed.weights(), routing.gates_TE(), self.shared)
+        shared = None if self.shared is None else self.shared.weights()
+        output_TH = self.routed.form.dense(hidden_TH, self.routed.weights(), routing.gates_TE(), shared)
         output = output_TH.to(hidden.dtype).view(hidden.shape)
         return output if base is None else base + output
 
@@ -132,15 +142,15 @@ class LocalMoME(nn.Module):
         self.observer(routing)
         return routing.experts_TK, routing.gates_TK
 
-    def _packed(self, dtype: torch.dtype) -> PackedExperts:
+    def _packed(self, dtype: torch.dtype) -> Pack:
         """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for
         every layer and token."""
         if torch.compiler.is_compiling() and self._pack is not None:
-            return self._pack.experts  # of the pass before, over the prefix, which is never compiled
+            return self._pack.made  # of the pass before, over the prefix, which is never compiled
         sources: list[Any] = [*self._parameters.values()]
         for stack in self._modules.values():
             sources += stack._parameters.values() if stack is not None else ()
         if self._pack is None or not self._pack.is_of(sources, dtype):
             stacks = [self.routed.weights()] + ([self.shared.weights()] if self.shared is not None else [])
-            self._pack = _Pack(PackedExperts(self.router_weight, stacks, dtype), sources, dtype)
-        return self._pack.experts
+            self._pack = Kept(self.routed.form.packed(self.router_weight, stacks, dtype), sources, dtype)
+        return self._pack.made

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertWeights
+from mome_dist.moe.bottleneck import ExpertWeights
 
 # GELU(x) = x to the last bit of every float type from here on, and a power of two divides without rounding.
 BIAS_INPUT = 8.0
@@ -32,11 +32,11 @@ class PackedExperts:
 
     Args:
         router_weight: fp32 [E, H].
-        stacks: routed experts, and shared ones if there are any, all of as many units.
+        stacks: `ExpertWeights` of routed experts, and of shared ones if there are any, all of as many units.
         dtype: of the hidden states.
     """
 
-    def __init__(self, router_weight: Tensor, stacks: Sequence[ExpertWeights], dtype: torch.dtype) -> None:
+    def __init__(self, router_weight: Tensor, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
         joined = ExpertWeights(*(torch.cat([part.detach() for part in parts]) for parts in zip(*stacks, strict=True)))
         experts, bottleneck, hidden_size = joined.down_weight.shape
         self.routed, self.units = len(router_weight), bottleneck + 1

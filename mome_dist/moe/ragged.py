@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mome_dist.moe.routed import Shapes, columns
+from mome_dist.moe.bottleneck import ExpertWeights
+from mome_dist.moe.columns import Shapes, columns
 from mome_dist.transfer import sent_to
 
 UNIT_ALIGNMENT = 8
@@ -167,9 +168,9 @@ class LaidOut(NamedTuple):
 
 @torch.no_grad()
 def lay_out(packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> LaidOut:
-    """Experts that lie one after another (`mome_dist.moe.routed`), in the products' precision. Every weight is read
+    """Experts that lie one after another (`mome_dist.moe.columns`), in the products' precision. Every weight is read
     once and written once: cast and put in its place in one operation, and no matrix is transposed."""
-    weights = columns(packed_EP, shapes)
+    weights = ExpertWeights(*columns(packed_EP, shapes))
     experts, units, hidden_size = weights.down_weight.shape
     width = -(-(units + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
     down_EcH = packed_EP.new_empty(experts, width, hidden_size, dtype=dtype)
@@ -236,7 +237,7 @@ class _RaggedExperts(torch.autograd.Function):
         grad_narrow_Pc[:, units:] = 0
         grad_rows_PH = _products(grad_narrow_Pc, down_EcH, groups) if ctx.needs_input_grad[0] else None
         grad_packed_EP = grad_PH.new_empty(len(groups.sizes), sum(map(math.prod, ctx.shapes)), dtype=ctx.dtype)
-        grads = columns(grad_packed_EP, ctx.shapes)
+        grads = ExpertWeights(*columns(grad_packed_EP, ctx.shapes))
         grad_bias_Ec = grad_narrow_Pc.new_zeros(len(groups.sizes), narrow_Pc.shape[1], dtype=torch.float32)
         grad_bias_Ec.index_add_(0, groups.expert_P, grad_narrow_Pc.float())
         grads.down_bias.copy_(grad_bias_Ec[:, :units])

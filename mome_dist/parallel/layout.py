@@ -108,8 +108,7 @@ class Layout:
         self._check_stages(layers)
         if not routed_experts and self.ep > 1:
             raise UserError(
-                f"parallel.ep={self.ep} spreads routed experts over ranks, but the run has none (mome.placement=none): "
-                "set parallel.ep=1."
+                f"parallel.ep={self.ep} spreads routed experts over ranks, but the run has none: set parallel.ep=1."
             )
         if routed_experts % self.ep:
             raise UserError(

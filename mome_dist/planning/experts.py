@@ -13,7 +13,7 @@ from mome_dist.planning.hardware import Cluster
 from mome_dist.planning.job import Candidate, Job
 
 FP32, PRODUCTS = 4, 3  # bytes; forward, and the gradients of input and weight
-UNIT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 6.0, 4.0, 18.0, 6.0
+KEPT_PASSES, WEIGHT_PASSES, ROW_PASSES, HIDDEN_PASSES = 1.5, 4.0, 18.0, 6.0
 DENSE_CALLS, ROW_CALLS = 67, 116
 GROUP_CALLS = 20  # of a group, where it is not one of many in a kernel: six products, their slices and copies
 # Of the rate of wide products: what products with one expert's few units reach.
@@ -22,7 +22,7 @@ NARROW_SHARE = 0.3
 
 def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
     """Seconds of a MoME module for a microbatch of ``tokens``, forward and backward."""
-    if not job.experts:
+    if not job.all_experts:
         return 0.0
     layout, hidden, e = candidate.layout, job.shape.hidden_size, job.element_bytes
     tokens /= layout.tp if layout.sequence_parallel else 1
@@ -34,16 +34,18 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
 
 
 def _flops(job: Job, rows: float) -> float:
-    """Forward and backward of one expert, two products, for each of some rows."""
-    return PRODUCTS * 4 * rows * job.bottleneck * job.shape.hidden_size
+    """Forward and backward of one expert for each of some rows."""
+    return PRODUCTS * 2 * rows * job.form.macs(*job.expert_sizes)
 
 
 def _dense_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
     """All experts for every token of the rank, with weights that are gathered or here."""
     ep, e = candidate.layout.ep, job.element_bytes
-    weights = (job.experts + job.shared) * job.expert_parameters
-    moved = UNIT_PASSES * tokens * job.units * e + WEIGHT_PASSES * FP32 * weights
-    work = _flops(job, tokens * (job.experts + job.shared)) / cluster.flops(job.precision)
+    weights = job.all_experts * job.expert_parameters
+    moved = (
+        KEPT_PASSES * tokens * job.all_experts * job.form.kept(*job.expert_sizes) * e + WEIGHT_PASSES * FP32 * weights
+    )
+    work = _flops(job, tokens * job.all_experts) / cluster.flops(job.precision)
     work += moved / cluster.memory_bytes + DENSE_CALLS * cluster.call
     if ep == 1:
         return work

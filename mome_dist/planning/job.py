@@ -13,6 +13,8 @@ from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.config.derived import llm_terms_of, projector_inputs, schedule_of, views_of
 from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
+from mome_dist.moe.forms.base import ExpertForm
+from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
 from mome_dist.planning.hardware import BYTES
@@ -57,6 +59,7 @@ class Job:
         precision: "bf16" or "fp32", of the frozen weights and of hidden states; what trains is fp32.
         attention: "eager" or "sdpa".
         placement: "mhsa", "ffn", "layer" or "none".
+        expert: name of the experts' form.
         experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules; no experts, none a token and none
             shared in a run without.
         projector_parameters: of all streams together, routers included.
@@ -96,6 +99,7 @@ class Job:
     pad_heads: bool
     encoders: tuple[StepEncoder, ...] = ()
     terms: LowRankTerms | None = None
+    expert: str = DEFAULT
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -115,13 +119,23 @@ class Job:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert: two linear maps with biases."""
-        return 2 * self.bottleneck * self.shape.hidden_size + self.bottleneck + self.shape.hidden_size
+        """Parameters of one expert."""
+        return self.form.parameters(*self.expert_sizes)
 
     @property
-    def units(self) -> int:
-        """Hidden units of all experts of a layer together."""
-        return (self.experts + self.shared) * self.bottleneck
+    def form(self) -> ExpertForm:
+        """Of the experts."""
+        return find_form(self.expert)
+
+    @property
+    def expert_sizes(self) -> tuple[int, int]:
+        """H and b, what a form's costs are functions of."""
+        return self.shape.hidden_size, self.bottleneck
+
+    @property
+    def all_experts(self) -> int:
+        """Routed and shared experts of a layer."""
+        return self.experts + self.shared
 
     @property
     def low_width(self) -> int:
@@ -189,9 +203,12 @@ def held_parameters(job: Job, layout: Layout, layers: int, first_stage: bool) ->
     return sum(count for _, count in held) - routed, routed, partial
 
 
-def dispatches(layout: Layout, experts: int = 1) -> tuple[str, ...]:
-    """What ``mome.dispatch=auto`` chooses from; nothing to choose without experts."""
-    return ("alltoall", "gather" if layout.ep > 1 else "local") if experts else ("none",)
+def dispatches(layout: Layout, experts: int = 1, expert: str = DEFAULT) -> tuple[str, ...]:
+    """What ``mome.dispatch=auto`` chooses from, for a number of experts of a form; nothing to choose without any."""
+    if not experts:
+        return ("none",)
+    able = find_form(expert).dispatches
+    return tuple(name for name in ("alltoall", "gather" if layout.ep > 1 else "local") if name in able)
 
 
 @dataclass(frozen=True)
@@ -269,7 +286,8 @@ def job_of(
         placement=mome.placement,
         experts=mome.experts,
         top_k=mome.top_k if mome.experts else 0,
-        shared=mome.shared_experts if mome.experts else 0,
+        shared=mome.shared_experts if mome.placed else 0,
+        expert=mome.expert,
         bottleneck=mome.bottleneck,
         capacity_factor=mome.capacity_factor,
         projector_parameters=_projector_parameters(config, shape.hidden_size, widths),

@@ -18,8 +18,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.planning.job import Candidate, Job, held_parameters
 
 FP32, INDEX = 4, 8  # bytes
-# Rows that each expert's group is padded by in the all-to-all dispatch, and its units by their alignment.
-ROW_PADDING, UNIT_ALIGNMENT = 1.06, 8
+ROW_PADDING = 1.06  # rows that each expert's group is padded by in the all-to-all dispatch
 
 
 @dataclass(frozen=True)
@@ -175,23 +174,24 @@ def _term_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
 
 def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
     """What autograd keeps of one MoME module."""
-    if not job.experts:
+    if not job.all_experts:
         return 0.0
-    e, hidden = job.element_bytes, job.shape.hidden_size
+    e, hidden, sizes = job.element_bytes, job.shape.hidden_size, job.expert_sizes
     tokens_here = tokens / _sequence_share(candidate)
     inputs = tokens_here * hidden * (e + (FP32 if e < FP32 else 0))  # and their fp32 copy for the router
     router = tokens_here * (3 * job.experts * FP32 + job.top_k * (INDEX + FP32))
     if candidate.dispatch == "alltoall":
         kept = min(1.0, job.capacity_factor or 1.0) * job.top_k * ROW_PADDING * tokens_here
-        width = -(-(job.bottleneck + 1) // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
-        rows = kept * (hidden + 3 * width) * e + 2 * kept * INDEX
-        weights = 2 * job.experts / candidate.layout.ep * width * hidden * e
-        own = job.shared * job.bottleneck
-        shared = tokens_here * (4 * own + job.shared) * e + 2 * own * hidden * e
-        return inputs + router + rows + weights + shared
-    # Units before and after the activation, their gates, and their products; down- and up-projection in one piece.
-    units = tokens_here * (4 * job.units + job.experts + job.shared) * e
-    return inputs + router + units + (2 * job.units + job.experts + job.shared) * hidden * e
+        rows = kept * (hidden + job.form.kept_of_rows(*sizes)) * e + 2 * kept * INDEX
+        weights = job.experts / candidate.layout.ep * job.form.joined_of_rows(*sizes) * e
+        return inputs + router + rows + weights + _dense_bytes(job, job.shared, tokens_here)
+    return inputs + router + _dense_bytes(job, job.all_experts, tokens_here)
+
+
+def _dense_bytes(job: Job, experts: int, tokens: float) -> float:
+    """What autograd keeps of some experts that all tokens go through: values with their gates, and weights."""
+    kept, joined = job.form.kept(*job.expert_sizes), job.form.joined(*job.expert_sizes)
+    return job.element_bytes * experts * (tokens * (kept + 1) + joined)
 
 
 def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int) -> float:
@@ -200,8 +200,9 @@ def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int)
     feed_forward = tokens * (4 * shape.ffn_size / tp + 2 * hidden) * e
     length, of_view = candidate.longest_pass(job)[0]  # attention goes view by view
     attention = 3 * of_view * length * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
-    dense = job.experts and candidate.dispatch != "alltoall"
-    experts = tokens * (3 * job.units * e + 2 * hidden * FP32) if dense else 0.0
+    dense = job.all_experts and candidate.dispatch != "alltoall"
+    kept = job.all_experts * job.form.kept(*job.expert_sizes)
+    experts = tokens * (0.75 * kept * e + 2 * hidden * FP32) if dense else 0.0
     return max(feed_forward, attention, experts)
 
 

@@ -28,8 +28,8 @@ FORWARD_SHARE = 0.4
 LAYER_CALLS, STEP_CALLS = 150, 600  # operations of a frozen layer, forward and backward; of a microbatch besides
 # Bytes that clipping and AdamW read and write for a parameter; operations for a tensor that is reduced and stepped.
 OPTIMIZER_BYTES, TENSOR_CALLS = 52, 12
-# Tensors of a MoME module that train, whatever the number of experts: routed ones are packed, shared ones stacked.
-ROUTED_TENSORS, ROUTER_TENSORS, SHARED_TENSORS = 1, 1, 4
+# Tensors of a MoME module that train, whatever the number of experts; those of shared ones are their form's parts.
+ROUTED_TENSORS, ROUTER_TENSORS = 1, 1
 # Of the low-rank terms of a layer, whatever their number: operations forward and backward, and tensors that train.
 LOW_RANK_CALLS, LOW_RANK_TENSORS = 25, 2
 
@@ -221,7 +221,7 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     shared, routed, partial = held_parameters(job, layout, layers, first_stage=True)
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
-    of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + SHARED_TENSORS * (job.shared > 0)
+    of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + len(job.form.parts) * (job.shared > 0)
     of_layer += 0 if job.terms is None else LOW_RANK_TENSORS
     tensors = layers * of_layer
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)

@@ -24,6 +24,7 @@ from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
+from mome_dist.moe.unrouted import LocalUnrouted
 from mome_dist.speech.balance import SpeechRoutes, balance_losses
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
@@ -31,7 +32,7 @@ from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
 from mome_dist.speech.views import View
 
 
-def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
+def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted) -> None:
     """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook.
 
     ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike.
@@ -41,7 +42,7 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
     def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         first = output[0] if isinstance(output, tuple) else output
-        if mome.router_weight.device != first.device:
+        if mome.device != first.device:
             mome.to(
                 first.device
             )  # the layers of an LLM that was spread over devices say where each MoME module belongs
@@ -49,6 +50,14 @@ def _attach(layer: Any, placement: str, mome: LocalMoME) -> None:
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
     targets[placement].register_forward_hook(add, with_kwargs=True)
+
+
+def _experts(hidden_size: int, **arguments: Any) -> LocalMoME | LocalUnrouted:
+    """The experts beside a layer, with a router where there is something to choose."""
+    if arguments["routed_experts"]:
+        return LocalMoME(hidden_size, **arguments)
+    kept = ("shared_experts", "bottleneck", "expert")
+    return LocalUnrouted(hidden_size, **{name: arguments[name] for name in kept if name in arguments})
 
 
 def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
@@ -81,7 +90,8 @@ class MoMESpeechLM(nn.Module):
         placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         terms: low-rank ones of the LLM; None if it has none.
-        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`.
+        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`; without
+            routed experts there is no router.
     """
 
     def __init__(
@@ -98,8 +108,8 @@ class MoMESpeechLM(nn.Module):
         self.lora = lora
         hidden_size = llm.config.hidden_size
         layers = [] if placement == "none" else list(llm.model.layers)
-        self.mome = nn.ModuleList([LocalMoME(hidden_size, **mome_arguments) for _ in layers])
-        for layer, mome in zip(layers, self.momes, strict=True):
+        self.mome = nn.ModuleList([_experts(hidden_size, **mome_arguments) for _ in layers])
+        for layer, mome in zip(layers, self._beside_layers(), strict=True):
             _attach(layer, placement, mome)
         self._view: View | None = None  # of the pass under way
         self._tag_ids: dict[str, int] = {}  # of tags that have vectors of their own
@@ -143,8 +153,11 @@ class MoMESpeechLM(nn.Module):
 
     @property
     def momes(self) -> list[LocalMoME]:
-        """The MoME modules, first layer first; none in a model without experts."""
-        return cast(list[LocalMoME], list(self.mome))
+        """The MoME modules that have a router, first layer first; none in a model without routed experts."""
+        return [mome for mome in self._beside_layers() if isinstance(mome, LocalMoME)]
+
+    def _beside_layers(self) -> list[LocalMoME | LocalUnrouted]:
+        return cast(list[LocalMoME | LocalUnrouted], list(self.mome))
 
     @property
     def terms(self) -> LowRankTerms | None:
@@ -172,7 +185,7 @@ class MoMESpeechLM(nn.Module):
     def initialize(self, seed: int, embedding_scale: float) -> None:
         """The same initial values as every parallel layout."""
         self.projectors.initialize(seed, embedding_scale)
-        for number, mome in enumerate(self.momes):
+        for number, mome in enumerate(self._beside_layers()):
             mome.initialize(f"mome.{number}", seed)
         for number, adapted in enumerate(self._adapted()):
             adapted.initialize(f"{PREFIX}.{number}", seed)

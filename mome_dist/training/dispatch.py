@@ -11,6 +11,7 @@ from mome_dist.llm.shape import LLMShape
 from mome_dist.model.shared import llm_dtype
 from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
 from mome_dist.parallel.layout import Layout
+from mome_dist.planning.job import dispatches
 
 
 def settle_dispatch(
@@ -24,6 +25,9 @@ def settle_dispatch(
     mome = config.mome
     if not mome.experts or mome.dispatch != "auto":
         return mome.dispatch
+    possible = dispatches(layout, mome.experts, mome.expert)
+    if len(possible) == 1:
+        return possible[0]
     dtype = llm_dtype(config)
     load = LayerLoad(
         tokens=tokens,
@@ -32,6 +36,7 @@ def settle_dispatch(
         shared=mome.shared_experts,
         top_k=mome.top_k,
         bottleneck=mome.bottleneck,
+        expert=mome.expert,
         capacity_factor=mome.capacity_factor,
         element_bytes=dtype.itemsize,
         # Forward and the gradient of the input; frozen weights have none.

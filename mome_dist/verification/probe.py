@@ -124,7 +124,10 @@ def small_modules(config: RunConfig, llm: Path) -> RunConfig:
     config.projector = dataclasses.replace(config.projector, hidden_size=16)
     mome = config.mome
     config.mome = dataclasses.replace(
-        mome, routed_experts=8, top_k=min(mome.top_k, 3), bottleneck=min(mome.bottleneck, 4)
+        mome,
+        routed_experts=8 if mome.routed_experts else 0,
+        top_k=min(mome.top_k, 3),
+        bottleneck=min(mome.bottleneck, 4),
     )
     return config
 
@@ -174,7 +177,7 @@ def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> T
     """A value for a tensor, or for one row of it along the first dimension."""
     if index is None:
         return torch.stack([_awake(name, number, shape[1:], seed) for number in range(shape[0])])
-    return initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed)[..., 0]
+    return initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed, "uniform")[..., 0]
 
 
 def _frames(number: int, stream: str) -> int:

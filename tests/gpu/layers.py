@@ -76,7 +76,7 @@ def named_parts(module: ExpertParallelMoME, values: dict[str, Tensor]) -> dict[s
     packed = values["deepspeed_moe.experts.packed"].reshape(-1)
     for part in module.deepspeed_moe.experts.parts():
         stop = part.start + math.prod(part.shape)
-        found[f"routed.{part.expert}.{part.kind}"] = packed[part.start : stop].view(part.shape)
+        found[f"routed.{part.expert}.{part.part.name}"] = packed[part.start : stop].view(part.shape)
     for name, value in values.items():
         if name.startswith("shared."):
             for number, slice_ in enumerate(value):

@@ -38,8 +38,9 @@ def exact_and_deviation(sizes: Sizes) -> tuple[Tensor, Tensor]:
     ones_TS = torch.ones(sizes.tokens, sizes.shared, dtype=torch.float64)
     output_TH, squares_TH, variance_TH = (torch.zeros_like(hidden_TH) for _ in range(3))
     for stack, gate_TE in ((module.routed, gates_TE), (module.shared, ones_TS)):
-        down_NH, down_bias_N = stack.down_weight.detach().flatten(0, 1), stack.down_bias.detach().flatten()
-        up_NH, up_bias_EH = stack.up_weight.detach().transpose(1, 2).flatten(0, 1), stack.up_bias.detach()
+        down_EbH, down_bias_Eb, up_EHb, up_bias_EH = (part.detach() for part in stack.weights())
+        down_NH, down_bias_N = down_EbH.flatten(0, 1), down_bias_Eb.flatten()
+        up_NH = up_EHb.transpose(1, 2).flatten(0, 1)
         narrow_TN = hidden_TH @ down_NH.t() + down_bias_N
         active_TN = F.gelu(narrow_TN)
         gate_TN = gate_TE.repeat_interleave(sizes.bottleneck, dim=1)

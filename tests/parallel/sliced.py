@@ -37,7 +37,7 @@ def whole_values(prefix: str, hidden_size: int) -> dict[str, Tensor]:
     }
     scale = {"low_weight": 1.0, "down_weight": 1.0}
     return {
-        name: scale.get(name, 0.0) * initial_value(f"{prefix}.{name}.down_weight", shape, SEED)
+        name: scale.get(name, 0.0) * initial_value(f"{prefix}.{name}.down_weight", shape, SEED, "uniform")
         for name, shape in shapes.items()
     }
 

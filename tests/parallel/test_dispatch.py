@@ -26,7 +26,7 @@ SHAPE = (HIDDEN, EXPERTS, TOP_K, 1, BOTTLENECK)
 
 
 def _fill(name: str, value: torch.Tensor) -> None:
-    value.copy_(initial_value(f"{name}.down_weight", (*value.shape, 9), seed=0)[..., 0] * 3)
+    value.copy_(initial_value(f"{name}.down_weight", (*value.shape, 9), 0, "uniform")[..., 0] * 3)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def _experts(module: ExpertParallelMoME, values: torch.Tensor) -> Iterator[tuple
     """Number, kind and view of every expert's tensors in something shaped like their parameter."""
     for part in module.deepspeed_moe.experts.parts():
         stop = part.start + math.prod(part.shape)
-        yield part.expert, part.kind, values.view(-1)[part.start : stop].view(part.shape)
+        yield part.expert, part.part.name, values.view(-1)[part.start : stop].view(part.shape)
 
 
 def _hidden(rank: int = 0, tokens: int = TOKENS) -> torch.Tensor:

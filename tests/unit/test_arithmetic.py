@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from mome_dist.evaluation.arithmetic import active_and_total_parameters, expert_parameters, lora_parameters
+from mome_dist.evaluation.arithmetic import active_and_total_parameters, lora_parameters
+from mome_dist.moe.forms.registry import find_form
 from mome_dist.moe.local import LocalMoME
 
-LLAMA_3B = {"hidden_size": 3072, "layers": 28}
+LLAMA_3B: dict[str, Any] = {"hidden_size": 3072, "layers": 28}
 
 
 def test_published_counts_at_llama_3b() -> None:
@@ -34,4 +37,4 @@ def test_closed_form_counts_the_real_modules(
 
 def test_one_expert_is_two_linear_maps_with_biases() -> None:
     linears = [torch.nn.Linear(7, 3), torch.nn.Linear(3, 7)]
-    assert expert_parameters(7, 3) == sum(p.numel() for linear in linears for p in linear.parameters())
+    assert find_form("bottleneck").parameters(7, 3) == sum(p.numel() for linear in linears for p in linear.parameters())

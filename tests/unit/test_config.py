@@ -146,6 +146,16 @@ WRONG = [
     (["parallel.recompute=most"], 1, r"parallel.recompute='most': choose from none, selective, full"),
     (["mome=none"], 2, r"parallel.ep=2 spreads routed experts over ranks, but the run has none.*: set parallel.ep=1"),
     (["mome=none", "parallel.ep=1", "mome.top_k=3"], 2, r"mome.top_k=3 would have no effect: the run has no experts"),
+    (["mome.routed_experts=-1"], 2, r"mome.routed_experts=-1: must be at least 0"),
+    (["mome.expert=wide"], 2, r"mome.expert='wide': choose from bottleneck, gated, linear"),
+    (["mome.routed_experts=1"], 1, r"mome.routed_experts=1 leaves the router nothing to choose: .*routed_experts=0"),
+    (
+        ["mome.routed_experts=0", "mome.shared_experts=0"],
+        1,
+        r"mome.routed_experts=0 and mome.shared_experts=0 leave no",
+    ),
+    (["method=dense_bottleneck", "mome.top_k=3"], 1, r"mome.top_k=3 would have no effect: the run has no routed exper"),
+    (["method=dense_bottleneck", "parallel.ep=2"], 2, r"parallel.ep=2 spreads routed experts over ranks, but the run"),
     (["mome.placement=none", "mome.top_k=3"], 2, r"mome.top_k=3 would have no effect: the run has no experts"),
     (
         ["mome=none", "parallel.ep=1", "projector.trainable=false", "training.init_from=runs/other"],

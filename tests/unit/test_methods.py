@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mome_dist.config import load_config
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.values import check_values
+from mome_dist.evaluation.arithmetic import mome_parameters
+from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.unrouted import LocalUnrouted
 from mome_dist.paths import configs_dir
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
@@ -23,6 +27,7 @@ WIDE = {"audio": 1024, "video": 1024}  # Whisper medium, AV-HuBERT large
 
 def test_the_methods_are_those_of_the_family() -> None:
     assert [
+        "dense_bottleneck",
         "llama_avsr",
         *(f"llama_mtsk/{form}" for form in ("ms", "mss", "ss")),
         *(f"llama_smop/{form}" for form in ("dedr", "dejr", "jejr")),
@@ -37,7 +42,8 @@ def test_the_methods_are_those_of_the_family() -> None:
 def test_each_goes_with_every_experiment(method: str, experiment: str) -> None:
     config = load_config([f"experiment={experiment}", f"method={method}"])
     check_values(config)
-    assert (config.mome.experts > 0) == (method == "mome") == (config.llm.lora is None)
+    assert (config.mome.experts > 0) == (method == "mome")
+    assert config.mome.placed == (method in ("mome", "dense_bottleneck")) == (config.llm.lora is None)
     assert (config.projector.mixture is not None) == method.startswith("llama_smop")
 
 
@@ -103,6 +109,8 @@ LIPS = "vsr(1) vsr(2) vsr(3) vsr(4) vsr(5)"
 PUBLISHED = {
     "mome": MOME,
     "mome task=vsr": replace(MOME, learning_rate=5e-4, views=LIPS),
+    "dense_bottleneck": MOME,  # a control is trained as what it is compared with
+    "dense_bottleneck task=vsr": replace(MOME, learning_rate=5e-4, views=LIPS),
     "llama_avsr": STACKED,
     "llama_avsr task=asr": replace(STACKED, views="asr(3)"),
     "llama_avsr task=vsr": replace(STACKED, learning_rate=5e-4, views="vsr(3)", rank_of_lips=64),
@@ -158,6 +166,18 @@ def test_published_settings_give_way_to_the_command_line_and_to_other_experiment
     assert config.llm.lora is not None and config.llm.lora.start == "a_random"
     tiny = load_config(["experiment=tiny", "method=omni_avsr/st"])
     assert Path(tiny.llm.path).name == "tiny" and tiny.data.max_frames is None
+
+
+@pytest.mark.parametrize("placement", ["mhsa", "ffn"])
+def test_the_dense_control_trains_as_many_parameters_as_mome(placement: str) -> None:
+    config = load_config(["experiment=lrs3", "method=dense_bottleneck", f"mome.placement={placement}"]).mome
+    hidden, b = 3072, config.bottleneck
+    with torch.device("meta"):
+        dense = LocalUnrouted(hidden, config.shared_experts, b, config.expert)
+        mome = LocalMoME(hidden, 23, 4, 1, 12)
+    numbers, of_mome = (sum(p.numel() for p in module.parameters()) for module in (dense, mome))
+    assert numbers == 2 * hidden * b + b + hidden == 623 * hidden + 311 and of_mome == 623 * hidden + 288
+    assert mome_parameters(config, hidden, 28) == (28 * numbers, 28 * numbers)
 
 
 def test_rates_and_weights_are_those_of_the_papers() -> None:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
-from mome_dist.moe.experts import ExpertStack, dense_experts, initial_value
+from mome_dist.moe.bottleneck import dense_experts
+from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
@@ -164,7 +165,8 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
     hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
 
     def expert(stack: ExpertStack, n: int, h: torch.Tensor) -> torch.Tensor:
-        return stack.up_weight[n] @ F.gelu(stack.down_weight[n] @ h + stack.down_bias[n]) + stack.up_bias[n]
+        down, down_bias, up, up_bias = (part[n] for part in stack.weights())
+        return up @ F.gelu(down @ h + down_bias) + up_bias
 
     output = module(hidden)
     for token, result in zip(hidden.flatten(0, 1), output.flatten(0, 1), strict=True):
@@ -206,10 +208,10 @@ def test_an_untrained_module_adds_nothing() -> None:
 
 
 def test_initial_values_depend_on_name_and_seed_only() -> None:
-    first = initial_value("mome.1.routed.4.down_weight", (3, 16), seed=5)
-    assert first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), seed=5))
-    assert not first.equal(initial_value("mome.1.routed.5.down_weight", (3, 16), seed=5))
-    assert not first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), seed=6))
+    first = initial_value("mome.1.routed.4.down_weight", (3, 16), 5, "uniform")
+    assert first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), 5, "uniform"))
+    assert not first.equal(initial_value("mome.1.routed.5.down_weight", (3, 16), 5, "uniform"))
+    assert not first.equal(initial_value("mome.1.routed.4.down_weight", (3, 16), 6, "uniform"))
 
 
 def test_statistics_add_up_by_view_until_taken() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mome_dist.moe import local
+from mome_dist.moe import packed
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.packed import BIAS_INPUT, FEW_TOKENS
 from mome_dist.moe.router import Routing, choose_experts, route
@@ -106,7 +106,7 @@ def _in_place(module: LocalMoME) -> None:
 
 def _one_element(module: LocalMoME) -> None:
     assert module.shared is not None
-    module.shared.up_bias[0, 3] += 1
+    module.shared.get_parameter("up_bias")[0, 3] += 1
 
 
 def _optimizer(module: LocalMoME) -> None:
@@ -123,7 +123,7 @@ def _other_memory(module: LocalMoME) -> None:
 
 
 def _other_parameters(module: LocalMoME) -> None:
-    module.routed.down_weight = nn.Parameter(module.routed.down_weight * 2)
+    module.routed.down_weight = nn.Parameter(module.routed.get_parameter("down_weight") * 2)
     module.router_weight = nn.Parameter(module.router_weight.flip(0))
 
 
@@ -141,9 +141,9 @@ def _behind_autograd(module: LocalMoME) -> None:
 def _inference_mode(module: LocalMoME) -> None:
     """Tensors whose writes nothing counts."""
     with torch.inference_mode():
-        module.routed.up_weight = nn.Parameter(module.routed.up_weight * 2, requires_grad=False)
+        module.routed.up_weight = nn.Parameter(module.routed.get_parameter("up_weight") * 2, requires_grad=False)
         module(_hidden(1))
-        module.routed.up_weight.mul_(2)
+        module.routed.get_parameter("up_weight").mul_(2)
 
 
 CHANGES = [
@@ -176,13 +176,13 @@ def test_no_pack_outlives_its_weights(change: Callable[[LocalMoME], Any], tokens
 @torch.no_grad()
 def test_packing_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.dtype] = []
-    packing = local.PackedExperts
+    packing = packed.PackedExperts
 
     def counted(*arguments: Any) -> Any:
         made.append(arguments[-1])
         return packing(*arguments)
 
-    monkeypatch.setattr(local, "PackedExperts", counted)
+    monkeypatch.setattr(packed, "PackedExperts", counted)
     module = _module()
     for tokens in (*TOKENS, 1, 1):
         module(_hidden(tokens))

@@ -30,6 +30,7 @@ from mome_dist.engine.deepspeed_names import (
     optimizer_groups,
 )
 from mome_dist.moe.experts import initial_value
+from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.parallel.layout import Layout
 
 # Where a tensor lies in the nested dictionaries of a file.
@@ -217,5 +218,6 @@ def _idle_values(tensor: StateTensor, kind: str, expert: int) -> tuple[float, ..
     if kind != "model" or tensor.local == IDLE:
         return (0.0,) * tensor.count
     _, _, part = tensor.local.partition(f".{EXPERTS}.0.")
-    name = f"idle.routed.{expert}.{part.replace('.', '_')}" if part else "idle.router_weight"
-    return tuple(initial_value(name, tensor.shape, 0).flatten().tolist())
+    starts = {each.saved_name: (f"idle.routed.{expert}.{each.name}", each.start) for each in find_form(DEFAULT).parts}
+    name, start = starts[part] if part else ("idle.router_weight", "normal")
+    return tuple(initial_value(name, tensor.shape, 0, start).flatten().tolist())

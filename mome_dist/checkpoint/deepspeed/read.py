@@ -26,7 +26,7 @@ from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
-from mome_dist.engine.deepspeed_names import EXPERT_PARTS, EXPERTS, GATE, ModelTensors
+from mome_dist.engine.deepspeed_names import EXPERTS, GATE, ModelTensors
 from mome_dist.errors import UserError, first_line
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, from_json, of_format_2
@@ -202,9 +202,11 @@ class _Directory:
             for module_number, number in enumerate(with_experts):
                 expert = self._load(f"layer_{module_number}_expert_0_{rank}")
                 experts = shapes[f"mome.{number}.router_weight"][0]
-                for part, kind in EXPERT_PARTS.items():
-                    shape = expert[f"layer_{number}.{EXPERTS}.0.{part}"].shape
-                    shapes[f"mome.{number}.routed.{kind}"] = (experts, *shape)
+                first = f"layer_{number}.{EXPERTS}.0."
+                for key, value in expert.items():
+                    if key.startswith(first):
+                        kind = key.removeprefix(first).replace(".", "_")
+                        shapes[f"mome.{number}.routed.{kind}"] = (experts, *value.shape)
         return shapes
 
     def _check(self, planned: PlannedFile, place: Place, stored: Stored) -> int:

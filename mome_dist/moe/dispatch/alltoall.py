@@ -18,7 +18,7 @@ from torch import Tensor
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Flight, all_to_all, gathered
 from mome_dist.moe.experts import ExpertStack
-from mome_dist.moe.ragged import Groups, by_expert, lay_out, ragged_experts
+from mome_dist.moe.ragged import Groups, by_expert
 from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.router import Routing
 from mome_dist.token_context import TokenContext
@@ -55,8 +55,7 @@ class AllToAllDispatch(Dispatch):
     def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
         self.routing = routing = self.gate(hidden_TH, context.alive_N)
         counting = self._count(routing)
-        packed_EP, shapes = self.experts.packed, self.experts.shapes
-        laid_out = lay_out(packed_EP, shapes, hidden_TH.dtype)  # beside the counts that travel
+        laid_out = self.experts.laid_out(hidden_TH.dtype)  # beside the counts that travel
         # The one wait of the host for the device: it must know how many rows travel.
         counts_RX = counting.land().view(-1, self.num_experts + 1).tolist()
         self.capacity = self._capacity(counts_RX)
@@ -72,9 +71,7 @@ class AllToAllDispatch(Dispatch):
         groups = Groups.of(received_SL, self.training, hidden_TH.device)
         if self.ep_size == 1:
             rows = groups.placement.after(tokens)
-            results_PH = ragged_experts(
-                rows.spread(hidden_TH), groups.gates(gates_R), packed_EP, shapes, laid_out, groups
-            )
+            results_PH = self.experts.ragged(rows.spread(hidden_TH), groups.gates(gates_R), laid_out, groups)
             output_TH = rows.collect(results_PH)
             return output_TH if shared is None else output_TH + shared(hidden_TH)
         held = self.num_local_experts
@@ -86,7 +83,7 @@ class AllToAllDispatch(Dispatch):
         shared_TH = None if shared is None else shared(hidden_TH)
         gates_P = groups.gates(there[0].finish())
         rows_PH = groups.placement.spread(there[1].finish())
-        results_PH = ragged_experts(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
+        results_PH = self.experts.ragged(rows_PH, gates_P, laid_out, groups)
         back = all_to_all(self.ep_group, rows_there, parts)
         back.start(groups.placement.collect(results_PH))
         output_TH = tokens.collect(back.finish())

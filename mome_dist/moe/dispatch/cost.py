@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mome_dist.moe.dispatch.exchange import gathered, summed_share
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.moe.load import PassLoad
 from mome_dist.token_context import TokenContext
 
@@ -43,6 +44,7 @@ class LayerLoad:
         capacity_factor: as configured; None drops nothing.
         element_bytes: of a hidden value.
         frozen_flops: of the frozen layer for these tokens, forward and backward.
+        expert: name of the experts' form.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class LayerLoad:
     capacity_factor: float | None
     element_bytes: int
     frozen_flops: float
+    expert: str = DEFAULT
 
     @property
     def rows(self) -> float:
@@ -61,8 +64,8 @@ class LayerLoad:
         return self.tokens * self.top_k * min(self.capacity_factor or 1.0, 1.0)
 
     def expert_flops(self, rows: float) -> float:
-        """Forward and backward of one expert (two products) for each of ``rows`` rows."""
-        return PRODUCTS * 4 * rows * self.bottleneck * self.hidden_size
+        """Forward and backward of one expert for each of ``rows`` rows."""
+        return PRODUCTS * 2 * rows * find_form(self.expert).macs(self.hidden_size, self.bottleneck)
 
     @property
     def dense_flops(self) -> float:
@@ -76,7 +79,7 @@ class LayerLoad:
 
     def weight_bytes(self, ep: int) -> float:
         """Bytes of weights that a rank sends: gathered in the precision of the hidden states, reduced in fp32."""
-        parameters = self.experts * (2 * self.bottleneck * self.hidden_size + self.bottleneck + self.hidden_size)
+        parameters = self.experts * find_form(self.expert).parameters(self.hidden_size, self.bottleneck)
         return parameters * (self.element_bytes + 4) * (ep - 1) / ep
 
     def token_bytes(self, ep: int) -> float:
@@ -173,6 +176,7 @@ def _layer(load: LayerLoad, group: dist.ProcessGroup, dispatch: str, device: tor
         load.top_k,
         load.shared,
         load.bottleneck,
+        expert=load.expert,
         ep_size=dist.get_world_size(group),
         dispatch=dispatch,
         capacity_factor=load.capacity_factor,

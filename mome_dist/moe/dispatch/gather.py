@@ -15,10 +15,11 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
+from mome_dist.moe.columns import unpack
 from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange, all_gather
-from mome_dist.moe.experts import ExpertStack, dense_experts
-from mome_dist.moe.routed import RoutedExperts, unpack
+from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.triton.experts import kernel_experts, runs_as_one_kernel
 from mome_dist.token_context import TokenContext
 
@@ -37,12 +38,13 @@ class GatherDispatch(Dispatch):
             self._exchange.start(self.experts.packed.flatten())
 
     def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
-        gate, experts = self.gate, self.num_experts + (len(shared.up_bias) if shared is not None else 0)
-        if not runs_as_one_kernel(hidden_TH, experts):
+        gate, experts = self.gate, self.num_experts + (len(shared) if shared is not None else 0)
+        if not (self.experts.form.kernel and runs_as_one_kernel(hidden_TH, experts)):
             self.routing = routing = gate(hidden_TH, context.alive_N)
             packed_EP = self._packed(hidden_TH.dtype)
             weights = unpack(packed_EP, self.experts.shapes, packed_EP.dtype)
-            return dense_experts(hidden_TH, weights, routing.gates_TE(), shared)
+            of_shared = None if shared is None else shared.weights()
+            return self.experts.form.dense(hidden_TH, weights, routing.gates_TE(), of_shared)
         output_TH, self.routing = kernel_experts(
             hidden_TH,
             gate.logits(hidden_TH),

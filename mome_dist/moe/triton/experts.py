@@ -1,10 +1,10 @@
 """A MoME layer between its two products as one kernel forward and one backward, on CUDA.
 
 Scores, top-K, gates, GELU, the gates as a mask, and the sums of the balance losses are some twenty small operations in
-PyTorch's form (`mome_dist.moe.router`, `mome_dist.moe.experts.dense_experts`), each of which the host has to ask for.
-That form is the reference, and what other devices run; it computes the same, but for roundings: here everything between
-the products is fp32, which PyTorch's form rounds to the products' precision at each step. Where scores are equal,
-`torch.topk` promises no order; here the expert with the lowest number comes first.
+PyTorch's form (`mome_dist.moe.router`, `mome_dist.moe.bottleneck.dense_experts`), each of which the host has to ask
+for. That form is the reference, and what other devices run; it computes the same, but for roundings: here everything
+between the products is fp32, which PyTorch's form rounds to the products' precision at each step. Where scores are
+equal, `torch.topk` promises no order; here the expert with the lowest number comes first.
 
 **The kernels have never run on a GPU.** They pass their tests in Triton's interpreter on a CPU, and the compiler makes
 machine code for compute capabilities 8.0 and 9.0 of them.
@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertStack, ExpertWeights, joined_maps, weight_gradients
-from mome_dist.moe.routed import columns, packed_gradient
+from mome_dist.moe.bottleneck import ExpertWeights, joined_maps, weight_gradients
+from mome_dist.moe.columns import Shapes, columns, packed_gradient
+from mome_dist.moe.experts import ExpertStack
 from mome_dist.token_context import TokenContext
 
 MOST_EXPERTS = 256  # routed and shared ones; of more, a program's row would not stay in registers
@@ -91,7 +92,7 @@ def kernel_experts(
     hidden_TH: Tensor,
     logits_TE: Tensor,
     packed_EP: Tensor,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Shapes,
     shared: ExpertStack | None,
     context: TokenContext,
     *,
@@ -100,7 +101,7 @@ def kernel_experts(
     score: str,
     bias_E: Tensor | None,
 ) -> tuple[Tensor, KernelRouting]:
-    """`mome_dist.moe.router.route` and `mome_dist.moe.experts.dense_experts` together.
+    """`mome_dist.moe.router.route` and `mome_dist.moe.bottleneck.dense_experts` together.
 
     Args:
         hidden_TH: fp32 or bf16 [T, H], which is also the precision of the products.
@@ -139,13 +140,13 @@ class _KernelExperts(torch.autograd.Function):
         logits_TE: Tensor,
         packed_EP: Tensor,
         form: LayerForm,
-        shapes: tuple[tuple[int, ...], ...],
+        shapes: Shapes,
         members_VT: Tensor,
         alive_T: Tensor | None,
         bias_E: Tensor | None,
         *shared: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stacks = [columns(packed_EP, shapes), *([ExpertWeights(*shared)] if shared else [])]
+        stacks = [ExpertWeights(*columns(packed_EP, shapes)), *([ExpertWeights(*shared)] if shared else [])]
         down_NH, up_HM = joined_maps(stacks, hidden_TH.dtype)
         logits_TE, members_VT = logits_TE.contiguous(), members_VT.contiguous()
         narrow_TN = hidden_TH @ down_NH.t()

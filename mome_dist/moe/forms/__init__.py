@@ -1,0 +1,1 @@
+"""Forms of an expert: its tensors, and what is computed of them; `mome_dist.moe.forms.registry` lists them."""

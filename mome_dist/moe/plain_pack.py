@@ -1,0 +1,58 @@
+"""Experts of any form and their router, cast once for any number of passes that need no gradient.
+
+Shape suffixes: T tokens, H hidden size, E routed experts, K of them a token, S shared ones, X all (routed first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mome_dist.moe.packed import Choose
+
+
+class Pack(Protocol):
+    """All experts of a layer and their router, laid out for inference."""
+
+    def added_to(self, base_TH: Tensor, hidden_TH: Tensor, choose: Choose) -> Tensor:
+        """``base + MoME(hidden)``: [T, H]."""
+
+
+class PlainPack:
+    """A `Pack` for every form, in the precision of the hidden states; the router stays in fp32.
+
+    Args:
+        dense: of their form (`mome_dist.moe.forms.base.ExpertForm.dense`).
+        router_weight: fp32 [E, H].
+        stacks: stacked parts of the routed experts, and of shared ones if there are any.
+        dtype: of the hidden states.
+    """
+
+    def __init__(
+        self,
+        dense: Callable[[Tensor, Sequence[Tensor], Tensor], Tensor],
+        router_weight: Tensor,
+        stacks: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._dense, self._router_EH = dense, router_weight.detach().float().clone()
+        self._parts_X = [torch.cat([part.detach() for part in parts]).to(dtype) for parts in zip(*stacks, strict=True)]
+        routed, experts = len(router_weight), len(self._parts_X[0])
+        self._shared_S = torch.arange(routed, experts, device=router_weight.device)
+        self._is_shared_1X = (torch.arange(experts, device=router_weight.device) >= routed).float()[None]
+
+    def added_to(self, base_TH: Tensor, hidden_TH: Tensor, choose: Choose) -> Tensor:
+        """As `Pack.added_to`. One token on a CPU reads the weights of its experts only; more go through all experts,
+        and the gates are a mask."""
+        experts_TK, gates_TK = choose(F.linear(hidden_TH.float(), self._router_EH))
+        if len(hidden_TH) == 1 and hidden_TH.device.type == "cpu":
+            experts = torch.cat([experts_TK[0], self._shared_S])
+            gates = torch.cat([gates_TK, gates_TK.new_ones(1, len(self._shared_S))], dim=1)
+            own = [part.index_select(0, experts) for part in self._parts_X]
+            return base_TH + self._dense(hidden_TH, own, gates)
+        gates_TX = self._is_shared_1X.expand(len(hidden_TH), -1).scatter(1, experts_TK, gates_TK)
+        return base_TH + self._dense(hidden_TH, self._parts_X, gates_TX)
