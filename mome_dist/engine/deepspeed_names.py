@@ -199,13 +199,13 @@ class ModelTensors:
 
 
 def _module_order(name: str) -> list[tuple[int, int | str]]:
-    """Sorts names as torch walks modules: numbers by value (also in ``rate16``), a layer's weight before its bias."""
+    """Sorts names as torch walks modules: numbers by value (also in ``rate16``), a weight before the bias beside it."""
     module = name.partition(".")[0]
     place = MODULE_ORDER.index(module) if module in MODULE_ORDER else len(MODULE_ORDER)
     pieces = [piece for piece in re.split(r"\.|(\d+)", name) if piece]
     return [
         (0, place),
-        *((0, int(piece)) if piece.isdigit() else (1, "" if piece == "weight" else piece) for piece in pieces),
+        *((0, int(piece)) if piece.isdigit() else (1, piece.removesuffix("weight")) for piece in pieces),
     ]
 
 

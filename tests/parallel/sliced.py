@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mome_dist.model import build
 from mome_dist.model.distributed import Chunk
 from mome_dist.moe.experts import initial_value
+from mome_dist.moe.forms.base import part_order
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.sharing import Sharing
 from mome_dist.verification import run
@@ -53,7 +54,7 @@ class PlainAdapter(nn.Module):
 
     def __init__(self, prefix: str, hidden_size: int) -> None:
         super().__init__()
-        for name, value in sorted(whole_values(prefix, hidden_size).items()):
+        for name, value in sorted(whole_values(prefix, hidden_size).items(), key=lambda named: part_order(named[0])):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class SlicedAdapter(PlainAdapter):
     def __init__(self, prefix: str, layer: int, hidden_size: int, sequence_parallel: bool) -> None:
         nn.Module.__init__(self)
         self.layer, self.sequence_parallel = layer, sequence_parallel
-        for name, value in sorted(whole_values(prefix, hidden_size).items()):
+        for name, value in sorted(whole_values(prefix, hidden_size).items(), key=lambda named: part_order(named[0])):
             part = NamedPart.whole(name, value, self._sharing(name))
             self.register_parameter(name, nn.Parameter(part.here(value).clone()))
 

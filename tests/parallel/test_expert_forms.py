@@ -48,7 +48,9 @@ LAYOUTS = [
 
 
 def _probe(folder: Path, settings: str) -> Probe:
-    return Probe(shrunk(load_config([*EXPERIMENT, settings, "optimizer.epsilon=1e-2"]), folder), steps=3)
+    config = shrunk(load_config([*EXPERIMENT, settings, "optimizer.epsilon=1e-2"]), folder)
+    config.mome.capacity_factor = None  # what a full expert drops depends on the layout
+    return Probe(config, steps=3)
 
 
 @pytest.mark.parametrize(("settings", "case", "optimizer"), LAYOUTS)
