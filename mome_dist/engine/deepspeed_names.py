@@ -136,12 +136,10 @@ class ModelTensors:
     ) -> None:
         self.shapes = dict(shapes)
         self.sharing = sharing or {name: of_format_2(name, shape) for name, shape in shapes.items()}
-        routers = (re.fullmatch(r"mome\.(\d+)\.router_weight", name) for name in shapes)
-        numbers = {int(router[1]) for router in routers if router is not None}
-        # Without a router a module's experts are trained parts like others.
-        self._moe = {
-            name for name in shapes if (found := re.match(r"mome\.(\d+)\.", name)) and int(found[1]) in numbers
-        }
+        found = {name: match for name in shapes if (match := re.match(r"mome\.(\d+)\.(routed\.)?", name))}
+        # Where nothing is routed, experts are trained parts like others.
+        numbers = {int(match[1]) for match in found.values() if match[2]}
+        self._moe = {name for name, match in found.items() if int(match[1]) in numbers}
         self.layers = len(numbers) if layers is None else layers
         if numbers and numbers != set(range(self.layers)):
             raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
