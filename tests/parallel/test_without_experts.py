@@ -21,6 +21,7 @@ from mome_dist.config import load_config
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac
 from mome_dist.export.adapter import export_adapter, export_checkpoint
+from mome_dist.inference.load import load_run
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.probe import Probe, shrunk
@@ -140,6 +141,29 @@ def test_the_whole_pipeline(lab: Lab, tiny_corpus: Corpus, tmp_path: Path) -> No
     assert one.read_bytes() == other.read_bytes()
     page = (run / "report/report.md").read_text()
     assert "| MoME | none |" in page and "Expert load" not in page and "Expert activations" not in page
+
+
+def test_a_dense_bottleneck_is_evaluated_exported_and_reported_without_a_router(
+    lab: Lab, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    run, more = tmp_path / "run", ["method=dense_bottleneck", "training.save_every=1"]
+    lab.train(2, run, *more, "training.steps=2")
+    newest = checkpoints_of(run)[0]
+    reshard(newest, tmp_path / "native", "deepspeed", Layout.for_world(4, tp=2, pp=2), 1)
+    write_average(tmp_path / "mean", [read_checkpoint(path) for path in checkpoints_of(run)])
+    assert run_world(_evaluated, 1, [f"checkpoint={run}", "limit=2", "max_new_tokens=3"], lab.cache) == [0]
+    assert not (run / "evaluation/activations.npz").exists() and not (run / "routing.jsonl").exists()
+    sound = tmp_path / "sound.flac"
+    sound.write_bytes(encode_flac(tiny_corpus.audio(tiny_corpus.split("test")[0])))
+    card = run_world(_from_there_on, 1, run, tmp_path, sound, lab.cache)[0]
+    trained, exported = (load_run(place).model.state_dict() for place in (run, tmp_path / "export of native"))
+    assert trained.keys() == exported.keys() and all(torch.equal(trained[name], exported[name]) for name in trained)
+    numbers = sum(value.numel() for name, value in trained.items() if name.startswith("mome."))
+    assert numbers == 4 * (2 * 64 * 311 + 311 + 64)  # layers of the laboratory's LLM, and its hidden size
+    assert f"{numbers:,} MoME" in card and "without a router" in card and "routed" not in card
+    page = (run / "report/report.md").read_text()
+    assert "bottleneck of width 311; no router" in page and f"{numbers:,} trained" in page
+    assert "Expert load" not in page and "Expert activations" not in page and "| router |" not in page
 
 
 def test_encoders_learn_without_experts_and_beside_kept_projectors(lab: Lab, tmp_path: Path) -> None:
