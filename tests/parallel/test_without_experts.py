@@ -152,7 +152,7 @@ def test_a_dense_bottleneck_is_evaluated_exported_and_reported_without_a_router(
     reshard(newest, tmp_path / "native", "deepspeed", Layout.for_world(4, tp=2, pp=2), 1)
     write_average(tmp_path / "mean", [read_checkpoint(path) for path in checkpoints_of(run)])
     assert run_world(_evaluated, 1, [f"checkpoint={run}", "limit=2", "max_new_tokens=3"], lab.cache) == [0]
-    assert not (run / "evaluation/activations.npz").exists() and not (run / "routing.jsonl").exists()
+    assert not (run / "evaluation/activations.safetensors").exists() and not (run / "routing.jsonl").exists()
     sound = tmp_path / "sound.flac"
     sound.write_bytes(encode_flac(tiny_corpus.audio(tiny_corpus.split("test")[0])))
     card = run_world(_from_there_on, 1, run, tmp_path, sound, lab.cache)[0]
