@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mome_dist.adapters.terms import SHARED, TASK
 from mome_dist.config import load_config
@@ -53,6 +54,7 @@ EVERY: list[tuple[Callable[..., None], dict[str, Any]]] = [
 EVERY += [(of_forms.test_dense_equals_ragged_equals_one_at_a_time, {"training": on}) for on in (True, False)]
 EVERY += [(of_forms.test_neighbours_change_no_bit, {"training": on}) for on in (True, False)]
 EVERY += [(of_forms.test_what_decodes_is_what_trains, {"shared": 1})]
+EVERY += [(of_forms.test_autograd_keeps_what_the_planner_counts, {"dtype": torch.bfloat16})]
 
 
 @pytest.mark.parametrize(("check", "more"), EVERY)

@@ -188,8 +188,9 @@ class ExpertForm(ABC):
         return sum(math.prod(shape) for shape in self.shapes(hidden_size, bottleneck) if len(shape) > 1)
 
     def kept(self, hidden_size: int, bottleneck: int) -> int:
-        """Values that autograd keeps for a row in one expert, beside the row and the gate."""
-        return hidden_size + 2 * bottleneck
+        """Values that autograd keeps for a row in one expert, beside the row and the gate: by default its output, which
+        the gate multiplies, and two maps of b units before and after what is not linear."""
+        return hidden_size + 4 * bottleneck
 
     def kept_of_rows(self, hidden_size: int, bottleneck: int) -> int:
         """The same in `ragged`."""
