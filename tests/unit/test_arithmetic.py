@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,14 +9,14 @@ from mome_dist.evaluation.arithmetic import active_and_total_parameters, lora_pa
 from mome_dist.moe.forms.registry import find_form
 from mome_dist.moe.local import LocalMoME
 
-LLAMA_3B: dict[str, Any] = {"hidden_size": 3072, "layers": 28}
+LLAMA_3B = (3072, 28)  # hidden size, layers
 
 
 def test_published_counts_at_llama_3b() -> None:
-    count = active_and_total_parameters(**LLAMA_3B, routed_experts=23, top_k=4, shared_experts=1, bottleneck=12)
+    count = active_and_total_parameters(*LLAMA_3B, routed_experts=23, top_k=4, shared_experts=1, bottleneck=12)
     assert count.active == 12_732_048
     assert count.total == 53_596_032
-    assert lora_parameters(**LLAMA_3B, query_width=3072, value_width=1024, rank=96) == 27_525_120
+    assert lora_parameters(*LLAMA_3B, query_width=3072, value_width=1024, rank=96) == 27_525_120
 
 
 @pytest.mark.parametrize(
