@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe import ragged
-from mome_dist.moe.experts import ExpertStack, ExpertWeights, dense_experts
+from mome_dist.moe.bottleneck import ExpertWeights, dense_experts
+from mome_dist.moe.columns import unpack
+from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, Placement, by_expert, lay_out, ragged_experts
-from mome_dist.moe.routed import RoutedExperts, part_shapes, unpack
+from mome_dist.moe.routed import RoutedExperts
 
 TOKENS, HIDDEN, EXPERTS, BOTTLENECK = 9, 16, 6, 3
 
@@ -27,7 +31,7 @@ def _stack(experts: int, seed: int) -> ExpertStack:
     return stack
 
 
-def _one_by_one(hidden_TH: Tensor, weights: ExpertWeights, gates_TE: Tensor) -> Tensor:
+def _one_by_one(hidden_TH: Tensor, weights: Sequence[Tensor], gates_TE: Tensor) -> Tensor:
     output_TH = torch.zeros_like(hidden_TH)
     for expert, (down, down_bias, up, up_bias) in enumerate(zip(*weights, strict=True)):
         narrow = F.gelu(F.linear(hidden_TH, down, down_bias))
@@ -39,11 +43,12 @@ def _one_by_one(hidden_TH: Tensor, weights: ExpertWeights, gates_TE: Tensor) -> 
 def test_dense_experts_and_their_gradients(shared_experts: int) -> None:
     routed = _stack(EXPERTS, seed=10)
     shared = _stack(shared_experts, seed=20) if shared_experts else None
+    of_shared = None if shared is None else shared.weights()
     hidden, gates = _random(TOKENS, HIDDEN, seed=1).requires_grad_(), _random(TOKENS, EXPERTS, seed=2).requires_grad_()
     expected = _one_by_one(hidden, routed.weights(), gates)
     if shared is not None:
         expected = expected + _one_by_one(hidden, shared.weights(), torch.ones(TOKENS, shared_experts))
-    actual = dense_experts(hidden, routed.weights(), gates, shared)
+    actual = dense_experts(hidden, routed.weights(), gates, of_shared)
     torch.testing.assert_close(actual, expected)
     inputs = [hidden, gates, *routed.parameters(), *(shared.parameters() if shared is not None else ())]
     weight = _random(TOKENS, HIDDEN, seed=3)
@@ -60,7 +65,7 @@ def test_in_bf16_the_parameters_and_gates_keep_fp32_gradients_that_are_close() -
     weight, gradients = _random(TOKENS, HIDDEN, seed=3), {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [hidden.to(dtype).requires_grad_(), gates.clone().requires_grad_(), *routed.parameters()]
-        output = dense_experts(inputs[0], routed.weights(), inputs[1], shared)
+        output = dense_experts(inputs[0], routed.weights(), inputs[1], shared.weights())
         assert output.dtype is dtype
         gradients[dtype] = torch.autograd.grad(output, inputs, weight.to(dtype))
     for exact, rounded in zip(gradients[torch.float32], gradients[torch.bfloat16], strict=True):
@@ -111,7 +116,7 @@ def _routes(tokens: int, seed: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def _ragged(
-    hidden_TH: Tensor, gates_TK: Tensor, weights: ExpertWeights, experts_TK: Tensor, kept_TK: Tensor, training: bool
+    hidden_TH: Tensor, gates_TK: Tensor, weights: Sequence[Tensor], experts_TK: Tensor, kept_TK: Tensor, training: bool
 ) -> Tensor:
     """The routed experts of one rank, as the dispatch puts them together."""
     counts = torch.bincount(experts_TK[kept_TK], minlength=EXPERTS).tolist()
@@ -120,7 +125,7 @@ def _ragged(
     rows = groups.placement.after(tokens)
     gates_P = groups.gates(gates_TK.flatten()[order_R])
     packed_EP = torch.cat([part.flatten(1) for part in weights], dim=1)
-    shapes = part_shapes(hidden_TH.shape[1], BOTTLENECK)
+    shapes = tuple(tuple(part.shape[1:]) for part in weights)
     laid_out = lay_out(packed_EP, shapes, hidden_TH.dtype)
     return rows.collect(ragged_experts(rows.spread(hidden_TH), gates_P, packed_EP, shapes, laid_out, groups))
 

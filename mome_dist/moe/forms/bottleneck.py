@@ -48,13 +48,19 @@ class Bottleneck(WideForm):
 
         return dense_experts(hidden_TH, routed, gates_TE, shared)
 
+    def lay_out(self, packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> Any:
+        """As `ExpertForm.lay_out`: both maps padded, the output bias as one more unit."""
+        from mome_dist.moe.ragged import lay_out
+
+        return lay_out(packed_EP, shapes, dtype)
+
     def ragged(
         self, rows_PH: Tensor, gates_P: Tensor, packed_EP: Tensor, shapes: Shapes, laid_out: Any, groups: Groups
     ) -> Tensor:
         """As `ExpertForm.ragged`, as grouped products."""
         from mome_dist.moe.ragged import ragged_experts
 
-        return ragged_experts(rows_PH, gates_P, laid_out, groups)
+        return ragged_experts(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
 
     def packed(self, router_weight: Tensor, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
         """As `ExpertForm.packed`: output biases are one more unit."""
