@@ -228,6 +228,26 @@ def test_autograd_keeps_what_the_planner_counts(name: str, dtype: torch.dtype) -
     assert sum(kept.values()) == pytest.approx(expected * dtype.itemsize, rel=0.2), output.shape
 
 
+def test_ragged_experts_keep_what_the_planner_counts() -> None:
+    hidden_size, bottleneck, experts = 64, 12, 4
+    form, groups = find_form("bottleneck"), Groups.of([[32] * experts], True, torch.device("cpu"))
+    packed_EP = _random(experts, form.parameters(hidden_size, bottleneck)).requires_grad_()
+    rows_PH, gates_P = _random(32 * experts, hidden_size).requires_grad_(), _random(32 * experts)
+    shapes = form.shapes(hidden_size, bottleneck)
+    kept = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() if tensor is not rows_PH else 0
+        return tensor
+
+    laid_out = form.lay_out(packed_EP, shapes, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        form.ragged(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
+    rows = len(rows_PH) * (form.kept_of_rows(hidden_size, bottleneck) + 1)
+    assert kept == rows + experts * form.joined_of_rows(hidden_size, bottleneck)
+
+
 def _lora(hidden_TH: Tensor, down_bH: Tensor, up_Hb: Tensor) -> Tensor:
     return hidden_TH @ down_bH.t() @ up_Hb.t()
 
