@@ -136,7 +136,7 @@ class ModelTensors:
     ) -> None:
         self.shapes = dict(shapes)
         self.sharing = sharing or {name: of_format_2(name, shape) for name, shape in shapes.items()}
-        found = {name: match for name in shapes if (match := re.match(r"mome\.(\d+)\.(routed\.)?", name))}
+        found = {name: match for name in shapes if (match := re.match(r"mome\.(\d+)\.(routed\.|router_)?", name))}
         # Where nothing is routed, experts are trained parts like others.
         numbers = {int(match[1]) for match in found.values() if match[2]}
         self._moe = {name for name, match in found.items() if int(match[1]) in numbers}
