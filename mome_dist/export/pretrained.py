@@ -231,6 +231,7 @@ class MoMESpeechModel(PreTrainedModel):
         target = Path(save_directory)
         if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
             raise UserError(f"{target} exists, and an export replaces nothing: name another directory or remove it.")
+        hub = {key: value for key, value in hub.items() if value is not None}
         if hub and not push_to_hub:
             raise UserError(f"save_pretrained({min(hub)}=...): an export has no use for it; leave it out.")
         self._write(target, max_shard_size, ())
