@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from mome_dist.speech import mixture
 from mome_dist.speech.balance import ProjectorBalance
 from mome_dist.training.adaptation import Adaptation
 from mome_dist.training.batches import Step
+from mome_dist.tuning.forked import timed_steps
 from mome_dist.verification.compare import explain
 from mome_dist.verification.encoders import RankEncoders
-from mome_dist.verification.probe import Probe, shrunk
+from mome_dist.verification.probe import Probe, shrunk, write_random_llama
 from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verifier
+from tests.parallel.worlds import run_world
 from tests.unit.test_methods import METHODS
 
 Verifiers = Callable[[str], Verifier]
@@ -73,6 +76,17 @@ def test_encoders_that_train_share_their_clips(verifiers: Verifiers, optimizer: 
     terms = [name for name in found if name.startswith("lora.video.")]
     assert len(terms) == 4 and all(found[name].any() for name in terms)
     assert not any(name.startswith("projectors.") for name in found)
+
+
+def test_the_tuner_times_steps_of_encoders_that_train(tmp_path: Path) -> None:
+    llm, losses = write_random_llama(tmp_path), []
+    for world in (1, 2):
+        layout = ["parallel=single", f"parallel.tp={world}"]
+        config = load_config(["experiment=tiny", "llm.precision=fp32", "method=omni_avsr/st", *layout])
+        steps = run_world(timed_steps, world, config, llm, {"zero_optimization": {"stage": 1}}, 3)[0]
+        assert min(step.seconds for step in steps) > 0
+        losses.append([step.loss for step in steps])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[0][0] != losses[0][2]
 
 
 def _sequence_parts_not_summed() -> None:
