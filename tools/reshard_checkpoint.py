@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.target} ({options.format}, {layout.describe()}, ZeRO {options.zero})"
     )
     if options.format == "deepspeed":
-        print(f"weights alone: --format hf of {options.target}; zero_to_fp32 and ds_to_universal stop at experts")
+        others = "; zero_to_fp32 and ds_to_universal stop at experts" if outcome.experts else ""
+        print(f"weights alone: --format hf of {options.target}{others}")
 
 
 if __name__ == "__main__":

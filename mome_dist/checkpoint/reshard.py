@@ -46,6 +46,7 @@ class Outcome:
         read, written: bytes of the source's tensors and of the target's files.
         seconds: of wall clock.
         notes: what the source does not hold, or could not be checked.
+        experts: routed ones of a layer; zero in a run without.
     """
 
     source_content: str
@@ -54,6 +55,7 @@ class Outcome:
     written: int
     seconds: float
     notes: list[str]
+    experts: int
 
 
 def reshard(
@@ -118,7 +120,7 @@ def reshard(
                 raise UserError(f"{source}: its tensors do not have the content hash that it names; use an older one.")
         read = sum(facts.count * item_size(facts.dtype) for facts in opened.facts.values())
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return Outcome(expected, content, read, size, time.monotonic() - began, notes)
+    return Outcome(expected, content, read, size, time.monotonic() - began, notes, model.routed_experts)
 
 
 @contextmanager

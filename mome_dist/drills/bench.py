@@ -69,7 +69,9 @@ class Bench:
         """
         if processes < 2:
             raise UserError(f"--nproc is {processes}: drills need at least two processes, one to lose.")
-        chosen = [*overrides, *(_shrinking(folder) if shrink else [])]
+        chosen = [*overrides]
+        if shrink:
+            chosen += _shrinking(folder, load_config(overrides).mome.experts > 0)
         fixed = [
             "training.epochs=null",
             "training.validate_every=0",
@@ -141,8 +143,12 @@ def _rank(overrides: list[str], cache: Path, injections: Sequence[Injection], no
     return train.main(overrides)
 
 
-def _shrinking(folder: Path) -> list[str]:
-    """Make a small corpus and random models; return the overrides that use them."""
+def _shrinking(folder: Path, experts: bool) -> list[str]:
+    """Make a small corpus and random models; return the overrides that use them.
+
+    Args:
+        experts: whether the run has any to be made fewer.
+    """
     corpus = generate_corpus(CORPUS, folder / "corpora" / "whole", workers=1)
     opened = Corpus.open(corpus)
     tokenizer = word_tokenizer(utterance.text for name in opened.split_names for utterance in opened.split(name))
@@ -157,8 +163,7 @@ def _shrinking(folder: Path) -> list[str]:
         "task.views_per_step=null",
         "data.batch_size=8",
         "data.max_frames=null",
-        "mome.routed_experts=8",
-        "mome.dispatch=alltoall",
+        *(["mome.routed_experts=8", "mome.dispatch=alltoall"] if experts else []),
         "projector.hidden_size=64",
         "optimizer.warmup_steps=0",
     ]

@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mome_dist.adapters.lora import PREFIX
-from mome_dist.adapters.terms import by_number
+from mome_dist.adapters.terms import SHARED, by_number
 from mome_dist.checkpoint.format import CheckpointReader
-from mome_dist.evaluation.style import LINE_STYLES, grid, shades, styled
+from mome_dist.evaluation.style import INK, LINE_STYLES, grid, shades, styled
 from mome_dist.training_log import Floats
 
 _NAME = re.compile(rf"model/({PREFIX}\.(\d+)\.([qv])\.(\w+))\.a")
@@ -55,7 +55,8 @@ def term_norm_figure(norms: Mapping[str, Mapping[str, Floats]]) -> Figure:
         for axes, (projection, terms) in zip(panels.flat, sorted(norms.items()), strict=True):
             names = sorted(terms, key=by_number)
             for number, (term, color) in enumerate(zip(names, shades(_COLOR, len(names)), strict=True)):
-                style = LINE_STYLES[number % len(LINE_STYLES)]
+                # The term of all views is what the others are compared with.
+                style, color = ("-", INK) if term == SHARED else (LINE_STYLES[number % len(LINE_STYLES)], color)
                 axes.plot(terms[term], label=term.replace("_", " "), color=color, linestyle=style, marker="o", ms=2.5)
             axes.set_title(_TITLES[projection])
             axes.set_xlabel("layer")

@@ -259,7 +259,9 @@ def _losses(files: RunFiles, out: Path) -> Sequence[str]:
 
 
 def _evaluate_command(files: RunFiles) -> str:
-    return f"`python -m mome_dist.evaluate checkpoint={files.directory} baselines=[chance,untrained]`"
+    # Features of an encoder that trained are not those of the model before training.
+    baselines = "chance" if lora_of(files.config) else "chance,untrained"
+    return f"`python -m mome_dist.evaluate checkpoint={files.directory} baselines=[{baselines}]`"
 
 
 def _recognition(files: RunFiles, out: Path) -> Sequence[str]:
@@ -273,7 +275,7 @@ def _recognition(files: RunFiles, out: Path) -> Sequence[str]:
         f"{_limits(decoding)}, nothing sampled; texts compared in {results['normalizer']}.\n"
     )
     reading = (
-        "How to read it: bars are the trained model, one set of weights at every rate; coarser rates are cheaper. A "
+        "How to read it: bars are the one trained model at every rate; coarser rates are cheaper. A "
         "bar near its chance line has not learned to use that stream."
     )
     views = results["views"]

@@ -11,8 +11,9 @@ from mome_dist.adapters.lora import PREFIX
 from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
 from mome_dist.config.derived import lora_of
-from mome_dist.config.schema import ProjectorConfig
+from mome_dist.config.schema import ProjectorConfig, RunConfig
 from mome_dist.evaluation.tables import markdown_report
+from mome_dist.export.citations import citations
 from mome_dist.hub import model_at
 from mome_dist.inference.load import LoadedRun
 from mome_dist.speech.views import View
@@ -38,12 +39,12 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
         ERROR_RATES: _error_rates(results),
         USE: usage(run.views[0]),
         "Licences": _licences(run, document),
-        "Citation": "MoME: Mixture of Matryoshka Experts for Audio-Visual Speech Recognition, "
-        "[arXiv 2510.04136](https://arxiv.org/abs/2510.04136).",
+        **_citation(run.config),
     }
     level = "#"
+    tags = "mome, adapter" if run.config.mome.experts else "adapter"
     text = (
-        f"---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [mome, adapter]\n"
+        f"---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [{tags}]\n"
         f"{_base_models(run, document)}---\n"
     )
     for title, body in sections.items():
@@ -76,11 +77,12 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
     views: dict[str, list[str]] = {}
     for view in run.views:
         views.setdefault(view.task, []).append(view.rates)
-    kind, experts = "Projectors from frozen encoders into a frozen language model, without experts", []
+    trained = "Projectors and LoRA" if adapted else "Projectors"
+    source = "encoders with LoRA" if lora_of(run.config) else "frozen encoders"
+    kind, experts = f"{trained} from {source} into a frozen language model, without experts", []
     if mome.experts:
         kind = (
-            "Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from frozen "
-            "encoders"
+            f"Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from {source}"
         )
         experts = [
             f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of form "
@@ -103,7 +105,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         *(["- `peft/` has the same for PEFT's `PeftModel.from_pretrained`, a folder for each sum of terms."] * alone),
         *(f"- LoRA of the {stream} encoder: `{lora}`." for stream, lora in lora_of(run.config).items()),
         "",
-        "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One set of weights has all.",
+        "A rate is the number of frames a token, of 50 a second in audio and 25 in video. One model has all.",
     ]
     return "\n".join(lines)
 
@@ -128,7 +130,7 @@ def _numbers(run: LoadedRun, document: Mapping[str, Any]) -> str:
     parts = ", ".join(trained) + kept
     rows = {
         "parameters trained": f"{counts['trained']:,} ({parts})",
-        "MoME parameters active a token": f"{counts['mome_active_per_token']:,}",
+        **_active_experts(run, counts),
         **_active_terms(counts),
         "parameters of the frozen LLM": f"{llm['parameters']:,} in {run.config.llm.precision}",
         **_training(run),
@@ -145,9 +147,19 @@ def _training(run: LoadedRun) -> dict[str, str]:
     return {"training": steps, "corpus": f"`{Path(run.config.data.corpus).name}`"}
 
 
+def _active_experts(run: LoadedRun, counts: Mapping[str, int]) -> dict[str, str]:
+    active = f"{counts['mome_active_per_token']:,}"
+    return {"MoME parameters active a token": active} if run.config.mome.experts else {}
+
+
 def _active_terms(counts: Mapping[str, int]) -> dict[str, str]:
     active = counts.get(f"{PREFIX}_active_per_token")
     return {} if active is None else {"LoRA parameters of the LLM active a token": f"{active:,}"}
+
+
+def _citation(config: RunConfig) -> dict[str, str]:
+    papers = citations(config)
+    return {"Citation": "\n".join(f"- {paper}" for paper in papers)} if papers else {}
 
 
 def _error_rates(results: Mapping[str, Any] | None) -> str:

@@ -103,11 +103,11 @@ def _print(
     for check in checks:
         console.print(f"  measured there, {check}", soft_wrap=True)
     table = Table(title=f"the fastest of {len(found.plans)} layouts that fit")
-    columns = ("tp", "pp", "dp", "ep", "zero", "dispatch", "sp", "recompute", "accum.", "clips", "GB", "s a step")
-    for column in columns:
+    rows = [_row(plan, job) for plan in distinct(found.plans)[:top]]
+    for column in rows[0]:
         table.add_column(column, justify="left" if column in ("dispatch", "sp", "recompute") else "right")
-    for plan in distinct(found.plans)[:top]:
-        table.add_row(*_row(plan, job))
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
     best = found.plans[0]
     _print_memory(job, cluster, best, console)
@@ -142,18 +142,24 @@ def distinct(plans: tuple[Plan, ...]) -> list[Plan]:
     return list(seen.values())
 
 
-def _row(plan: Plan, job: Job) -> list[str]:
+def _row(plan: Plan, job: Job) -> dict[str, str]:
+    """What is told of a plan, by column; of experts only where there are any."""
     candidate, layout = plan.candidate, plan.candidate.layout
-    return [
-        *(str(size) for size in (layout.tp, layout.pp, layout.dp, layout.ep, candidate.zero)),
-        candidate.dispatch,
-        "yes" if layout.sequence_parallel else "no",
-        layout.recompute,
-        str(candidate.accumulation),
-        str(candidate.utterances(job)),
-        f"{plan.memory.total / GB:.1f}",
-        f"{plan.time.total:.3f}",
-    ]
+    row = {
+        "tp": str(layout.tp),
+        "pp": str(layout.pp),
+        "dp": str(layout.dp),
+        "ep": str(layout.ep),
+        "zero": str(candidate.zero),
+        "dispatch": candidate.dispatch,
+        "sp": "yes" if layout.sequence_parallel else "no",
+        "recompute": layout.recompute,
+        "accum.": str(candidate.accumulation),
+        "clips": str(candidate.utterances(job)),
+        "GB": f"{plan.memory.total / GB:.1f}",
+        "s a step": f"{plan.time.total:.3f}",
+    }
+    return row if job.experts else {name: value for name, value in row.items() if name not in ("ep", "dispatch")}
 
 
 def _print_memory(job: Job, cluster: Cluster, plan: Plan, console: Console) -> None:

@@ -136,7 +136,7 @@ def _layouts(job: Job, cluster: Cluster) -> Iterator[tuple[Layout | str, str]]:
             if job.shape.layers % pp:
                 yield f"tp{tp} pp{pp}", f"pp does not divide the LLM's {job.shape.layers} layers evenly"
                 continue
-            for ep in divisors(world // tp // pp):
+            for ep in divisors(world // tp // pp) if job.experts else (1,):  # nothing else is spread so
                 for split in (False, True) if tp > 1 else (False,):
                     for recompute in recompute_ways:
                         layout = Layout.for_world(world, tp, pp, ep, sequence_parallel=split, recompute=recompute)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
-from mome_dist.config.derived import encoder_sections, layout_of, refuse_lora
+from mome_dist.config.derived import encoder_sections, layout_of
 from mome_dist.config.load import load_config
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
@@ -44,7 +44,6 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
 
         check_values(config)
         settle_models(config, encoder_sections(config), weights=False)
-        refuse_lora(config, "--shrink runs steps on random features, which no encoder made")
         deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp)
         llm = write_random_llama(scratch / "llm")
         runner = ForkedRunner(base, options.nproc, options.steps, options.timeout, llm)

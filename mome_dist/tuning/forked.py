@@ -17,8 +17,10 @@ from mome_dist.engine.engine import Engine
 from mome_dist.model.build import build_distributed
 from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.training.step import forward_backward
 from mome_dist.tuning.outcome import TimedStep
+from mome_dist.verification.encoders import RankEncoders, trained_encoders
 from mome_dist.verification.probe import Probe, small_modules
 
 TIMEOUT_SECONDS = 60
@@ -36,14 +38,19 @@ def timed_steps(config: RunConfig, llm: Path, settings: Mapping[str, Any], steps
     dispatch = {"auto": "gather" if layout.ep > 1 else "local"}.get(config.mome.dispatch, config.mome.dispatch)
     probe, timed = Probe(config, steps, current_device()), []
     with parallel_world(layout, config.seed, TIMEOUT_SECONDS) as at:
-        model = build_distributed(config, layout, probe.widths, dispatch, probe.device).train()
+        encoders = trained_encoders(config, probe.widths) if at.pp == 0 else {}
+        terms = LoRATerms.of({stream: encoder.to(probe.device) for stream, encoder in encoders.items()})
+        model = build_distributed(config, layout, probe.widths, dispatch, probe.device, lora=terms).train()
+        online = RankEncoders(encoders, probe.device)
         engine = Engine(model, config.optimizer, settings, layout.sequence_parallel)
         for number in range(steps):
             step = probe.step(number, at.dp, layout)
             dist.barrier()
             began = time.perf_counter()
+            step = online.load(step)
             with engine.accumulate():
                 loss = forward_backward(model, step).loss
+                online.backward()
             engine.step(config.optimizer.learning_rate)
             elapsed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
             dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.run import Case
+
+_DISPATCH = re.compile(",? (all-to-all|local|gather)")
 
 
 def _case(name: str, world: int, zero: int = 1, dispatch: str = "alltoall", **settings: Any) -> Case:
@@ -13,17 +17,19 @@ def _case(name: str, world: int, zero: int = 1, dispatch: str = "alltoall", **se
     return Case(name, Layout.for_world(world, **settings), zero, dispatch, **other)
 
 
-def standard_cases(experts: bool = True) -> list[Case]:
+def standard_cases(experts: bool = True, beside: bool = False) -> list[Case]:
     """At least one case for every axis and every pair of them that meets in the code.
 
     Args:
         experts: whether the model has any; without, the cases that differ in nothing else are left out.
+        beside: whether, without experts, anything trains beside the projectors, so that these may be kept.
     """
     if experts:
         return _cases()
     left = (case for case in _cases() if case.layout.ep == 1 and case.placement is None)
-    left = (case for case in left if case.train_projectors is not False)  # something must train
-    return list({(case.layout, case.zero, case.precision): case for case in left}.values())
+    left = (case for case in left if beside or case.train_projectors is not False)  # something must train
+    found = {(case.layout, case.zero, case.precision, case.train_projectors): case for case in left}
+    return [dataclasses.replace(case, name=_DISPATCH.sub("", case.name)) for case in found.values()]
 
 
 def _cases() -> list[Case]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.derived import check_llm_terms, layout_of, refuse_lora
+from mome_dist.config.derived import check_llm_terms, layout_of, lora_of
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
@@ -41,13 +41,14 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
         console = Console(width=LOG_WIDTH)
     config = load_config(options.overrides)
     check_values(config)
-    refuse_lora(config, "layouts are verified on random features, which no encoder made")
     deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp if options.nproc else None)
     console.print(deepspeed.describe(), highlight=False, soft_wrap=True)
     if options.shrink:
         config = shrunk(config, scratch / "llm")
     settle_models(config, ["llm"])
-    cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard_cases(config.mome.experts > 0)
+    beside = config.llm.lora is not None or bool(lora_of(config))
+    standard = standard_cases(config.mome.experts > 0, beside)
+    cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard
     cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]
     if not cases:
@@ -89,7 +90,8 @@ def _own_case(config: RunConfig, world_size: int, deepspeed: DeepSpeedSettings) 
 
 def _row(verdict: Verdict, config: RunConfig) -> list[str]:
     case, comparison = verdict.case, verdict.comparison
-    name = f"{case.name} ({case.dispatch})" if case.dispatch not in case.name else case.name
+    told = config.mome.experts > 0 and case.dispatch not in case.name
+    name = f"{case.name} ({case.dispatch})" if told else case.name
     head = [name, str(case.layout.world_size), verdict.optimizer]
     if comparison is None:
         return [*head, *["-"] * len(KINDS), "[red]failed"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
-from mome_dist.config.schema import RunConfig
+from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.distributed import MicroBatch
@@ -33,6 +33,7 @@ from mome_dist.training.batches import Step, input_tokens, token_multiple
 WIDTHS = {"audio": 12, "video": 10}  # of the random features
 TAGS = {"bos": 1, "eos": 2, "prompt": 3, "audio": (4, 5), "video": (6, 7)}
 FIRST_WORD = 8  # ids below it are tags
+SMALL_RANK = 4  # of low-rank terms in small modules
 CPU = torch.device("cpu")
 
 
@@ -120,7 +121,10 @@ def small_modules(config: RunConfig, llm: Path) -> RunConfig:
     config = dataclasses.replace(config)
     config.llm = dataclasses.replace(config.llm, path=str(llm), pad_heads=False)
     if (lora := config.llm.lora) is not None:
-        config.llm.lora = dataclasses.replace(lora, rank=min(lora.rank or 4, 4), reduction=None)
+        config.llm.lora = dataclasses.replace(lora, rank=min(lora.rank or SMALL_RANK, SMALL_RANK), reduction=None)
+    audio, video = config.audio_encoder, config.video_encoder
+    config.audio_encoder = dataclasses.replace(audio, lora=_small_lora(audio.lora))
+    config.video_encoder = dataclasses.replace(video, lora=_small_lora(video.lora))
     config.projector = dataclasses.replace(config.projector, hidden_size=16)
     mome = config.mome
     config.mome = dataclasses.replace(
@@ -130,6 +134,13 @@ def small_modules(config: RunConfig, llm: Path) -> RunConfig:
         bottleneck=min(mome.bottleneck, 4),
     )
     return config
+
+
+def _small_lora(lora: LoRAConfig | None) -> LoRAConfig | None:
+    """Low-rank terms of an encoder with a small rank and the same scale."""
+    if lora is None or lora.rank <= SMALL_RANK:
+        return lora
+    return dataclasses.replace(lora, rank=SMALL_RANK, alpha=lora.alpha * SMALL_RANK / lora.rank)
 
 
 def write_random_llama(directory: Path, layers: int = 4, heads: int = 4, kv_heads: int = 2, tied: bool = False) -> Path:

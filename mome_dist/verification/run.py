@@ -20,7 +20,9 @@ from mome_dist.parallel.device import current_device
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import by_parameter
+from mome_dist.speech.lora import LoRATerms
 from mome_dist.training.step import forward_backward
+from mome_dist.verification.encoders import RankEncoders, encoded, trained_encoders
 from mome_dist.verification.probe import Probe, wake, wake_reference
 
 TIMEOUT_SECONDS = 60
@@ -114,13 +116,19 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
         if plant is not None:
             plant()
         probe = dataclasses.replace(probe, device=current_device())
-        model = build_distributed(probe.config, case.layout, probe.widths, case.dispatch, probe.device).train()
+        encoders = trained_encoders(probe.config, probe.widths) if at.pp == 0 else {}
+        terms = LoRATerms.of({stream: encoder.to(probe.device) for stream, encoder in encoders.items()})
+        model = build_distributed(
+            probe.config, case.layout, probe.widths, case.dispatch, probe.device, lora=terms
+        ).train()
+        online = RankEncoders(encoders, probe.device)
         wake(model.trained_parts(), probe.config.seed)
         engine = Engine(model, settings, case.settings, case.layout.sequence_parallel)
         for number in range(probe.steps):
-            step = probe.step(number, at.dp, case.layout)
+            step = online.load(probe.step(number, at.dp, case.layout))
             with engine.accumulate():
                 outcome.losses.append(forward_backward(model, step).loss)
+                online.backward()
             if number == 0:
                 outcome.gradients = _named(model, lambda p: engine.gradient(p))
             engine.step(settings.learning_rate)
@@ -134,7 +142,8 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     DeepSpeed, no process group."""
     probe = configured(probe, case)
     settings, outcome = optimizer_of(probe, optimizer), Outcome()
-    model = build_reference(probe.config, probe.widths).train()
+    encoders = trained_encoders(probe.config, probe.widths)
+    model = build_reference(probe.config, probe.widths, lora=LoRATerms.of(encoders)).train()
     wake_reference(model, probe.config.seed)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if optimizer == "sgd":
@@ -148,7 +157,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     if sink_loss:
         model.keep_states()
     for number in range(probe.steps):
-        step, total = probe.step(number, 0, Layout.for_world(1)), 0.0
+        step, total = encoded(probe.step(number, 0, Layout.for_world(1)), encoders), 0.0
         for batch in step.microbatches:
             loss = model.loss(batch.tokens, batch.features, step.weights)
             loss = loss / (step.label_tokens * len(step.views))

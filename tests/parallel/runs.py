@@ -30,7 +30,7 @@ from tests.parallel.worlds import run_world
 LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
 
 
-def _without_experts(overrides: Sequence[str]) -> bool:
+def without_experts(overrides: Sequence[str]) -> bool:
     methods = [override for override in overrides if override.startswith("method=")]
     return "mome=none" in overrides or any(method != "method=mome" for method in methods)
 
@@ -70,7 +70,7 @@ class Lab:
             f"output_dir={output}",
             "data.batch_size=8",
             "data.max_frames=null",
-            *(() if _without_experts(more) else ("mome.routed_experts=8", "mome.capacity_factor=null")),
+            *(() if without_experts(more) else ("mome.routed_experts=8", "mome.capacity_factor=null")),
             "projector.hidden_size=64",
             "optimizer.warmup_steps=0",
             "training.steps=5",

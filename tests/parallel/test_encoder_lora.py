@@ -218,7 +218,10 @@ def test_decoding_and_exports_have_the_trained_encoder(
     for view, loss in trained.items():
         np.testing.assert_allclose(run[view], loss, rtol=1e-5)
         assert abs(untrained[view] / loss - 1) > 1e-3
-    assert "LoRA of the video encoder: `{rank: 4, alpha: 8," in (tmp_path / "export/README.md").read_text()
+    card = (tmp_path / "export/README.md").read_text()
+    assert (
+        "LoRA of the video encoder: `{rank: 4, alpha: 8," in card and "with projectors from encoders with LoRA" in card
+    )
 
 
 @pytest.mark.parametrize("key", ["training.resume=true", "training.init_from"])

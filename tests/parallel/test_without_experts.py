@@ -42,7 +42,7 @@ PROBE = [
     "task.avsr_video_rates=[5]",
 ]
 CASES = {case.name: case for case in standard_cases(experts=False)}
-VERIFIED = ["dp2 zero0", "tp2 sp", "pp2 zero0", "tp2 pp2 zero2", "pp2 recompute full gather", "pp2 interleaved"]
+VERIFIED = ["dp2 zero0", "tp2 sp", "pp2 zero0", "tp2 pp2 zero2", "pp2 recompute full", "pp2 interleaved"]
 
 
 def _probe(folder: Path, *more: str) -> Probe:

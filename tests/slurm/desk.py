@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 from launchers.slurm import tries
-from tests.parallel.runs import Lab
+from tests.parallel.runs import Lab, without_experts
 from tests.patience import patience
 from tests.slurm.cluster import Cluster
 
@@ -51,7 +51,7 @@ class Desk:
         """Arguments that make a run ``runs/NAME`` of any experiment small, with our models and corpus."""
         usual = [
             "llm=tiny",
-            "mome.dispatch=alltoall",
+            *(() if without_experts(more) else ("mome.dispatch=alltoall",)),
             "audio_encoder.padding=clip",
             "task.views_per_step=2",
             "data.decode_threads=1",

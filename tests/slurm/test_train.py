@@ -16,7 +16,10 @@ from tests.slurm.desk import Desk, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.parallel, pytest.mark.timeout(480)]
 
 STEPS = "training.steps=4"
-CUT, SPREAD = ["parallel.tp=2", "parallel.pp=2", STEPS], ["parallel.tp=2", "parallel.ep=2", STEPS]
+SPREAD = ["parallel.tp=2", "parallel.ep=2", STEPS]
+# Without experts: low-rank terms of the LLM and of the video encoder, one drawn pair of rates for all tasks of a step.
+OMNI = ["method=omni_avsr/st", "task.views_per_step=null", "training.steps=24", "training.save_every=4"]
+CUT = [*OMNI, "parallel.tp=2", "parallel.pp=2"]
 
 
 def test_every_documented_command_is_run_here() -> None:
@@ -50,12 +53,14 @@ def started(desk: Desk) -> dict[str, Job]:
         "slurm": start(desk, "slurm", [*readme.command(readme.SLURM), together], *SPREAD),
         "submitit": start(desk, "submitit", readme.command(readme.SUBMITIT), *SPREAD),
     }
+    jobs["sbatch"].wait_for_step(4, 240)
+    desk.cluster.run(["scontrol", "requeue", jobs["sbatch"].id])
     for job in jobs.values():
         job.wait_for_end(240)
     return jobs
 
 
-@pytest.mark.parametrize("name", ["sbatch", "slurm", "submitit"])
+@pytest.mark.parametrize("name", ["slurm", "submitit"])
 def test_two_nodes_train_like_one_process(started: dict[str, Job], one_process: list[float], name: str) -> None:
     job = started[name]
     assert job.state == "COMPLETED", job.output()
@@ -64,6 +69,20 @@ def test_two_nodes_train_like_one_process(started: dict[str, Job], one_process: 
     summary = job.summary()
     assert (summary["state"], summary["exit_code"], summary["tries"][0]["reason"]) == ("finished", 0, "finished")
     assert (summary["tries"][0]["first_step"], summary["tries"][0]["last_step"]) == (0, 4)
+
+
+def test_a_run_without_experts_is_requeued_goes_on_and_is_reported(started: dict[str, Job], desk: Desk) -> None:
+    """Two ranks hold slices of its low-rank terms, two stages its layers; the first of them trains the encoder."""
+    job, unbroken = started["sbatch"], desk.reference("unbroken-omni", *OMNI, world=4, tp=2, pp=2)
+    assert job.state == "COMPLETED", job.output()
+    assert job.losses() == unbroken and len(unbroken) == 24
+    assert job.restarts == 1 and job.accounted(2) == ["REQUEUED", "COMPLETED"]
+    first, second = job.summary()["tries"]
+    assert first["reason"].startswith("requeued") and 4 <= second["first_step"] < 24 and second["reason"] == "finished"
+    desk.run(["python", "-m", "mome_dist.report", "run=runs/sbatch"], timeout=120)
+    page = (job.run / "report/report.md").read_text()
+    assert "| MoME | none |" in page and "Expert load" not in page
+    assert (job.run / "report/lora.png").is_file()
 
 
 def test_experts_are_spread_over_both_nodes(started: dict[str, Job]) -> None:

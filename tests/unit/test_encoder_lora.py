@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Candidate, Clip, job_of
 from mome_dist.planning.llms import find_shape
 from mome_dist.planning.memory import FP32, memory
-from mome_dist.speech.lora import LoRATerms
+from mome_dist.speech.lora import LoRATerms, lora_layers
+from mome_dist.verification.encoders import trained_encoders
 from tests.encoder_directories import encoder_directories
-from tools import cache_features, tune_deepspeed, verify_layouts
+from tools import cache_features
 
 ONLINE = ["experiment=tiny", "data.features=online"]
 EVERYWHERE = {stream: f"{{rank: 3, targets: [{', '.join(names)}]}}" for stream, names in LORA_TARGETS.items()}
@@ -56,24 +56,20 @@ def test_wrong_settings_are_named(settings: list[str], message: str) -> None:
         check_values(load_config([*ONLINE, *settings]))
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "words"),
-    [
-        (verify_layouts.main, ["--shrink"], "layouts are verified on random features"),
-        (cache_features.main, [], "the features of an encoder that trains change with every step"),
-        (tune_deepspeed.main, ["--shrink", "--nproc", "2"], "--shrink runs steps on random features"),
-    ],
-)
-def test_commands_on_features_of_no_encoder_refuse_it(
-    encoders: list[str],
-    command: Callable[[Sequence[str]], int],
-    arguments: list[str],
-    words: str,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("stream", EVERYWHERE)
+def test_encoders_of_verifications_have_all_layers_that_may_be_named(stream: str) -> None:
+    config = load_config([*ONLINE, f"{stream}_encoder.lora={EVERYWHERE[stream]}"])
+    encoder = trained_encoders(config, {stream: 8})[stream]
+    assert set(lora_layers(encoder)) == set(LORA_TARGETS[stream])
+
+
+def test_features_of_an_encoder_that_trains_are_not_cached(
+    encoders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command([*arguments, *ONLINE, *encoders, "audio_encoder.lora={rank: 4}"]) == 2
+    assert cache_features.main([*ONLINE, *encoders, "audio_encoder.lora={rank: 4}"]) == 2
     said = capsys.readouterr().err
-    assert f"audio_encoder.lora is set, but {words}" in said and "set audio_encoder.lora=null" in said
+    assert "audio_encoder.lora is set, but the features of an encoder that trains change with every step" in said
+    assert "set audio_encoder.lora=null" in said
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mome_dist import evaluate, report
+from mome_dist.config.load import load_config, save_config
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.consistency import (
@@ -20,7 +21,7 @@ from mome_dist.evaluation.consistency import (
     agreement_of_views,
     profiles,
 )
-from mome_dist.evaluation.report import RunFiles
+from mome_dist.evaluation.report import RunFiles, write_report
 from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 from tests.evaluation_run import make_run
 
@@ -184,3 +185,11 @@ def test_damaged_results_are_named(tmp_path: Path, tiny_corpus_dir: Path) -> Non
     (run / "evaluation" / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json"):
         RunFiles.read(run)
+
+
+@pytest.mark.parametrize(("method", "baselines"), [("mome", "chance,untrained"), ("omni_avsr/st", "chance")])
+def test_the_evaluation_that_a_report_names_can_be_run(tmp_path: Path, method: str, baselines: str) -> None:
+    """An encoder that trains leaves no features of an untrained model, and evaluation refuses that baseline."""
+    save_config(load_config(["experiment=tiny", f"method={method}"]), tmp_path / "config.yaml")
+    page = write_report(tmp_path).read_text()
+    assert f"checkpoint={tmp_path} baselines=[{baselines}]`" in page
