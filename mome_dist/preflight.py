@@ -141,7 +141,7 @@ def _check_start(config: RunConfig) -> None:
         found = find_trained(given)
     except UserError as error:
         raise UserError(f"training.init_from: {error}") from error
-    if found is None or found.kind == EXPORT:
+    if found.kind == EXPORT:
         raise UserError(
             f"training.init_from={given} is an export; a run starts from a run, a checkpoint, or an adapter of PEFT."
         )

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from mome_dist.errors import UserError
 from mome_dist.hints import did_you_mean, near
-from mome_dist.hub import SCHEME
 
 RUN, CHECKPOINT, EXPORT = "run", "checkpoint", "export"
 KEYS = ("checkpoint", "run")  # by which a place may be named
@@ -65,14 +64,12 @@ def place_argument(word: str) -> Path:
     return Path(place)
 
 
-def find_trained(place: str | Path) -> Trained | None:
-    """What is at a place; None for an export on the hub, which is not here yet.
+def find_trained(place: str | Path) -> Trained:
+    """What is at a place.
 
     Raises:
         UserError: nothing trained is there; the message says what is.
     """
-    if str(place).startswith(SCHEME):
-        return None
     path = Path(place)
     if (path / "index.json").is_file():
         return Trained(CHECKPOINT, path, path / "config.yaml")
@@ -99,6 +96,8 @@ def is_export(path: Path) -> bool:
 def nothing_at(place: str | Path) -> UserError:
     """What to tell about a place where a run, a checkpoint or an export should be and is not."""
     path = Path(place)
+    if str(place).startswith("hf:/"):
+        return UserError(f"{place}: what was trained is read from a folder: `hf download OWNER/NAME --local-dir DIR`.")
     if not path.exists():
         shown = _trained_in(path.parent) if path.parent.is_dir() else []
         alike = near(path.name, [found.name for found in shown])
@@ -139,7 +138,7 @@ def run_of(place: str | Path) -> Path:
     if (path / "config.yaml").is_file() and not (path / "index.json").is_file():
         return path
     found = find_trained(path)
-    if found is None or found.kind == EXPORT:
+    if found.kind == EXPORT:
         raise UserError(f"{path} is an export, which knows nothing of its training: name the run.")
     if found.kind == CHECKPOINT:
         raise UserError(f"{path} is a checkpoint outside of its run (RUN/checkpoints/): name the run.")

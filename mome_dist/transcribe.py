@@ -18,12 +18,13 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, add_frozen_options, frozen_of, main_guard
 from mome_dist.config.derived import views_of
+from mome_dist.config.models import config_of_trained
 from mome_dist.data.films import film_with
 from mome_dist.errors import UserError
-from mome_dist.evaluation.checks import check_view, trained_config
+from mome_dist.evaluation.checks import check_view
 from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.views import streams_read, view_of
-from mome_dist.trained import place_argument
+from mome_dist.trained import find_trained, place_argument
 
 
 @main_guard
@@ -40,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     view = view_of(options.audio_rate, options.video_rate)
     if options.num_beams is not None and options.num_beams < 1:
         raise UserError(f"--num-beams {options.num_beams} must be at least 1.")
-    config = trained_config(options.run)
-    if config is not None:
-        check_view(config, view, "rates")
-        if view not in views_of(config):
-            trained = ", ".join(map(str, views_of(config)))
-            print(f"note: {view} was not trained; trained are {trained}.", file=sys.stderr, flush=True)
+    config = config_of_trained(find_trained(options.run))
+    check_view(config, view, "rates")
+    if view not in (trained := views_of(config)):
+        print(f"note: {view} was not trained; trained: {', '.join(map(str, trained))}.", file=sys.stderr, flush=True)
     film_with(options.file, streams_read([view]))
 
     quiet_libraries()
@@ -66,13 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(options.run, device, frozen=frozen_of(options), check=read)
-    trained = "" if view in run.views else " (not trained)"
     started = time.perf_counter()
     text = transcribe(run, view, clips, options.num_beams)
     seconds = {stream: len(clip) / {"audio": SAMPLE_RATE, "video": FPS}[stream] for stream, clip in clips.items()}
     lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in seconds.items())
     console.print(
-        f"{run.config.name}, step {run.step}, {view}{trained}: {lengths}, {time.perf_counter() - started:.2f} s"
+        f"{run.config.name}, step {run.step}, {view}{'' if view in trained else ' (not trained)'}: {lengths}, {time.perf_counter() - started:.2f} s"
     )
     print(text, flush=True)
 

@@ -89,7 +89,7 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: if there is none.
     """
     found = find_trained(path)
-    if found is None or found.kind == EXPORT:
+    if found.kind == EXPORT:
         raise nothing_at(path)
     return found.config.parent
 

@@ -120,7 +120,7 @@ def load_training(overrides: Sequence[str]) -> RunConfig:
         UserError: as `load_config`, and if no experiment is named.
     """
     config = load_config(overrides)
-    if "experiment" not in _keys_of(overrides):
+    if "experiment" not in _given(overrides):
         raise UserError(
             f"no experiment is named: give experiment=NAME, one of {', '.join(options_of('experiment'))}, or "
             "experiment=null for a run that your other arguments describe."
@@ -128,15 +128,11 @@ def load_training(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _keys_of(overrides: Sequence[str]) -> set[str]:
-    return {override.lstrip("+").partition("=")[0] for override in overrides}
-
-
 def _refuse_idle_warmup(config: RunConfig, overrides: Sequence[str]) -> None:
     """Refuse a warm-up on the command line that outlasts the steps; where an experiment has it, `mome_dist.preflight`
     says so."""
     steps, warmup = config.training.steps, config.optimizer.warmup_steps
-    if config.training.epochs is None and warmup >= steps > 0 and "optimizer.warmup_steps" in _keys_of(overrides):
+    if config.training.epochs is None and warmup >= steps > 0 and "optimizer.warmup_steps" in _given(overrides):
         raise UserError(
             f"optimizer.warmup_steps={warmup} is no shorter than the run, training.steps={steps}: its learning rate "
             "would never reach optimizer.learning_rate. Lower the first or raise the second."
@@ -287,7 +283,8 @@ def _no_override(word: str) -> str:
 
 def _groups() -> list[str]:
     """The groups of a run, which overrides choose a file of."""
-    return sorted(path.name for path in configs_dir().iterdir() if path.is_dir() and path.name != "launcher")
+    others = ("launcher", "published")
+    return sorted(path.name for path in configs_dir().iterdir() if path.is_dir() and path.name not in others)
 
 
 def options_of(group: str) -> list[str]:

@@ -73,8 +73,7 @@ def settle_evaluation(arguments: Sequence[str]) -> list[str]:
     """
     arguments = with_key(arguments, "checkpoint")
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    trained = find_trained(given["checkpoint"]) if given.get("checkpoint") else None
-    config = None if trained is None else config_of_trained(trained)
+    config = config_of_trained(find_trained(given["checkpoint"])) if given.get("checkpoint") else None
     settled = list(arguments)
     for section in [] if config is None else frozen_sections(config):
         model = HubModel.parse(section, given.get(section) or getattr(config, section).path)

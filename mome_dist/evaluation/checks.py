@@ -19,16 +19,6 @@ from mome_dist.speech.views import View, streams_read
 from mome_dist.trained import CHECKPOINT, EXPORT, Trained, count_of_average, find_trained
 
 
-def trained_config(place: str | Path) -> RunConfig | None:
-    """The configuration of what is at a place; None where only loading it can tell (an export on the hub).
-
-    Raises:
-        UserError: nothing trained is there.
-    """
-    found = find_trained(place)
-    return None if found is None else config_of_trained(found)
-
-
 def check_request(request: EvaluationRequest) -> None:
     """Check all of a request that needs no model.
 
@@ -41,8 +31,8 @@ def check_request(request: EvaluationRequest) -> None:
     conditions = asked_conditions(request)
     averaged = count_of_average(request.select)
     found = find_trained(request.checkpoint)
-    config = None if found is None else config_of_trained(found)
-    decoding_of(DecodingConfig() if config is None else config.decoding, request)
+    config = config_of_trained(found)
+    decoding_of(config.decoding, request)
     if request.limit is not None and request.limit < 1:
         raise UserError(f"limit={request.limit} must be at least 1.")
     views = None if request.rates is None else parse_views(request.rates)
@@ -51,8 +41,6 @@ def check_request(request: EvaluationRequest) -> None:
             raise UserError(
                 f"noise={condition.noise}: no such directory; name {CLEAN}, {BABBLE} or a directory of recordings."
             )
-    if found is None or config is None:
-        return
     if found.kind != "run" and (averaged is not None or request.select == "best"):
         raise UserError(f"select={request.select} needs the directory of a run, and {found.directory} is none.")
     check_output(found, request.output)

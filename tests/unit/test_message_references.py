@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launchers.options import LocalOptions, SlurmOptions, SubmititOptions
-from mome_dist.config.load import _known_keys, options_of
+from mome_dist.config.load import _groups, _known_keys, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.preparation.clips import SPLITS
 from mome_dist.data.preparation.settings import PreparationSettings
@@ -31,7 +31,7 @@ RUN_KEYS = frozenset(_known_keys(RunConfig, ""))
 LAUNCHER_KEYS = frozenset(
     f"launcher.{key}" for schema in (LocalOptions, SlurmOptions, SubmititOptions) for key in _known_keys(schema, "")
 )
-GROUPS = tuple(path.name for path in configs_dir().iterdir() if path.is_dir() and path.name != "launcher")
+GROUPS = tuple(_groups())
 # Of git, pip, hf, sbatch, srun, scontrol and apptainer.
 FOREIGN = {"--local-dir", "--include", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--array"}
 FOREIGN |= {"--bind"}
