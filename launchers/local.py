@@ -27,10 +27,10 @@ from pathlib import Path
 
 from launchers.environment import Machine, own_cores, rank_environment
 from launchers.gpus import visible_gpus
-from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, require_module
+from launchers.options import DEFAULT_MODULE, PREFIX, LocalOptions, refuse_options, require_module
 from launchers.ranks import Outcome, RankGroup
 from launchers.restarts import run_with_restarts
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.config import load_group
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import RANK_LOST, TIMED_OUT
@@ -42,12 +42,11 @@ _TAIL_LINES = 30
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the launcher's own options, and the arguments for the module."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launchers.local",
         description="Run a module on N processes of this machine.",
         usage="%(prog)s [--nproc N] [--module M] [--timeout S] [--restarts N] [--log-dir DIR] [--dry-run] "
         "[launcher.key=value ...] [key=value ...]",
-        allow_abbrev=False,
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="number of processes")
     parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
@@ -84,6 +83,7 @@ def check_request(module: str, nproc: int, arguments: Sequence[str], restarts: i
     if restarts < 0:
         raise UserError(f"--restarts is {restarts}: must be at least 0")
     require_module(module)
+    refuse_options(module, arguments, ("--nproc", "--module", "--timeout", "--restarts", "--log-dir", "--dry-run"))
     if module == DEFAULT_MODULE and any(argument.startswith("-") for argument in arguments):
         return list(arguments)  # it has no options but --help
     return validate_overrides(module, list(arguments), world_size=nproc)

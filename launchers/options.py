@@ -5,7 +5,6 @@ The keys of each launcher are in ``configs/launcher/``; all other arguments belo
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,22 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 
 from launchers.environment import INTERFACE
+from mome_dist.cli import Parser
 from mome_dist.config import load_config, load_group
 from mome_dist.errors import UserError
+from mome_dist.hints import did_you_mean, near
 from mome_dist.preflight import validate_overrides
 
 DEFAULT_MODULE = "mome_dist.train"
 PREFIX = "launcher."
+MODULES = (  # that make sense on several processes
+    DEFAULT_MODULE,
+    "mome_dist.evaluate",
+    "mome_dist.pretrain_llm",
+    "mome_dist.pretrain_video",
+    "tools.cache_features",
+    "tools.check_cluster",
+)
 
 
 @dataclass
@@ -119,7 +128,7 @@ class Request:
 
 def parse_arguments(name: str, description: str, schema: type, arguments: Sequence[str], sweeps: bool) -> Request:
     """Divide a command line; a key of the launcher may leave ``launcher.`` out where no run has one of that name."""
-    parser = argparse.ArgumentParser(prog=f"python -m launchers.{name}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"python -m launchers.{name}", description=description)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what the ranks run (default: {DEFAULT_MODULE})")
     if sweeps:
@@ -179,6 +188,19 @@ def cores_of_rank(module: str, arguments: Sequence[str]) -> int:
     return 2 + (data.decode_threads if data.features == "online" else 0)
 
 
+def refuse_options(module: str, arguments: Sequence[str], own: Sequence[str]) -> None:
+    """Raise `UserError` for an option that neither the launcher nor a training has.
+
+    Args:
+        own: options of the launcher.
+    """
+    wrong = next((word for word in arguments if word.startswith("-") and word not in ("-h", "--help", "--")), None)
+    if module == DEFAULT_MODULE and wrong is not None:
+        meant = did_you_mean(near(wrong.partition("=")[0], own, looks=0.7))
+        keys = f": a training has keys (experiment=tiny training.steps=50), and this launcher {', '.join(own)}."
+        raise UserError(f"unknown option {wrong}{meant or keys}")
+
+
 def require_module(module: str) -> None:
     """Raise `UserError` where there is no such module."""
     try:
@@ -186,7 +208,9 @@ def require_module(module: str) -> None:
     except ModuleNotFoundError:
         found = False
     if not found:
-        raise UserError(f"--module {module}: there is no such Python module")
+        raise UserError(
+            f"--module {module}: there is no such Python module{did_you_mean(near(module, MODULES)) or '.'}"
+        )
 
 
 def check_run(request: Request, options: ClusterOptions, arguments: Sequence[str]) -> list[str]:

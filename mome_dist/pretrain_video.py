@@ -9,7 +9,6 @@ same settings from the same corpus.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mome_dist.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.parallel.plain_world import World, open_world
@@ -73,7 +72,7 @@ def pretrain(
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m mome_dist.pretrain_video", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mome_dist.pretrain_video", description=__doc__.splitlines()[0])
     corpus = default_corpus_dir(SyntheticSettings())
     parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory with visemes in its metadata")
     out = cache_root() / "encoders" / "visemes"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mome_dist.cli import main_guard
-from mome_dist.config import load_config
+from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
@@ -30,7 +30,7 @@ def main(overrides: Sequence[str] | None = None) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    config = load_config(arguments)
+    config = load_training(arguments)
     settle_models(config)
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 

@@ -11,23 +11,27 @@ The text goes to stdout and nothing else does. Where the video shows a face, its
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import add_frozen_options, frozen_of, main_guard
+from mome_dist.cli import Parser, add_frozen_options, frozen_of, main_guard
+from mome_dist.config.derived import views_of
+from mome_dist.config.models import config_of_trained
+from mome_dist.data.films import film_with
 from mome_dist.errors import UserError
+from mome_dist.evaluation.checks import check_view
 from mome_dist.quiet import quiet_libraries
-from mome_dist.speech.views import view_of
+from mome_dist.speech.views import streams_read, view_of
+from mome_dist.trained import find_trained, place_argument
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the text."""
-    parser = argparse.ArgumentParser(prog="python -m mome_dist.transcribe", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="run directory, one checkpoint of it, or an export")
+    parser = Parser(prog="python -m mome_dist.transcribe", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=place_argument, help="run directory, one checkpoint of it, or an export")
     parser.add_argument("file", type=Path, help="audio or video file")
     parser.add_argument("--audio-rate", type=int, metavar="A", help="audio frames (50 a second) per token")
     parser.add_argument("--video-rate", type=int, metavar="V", help="video frames (25 a second) per token")
@@ -37,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     view = view_of(options.audio_rate, options.video_rate)
     if options.num_beams is not None and options.num_beams < 1:
         raise UserError(f"--num-beams {options.num_beams} must be at least 1.")
+    config = config_of_trained(find_trained(options.run))
+    check_view(config, view, "rates")
+    if view not in (trained := views_of(config)):
+        print(f"note: {view} was not trained; trained: {', '.join(map(str, trained))}.", file=sys.stderr, flush=True)
+    film_with(options.file, streams_read([view]))
 
     quiet_libraries()
     import torch
@@ -44,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from mome_dist.config import RunConfig
     from mome_dist.data.media import FPS, SAMPLE_RATE
-    from mome_dist.evaluation.decoding import check_view
     from mome_dist.evaluation.transcription import clips_of, transcribe
     from mome_dist.inference.load import load_run
 
@@ -57,14 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(options.run, device, frozen=frozen_of(options), check=read)
-    check_view(run.model.projectors, view, run.model.terms)
-    trained = "" if view in run.views else f" (not trained; trained: {', '.join(map(str, run.views))})"
     started = time.perf_counter()
     text = transcribe(run, view, clips, options.num_beams)
     seconds = {stream: len(clip) / {"audio": SAMPLE_RATE, "video": FPS}[stream] for stream, clip in clips.items()}
     lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in seconds.items())
     console.print(
-        f"{run.config.name}, step {run.step}, {view}{trained}: {lengths}, {time.perf_counter() - started:.2f} s"
+        f"{run.config.name}, step {run.step}, {view}{'' if view in trained else ' (not trained)'}: {lengths}, {time.perf_counter() - started:.2f} s"
     )
     print(text, flush=True)
 

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.quiet import quiet_libraries
+from mome_dist.trained import place_argument
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Average, and say what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=place_argument, help="run directory")
     parser.add_argument("target", type=Path, metavar="out", help="directory to make; it must not exist")
     parser.add_argument("--last", type=int, default=2, metavar="N", help="how many of the newest (default: 2)")
     options = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.config import load_config
 from mome_dist.config.derived import encoder_sections, refuse_lora
 from mome_dist.config.models import settle_models
@@ -28,7 +28,7 @@ WIDTH = 120  # columns where there is no terminal to ask
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is a Hydra override."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where features go (data.features_dir, the cache)")
     parser.add_argument("--split", action="append", metavar="NAME", help="a split (those that training reads)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome_dist.train")

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(), help="a folder that all nodes should see (this one)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write everything measured as JSON")
     parser.add_argument("--clock-limit", type=float, default=1.0, help="seconds by which clocks may differ (1)")

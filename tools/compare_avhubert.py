@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.quiet import quiet_libraries
 
@@ -35,7 +35,7 @@ BOUND = 2e-5
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, encode on both sides, print a table; 1 if a difference is above the bound."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the published file; the public code unpickles it")
     parser.add_argument("--public", type=Path, required=True, metavar="DIR", help="checkout of av_hubert")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs it (default: this one)")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.quiet import quiet_libraries
 
@@ -28,7 +28,7 @@ SIZES = {768: "base", 1024: "large"}  # the published widths
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and say what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the published file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="directory to make; it must not exist")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not say")

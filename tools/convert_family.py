@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.quiet import quiet_libraries
 
@@ -24,7 +24,7 @@ from mome_dist.quiet import quiet_libraries
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and say what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the published file")
     parser.add_argument("target", type=Path, help="directory to make; it must not exist")
     for stream in ("audio", "video"):

@@ -16,15 +16,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import add_frozen_options, frozen_of, main_guard
+from mome_dist.cli import Parser, add_frozen_options, frozen_of, main_guard
 from mome_dist.quiet import quiet_libraries
+from mome_dist.trained import place_argument
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export and say what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory, one checkpoint of it, or an export in the older form")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", type=place_argument, help="run directory, one checkpoint of it, or an export in the older form"
+    )
     parser.add_argument("target", type=Path, help="directory to make; it must not exist")
     add_frozen_options(parser)
     options = parser.parse_args(arguments)

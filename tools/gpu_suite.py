@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.gpus import visible_gpus
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import write_json
 from mome_dist.text_files import read_json, split_lines
@@ -266,7 +266,7 @@ def run_suite(options: argparse.Namespace, checks: Sequence[Check] = CHECKS) -> 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(c.name for c in CHECKS)}")
     parser.add_argument("--rehearse", action="store_true", help="everything at tiny sizes on the CPU")
     parser.add_argument("--again", action="store_true", help="also what has an outcome already")

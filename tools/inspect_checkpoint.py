@@ -8,15 +8,14 @@ Exit code 2 if anything is missing or damaged, with one line that names it.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.quiet import quiet_libraries
+from mome_dist.trained import place_argument
 
 
 def _origin(index: dict[str, Any]) -> dict[str, str]:
@@ -36,8 +35,8 @@ def _origin(index: dict[str, Any]) -> dict[str, str]:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run: then its newest one")
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=place_argument, help="a checkpoint, or a run: then its newest one")
     parser.add_argument(
         "--tensors", metavar="PATTERN", help="also list the tensors whose names match, such as 'model/*'"
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.data.preparation.clips import SPLITS
 from mome_dist.data.preparation.command import Request, part_of, prepare_command
 from mome_dist.data.preparation.settings import PreparationSettings
@@ -32,7 +32,7 @@ DEFAULTS = PreparationSettings("lrs3")
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True)
     for name, what in (("lrs3", "LRS3, as its owners hand it out"), ("lrs2", "LRS2, likewise")):
         tree = sources.add_parser(name, help=what)

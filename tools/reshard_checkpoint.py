@@ -19,14 +19,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.quiet import quiet_libraries
+from mome_dist.trained import place_argument
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=place_argument, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST")
     parser.add_argument("--format", choices=("canonical", "deepspeed", "hf"), default="canonical", help="of DST")
     for axis in ("tp", "pp", "ep", "dp", "virtual"):

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.planning.command import add_cluster_options, add_job_options
 from mome_dist.quiet import quiet_libraries
@@ -27,7 +27,7 @@ from mome_dist.quiet import quiet_libraries
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is a Hydra override."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, required=True, help="processes of the job")
     parser.add_argument("--shrink", action="store_true", help="a small random model: a second a trial, on the CPU")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run that count")

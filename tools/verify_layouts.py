@@ -19,14 +19,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is a Hydra override."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shrink", action="store_true", help="a small random LLM and small modules: seconds a layout")
     parser.add_argument("--nproc", type=int, help="verify the configuration's own layout, on this many processes")
     parser.add_argument("--only", action="append", default=[], help="cases whose name contains this text")

@@ -16,7 +16,6 @@ is in ``RUN/slurm/JOB/``: ``try-N/rank-N.log``, and ``summary.json`` with the re
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -38,7 +37,7 @@ from launchers.slurm.preflight import NodesError, check_nodes
 from launchers.slurm.steps import Steps
 from launchers.slurm.tries import Record, run_directory, saved_steps
 from mome_dist import exit_codes
-from mome_dist.cli import main_guard
+from mome_dist.cli import Parser, main_guard
 from mome_dist.config import load_group
 from mome_dist.errors import UserError
 from mome_dist.ownership import TOKEN, owned
@@ -227,7 +226,7 @@ def tell_log(log: Path) -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """Return the module, its arguments, and those of the launcher (``launcher.*``)."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.slurm.allocation", allow_abbrev=False)
+    parser = Parser(prog="python -m launchers.slurm.allocation")
     parser.add_argument("--module", default=DEFAULT_MODULE)
     options, rest = parser.parse_known_args(arguments)
     own = [word for word in rest if word.startswith(PREFIX)]

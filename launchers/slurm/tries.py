@@ -12,6 +12,7 @@ from pathlib import Path
 from launchers.options import DEFAULT_MODULE
 from mome_dist.config import load_config
 from mome_dist.files import write_json
+from mome_dist.trained import with_key
 
 FINISHED = "finished"
 TIME_LIMIT = "time limit"
@@ -170,7 +171,8 @@ def run_directory(module: str, arguments: Sequence[str]) -> Path:
     """Where the logs of a run belong: its output directory, or that of the checkpoint it works on."""
     if module == DEFAULT_MODULE:
         return Path(load_config(arguments).output_dir)
-    named = next((word.partition("=")[2] for word in arguments if word.startswith("checkpoint=")), None)
+    words = with_key(arguments, "checkpoint")
+    named = next((word.partition("=")[2] for word in words if word.startswith("checkpoint=")), None)
     return Path(named) if named else Path("runs")
 
 

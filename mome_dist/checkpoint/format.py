@@ -33,6 +33,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import fsync, sha256_of
 from mome_dist.hub import model_at, weight_files
 from mome_dist.sharing import Sharing, from_json, of_format_2
+from mome_dist.trained import EXPORT, find_trained, nothing_at
 
 FORMAT = "mome_dist.checkpoint/2"
 INDEX = "index.json"
@@ -87,16 +88,10 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: if there is none.
     """
-    path = Path(path)
-    if (path / INDEX).is_file():
-        return path
-    found = newest_checkpoint(path)
-    if found is None:
-        raise UserError(
-            f"checkpoint={str(path)!r}: no {INDEX} and no checkpoints/{LATEST} there; name a run, a checkpoint or an "
-            "export."
-        )
-    return found
+    found = find_trained(path)
+    if found.kind == EXPORT:
+        raise nothing_at(path)
+    return found.config.parent
 
 
 class CheckpointReader:

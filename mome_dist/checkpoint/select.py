@@ -16,11 +16,11 @@ from mome_dist.checkpoint.average import average
 from mome_dist.checkpoint.format import INDEX, checkpoints_of, find_checkpoint
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.errors import UserError
+from mome_dist.trained import count_of_average
 from mome_dist.training_log import TrainingLog
 
 METRICS = "metrics.jsonl"
 _STEP = re.compile(r"step-(\d+)")
-_AVERAGE = re.compile(r"average:(\d+)")
 
 
 def read_saved(path: str | Path, select: str = "latest") -> Saved:
@@ -34,16 +34,14 @@ def read_saved(path: str | Path, select: str = "latest") -> Saved:
         UserError: for another ``select``, a directory that is no run where one is needed, or a run without such
             checkpoints.
     """
-    counted = _AVERAGE.fullmatch(select)
-    if select not in ("latest", "best") and counted is None:
-        raise UserError(f"select={select!r}: choose latest, best or average:N.")
+    counted = count_of_average(select)
     if select == "latest":
         return read_adapter(path) if is_adapter(path) else read_checkpoint(find_checkpoint(path))
     if not checkpoints_of(path):
         raise UserError(f"select={select} needs the directory of a run, and {path} has no checkpoints/step-*.")
     if counted is None:
         return read_checkpoint(best_checkpoint(path))
-    return average([read_checkpoint(directory) for directory in newest_checkpoints(path, int(counted[1]))])
+    return average([read_checkpoint(directory) for directory in newest_checkpoints(path, counted)])
 
 
 def newest_checkpoints(run: str | Path, count: int) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -18,6 +18,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
+from mome_dist.hints import did_you_mean, hint, near
 from mome_dist.hub import SCHEME, portable
 from mome_dist.paths import cache_root, configs_dir
 from mome_dist.system_errors import note_places
@@ -44,12 +45,13 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     register_resolvers()
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"argument {override!r} is not of the form key=value.")
+            raise UserError(_no_override(override))
     try:
         config = _to_schema(_composed(overrides))
         _let_go_of_idle_views(config, overrides)
         _refuse_idle_steps(config, overrides)
         _refuse_idle_experts(config, overrides)
+        _refuse_idle_warmup(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
     note_places(_paths_of(config))
@@ -116,6 +118,32 @@ def names_key(word: str) -> bool:
     return bool(given) and (key in _known_keys(RunConfig, "") or (configs_dir() / key).is_dir())
 
 
+def load_training(overrides: Sequence[str]) -> RunConfig:
+    """`load_config` for a training, which has to be told what to train: ``configs/config.yaml`` alone is a base.
+
+    Raises:
+        UserError: as `load_config`, and if no experiment is named.
+    """
+    config = load_config(overrides)
+    if "experiment" not in _given(overrides):
+        raise UserError(
+            f"no experiment is named: give experiment=NAME, one of {', '.join(options_of('experiment'))}, or "
+            "experiment=null for a run that your other arguments describe."
+        )
+    return config
+
+
+def _refuse_idle_warmup(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse a warm-up on the command line that outlasts the steps; where an experiment has it, `mome_dist.preflight`
+    says so."""
+    steps, warmup = config.training.steps, config.optimizer.warmup_steps
+    if config.training.epochs is None and warmup >= steps > 0 and "optimizer.warmup_steps" in _given(overrides):
+        raise UserError(
+            f"optimizer.warmup_steps={warmup} is no shorter than the run, training.steps={steps}: its learning rate "
+            "would never reach optimizer.learning_rate. Lower the first or raise the second."
+        )
+
+
 def load_group(group: str, option: str, overrides: Sequence[str], schema: type[Section]) -> Section:
     """Compose one file of ``configs/`` that is no part of a run, such as ``launcher/slurm.yaml``.
 
@@ -132,7 +160,8 @@ def load_group(group: str, option: str, overrides: Sequence[str], schema: type[S
         plain = OmegaConf.to_container(composed[group], resolve=True)
         return cast(Section, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{_one_line(error, overrides)} See configs/{group}/{option}.yaml.") from error
+        known = [f"{group}.{key}" for key in _known_keys(schema, "")]
+        raise UserError(f"{_one_line(error, overrides, known)} See configs/{group}/{option}.yaml.") from error
 
 
 def load_saved_config(path: Path) -> RunConfig:
@@ -199,34 +228,84 @@ def _to_schema(composed: Any) -> RunConfig:
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
 
 
-def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Say what Hydra or OmegaConf found, the key it found it at, and the keys that look like it."""
+def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] | None = None) -> str:
+    """Say what Hydra or OmegaConf found, the key it found it at, and what was meant (`mome_dist.hints`).
+
+    Args:
+        known: all keys that there are; None for those of a run.
+    """
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
     # What a resolver such as ${cache:...} has to say stands for itself.
     told = str(error).replace(f"{UserError.__name__} raised while resolving interpolation: ", "")
+    if missing := re.search(r"Could not find '(?:[^'/]*/)??([\w/]+?)/([^']*)'\s+Available options in", told):
+        return _no_option(missing[1], missing[2])
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
-    if lines and lines[0].startswith("Could not override"):
+    unknown = bool(lines) and (lines[0].startswith(("Could not override", "Key")) and lines[0] != key)
+    if unknown and lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
-        message = f"unknown configuration key {key!r}"
-    elif lines and "not in" in lines[0] and lines[0].startswith("Key"):
-        message = f"unknown configuration key {key!r}"
-    elif key:
-        message = f"configuration key {key!r}: {lines[0]}"
-    else:
+    elif unknown and " not in " not in lines[0]:
+        unknown = False
+    if not key:
         message = " ".join(lines)
-    if key:
-        known = list(_known_keys(RunConfig, ""))
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        if message.startswith("unknown") and key in known:
-            section, _, last = key.rpartition(".")
-            message = f"{key} cannot be set, because {section} is null here: set '{section}={{{last}: ...}}'"
-        elif message.startswith("unknown") and near:
-            message += f"; did you mean {' or '.join(near)}?"
-        elif message.startswith("unknown"):
-            message += "; see configs/ for all keys."
-    return message if message.endswith((".", "?")) else f"{message}."
+        return message if message.endswith((".", "?")) else f"{message}."
+    if not unknown:
+        return f"configuration key {key!r}: {lines[0].rstrip('.')}{_expected(lines[0], key)}."
+    keys = list(_known_keys(RunConfig, "")) if known is None else known
+    if key in keys:
+        section, _, last = key.rpartition(".")
+        return f"{key} cannot be set, because {section} is null here: set '{section}={{{last}: ...}}'."
+    if known is None and "." not in key and (group := near(key, _groups(), 1, looks=0.8)):
+        return f"unknown configuration key {key!r}{did_you_mean(group)}"
+    return f"unknown configuration key {key!r}{hint(key, keys)}"
+
+
+# By what OmegaConf says of a value: what to give instead.
+_KINDS = {
+    "converted to Integer": "give a whole number",
+    "converted to Float": "give a number",
+    "not a valid bool": "give true or false",
+    "not a ListConfig": "give a list, such as {key}=[...]",
+    "not a DictConfig": "give keys and values, such as '{key}={{...}}'",
+    "is not optional": "give a value",
+}
+
+
+def _expected(told: str, key: str) -> str:
+    return next((f": {words.format(key=key)}" for sign, words in _KINDS.items() if sign in told), "")
+
+
+def _no_override(word: str) -> str:
+    """What to say of an argument without ``=``: which experiment, option or key it may stand for."""
+    if word in options_of("experiment"):
+        return f"argument {word!r} is not of the form key=value; did you mean experiment={word}?"
+    if word.startswith("-"):
+        meant = hint(word.lstrip("-").replace("-", "_"), list(_known_keys(RunConfig, "")))
+        return f"argument {word!r} is not of the form key=value, and there are no options here{meant}"
+    return f"argument {word!r} is not of the form key=value, such as experiment=tiny or training.steps=50."
+
+
+def _groups() -> list[str]:
+    """The groups of a run, which overrides choose a file of."""
+    others = ("launcher", "published")
+    return sorted(path.name for path in configs_dir().iterdir() if path.is_dir() and path.name not in others)
+
+
+def options_of(group: str) -> list[str]:
+    """What a group of ``configs/`` may be set to."""
+    folder = configs_dir() / group
+    files = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in files if name != "base")
+
+
+def _no_option(group: str, option: str) -> str:
+    known = options_of(group)
+    told = f"{group}={option}: there is no configs/{group}/{option}.yaml"
+    if option.startswith(("/", "hf:", ".", "~")) and f"{group}.path" in _known_keys(RunConfig, ""):
+        return f"{told}; for a model of your own write {group}.path={option}"
+    inside = [name for name in known if name.startswith(f"{option}/")]
+    return f"{told}{did_you_mean(inside or near(option, known)) or '.'} There are {', '.join(known)}."
 
 
 def _known_keys(schema: Any, prefix: str) -> Iterator[str]:

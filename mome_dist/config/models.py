@@ -18,6 +18,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.hub import HubModel, fetch, portable
+from mome_dist.trained import EXPORT, Trained, find_trained, with_key
 
 SECTIONS = ("llm", "audio_encoder", "video_encoder")
 NEEDED: Mapping[str, Callable[[RunConfig], list[str]]] = {"tools.cache_features": encoder_sections}
@@ -70,8 +71,9 @@ def settle_evaluation(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: for a model that cannot be had.
     """
+    arguments = with_key(arguments, "checkpoint")
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    config = _evaluated(Path(given["checkpoint"])) if given.get("checkpoint") else None
+    config = config_of_trained(find_trained(given["checkpoint"])) if given.get("checkpoint") else None
     settled = list(arguments)
     for section in [] if config is None else frozen_sections(config):
         model = HubModel.parse(section, given.get(section) or getattr(config, section).path)
@@ -136,15 +138,14 @@ def _newest_config(run: Path) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def _evaluated(place: Path) -> RunConfig | None:
-    """The configuration of what is evaluated: a checkpoint, a run or an export; None where there is nothing."""
-    file = place / "config.yaml" if (place / "index.json").is_file() else _newest_config(place)
-    if file is not None and file.is_file():
-        return load_saved_config(file)
-    export = place / "config.json"
-    if not export.is_file():
-        return None
+def config_of_trained(trained: Trained) -> RunConfig:
+    """The configuration of something trained; that of an export is not checked against its hash."""
+    if trained.kind != EXPORT:
+        return load_saved_config(trained.config)
     try:
-        return config_of(json.loads(export.read_text(encoding="utf-8"))["config"], export)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{export} is no config.json of an export ({error!r}); copy or export it again.") from error
+        document = json.loads(trained.config.read_text(encoding="utf-8"))
+        return config_of(document["config"], trained.config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{trained.config} is no config.json of an export ({error!r}); copy or export it again."
+        ) from error

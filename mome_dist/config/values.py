@@ -44,6 +44,24 @@ def _check_choices(section: Any, prefix: str) -> None:
                 raise UserError(f"{key}={item!r}: choose from {', '.join(choices)}.")
 
 
+def check_texts(config: RunConfig) -> None:
+    """Refuse an empty text where a training has to name something; what was trained so can still be loaded.
+
+    Raises:
+        UserError: naming the key.
+    """
+    named = {
+        "name": config.name,
+        "output_dir": config.output_dir,
+        "training.init_from": config.training.init_from,
+        "training.wandb_project": config.training.wandb_project,
+        **{f"task.prompts.{task}": prompt for task, prompt in config.task.prompts.items()},
+    }
+    for key, text in named.items():
+        if text is not None and not text.strip():
+            raise UserError(f"{key} is empty: {'give a text' if 'prompts' in key else 'name one'}, or leave it out.")
+
+
 def _check_numbers(config: RunConfig) -> None:
     at_least: dict[str, tuple[float | None, float]] = {
         "mome.routed_experts": (config.mome.routed_experts, 0),
@@ -76,12 +94,28 @@ def _check_numbers(config: RunConfig) -> None:
         "training.max_skipped_steps": (config.training.max_skipped_steps, 0),
         "training.validate_every": (config.training.validate_every, 0),
         "training.keep_checkpoints": (config.training.keep_checkpoints, 1),
+        "data.validation_utterances": (config.data.validation_utterances, 1),
+        "optimizer.learning_rate": (config.optimizer.learning_rate, 0),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
+        "optimizer.epsilon": (config.optimizer.epsilon, 0),
+        "optimizer.warmup_steps": (config.optimizer.warmup_steps, 0),
+        "optimizer.final_fraction": (config.optimizer.final_fraction, 0),
         "optimizer.gradient_clipping": (config.optimizer.gradient_clipping, 0),
         "parallel.timeout_seconds": (config.parallel.timeout_seconds, 1),
     }
     for key, (value, least) in at_least.items():
-        if value is not None and value < least:
-            raise UserError(f"{key}={value}: must be at least {least}.")
+        if value is not None and not least <= value < math.inf:
+            raise UserError(
+                f"{key}={value}: must be {'a finite number' if value == math.inf else f'at least {least}'}."
+            )
+    if config.optimizer.final_fraction > 1:
+        raise UserError(
+            f"optimizer.final_fraction={config.optimizer.final_fraction}: the rate ends at this share of its peak, so "
+            "it is from 0 to 1."
+        )
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas={betas}: give two numbers of at least 0 and below 1, such as [0.9,0.98].")
     if (config.data.batch_size is None) == (config.data.max_frames is None):
         raise UserError(
             f"data.batch_size={config.data.batch_size} and data.max_frames={config.data.max_frames}: a batch is either "

@@ -184,7 +184,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{path}: no manifest; give a corpus directory (training: data.corpus=DIR, mome_dist.evaluate: "
-            "corpus=DIR), or make one with tools/make_corpus.py"
+            "corpus=DIR), or make one with tools/make_corpus.py (synthetic) or tools/prepare_lrs.py (of a data set)"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

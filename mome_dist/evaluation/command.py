@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 
 from mome_dist.config.derived import views_of
-from mome_dist.config.schema import DecodingConfig, RunConfig
-from mome_dist.config.values import check_decoding
+from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap
+from mome_dist.evaluation.checks import asked_conditions, decoding_of
 from mome_dist.evaluation.comparison import compare, read_texts, texts_of
-from mome_dist.evaluation.conditions import conditions_of
-from mome_dist.evaluation.request import EvaluationRequest, check_baselines, names_of, parse_views, ratios_of
+from mome_dist.evaluation.request import EvaluationRequest, parse_views
 from mome_dist.evaluation.results import ACTIVATIONS, summary_of, write_results
 from mome_dist.evaluation.run import evaluate_run
 from mome_dist.evaluation.tables import tables_for_terminal
@@ -44,18 +43,8 @@ def output_directory(run: LoadedRun, output: str | None) -> Path:
     return directory / "evaluation"
 
 
-def decoding_of(config: DecodingConfig, request: EvaluationRequest) -> DecodingConfig:
-    """The run's decoding settings with those of the request over them, checked."""
-    asked = {field.name: getattr(request, field.name) for field in fields(config)}
-    decoding = replace(config, **{key: value for key, value in asked.items() if value is not None})
-    check_decoding(decoding)
-    return decoding
-
-
 def utterances_of(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
-    """The utterances to evaluate. Raises UserError for an unknown split, a bad limit or a split without words."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} must be at least 1.")
+    """The utterances to evaluate. Raises UserError for an unknown split or a split without words."""
     utterances = corpus.split(split)[:limit]
     if not any(normalize(utterance.text) for utterance in utterances):
         raise UserError(f"{corpus.directory}: split {split!r} has no word in its texts; there is nothing to score.")
@@ -63,14 +52,12 @@ def utterances_of(corpus: Corpus, split: str, limit: int | None) -> list[Utteran
 
 
 def evaluate(request: EvaluationRequest, world: World, console: Console) -> dict[str, Any] | None:
-    """Evaluate, write the results and print the table on rank 0; returns the content of ``results.json``."""
-    if not request.checkpoint:
-        raise UserError("checkpoint is missing: give checkpoint=DIR: a run, one checkpoint of it, or an export.")
-    check_baselines(request.baselines)
-    conditions = conditions_of(
-        names_of("noise", request.noise), ratios_of(request.snr), names_of("video_corruption", request.video_corruption)
-    )
-    decoding_of(DecodingConfig(), request)  # mistakes in it are told before a model is loaded
+    """Evaluate, write the results and print the table on rank 0; returns the content of ``results.json``.
+
+    Args:
+        request: that has been checked (`mome_dist.evaluation.checks.check_request`).
+    """
+    conditions = asked_conditions(request)
     other = None if request.compare is None else read_texts(request.compare)
     if request.device_map is not None and world.size > 1:
         raise UserError(

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.errors import UserError, first_line
+from mome_dist.hints import hint
 from mome_dist.speech.views import View
+from mome_dist.trained import with_key
 
 BASELINES = ("chance", "untrained")
 _VIEW = re.compile(r"(asr|vsr|avsr)\((\d+)(?:,(\d+))?\)")
@@ -29,6 +31,7 @@ class EvaluationRequest:
         select: which checkpoint of a run: latest, best (lowest validation loss), average:N (mean of the N newest).
         llm, audio_encoder, video_encoder: directories of frozen models that are not where the run had them.
         rates: views such as ``asr(4)`` and ``avsr(16,5)``; None for those that were trained.
+        untrained_rates: whether these may be views that were not trained.
         split: of the corpus.
         corpus: another corpus than the one of the training.
         noise: of "clean", "babble" (other speakers of the training split), and directories of recordings.
@@ -51,6 +54,7 @@ class EvaluationRequest:
     audio_encoder: str | None = None
     video_encoder: str | None = None
     rates: Any = None
+    untrained_rates: bool = False
     split: str | None = None
     corpus: str | None = None
     noise: Any = "clean"
@@ -73,18 +77,23 @@ class EvaluationRequest:
 
 
 def parse_request(kind: type[Request], arguments: Sequence[str]) -> Request:
-    """Fill a dataclass from ``key=value`` arguments.
+    """Fill a dataclass from ``key=value`` arguments; the first may be a place alone, and then sets its first field.
 
     Raises:
         UserError: an argument without ``=``, an unknown key, or a value of the wrong type.
     """
     schema = OmegaConf.structured(kind)
+    arguments = with_key(arguments, next(iter(schema)))
     for argument in arguments:
         key, equals, _ = argument.partition("=")
+        if not equals and argument.startswith("-"):
+            raise UserError(
+                f"there are no options here, but keys: unknown {argument}{hint(argument.lstrip('-'), list(schema))}"
+            )
         if not equals:
             raise UserError(f"{argument!r} is not of the form key=value; keys: {', '.join(schema)}.")
         if key not in schema:
-            raise UserError(f"unknown key {key!r}; choose one of {', '.join(schema)}.")
+            raise UserError(f"unknown key {key!r}{hint(key, list(schema))}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[return-value]
     except OmegaConfBaseException as error:

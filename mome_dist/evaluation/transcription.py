@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mome_dist.config import RunConfig
-from mome_dist.data.films import Film
+from mome_dist.data.films import film_with
 from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.data.preparation.mouth import NoFaceError
@@ -34,10 +34,7 @@ def clips_of(
     Raises:
         UserError: the file cannot be read, lacks a stream, or its video shows no face for too long.
     """
-    film = Film(path, streams_of(view))
-    for stream, there in (("audio", film.has_audio), ("video", film.has_video)):
-        if stream in streams_of(view) and not there:
-            raise UserError(f"{path} has no {stream} stream: leave out --{stream}-rate, or give a file that has one.")
+    film = film_with(path, streams_of(view))
     clips = {}
     if film.has_audio:
         clips["audio"] = torch.from_numpy(film.audio())

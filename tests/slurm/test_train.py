@@ -151,7 +151,7 @@ def test_a_sweep_is_a_job_array(desk: Desk) -> None:
 
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(desk: Desk) -> None:
     before = desk.run(["squeue", "-h", "-o", "%i"]).stdout
-    awkward = "training.wandb_project='say; rm -rf \"$HOME\"'"
+    awkward = "data.features_dir='say; rm -rf \"$HOME\"'"
     more = ["--dry-run", *desk.small("dry", awkward)]
     words = shlex.split(desk.run([*readme.command(readme.SLURM), *more]).stdout)
     assert words[words.index("sbatch") + 1 : words.index("slurm/train.sh")] == [

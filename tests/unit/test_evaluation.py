@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path
 
 @pytest.fixture(scope="module")
 def results(run: Path) -> dict[str, Any]:
-    assert evaluate.main([f"checkpoint={run}", VIEWS, "baselines=[chance,untrained]", "seed=3"]) == 0
+    assert evaluate.main([str(run), VIEWS, "untrained_rates=true", "baselines=[chance,untrained]", "seed=3"]) == 0
     found: dict[str, Any] = json.loads((run / "evaluation" / "results.json").read_text())
     return found
 

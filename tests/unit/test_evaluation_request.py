@@ -28,12 +28,16 @@ def test_wrong_views_are_refused(text: str) -> None:
         parse_views(text)
 
 
-@pytest.mark.parametrize(
-    ("argument", "named"), [("rate=4", "rate"), ("limit=many", "limit"), ("checkpoint", "key=value")]
-)
+@pytest.mark.parametrize(("argument", "named"), [("rate=4", "rate"), ("limit=many", "limit"), ("limit", "key=value")])
 def test_wrong_arguments_are_named(argument: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        parse_request(EvaluationRequest, [argument])
+        parse_request(EvaluationRequest, ["checkpoint=runs/x", argument])
+
+
+@pytest.mark.parametrize("first", ["runs/x=1", "run=runs/x=1", "checkpoint=runs/x=1"])
+def test_what_is_evaluated_comes_first_alone_or_by_key(first: str) -> None:
+    request = parse_request(EvaluationRequest, [first, "limit=3"])
+    assert (request.checkpoint, request.limit) == ("runs/x=1", 3)
 
 
 def test_baselines() -> None:

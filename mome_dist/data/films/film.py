@@ -9,7 +9,7 @@ sound.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from av.stream import Discard, Disposition
 from mome_dist.data.films.pictures import Picture, at_25_fps, stacked
 from mome_dist.data.films.sound import SoundTrack, sound_range
 from mome_dist.data.media import FPS, SAMPLES_PER_FRAME, Audio, Video
-from mome_dist.errors import FilmError
+from mome_dist.errors import FilmError, UserError
 
 # Containers that store the time of every frame and an index, and say how long they are: in these a part is found
 # without decoding what is before it, and an end that is missing is noticed.
@@ -71,7 +71,7 @@ class Film:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            wrong = "is no file" if self.path.exists() else "no such file"
+            wrong = "is a folder" if self.path.is_dir() else "no such file"
             raise FilmError(f"{path}: {wrong}; give the path of one audio or video file")
         self.notes: list[str] = []
         found = _scan(self.path, streams)
@@ -258,3 +258,16 @@ def _frames(container: av.container.InputContainer, wanted: _Stream, kind: type[
     for frame in container.decode(stream):
         assert isinstance(frame, kind)
         yield frame
+
+
+def film_with(path: str | Path, streams: Sequence[str]) -> Film:
+    """The film of a path, which has to have all of these streams; nothing is decoded yet.
+
+    Raises:
+        UserError: as `Film`, or a stream is missing.
+    """
+    film = Film(path, streams)
+    for stream, there in (("audio", film.has_audio), ("video", film.has_video)):
+        if stream in streams and not there:
+            raise UserError(f"{path} has no {stream} stream: leave out --{stream}-rate, or give a file that has one.")
+    return film
