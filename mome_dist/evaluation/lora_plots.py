@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -54,10 +55,11 @@ def term_norm_figure(norms: Mapping[str, Mapping[str, Floats]]) -> Figure:
         panels = figure.subplots(1, len(norms), squeeze=False, sharey=True)
         for axes, (projection, terms) in zip(panels.flat, sorted(norms.items()), strict=True):
             names = sorted(terms, key=by_number)
-            for number, (term, color) in enumerate(zip(names, shades(_COLOR, len(names)), strict=True)):
-                # The term of all views is what the others are compared with.
-                style, color = ("-", INK) if term == SHARED else (LINE_STYLES[number % len(LINE_STYLES)], color)
-                axes.plot(terms[term], label=term.replace("_", " "), color=color, linestyle=style, marker="o", ms=2.5)
+            for number, (term, shade) in enumerate(zip(names, shades(_COLOR, len(names)), strict=True)):
+                line: dict[str, Any] = {"color": shade, "linestyle": LINE_STYLES[number % len(LINE_STYLES)]}
+                if term == SHARED:  # what the others are compared with
+                    line = {"color": INK, "linestyle": "-"}
+                axes.plot(terms[term], label=term.replace("_", " "), marker="o", ms=2.5, **line)
             axes.set_title(_TITLES[projection])
             axes.set_xlabel("layer")
             axes.set_ylim(bottom=0)

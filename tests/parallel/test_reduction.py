@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def _numbers_sent(all_settings: list[dict[str, Any]]) -> list[tuple[int, int]]:
         for settings in all_settings:
             linear = torch.nn.Linear(WIDTH, WIDTH, bias=False)
             engine = Engine(_Replicated(torch.nn.ModuleDict({"projectors": linear})), OptimizerConfig(), settings)
-            dist.all_reduce, dist.reduce = map(counting, own)
+            dist.all_reduce, dist.reduce = (counting(function) for function in own)
             sent[0] = 0
             with engine.accumulate():
                 for number in range(PASSES):
@@ -60,7 +60,7 @@ def _numbers_sent(all_settings: list[dict[str, Any]]) -> list[tuple[int, int]]:
                 during = sent[0]
             found.append((during, sent[0]))
             dist.all_reduce, dist.reduce = own
-            assert engine.gradient(linear.weight).eq(111 / 2).all()
+            assert engine.gradient(cast(torch.nn.Parameter, linear.weight)).eq(111 / 2).all()
     return found
 
 
