@@ -46,7 +46,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     if options.shrink:
         config = shrunk(config, scratch / "llm")
     settle_models(config, ["llm"])
-    beside = config.llm.lora is not None or bool(lora_of(config))
+    beside = config.mome.placed or config.llm.lora is not None or bool(lora_of(config))
     standard = standard_cases(config.mome.experts > 0, beside)
     cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard
     cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
