@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from mome_dist import evaluate
 from mome_dist.assets import asset_dir
 from mome_dist.config import load_config
 from mome_dist.config.derived import streams_of
@@ -94,6 +95,12 @@ def _train(overrides: list[str], cache: Path) -> list[float]:
     os.environ["MOME_DIST_CACHE"] = str(cache)
     config = load_config(overrides)
     return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
+
+
+def evaluated(arguments: list[str], cache: Path) -> int:
+    """Run the command that evaluates, in a world; return its exit code."""
+    os.environ["MOME_DIST_CACHE"] = str(cache)
+    return evaluate.main(arguments)
 
 
 def validation_step(run: LoadedRun, dp_rank: int = 0, dp_size: int = 1) -> Step:

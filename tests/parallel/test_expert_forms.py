@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from mome_dist.checkpoint.reshard import reshard
 from mome_dist.config import load_config
+from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import load_run
 from mome_dist.moe.forms.registry import DEFAULT, FORMS, find_form
 from mome_dist.parallel.layout import Layout
@@ -18,7 +20,7 @@ from mome_dist.verification.probe import Probe, shrunk
 from mome_dist.verification.verify import Verifier
 from tests.contributed import add_form
 from tests.parallel.resharding import STEPS, TAG, train_and_save
-from tests.parallel.runs import Lab
+from tests.parallel.runs import Lab, evaluated
 from tests.parallel.same_checkpoints import assert_engines_go_on, assert_same_files
 from tests.parallel.worlds import run_world
 
@@ -96,3 +98,8 @@ def test_each_trains_resumes_elsewhere_and_decodes(lab: Lab, tmp_path: Path, set
     assert first + rest == pytest.approx(whole, rel=1e-5)
     run = load_run(tmp_path / "run")
     assert run.step == 4 and f"mome.expert={run.config.mome.expert}" == settings
+    export_adapter(tmp_path / "run", tmp_path / "export")
+    exported, trained = load_run(tmp_path / "export").model.state_dict(), run.model.state_dict()
+    assert exported.keys() == trained.keys() and all(torch.equal(exported[name], trained[name]) for name in trained)
+    arguments = [f"checkpoint={tmp_path}/run", "limit=2", "max_new_tokens=3"]
+    assert run_world(evaluated, 1, arguments, lab.cache) == [0]

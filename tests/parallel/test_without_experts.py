@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mome_dist import evaluate, transcribe
 from mome_dist import report as report_command
+from mome_dist import transcribe
 from mome_dist.checkpoint.average import write_average
 from mome_dist.checkpoint.format import CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.reshard import reshard
@@ -28,7 +28,7 @@ from mome_dist.verification.probe import Probe, shrunk
 from mome_dist.verification.verify import Verifier
 from tests.parallel import sliced
 from tests.parallel.resharding import STEPS, TAG, train_and_save
-from tests.parallel.runs import Lab
+from tests.parallel.runs import Lab, evaluated
 from tests.parallel.same_checkpoints import assert_engines_go_on, assert_same_files
 from tests.parallel.worlds import run_world
 
@@ -97,11 +97,6 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("plain"))
 
 
-def _evaluated(arguments: list[str], cache: Path) -> int:
-    os.environ["MOME_DIST_CACHE"] = str(cache)
-    return evaluate.main(arguments)
-
-
 def _from_there_on(run: Path, folder: Path, sound: Path, cache: Path) -> str:
     """Export a run in two ways, report on it, and write down a file with the export."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
@@ -129,7 +124,7 @@ def test_the_whole_pipeline(lab: Lab, tiny_corpus: Corpus, tmp_path: Path) -> No
     write_average(tmp_path / "mean", [read_checkpoint(path) for path in checkpoints_of(run)])
 
     arguments = [f"checkpoint={run}", "baselines=[chance,untrained]", "limit=2", "max_new_tokens=3"]
-    assert run_world(_evaluated, 2, arguments, lab.cache) == [0, 0]
+    assert run_world(evaluated, 2, arguments, lab.cache) == [0, 0]
     results = json.loads((run / "evaluation/results.json").read_text())
     assert results["trainable_parameters"]["mome"] == 0 < results["trainable_parameters"]["projectors"]
 
@@ -151,7 +146,7 @@ def test_a_dense_bottleneck_is_evaluated_exported_and_reported_without_a_router(
     newest = checkpoints_of(run)[0]
     reshard(newest, tmp_path / "native", "deepspeed", Layout.for_world(4, tp=2, pp=2), 1)
     write_average(tmp_path / "mean", [read_checkpoint(path) for path in checkpoints_of(run)])
-    assert run_world(_evaluated, 1, [f"checkpoint={run}", "limit=2", "max_new_tokens=3"], lab.cache) == [0]
+    assert run_world(evaluated, 1, [f"checkpoint={run}", "limit=2", "max_new_tokens=3"], lab.cache) == [0]
     assert not (run / "evaluation/activations.safetensors").exists() and not (run / "routing.jsonl").exists()
     sound = tmp_path / "sound.flac"
     sound.write_bytes(encode_flac(tiny_corpus.audio(tiny_corpus.split("test")[0])))
