@@ -14,7 +14,8 @@ from mome_dist import train
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import layout_of
 from mome_dist.config.models import settle_models
-from mome_dist.data.corpus import Corpus
+from mome_dist.data.corpus import Corpus, Utterance
+from mome_dist.data.order import order_of
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.drills.injection import FAULT, READY, Injection, install
 from mome_dist.errors import UserError
@@ -119,10 +120,16 @@ class Bench:
         text = "\n".join(path.read_text(errors="replace") for path in sorted(notes.glob("rank-*.log")))
         return Ended(outcome, text, _time(notes / READY), _time(notes / FAULT))
 
-    def damaged_corpus(self, name: str) -> tuple[Path, Path]:
-        """A copy of the corpus whose first training shard may be damaged; other files are links. Returns both."""
+    def trained_in_step(self, step: int) -> list[Utterance]:
+        """The utterances of a step, counted from one, each once."""
+        config = self.config()
+        data, utterances = config.data, Corpus.open(config.data.corpus).split(config.data.train_split)
+        order = order_of(utterances, data.batch_size, data.max_frames, data.bucket_batches, config.seed)
+        return [utterances[index] for index in dict.fromkeys(order.batch(step - 1))]
+
+    def damaged_corpus(self, name: str, shard: str) -> tuple[Path, Path]:
+        """A copy of the corpus of which a shard may be damaged; other files are links. Returns both."""
         source = Path(self.config().data.corpus)
-        shard = Corpus.open(source).split(self.config().data.train_split)[0].shard
         copy = self.folder / "corpora" / name
         copy.mkdir(parents=True)
         for path in source.iterdir():

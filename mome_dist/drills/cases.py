@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mome_dist.checkpoint.format import newest_checkpoint
-from mome_dist.data.corpus import Corpus
-from mome_dist.drills.bench import Bench
+from mome_dist.drills.bench import SAVE_EVERY, Bench
 from mome_dist.drills.injection import FILE_LIMIT, NOT_FINITE, SAVING, Injection
 from mome_dist.exit_codes import PREEMPTED, RANK_LOST, USER_ERROR
 
@@ -118,7 +117,7 @@ def all_cases(bench: Bench, kills: int, seed: int) -> dict[str, Callable[[], Cas
         return Case("half the processes", (told, half), tolerance=TOLERANCE)
 
     def truncated() -> Case:
-        corpus, shard = bench.damaged_corpus("truncated")
+        corpus, shard = bench.damaged_corpus("truncated", bench.trained_in_step(1)[0].shard)
         content = shard.read_bytes()
         shard.write_bytes(content[: len(content) // 2])
         mended = Start(before=lambda _: _write(shard, content))
@@ -126,27 +125,30 @@ def all_cases(bench: Bench, kills: int, seed: int) -> dict[str, Callable[[], Cas
         return Case("truncated shard", (refused, mended), (f"data.corpus={corpus}",))
 
     def corrupted(name: str, allowed: bool) -> Case:
-        corpus, shard = bench.damaged_corpus(name.replace(" ", "-").replace(",", ""))
+        # What encodes in its steps meets a clip when its turn comes: here, when there is a checkpoint.
+        first, *others = bench.trained_in_step(SAVE_EVERY + 2)
+        damaged = [first, *(each for each in others if each.shard == first.shard)][:2]
+        corpus, shard = bench.damaged_corpus(name.replace(" ", "-").replace(",", ""), first.shard)
         content = shard.read_bytes()
-        damaged = Corpus.open(corpus).split(bench.config().data.train_split)[1:3]
         spoiled = bytearray(content)
         for utterance in damaged:
             for offset, size in utterance.members.values():
                 spoiled[offset + size // 2] ^= 1
         _write(shard, bytes(spoiled))
         ids = tuple(utterance.id for utterance in damaged)
+        told_of = f"{len(ids)} utterances of split '{bench.config().data.train_split}'"
         if not allowed:
-            # What encodes in its steps reads a clip when its turn comes, and meets one of them first.
             said = rf"({'|'.join(ids)})\.\w+: its bytes have changed"
             if bench.config().data.features != "online":
-                said = rf"2 utterances of split 'train' are damaged: .*{ids[0]}"
+                said = rf"{told_of} are damaged: .*{min(ids)}"
             refused = Start(codes=(USER_ERROR,), says=said)
             mended = Start(before=lambda _: _write(shard, content))
             # Features that are encoded in other batches round otherwise, far below the tolerance.
             overrides = (f"data.corpus={corpus}",)
             return Case(name, (refused, mended), overrides, tolerance=TOLERANCE, cache=f"cache-{name}")
-        permitted = (f"data.corpus={corpus}", "data.max_damaged_utterances=2")
-        told = Start((Injection("SIGTERM", 1, 2),), (PREEMPTED,), "2 damaged utterances of split 'train' are left out")
+        permitted = (f"data.corpus={corpus}", f"data.max_damaged_utterances={len(ids)}")
+        left_out = told_of.replace("utterances", "damaged utterances")
+        told = Start((Injection("SIGTERM", 1, 2),), (PREEMPTED,), f"{left_out} are left out")
         return Case(name, (told, Start()), permitted, own_reference=True, cache=f"cache-{name}", left_out=ids)
 
     def full_disk() -> Case:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mome_dist.config import load_config
-from mome_dist.config.derived import streams_of, views_of
+from mome_dist.config.derived import schedule_of, streams_of, views_of
 from mome_dist.config.values import check_values
 from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.moe.local import LocalMoME
@@ -185,5 +185,8 @@ def test_rates_and_weights_are_those_of_the_papers() -> None:
     assert [str(view) for view in views_of(load_config(["method=llama_avsr", "task=vsr"]))] == ["vsr(3)"]
     assert len(views_of(load_config(["method=llama_mtsk/ms"]))) == 4
     assert len(views_of(load_config(["method=llama_mtsk/ms", "task=asr"]))) == 5
+    for form in ("ms", "ss", "mss"):  # every pair in every step, though the experiment would draw two
+        schedule = schedule_of(load_config(["experiment=tiny", f"method=llama_mtsk/{form}"]))
+        assert len(schedule.of_step(0)) == 4
     omni = load_config(["experiment=tiny", "method=omni_avsr/st"]).task
     assert (omni.sampling, omni.weights.asr, omni.weights.vsr, omni.weights.avsr) == ("rates", 1, 1.5, 1)
