@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,8 @@ import pytest
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, encode_video
 from tests.evaluation_run import make_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Commands by the word that a row begins with.
 COMMANDS = {
@@ -31,7 +36,7 @@ COMMANDS = {
     "local": "launchers.local",
     "slurm": "launchers.slurm.__main__",
     "submitit": "launchers.submitit.__main__",
-    **{path.stem: f"tools.{path.stem}" for path in Path("tools").glob("*.py")},
+    **{path.stem: f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")},
 }
 TINY = "local --dry-run --nproc 2 experiment=tiny"
 OWN = f"{TINY} llm.path={{llm}} audio_encoder.path={{whisper}} video_encoder.path={{lips}} data.corpus={{corpus}}"
@@ -145,6 +150,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("transcribe {runs}/smal {sound} --audio-rate 4", "did you mean {run}?"),
     ("transcribe {run} {sound} --audio-rate four", "--audio-rate|invalid int value: 'four'"),
     ("transcribe {asr_only} {film} --video-rate 2", "needs video|trained without video|asr(4)"),
+    ("transcribe {export} {sound} --audio-rate 4", "SHA256SUMS cannot be read|export the run again"),
     # Tools.
     ("export_adapter {run}", "required: target"),
     ("export_adapter {export} {empty}", "{empty} exists"),
@@ -231,3 +237,29 @@ def test_a_mistake_is_told_with_its_fix(
         assert part in line, line
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+QUICK = [
+    ["transcribe", "{run}", "{sound}", "--audio-rate", "4", "--video-rate", "2"],
+    ["transcribe", "{asr_only}", "{film}", "--video-rate", "2"],
+    ["evaluate", "{run}", "rates=asr(44)"],
+    ["evaluate", "{run}", "split=tests"],
+    ["report", "{export}"],
+    ["train", "experiment=tiny", "lr=1"],
+    ["train", "experiment=tiny"],
+]
+
+
+def test_mistakes_are_told_before_torch_is_imported(places: dict[str, Path], tmp_path: Path) -> None:
+    """It alone takes longer than a mistake should; so nothing that computes can have been loaded."""
+    rows = [[word.format(**{name: str(path) for name, path in places.items()}) for word in row] for row in QUICK]
+    code = f"""
+import importlib, sys
+for command, *arguments in {rows!r}:
+    assert importlib.import_module("mome_dist." + command).main(arguments) == 2
+    assert "torch" not in sys.modules, command
+"""
+    environment = {**os.environ, "MOME_DIST_CACHE": str(places["cache"]), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(QUICK)
