@@ -178,6 +178,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("cache_features experiment=tiny", "tools/fetch_assets.py whisper-tiny.en"),
     ("cache_features experiment=tiny --ouput x", "--ouput; did you mean --output?"),
     ("tune_deepspeed experiment=tiny", "required: --nproc"),
+    ("tune_deepspeed --nproc 2", "no experiment is named"),
     ("fault_drill --only kil --shrink experiment=tiny", "kil"),
     ("verify_layouts --only nothing --shrink experiment=tiny", "nothing"),
     ("gpu_suite --only disptach", "disptach|dispatch"),
