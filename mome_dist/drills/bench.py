@@ -12,8 +12,8 @@ from pathlib import Path
 from launchers.ranks import Outcome, RankGroup
 from mome_dist import train
 from mome_dist.config import RunConfig, load_config
-from mome_dist.config.load import load_training
 from mome_dist.config.derived import layout_of
+from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
