@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A wrong config value, file or layout.
@@ -33,3 +35,13 @@ def first_line(error: BaseException) -> str:
 
 class PreemptedError(Exception):
     """The run was asked to stop and has saved its state; all ranks have agreed on it."""
+
+
+def no_file(path: str | Path) -> str:
+    """What to say of a path that is not the file that it should be: a folder is there, or nothing."""
+    return "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+
+
+def no_folder(path: str | Path) -> str:
+    """What to say of a path that is not the folder that it should be: a file is there, or nothing."""
+    return "is a file, not a folder" if Path(path).exists() else "does not exist"

@@ -69,9 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = transcribe(run, view, clips, options.num_beams)
     seconds = {stream: len(clip) / {"audio": SAMPLE_RATE, "video": FPS}[stream] for stream, clip in clips.items()}
     lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in seconds.items())
-    seen = "" if view in trained else " (not trained)"
-    taken = time.perf_counter() - started
-    console.print(f"{run.config.name}, step {run.step}, {view}{seen}: {lengths}, {taken:.2f} s")
+    named = f"{run.config.name}, step {run.step}, {view}{'' if view in trained else ' (not trained)'}"
+    console.print(f"{named}: {lengths}, {time.perf_counter() - started:.2f} s")
     print(text, flush=True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from mome_dist.data.media import FPS, SAMPLE_RATE, Audio, Video, decode_flac, decode_video, frames_for_samples
 from mome_dist.data.shards import FORMAT, MANIFEST
-from mome_dist.errors import DamagedDataError, UserError
+from mome_dist.errors import DamagedDataError, UserError, no_folder
 from mome_dist.files import sha256_of
 from mome_dist.speech.geometry import RENDERED
 from mome_dist.text_files import lines_of
@@ -182,9 +182,10 @@ class Corpus:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
+        wrong = f"{path}: no manifest" if directory.is_dir() else f"{directory} {no_folder(directory)}"
         raise UserError(
-            f"{path}: no manifest; give a corpus directory (training: data.corpus=DIR, mome_dist.evaluate: "
-            "corpus=DIR), or make one with tools/make_corpus.py (synthetic) or tools/prepare_lrs.py (of a data set)"
+            f"{wrong}; give a corpus directory (training: data.corpus=DIR, mome_dist.evaluate: corpus=DIR), or make "
+            "one with tools/make_corpus.py (synthetic) or tools/prepare_lrs.py (of a data set)"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from launchers.ranks import Outcome, RankGroup
 from mome_dist import train
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import layout_of
+from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.order import order_of
@@ -81,7 +82,7 @@ class Bench:
             "audio_encoder.precision=fp32",
             "video_encoder.precision=fp32",
         ]
-        config = load_config(chosen)
+        config = load_training(chosen)
         layout_of(config, processes)
         if config.mome.experts:
             fixed.append("mome.capacity_factor=null")

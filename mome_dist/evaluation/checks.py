@@ -12,7 +12,7 @@ from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.config.values import check_decoding
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.noise import BABBLE
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_folder
 from mome_dist.evaluation.conditions import CLEAN, Condition, conditions_of
 from mome_dist.evaluation.request import EvaluationRequest, check_baselines, names_of, parse_views, ratios_of
 from mome_dist.speech.views import View, streams_read
@@ -39,7 +39,8 @@ def check_request(request: EvaluationRequest) -> None:
     for condition in conditions:
         if condition.noise not in (None, BABBLE) and not Path(condition.noise).is_dir():
             raise UserError(
-                f"noise={condition.noise}: no such directory; name {CLEAN}, {BABBLE} or a directory of recordings."
+                f"noise={condition.noise} {no_folder(condition.noise)}; name {CLEAN}, {BABBLE} or a directory of "
+                "recordings."
             )
     if found.kind != "run" and (averaged is not None or request.select == "best"):
         raise UserError(f"select={request.select} needs the directory of a run, and {found.directory} is none.")

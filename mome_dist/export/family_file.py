@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError, first_line
+from mome_dist.errors import UserError, first_line, no_file
 
 STREAMS = ("audio", "video")
 TASKS = {"asr": "audio", "vsr": "video", "avsr": "audiovisual"}
@@ -47,7 +47,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; download the checkpoint first.")
+        raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
     try:
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_file
 from mome_dist.origins import origin_of
 
 # Architecture: (model_type that goes with it, whether queries, keys and values have a bias).
@@ -92,7 +92,7 @@ class LLMShape:
         """
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise UserError(f"llm.path={str(directory)!r}: {path} does not exist; {origin_of('llm', directory)}.")
+            raise UserError(f"llm.path={str(directory)!r}: {path} {no_file(path)}; {origin_of('llm', directory)}.")
         config = _Config(path)
         architecture = config.architecture()
         config.refuse_unsupported()

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mome_dist.config.deepspeed.file import deepspeed_of, write_deepspeed
 from mome_dist.config.derived import encoder_sections, layout_of
-from mome_dist.config.load import load_config
+from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
@@ -36,7 +36,7 @@ def tune_command(options: argparse.Namespace, scratch: Path) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=WIDTH, highlight=False)
-    config = load_config(options.overrides)
+    config = load_training(options.overrides)
     base = tuple(options.overrides)
     runner: Runner
     if options.shrink:

@@ -69,7 +69,7 @@ def test_the_command_line(
     for wrong, message in (
         ("--split=tests", "tests"),
         ("video_encoder.path=/nowhere", "convert_avhubert"),
-        ("data.corpus=/nowhere", "no manifest"),
+        ("data.corpus=/nowhere", "does not exist"),
         ("audio_encoder.padding=long", "audio_encoder.padding"),
     ):
         assert main([*arguments, wrong]) == 2

@@ -245,7 +245,7 @@ WRONG = [
     (
         ["augmentation=paper", "data.features=online", "augmentation.noise.source=/nowhere"],
         2,
-        r"/nowhere: no such directory; give one with WAV or FLAC recordings of noise",
+        r"/nowhere does not exist; give one with WAV or FLAC recordings of noise",
     ),
     (["deepspeed.file=none.json"], 2, r"deepspeed.file='none.json': .*none.json does not exist"),
 ]

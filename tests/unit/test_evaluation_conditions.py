@@ -202,7 +202,7 @@ def test_arguments_of_conditions() -> None:
         ("snr=null", "snr="),
         ("snr=.nan", "snr="),
         ("noise=[3]", "noise="),
-        ("noise=/no/such/place", "no such directory"),
+        ("noise=/no/such/place", "does not exist"),
         ("video_corruption=rain", "occlusion, blur"),
         ("video_corruption=blur:2", "severity"),
         ("video_corruption=blur:0", "severity"),

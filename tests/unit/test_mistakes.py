@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,8 @@ import pytest
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, encode_video
 from tests.evaluation_run import make_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Commands by the word that a row begins with.
 COMMANDS = {
@@ -31,7 +36,7 @@ COMMANDS = {
     "local": "launchers.local",
     "slurm": "launchers.slurm.__main__",
     "submitit": "launchers.submitit.__main__",
-    **{path.stem: f"tools.{path.stem}" for path in Path("tools").glob("*.py")},
+    **{path.stem: f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")},
 }
 TINY = "local --dry-run --nproc 2 experiment=tiny"
 OWN = f"{TINY} llm.path={{llm}} audio_encoder.path={{whisper}} video_encoder.path={{lips}} data.corpus={{corpus}}"
@@ -104,8 +109,10 @@ MISTAKES: list[tuple[str, str]] = [
     (f"{TINY} llm.path={{llm}}", "audio_encoder.path|python tools/fetch_assets.py whisper-tiny.en"),
     (f"{OWN} video_encoder=visemes video_encoder.path={{empty}}", "video_encoder.path='{empty}'|convert_avhubert"),
     (f"{TINY} llm.path={{empty}}", "llm.path='{empty}'|hf://OWNER/NAME"),
-    (f"{OWN} data.corpus={{cache}}/corpora/none", "corpora/none|tools/make_corpus.py"),
+    (f"{OWN} data.corpus={{cache}}/corpora/none", "corpora/none does not exist|tools/make_corpus.py"),
     (f"{OWN} data.corpus={{empty}}", "{empty}|manifest.json|tools/prepare_lrs.py"),
+    (f"{OWN} data.corpus={{text}}", "notes.txt is a file, not a folder"),
+    (f"{OWN} deepspeed.file={{empty}}", "{empty} is a folder, not a file; choose deepspeed=zero0"),
     (f"{OWN} data.train_split=training", "no split 'training'|train"),
     # Places of what was trained.
     ("evaluate", "a run, a checkpoint of it, or an export"),
@@ -125,7 +132,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("evaluate {checkpoint} select=best", "select=best needs the directory of a run"),
     ("evaluate {run} split=tests", "no split 'tests'|test"),
     ("evaluate {run} corpus={empty}", "{empty}"),
-    ("evaluate {run} noise=babel", "noise=babel: no such directory; name clean, babble"),
+    ("evaluate {run} noise=babel", "noise=babel does not exist; name clean, babble"),
     ("evaluate {run} num_beams=0", "num_beams=0: must be at least 1"),
     ("evaluate {run} limit=0", "limit=0 must be at least 1"),
     ("evaluate {run} baselines=[random]", "'random' is unknown; choose from chance, untrained"),
@@ -138,13 +145,14 @@ MISTAKES: list[tuple[str, str]] = [
     ("transcribe {run} {sound}", "add --audio-rate A to listen"),
     ("transcribe {run} {sound} --rate 4", "unknown option --rate; did you mean --audio-rate or --video-rate?"),
     ("transcribe {run} {text} --audio-rate 4", "notes.txt"),
-    ("transcribe {run} {empty} --audio-rate 4", "{empty}: is a folder"),
-    ("transcribe {run} none.mp4 --audio-rate 4", "none.mp4: no such file"),
+    ("transcribe {run} {empty} --audio-rate 4", "{empty} is a folder, not a file"),
+    ("transcribe {run} none.mp4 --audio-rate 4", "none.mp4 does not exist"),
     ("transcribe {run} {film} --audio-rate 4", "has no audio stream: leave out --audio-rate"),
     ("transcribe {run} {sound} --audio-rate 4 --video-rate 2", "has no video stream: leave out --video-rate"),
     ("transcribe {runs}/smal {sound} --audio-rate 4", "did you mean {run}?"),
     ("transcribe {run} {sound} --audio-rate four", "--audio-rate|invalid int value: 'four'"),
     ("transcribe {asr_only} {film} --video-rate 2", "needs video|trained without video|asr(4)"),
+    ("transcribe {export} {sound} --audio-rate 4", "SHA256SUMS cannot be read|export the run again"),
     # Tools.
     ("export_adapter {run}", "required: target"),
     ("export_adapter {export} {empty}", "{empty} exists"),
@@ -154,6 +162,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("reshard_checkpoint {empty} out", "{empty} is an empty folder"),
     ("reshard_checkpoint {run}", "required: DST"),
     ("convert_avhubert {text} --output out", "notes.txt"),
+    ("convert_avhubert {empty} --output out", "{empty} is a folder, not a file"),
     ("convert_avhubert none.pt --output out", "none.pt"),
     ("convert_family none.ckpt out", "none.ckpt"),
     ("convert_family {text} out --audio-rates four", "--audio-rates four: give whole numbers"),
@@ -169,6 +178,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("cache_features experiment=tiny", "tools/fetch_assets.py whisper-tiny.en"),
     ("cache_features experiment=tiny --ouput x", "--ouput; did you mean --output?"),
     ("tune_deepspeed experiment=tiny", "required: --nproc"),
+    ("tune_deepspeed --nproc 2", "no experiment is named"),
     ("fault_drill --only kil --shrink experiment=tiny", "kil"),
     ("verify_layouts --only nothing --shrink experiment=tiny", "nothing"),
     ("gpu_suite --only disptach", "disptach|dispatch"),
@@ -231,3 +241,29 @@ def test_a_mistake_is_told_with_its_fix(
         assert part in line, line
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+QUICK = [
+    ["transcribe", "{run}", "{sound}", "--audio-rate", "4", "--video-rate", "2"],
+    ["transcribe", "{asr_only}", "{film}", "--video-rate", "2"],
+    ["evaluate", "{run}", "rates=asr(44)"],
+    ["evaluate", "{run}", "split=tests"],
+    ["report", "{export}"],
+    ["train", "experiment=tiny", "lr=1"],
+    ["train", "experiment=tiny"],
+]
+
+
+def test_mistakes_are_told_before_torch_is_imported(places: dict[str, Path], tmp_path: Path) -> None:
+    """It alone takes longer than a mistake should; so nothing that computes can have been loaded."""
+    rows = [[word.format(**{name: str(path) for name, path in places.items()}) for word in row] for row in QUICK]
+    code = f"""
+import importlib, sys
+for command, *arguments in {rows!r}:
+    assert importlib.import_module("mome_dist." + command).main(arguments) == 2
+    assert "torch" not in sys.modules, command
+"""
+    environment = {**os.environ, "MOME_DIST_CACHE": str(places["cache"]), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(QUICK)

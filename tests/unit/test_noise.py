@@ -193,7 +193,7 @@ def test_a_silent_place_is_not_taken_for_noise(tmp_path: Path) -> None:
 
 
 def test_wrong_directories_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing: no such directory"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         NoiseFiles(tmp_path / "nothing")
     (tmp_path / "readme.txt").write_text("no noise here")
     with pytest.raises(UserError, match="holds no WAV or FLAC file"):

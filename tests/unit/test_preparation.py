@@ -242,7 +242,7 @@ def test_wrong_lists_are_named(tmp_path: Path, name: str, text: str, named: str)
     put(tmp_path / "a.wrd", "x\n")
     with pytest.raises(UserError, match=named):
         read_manifest(put(tmp_path / name, text), TRAIN, None)
-    with pytest.raises(UserError, match="no such list"):
+    with pytest.raises(UserError, match="does not exist"):
         read_manifest(tmp_path / "absent.csv", TRAIN, None)
 
 

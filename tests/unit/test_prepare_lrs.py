@@ -210,7 +210,7 @@ def test_every_clip_that_cannot_be_used_is_named_with_the_reason(
         "long": (utterances.TOO_LONG, "17.0 s, at most 16.0 s; the times of its words are not known"),
         "times": (utterances.BAD_TIMES, "times.txt: the times of the words do not ascend"),
         "cut": (utterances.UNREADABLE, "cut.mp4: cannot be read as audio or video"),
-        "gone": (utterances.UNREADABLE, "gone.mp4: no such file"),
+        "gone": (utterances.UNREADABLE, "gone.mp4 does not exist"),
         "deaf": (utterances.NO_AUDIO, "deaf.mp4 has no audio stream"),
         "blind": (utterances.NO_VIDEO, "blind.mp4 has no video stream"),
         "other": (utterances.NO_TEXT, "other.txt:1: column 6: byte 0xff is not UTF-8"),
@@ -237,7 +237,7 @@ def test_mistakes_are_found_before_any_work(
 ) -> None:
     (tmp_path / "taken").mkdir()
     cases = (
-        (["lrs3", str(tmp_path / "absent"), str(tmp_path / "o")], "absent: no such folder"),
+        (["lrs3", str(tmp_path / "absent"), str(tmp_path / "o")], "absent does not exist"),
         (["lrs3", str(lrs3), str(tmp_path / "o"), "--workers", "0"], "--workers 0"),
         (["lrs3", str(lrs3), str(tmp_path / "o"), "--part", "3/2"], "--part 3/2"),
         (["lrs3", str(lrs3), str(tmp_path / "o"), "--limit", "0"], "--limit 0"),

@@ -174,7 +174,7 @@ def test_report_before_and_after_evaluation(
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([f"run={tmp_path}"]) == 2
-    assert "no config.yaml" in capsys.readouterr().err
+    assert "is an empty folder; name a run" in capsys.readouterr().err
     assert report.main([]) == 2
     assert "run=DIR" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from mome_dist.config.deepspeed.keys import KEYS, ZERO
 from mome_dist.config.deepspeed.rules import UNKNOWN, Acts, Agrees, Only, Refused, Rule, Section, Switched
 from mome_dist.config.load import resolve_deepspeed_file
 from mome_dist.config.schema import RunConfig
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_file
 from mome_dist.files import write_json, write_text
 from mome_dist.paths import configs_dir
 from mome_dist.text_files import lines_of
@@ -61,7 +61,10 @@ def deepspeed_of(config: RunConfig, data_parallel: int | None = None) -> DeepSpe
     """
     path = resolve_deepspeed_file(config)
     if not path.is_file():
-        raise UserError(f"deepspeed.file={config.deepspeed.file!r}: {path} does not exist.")
+        raise UserError(
+            f"deepspeed.file={config.deepspeed.file!r}: {path} {no_file(path)}; choose deepspeed=zero0, "
+            "deepspeed=zero1 or deepspeed=zero2, or name a DeepSpeed file of your own."
+        )
     twice: list[str] = []
     try:
         settings = json.loads(

@@ -21,7 +21,7 @@ from av.stream import Discard, Disposition
 from mome_dist.data.films.pictures import Picture, at_25_fps, stacked
 from mome_dist.data.films.sound import SoundTrack, sound_range
 from mome_dist.data.media import FPS, SAMPLES_PER_FRAME, Audio, Video
-from mome_dist.errors import FilmError, UserError
+from mome_dist.errors import FilmError, UserError, no_file
 
 # Containers that store the time of every frame and an index, and say how long they are: in these a part is found
 # without decoding what is before it, and an end that is missing is noticed.
@@ -71,8 +71,7 @@ class Film:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            wrong = "is a folder" if self.path.is_dir() else "no such file"
-            raise FilmError(f"{path}: {wrong}; give the path of one audio or video file")
+            raise FilmError(f"{path} {no_file(path)}; give the path of one audio or video file")
         self.notes: list[str] = []
         found = _scan(self.path, streams)
         self._sound, self._video = found.get("audio"), found.get("video")

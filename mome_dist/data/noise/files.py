@@ -16,7 +16,7 @@ from mome_dist.data.films import resample_audio
 from mome_dist.data.media import SAMPLE_RATE, Audio
 from mome_dist.data.noise.source import Origin
 from mome_dist.data.seeding import utterance_rng
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_folder
 
 SUFFIXES = (".wav", ".flac")
 RATES = (4_000, 384_000)  # Hz; others are damage, not recordings
@@ -39,7 +39,7 @@ class NoiseFiles:
     def __init__(self, directory: str | Path, seed: int = 0) -> None:
         self.directory, self.seed = Path(directory), seed
         if not self.directory.is_dir():
-            raise UserError(f"{directory}: no such directory; give one with WAV or FLAC recordings of noise")
+            raise UserError(f"{directory} {no_folder(directory)}; give one with WAV or FLAC recordings of noise")
         found = [
             Path(folder, name).relative_to(self.directory).as_posix()
             for folder, _, names in os.walk(self.directory)

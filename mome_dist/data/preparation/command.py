@@ -20,7 +20,7 @@ from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.data.preparation.trees import LRS3_VALIDATION, lrs2_clips, lrs3_clips
 from mome_dist.data.preparation.utterances import Rejection, held_out
 from mome_dist.data.preparation.workers import do_portions
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_folder
 
 
 class Part(NamedTuple):
@@ -92,7 +92,7 @@ def clips_of(request: Request) -> Preparation:
     else:
         assert request.root is not None
         if not request.root.is_dir():
-            raise UserError(f"{request.root}: no such folder; give the root of the data set")
+            raise UserError(f"{request.root} {no_folder(request.root)}; give the root of the data set")
         clips = lrs3_clips(request.root) if settings.source == "lrs3" else lrs2_clips(request.root)
         eligible = LRS3_VALIDATION if settings.source == "lrs3" else ""
     check_clips(clips)

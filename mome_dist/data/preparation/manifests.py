@@ -20,7 +20,7 @@ from typing import NamedTuple
 from mome_dist.data.preparation.clips import Clip, below
 from mome_dist.data.preparation.lhotse import read_cut
 from mome_dist.data.preparation.utterances import Rejection
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_file
 from mome_dist.text_files import lines_of
 
 _AUDIO_SUFFIXES = (".wav", ".flac")
@@ -47,7 +47,7 @@ def read_manifest(path: Path, split: str, root: Path | None) -> Listed:
     if reader is None:
         raise UserError(f"{path}: lists end in {', '.join(_READERS)}; see README, 'Data'")
     if not path.is_file():
-        raise UserError(f"{path}: no such list")
+        raise UserError(f"{path} {no_file(path)}; give a list of clips")
     found = Listed([], [])
     for entry in reader(path, split, root):
         if isinstance(entry, Clip):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError, first_line
+from mome_dist.errors import UserError, first_line, no_file
 
 # What only an attack refers to. It would not run either: this is for the message.
 _ATTACKS = re.compile(
@@ -72,7 +72,7 @@ def read_fairseq(path: str | Path) -> FairseqFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; download the checkpoint first.")
+        raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
     try:
         with _allowed([]):
             unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
