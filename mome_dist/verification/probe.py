@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
 from mome_dist.config.schema import LoRAConfig, RunConfig
@@ -25,6 +25,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT
@@ -177,11 +178,12 @@ def wake(parts: Iterable[NamedPart], seed: int) -> None:
 
 
 @torch.no_grad()
-def wake_reference(model: nn.Module, seed: int) -> None:
+def wake_reference(model: MoMESpeechLM, seed: int) -> None:
     """`wake` for the one-process form."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.any():
-            parameter.copy_(_awake(name, None, tuple(parameter.shape), seed))
+    for tensor in model.tensors():
+        value = tensor.of(tensor.parameter)
+        if tensor.parameter.requires_grad and not value.any():
+            value.copy_(_awake(tensor.name, None, tensor.shape, seed))
 
 
 def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> Tensor:

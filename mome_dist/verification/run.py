@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.engine.engine import Engine
@@ -145,6 +146,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     encoders = trained_encoders(probe.config, probe.widths)
     model = build_reference(probe.config, probe.widths, lora=LoRATerms.of(encoders)).train()
     wake_reference(model, probe.config.seed)
+    tensors = [tensor for tensor in model.tensors() if tensor.parameter.requires_grad]
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if optimizer == "sgd":
         stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)
@@ -170,13 +172,13 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if number == 0:
-            outcome.gradients = {name: _array(p.grad) for name, p in named.items() if p.grad is not None}
+            outcome.gradients = {each.name: _array(each.of(cast(Tensor, each.parameter.grad))) for each in tensors}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.gradient_clipping)
         outcome.norms.append(norm.item())
         stepper.step()
         stepper.zero_grad()
         outcome.losses.append(total)
-    outcome.weights = {name: _array(p) for name, p in named.items()}
+    outcome.weights = {each.name: _array(each.of(each.parameter)) for each in tensors}
     return outcome
 
 
