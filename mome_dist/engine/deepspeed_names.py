@@ -21,9 +21,9 @@ from mome_dist.sharing import Sharing, of_format_2
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
-# Of a router's tensors in the layout-free model, ``mome.LAYER.router_NAME``, the engine calls each ``wg.NAME`` in the
-# gate, but the bias.
-_ROUTER, _BIAS = re.compile(r"(mome\.\d+)\.router_(.+)"), "bias_E"
+ROUTER = f"{GATE}.wg"
+# The bias of a router was a buffer of the gate once.
+OLD_BIAS, BIAS = f"{GATE}.bias_E", f"{ROUTER}.bias"
 IDLE = "idle.weight"  # the one number of a rank where nothing trains, in a run without experts
 # The order of the modules after the layers; others come after these, by their names.
 MODULE_ORDER = ("projectors", "lora")
@@ -101,19 +101,15 @@ class Parameter:
 
 
 def engine_name(name: str) -> str:
-    """What an engine calls a router's tensor of the layout-free model."""
-    found = _ROUTER.fullmatch(name)
-    assert found is not None, f"{name} is of no router"
-    local = _BIAS if found[2] == "bias" else f"wg.{found[2]}"
-    return f"{found[1].replace('mome.', 'layer_')}.{GATE}.{local}"
+    """What an engine calls a router's tensor, which the layout-free model calls ``mome.N.router_NAME``."""
+    layer, _, rest = name.partition(".router_")
+    return f"{layer.replace('mome.', 'layer_')}.{ROUTER}.{rest}"
 
 
 def layout_free_name(layer: str, rest: str) -> str:
     """The layout-free name of what an engine calls ``rest`` in a module of the layer ``mome.N``, other than experts."""
-    if rest == f"{GATE}.{_BIAS}":
-        return f"{layer}.router_bias"
-    of_router = f"{GATE}.wg."
-    return f"{layer}.router_{rest.removeprefix(of_router)}" if rest.startswith(of_router) else f"{layer}.{rest}"
+    of_router = rest.removeprefix(f"{ROUTER}.")
+    return f"{layer}.{rest}" if of_router == rest else f"{layer}.router_{of_router}"
 
 
 def _single(tensor: StateTensor) -> Parameter:

@@ -200,7 +200,7 @@ class DistributedMoME(nn.Module):
         if self.lora is not None:
             yield from whole_parts("lora", self.lora, Sharing())
         for number, mome in self.momes.items():
-            yield from _mome_parts(f"mome.{number}", number, mome)
+            yield from mome_parts(f"mome.{number}", number, mome)
         for prefix, adapter in self.adapters.items():
             yield from cast(Described, adapter).named_parts(prefix)
 
@@ -213,7 +213,7 @@ class DistributedMoME(nn.Module):
         ]
 
 
-def _mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
+def mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
     """The tensors of a MoME module, which sees a rank's own tokens under sequence parallelism."""
     shared = Sharing(layer, partial=True)
     names: dict[Tensor, str] = {parameter: name for name, parameter in mome.router.named_parameters()}

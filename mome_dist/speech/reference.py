@@ -66,6 +66,20 @@ def _experts(hidden_size: int, **arguments: Any) -> LocalMoME | LocalUnrouted:
     return LocalUnrouted(hidden_size, **{name: arguments[name] for name in kept if name in arguments})
 
 
+def layout_free_tensors(model: nn.Module) -> Iterator[PackedTensor]:
+    """Every tensor in the parameters of a `MoMESpeechLM`, or of a part of it, by the name that checkpoints have for it,
+    and where it is in its parameter."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            found = (tensor for tensor in module.tensors() if isinstance(tensor.parameter, nn.Parameter))
+        else:
+            own = module.named_parameters(recurse=False)
+            found = (PackedTensor(name, value, 0, tuple(value.shape)) for name, value in own)
+        for name, parameter, start, shape in found:
+            full = re.sub(r"^(mome\.\d+\.router)\.", r"\1_", f"{path}.{name}" if path else name)
+            yield PackedTensor(full, parameter, start, shape)
+
+
 def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
     """The routing of the latest pass, padding left out."""
     assert mome.last_routing is not None
@@ -202,18 +216,6 @@ class MoMESpeechLM(nn.Module):
             self._prefix_shape = rows, length
             self._prefix = OneView(self._prefix.view, modality_N, rows * length)
         return self._prefix
-
-    def tensors(self) -> Iterator[PackedTensor]:
-        """Everything that can train by its layout-free name, and where it is in a parameter."""
-        for path, module in self.named_modules():
-            if isinstance(module, PackedModule):
-                found = (tensor for tensor in module.tensors() if isinstance(tensor.parameter, nn.Parameter))
-            else:
-                own = module.named_parameters(recurse=False)
-                found = (PackedTensor(name, value, 0, tuple(value.shape)) for name, value in own)
-            for name, parameter, start, shape in found:
-                full = re.sub(r"^(mome\.\d+\.router)\.", r"\1_", f"{path}.{name}" if path else name)
-                yield PackedTensor(full, parameter, start, shape)
 
     def part_sizes(self) -> dict[str, int]:
         """Numbers of parameters of "mome" and "projectors" and, where there are any, of "llm_lora" and "lora"."""

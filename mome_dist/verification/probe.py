@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
 from mome_dist.config.schema import LoRAConfig, RunConfig
@@ -25,7 +25,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
-from mome_dist.speech.reference import MoMESpeechLM
+from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT
@@ -178,9 +178,9 @@ def wake(parts: Iterable[NamedPart], seed: int) -> None:
 
 
 @torch.no_grad()
-def wake_reference(model: MoMESpeechLM, seed: int) -> None:
+def wake_reference(model: nn.Module, seed: int) -> None:
     """`wake` for the one-process form."""
-    for tensor in model.tensors():
+    for tensor in layout_free_tensors(model):
         value = tensor.of(tensor.parameter)
         if tensor.parameter.requires_grad and not value.any():
             value.copy_(_awake(tensor.name, None, tensor.shape, seed))

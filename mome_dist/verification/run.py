@@ -22,6 +22,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import LoRATerms
+from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.encoders import RankEncoders, encoded, trained_encoders
 from mome_dist.verification.probe import Probe, wake, wake_reference
@@ -146,7 +147,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     encoders = trained_encoders(probe.config, probe.widths)
     model = build_reference(probe.config, probe.widths, lora=LoRATerms.of(encoders)).train()
     wake_reference(model, probe.config.seed)
-    tensors = [tensor for tensor in model.tensors() if tensor.parameter.requires_grad]
+    tensors = [tensor for tensor in layout_free_tensors(model) if tensor.parameter.requires_grad]
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if optimizer == "sgd":
         stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)

@@ -26,7 +26,7 @@ from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
-from mome_dist.engine.deepspeed_names import EXPERTS, ModelTensors, layout_free_name
+from mome_dist.engine.deepspeed_names import BIAS, EXPERTS, OLD_BIAS, ModelTensors, layout_free_name
 from mome_dist.errors import UserError, first_line
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, from_json, of_format_2
@@ -249,6 +249,8 @@ class _Directory:
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")
+        if isinstance(content.get("module"), dict):
+            content["module"] = {name.replace(OLD_BIAS, BIAS): value for name, value in content["module"].items()}
         self._opened[name] = content
         if len(self._opened) > _OPEN_FILES:
             self._opened.popitem(last=False)

@@ -12,22 +12,21 @@ from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.router import Routed
 from mome_dist.moe.routers.base import Router
-from mome_dist.packed_module import saved_under
+from mome_dist.packed_module import loaded_from
 from mome_dist.token_context import TokenContext
 
 
 class Gate(nn.Module):
-    """A router in the place of DeepSpeed's gate. In a state dict it is called ``wg``, as the one linear map of that
-    gate is, and its bias ``bias_E``.
+    """A router in the place of DeepSpeed's gate.
 
     Attributes:
-        wg: the router.
+        wg: the router, called as the one linear map of that gate is.
     """
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.wg = router
-        saved_under(self, "wg.bias", "bias_E")
+        loaded_from(self, "bias_E", "wg.bias")  # engines wrote it so
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         # Set when the layer is built, since initial values depend on it, and again by the engine.
