@@ -20,6 +20,7 @@ from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.parallel.initialize import parallel_world
@@ -92,10 +93,18 @@ def local_form(form: list[str]) -> LocalMoME:
     """The one-process form with values that carry a signal everywhere."""
     module = LocalMoME(HIDDEN, EXPERTS, TOP_K, 1, BOTTLENECK, router_of(configured(form)))
     module.initialize("mome.0", SEED)
+    spread(module.router)
     holder = nn.Module()
     holder.mome = nn.ModuleList([module])
     wake_reference(holder, SEED)
     return module
+
+
+@torch.no_grad()
+def spread(router: Router) -> None:
+    """Take tokens' experts apart: the initial values of maps give all nearly the same score."""
+    for parameter in router.parameters():
+        parameter.mul_(10)
 
 
 def starts_as_a_no_op(form: list[str]) -> None:
@@ -126,24 +135,22 @@ def shards_add_up(form: list[str]) -> None:
     """Gradients of a router, of gates and of all losses, summed over shards of the tokens, are those of all tokens."""
     router = build_router(router_of(configured(form)), HIDDEN, EXPERTS, TOP_K)
     router.initialize("mome.0", SEED)
+    spread(router)
     whole, rows_NH = context((8, 6, 7), 3), hidden(24, 2)
     counts_VE = whole.members_VN @ router(rows_NH, whole).selected_TE().float()
-    found = []
+    totals, gradients = [], []
     for ranks in (1, 3):
-        router.zero_grad(set_to_none=True)
-        losses = []
+        losses: list[Tensor] = []
         for rank, own_TH in enumerate(rows_NH.chunk(ranks)):
             tokens = whole.part(rank, ranks)
             routing = router(own_TH, tokens)
             losses.append((routing.gates_TK * own_TH[:, :TOP_K]).sum())
             losses += _view_losses(router.losses, routing, tokens, counts_VE, whole.sizes_V2[:, 0])
-        torch.stack(losses).sum().backward()
-        assert all(parameter.grad is not None for parameter in router.parameters())
-        found.append([losses, *(parameter.grad for parameter in router.parameters())])
-    (one, *gradients), (several, *sums) = found
-    torch.testing.assert_close(torch.stack(one).sum(), torch.stack(several).sum())
-    for gradient, total in zip(gradients, sums, strict=True):
-        torch.testing.assert_close(gradient, total)
+        totals.append(torch.stack(losses).sum())
+        gradients.append(torch.autograd.grad(totals[-1], list(router.parameters())))
+    torch.testing.assert_close(*totals)
+    for whole_gradient, summed in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole_gradient, summed)
 
 
 def _view_losses(
@@ -185,8 +192,8 @@ def _in_world(form: list[str]) -> dict[str, float]:
         outputs = [local(rows_NH, None, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
         routings = [local.router(rows_NH, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
         pairs = list(zip(routings, contexts, strict=True))
-        counts_VE = sum(tokens.members_VN @ routing.selected_TE().float() for routing, tokens in pairs)
-        sizes_V = sum(tokens.sizes_V2[:, 0] for tokens in contexts)
+        counts_VE = torch.stack([each.members_VN @ routing.selected_TE().float() for routing, each in pairs]).sum(0)
+        sizes_V = torch.stack([each.sizes_V2[:, 0] for each in contexts]).sum(0)
         losses = [_alive(output_NH, tokens).square().sum() for output_NH, tokens in zip(outputs, contexts, strict=True)]
         for routing, tokens in pairs:
             losses += _view_losses(local.router.losses, routing, tokens, counts_VE, sizes_V)
@@ -209,6 +216,7 @@ def _in_world(form: list[str]) -> dict[str, float]:
             module.set_deepspeed_parallelism()
             module.set_token_group(group)
             module.initialize("mome.0", SEED)
+            spread(module.router)
             wake(mome_parts("mome.0", 0, module), SEED)
             load = PassLoad(tokens.view_names, group)
             output_NH = module(rows_NH, tokens, load)
