@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from mome_dist.config import load
 from mome_dist.errors import UserError
 from mome_dist.moe import routers
 from mome_dist.moe.routers import registry
-from mome_dist.paths import configs_dir
 from tests import router_conformance as conformance
-from tests.quickstart.newcomer import ROOT
+from tests.contributed import section, write_config
 
 
 @pytest.mark.parametrize("check", conformance.ALONE, ids=lambda check: check.__name__)
@@ -38,18 +35,12 @@ def test_every_router_in_a_model(form: list[str], check: Callable[[list[str], Pa
 @pytest.fixture(scope="module")
 def added(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """What chooses the router that CONTRIBUTING.md adds, as it says."""
-    page = (ROOT / "CONTRIBUTING.md").read_text()
-    section = page[page.index("## Add a router") : page.index("## Add a trained part")]
-    settings, line, module = re.findall(r"```python\n(.*?)```", section, re.S)
-    (yaml,) = re.findall(r"```yaml\n(.*?)```", section, re.S)
-    (name,) = re.findall(r"`configs/mome/router/(\w+)\.yaml`", section)
-    assert f"`mome_dist/moe/routers/{name}.py`" in section
-    folder = tmp_path_factory.mktemp("added")
-    (folder / f"{name}.py").write_text(module)
-    shutil.copytree(configs_dir(), folder / "configs")
-    (folder / f"configs/mome/router/{name}.yaml").write_text(yaml)
+    text, folder = section("Add a router"), tmp_path_factory.mktemp("added")
+    settings, line, module = re.findall(r"```python\n(.*?)```", text, re.S)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "configs_dir", lambda: folder / "configs")
+        name = write_config(text, "mome/router", folder, patch)
+        assert f"`mome_dist/moe/routers/{name}.py`" in text
+        (folder / f"{name}.py").write_text(module)
         patch.setattr(routers, "__path__", [*routers.__path__, str(folder)])
         names = dict(registry.__dict__)
         exec(settings, names)
