@@ -61,3 +61,28 @@ class PackedModule(nn.Module):
             else:
                 view.copy_(value)
         unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in views]
+
+
+def saved_under(module: nn.Module, inside: str, saved: str) -> None:
+    """Let a module's state dict call what begins with ``inside`` by ``saved`` instead, when it is saved and when it is
+    loaded; the rest of the name stays."""
+
+    def save(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        _rename(state, prefix + inside, prefix + saved)
+
+    module.register_state_dict_post_hook(save)
+    loaded_from(module, saved, inside)
+
+
+def loaded_from(module: nn.Module, saved: str, inside: str) -> None:
+    """Let a module load what begins with ``inside`` from what begins with ``saved``, if a state dict has that."""
+
+    def load(_module: nn.Module, state: dict[str, Any], prefix: str, *_settings: Any) -> None:
+        _rename(state, prefix + saved, prefix + inside)
+
+    module.register_load_state_dict_pre_hook(load)
+
+
+def _rename(state: dict[str, Any], old: str, new: str) -> None:
+    for name in [name for name in state if name.startswith(old)]:
+        state[new + name.removeprefix(old)] = state.pop(name)

@@ -26,7 +26,7 @@ from mome_dist.config.derived import (
 from mome_dist.config.load import load_training
 from mome_dist.config.models import is_rank, settle_arguments, settle_evaluation, settle_models
 from mome_dist.config.schema import RunConfig
-from mome_dist.config.values import check_texts, check_values
+from mome_dist.config.values import check_learning, check_texts, check_values
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.noise import open_noise
 from mome_dist.data.order import Order, check_shares, order_of
@@ -96,6 +96,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     """
     check_values(config)
     check_texts(config)
+    check_learning(config)
     layout = layout_of(config, world_size)
     shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
     tokens.check_tags(tags)

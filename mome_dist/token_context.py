@@ -10,7 +10,7 @@ Shape suffixes: N tokens, dead ones included; B sequences; V views; P places of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
@@ -33,8 +33,45 @@ class Modality(IntEnum):
     VIDEO = 2
 
 
+class _Once:
+    """Mixin of frozen classes: remembers what was computed of them."""
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What is computed of the tokens, without gradients, for all layers when the first of them asks."""
+        found: dict[Hashable, Tensor] = self.__dict__.setdefault("_found", {})
+        if key not in found:
+            found[key] = compute()
+        return found[key]
+
+
 @dataclass(frozen=True)
-class TokenContext:
+class OneView(_Once):
+    """Tokens of one view that nobody cuts into sequences or counts: those of a pass in one process.
+
+    Attributes:
+        view: its name.
+        modality_N: int8 [N], see `Modality`; None if all are text.
+        tokens: N.
+    """
+
+    view: str
+    modality_N: Tensor | None
+    tokens: int
+    alive_N: None = None
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        return (self.view,)
+
+    @property
+    def members_VN(self) -> Tensor:
+        """fp32 [1, N]: all of them."""
+        device = None if self.modality_N is None else self.modality_N.device
+        return torch.ones(1, self.tokens, device=device)
+
+
+@dataclass(frozen=True)
+class TokenContext(_Once):
     """The tokens of a pass, or a rank's consecutive part of them.
 
     Attributes:

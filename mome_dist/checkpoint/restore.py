@@ -159,13 +159,13 @@ def check_llm_lora(directory: Path, lora: LLMLoRAConfig | None, init: bool = Fal
 
 @torch.no_grad()
 def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[str] = ()) -> int:
-    """Fill the run's own parameters and router biases; call it before the engine is made. Returns the steps done.
+    """Fill the run's own parameters and its routers' state; call it before the engine is made. Returns the steps done.
 
     Args:
         without: what the names of tensors begin with that the checkpoint has not; here they keep their initial values.
     """
     with CheckpointReader(directory) as reader:
-        _restore_biases(reader, model)
+        _restore_states(reader, model)
         _check_all_taken(reader, model)
         for part in model.own_parts():
             if part.name.startswith(tuple(without)):
@@ -182,7 +182,7 @@ def restore_weights(directory: Path, model: DistributedMoME, without: Sequence[s
 
 def _check_all_taken(reader: CheckpointReader, model: DistributedMoME) -> None:
     """Refuse a checkpoint with tensors that this rank should have, and has not: they would be lost without a word."""
-    own = {part.name for part in (*model.own_parts(), *model.router_biases())}
+    own = {part.name for part in (*model.own_parts(), *model.router_states())}
     layers = {layer.layer_number - 1 for chunk in model.parts() for layer in chunk.llm.decoder.layers}
     for name in reader.names("model/"):
         sharing = sharing_of(name, reader.index["tensors"][name])
@@ -195,16 +195,16 @@ def _check_all_taken(reader: CheckpointReader, model: DistributedMoME) -> None:
             )
 
 
-def _restore_biases(reader: CheckpointReader, model: DistributedMoME) -> None:
-    biases = model.router_biases()
+def _restore_states(reader: CheckpointReader, model: DistributedMoME) -> None:
+    states = model.router_states()
     saved = any(name.endswith(".router_bias") for name in reader.names("model/"))
-    if model.momes and saved != bool(biases):
+    if model.momes and saved != any(state.name.endswith(".router_bias") for state in states):
         raise UserError(
             f"{reader.directory} was trained {'with' if saved else 'without'} a router bias: set mome.bias_rate "
             f"{'above 0' if saved else 'to 0'}, {ANEW}."
         )
-    for bias in biases:
-        bias.value.copy_(reader.read(f"model/{bias.name}"))
+    for state in states:
+        state.value.copy_(reader.read(f"model/{state.name}"))
 
 
 def restore_optimizer(directory: Path, model: DistributedMoME, engine: Engine) -> None:

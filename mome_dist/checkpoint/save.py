@@ -217,9 +217,9 @@ def collect(model: DistributedMoME, engine: Engine) -> dict[str, Held]:
     collected: dict[str, Held] = {}
     stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
     sharing: dict[str, Sharing] = {}
-    for bias in model.router_biases():
-        if bias.saved_here:
-            collected[f"model/{bias.name}"] = Held(_copied(bias.value), None, bias.sharing)
+    for part in model.router_states():
+        if part.saved_here:
+            collected[f"model/{part.name}"] = Held(_copied(part.value), None, part.sharing)
     written = by_parameter(part for part in model.own_parts() if part.gathered_here)
 
     def put(prefix: str, parameter: Tensor, values: Tensor) -> None:

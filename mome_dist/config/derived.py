@@ -1,13 +1,20 @@
-"""What follows from a configuration alone: its layout, views, streams, projectors, trained encoders, low-rank terms."""
+"""What follows from a configuration alone: its layout, views, streams, projectors, trained encoders, low-rank terms,
+router."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
+from mome_dist.moe.routers.registry import ROUTERS
+from mome_dist.moe.routers.spec import RouterSettings, RouterSpec
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import View, ViewSchedule, all_views, streams_read
 
@@ -160,3 +167,25 @@ def refuse_lora(config: RunConfig, reason: str) -> None:
     """Raise UserError if an encoder trains; for what cannot take that into account."""
     for stream in lora_of(config):
         raise UserError(f"{stream}_encoder.lora is set, but {reason}: set {stream}_encoder.lora=null.")
+
+
+def router_of(config: RunConfig) -> RouterSpec:
+    """The router of a run's MoME modules.
+
+    Raises:
+        UserError: for an unknown kind, or a key or value that its settings do not have.
+    """
+    own = dict(config.mome.router)
+    name = own.pop("name", None)
+    if name not in ROUTERS:
+        raise UserError(f"mome.router.name={name!r}: choose from {', '.join(ROUTERS)}.")
+    kind = ROUTERS[name].settings
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), own))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ", ".join(own)
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"mome.router.{key} of the router {name!r}: {reason}; see configs/mome/router.") from error
+    mome = config.mome
+    views = tuple(views_of(config))
+    return RouterSpec(name, cast(RouterSettings, settings), mome.score, mome.renormalize, mome.bias_rate, views)

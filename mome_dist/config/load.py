@@ -46,6 +46,8 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise UserError(_no_override(override))
+        if override.partition("=")[0] == "mome.router":
+            raise UserError(f"{override}: a router is a group of settings, write mome/router=NAME.")
     try:
         config = _to_schema(_composed(overrides))
         _let_go_of_idle_views(config, overrides)
@@ -107,7 +109,7 @@ def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:
         return
     heeded, lack = (UNROUTED, "no routed experts") if config.mome.placed else (UNROUTED[:1], "no experts (mome=none)")
     for override in overrides:
-        group, _, key = override.lstrip("+").partition("=")[0].partition(".")
+        group, _, key = override.lstrip("+").partition("=")[0].replace("/", ".").partition(".")
         if group == "mome" and key and key not in heeded:
             raise UserError(f"{override} would have no effect: the run has {lack}. Leave it out.")
 

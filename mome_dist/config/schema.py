@@ -125,6 +125,7 @@ class MoMEConfig:
     shared_experts: int = 1
     expert: str = DEFAULT
     bottleneck: int = 12
+    router: dict[str, Any] = field(default_factory=lambda: {"name": "top_k"})  # checked by its kind's own settings
     renormalize: bool = True
     score: str = one_of("softmax", "sigmoid")
     bias_rate: float = 0.0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mome_dist.config.derived import lora_of, rates_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
@@ -27,6 +27,7 @@ def check_values(config: RunConfig) -> None:
     _check_choices(config, "")
     _check_numbers(config)
     _check_task(config)
+    _check_router(config)
     _check_augmentation(config)
     _check_lora(config)
     _check_llm_lora(config)
@@ -225,6 +226,41 @@ def check_decoding(decoding: DecodingConfig) -> None:
     placement = decoding.device_map
     if placement is not None and not isinstance(placement, str | Mapping):
         raise UserError(f"decoding.device_map={placement!r}: give a name such as auto, or map modules to devices.")
+
+
+def _check_router(config: RunConfig) -> None:
+    """Refuse what the run's kind of router does not have, or cannot do."""
+    mome, spec = config.mome, router_of(config)
+    kind, router = spec.settings, f"mome.router.name={spec.name}"
+    _check_choices(kind, "mome.router.")
+    if problem := kind.problem(mome.routed_experts, mome.top_k):
+        raise UserError(f"mome.router.{problem}")
+    allowed = {"score": kind.scores, "renormalize": kind.renormalizes, "dispatch": ("auto", *kind.dispatches)}
+    for key, values in allowed.items():
+        if getattr(mome, key) not in values:
+            names = " or ".join(str(value).lower() for value in values)
+            raise UserError(f"mome.{key}={str(getattr(mome, key)).lower()} does not go with {router}: set {names}.")
+    if mome.bias_rate > 0 and not kind.takes_bias:
+        raise UserError(f"mome.bias_rate={mome.bias_rate} does not go with {router}, which takes no bias: set 0.")
+    if not kind.batch_invariant and config.decoding.batch_size > 1:
+        raise UserError(
+            f"decoding.batch_size={config.decoding.batch_size} does not go with {router}, whose choice for a clip "
+            "depends on those beside it: set 1."
+        )
+
+
+def check_learning(config: RunConfig) -> None:
+    """Refuse a run whose routers would learn nothing; what was trained so can still be loaded.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    mome = config.mome
+    if mome.experts and mome.top_k == 1 and mome.renormalize:
+        raise UserError(
+            "mome.top_k=1 and mome.renormalize=true: the gate of one expert, divided by itself, is always 1, so that "
+            "its router learns nothing from the task. Set mome.renormalize=false, or mome.top_k=2."
+        )
 
 
 def _check_augmentation(config: RunConfig) -> None:

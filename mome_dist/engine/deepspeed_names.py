@@ -21,6 +21,9 @@ from mome_dist.sharing import Sharing, of_format_2
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
+ROUTER = f"{GATE}.wg"
+# The bias of a router was a buffer of the gate once.
+OLD_BIAS, BIAS = f"{GATE}.bias_E", f"{ROUTER}.bias"
 IDLE = "idle.weight"  # the one number of a rank where nothing trains, in a run without experts
 # The order of the modules after the layers; others come after these, by their names.
 MODULE_ORDER = ("projectors", "lora")
@@ -97,6 +100,18 @@ class Parameter:
         return self.local.endswith(f".{PACKED}")
 
 
+def engine_name(name: str) -> str:
+    """What an engine calls a router's tensor, which the layout-free model calls ``mome.N.router_NAME``."""
+    layer, _, rest = name.partition(".router_")
+    return f"{layer.replace('mome.', 'layer_')}.{ROUTER}.{rest}"
+
+
+def layout_free_name(layer: str, rest: str) -> str:
+    """The layout-free name of what an engine calls ``rest`` in a module of the layer ``mome.N``, other than experts."""
+    of_router = rest.removeprefix(f"{ROUTER}.")
+    return f"{layer}.{rest}" if of_router == rest else f"{layer}.router_{of_router}"
+
+
 def _single(tensor: StateTensor) -> Parameter:
     return Parameter(tensor.local, tensor.shape, (tensor,))
 
@@ -120,7 +135,7 @@ class ModelTensors:
     """The shapes of a layout-free model.
 
     Args:
-        shapes: of all weights and router biases by name, without ``model/``.
+        shapes: of all weights and states of routers by name, without ``model/``.
         sharing: how ranks share each of them; None for a checkpoint that does not say it (`of_format_2`).
         layers: of the LLM; None takes those that have a MoME module.
 
@@ -143,13 +158,13 @@ class ModelTensors:
         self.layers = len(numbers) if layers is None else layers
         if numbers and numbers != set(range(self.layers)):
             raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
-        self.routed_experts = self.shapes["mome.0.router_weight"][0] if numbers else 0
+        experts = {self.sharing[name].experts for name in self._moe} - {None}
+        self.routed_experts = max((each for each in experts if each is not None), default=0)
 
     def layer(self, number: int, experts: range) -> list[Parameter]:
         """The parameters of a layer's MoME module on a rank that holds some of its routed experts."""
         prefix, local = f"mome.{number}", f"layer_{number}"
-        router = f"{prefix}.router_weight"
-        found = [_single(StateTensor(f"{local}.{GATE}.wg.weight", self.shapes[router], router))]
+        found = self._router(number)
         held = [self._expert(number, expert, position) for position, expert in enumerate(experts)]
         found.append(_packed(local, held))
         for kind in self._parts(f"{prefix}.shared."):
@@ -170,10 +185,22 @@ class ModelTensors:
             tensors.append(StateTensor(local, self.shapes[name][1:], name, expert))
         return tensors
 
-    def router_bias(self, number: int) -> StateTensor | None:
-        """The buffer of a layer's router."""
-        name = f"mome.{number}.router_bias"
-        return StateTensor(f"layer_{number}.{GATE}.bias_E", self.shapes[name], name) if name in self.shapes else None
+    def _router_names(self, number: int) -> list[str]:
+        return sorted((n for n in self._moe if n.startswith(f"mome.{number}.router_")), key=_module_order)
+
+    def _router(self, number: int) -> list[Parameter]:
+        """The parameters of a layer's router. What trains there has the gradient of a rank's own tokens."""
+        held: dict[str, list[StateTensor]] = {}
+        for name in self._router_names(number):
+            if self.sharing[name].partial:
+                tensor = StateTensor(engine_name(name), self.shapes[name], name)
+                held.setdefault(engine_name(self.sharing[name].packed or name), []).append(tensor)
+        return [_of_tensors(local, tensors) for local, tensors in held.items()]
+
+    def router_states(self, number: int) -> list[StateTensor]:
+        """The buffers of a layer's router."""
+        names = (name for name in self._router_names(number) if not self.sharing[name].partial)
+        return [StateTensor(engine_name(name), self.shapes[name], name) for name in names]
 
     def whole_modules(
         self, layers: Sequence[int] = (), first_stage: bool = True, tp: int = 1, tp_rank: int = 0

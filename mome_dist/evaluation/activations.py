@@ -54,7 +54,7 @@ class Activations:
     Attributes:
         counts: int64 [layers, views, modalities, experts]; a token counts once for each of its top-K experts.
         views: names such as "asr(4)".
-        top_k: experts a token.
+        top_k: experts a token, at most.
     """
 
     counts: Tensor
@@ -105,11 +105,10 @@ class ActivationRecorder:
 
     def __init__(self, modules: Sequence[LocalMoME], views: Sequence[View]) -> None:
         self._modules, self._views = list(modules), list(views)
-        self._top_k = modules[0].top_k
-        weight = modules[0].router_weight
-        self.counts = torch.zeros(
-            len(self._modules), len(self._views), len(MODALITIES), len(weight), dtype=torch.int64, device=weight.device
-        )
+        router, device = modules[0].router, next(modules[0].parameters()).device
+        self._top_k = router.top_k
+        sizes = len(self._modules), len(self._views), len(MODALITIES), router.experts
+        self.counts = torch.zeros(sizes, dtype=torch.int64, device=device)
 
     @contextmanager
     def recording(self, view: View, prefixes: Sequence[Sequence[int]]) -> Iterator[None]:
@@ -136,13 +135,20 @@ class ActivationRecorder:
 
     @torch.no_grad()
     def _count(self, routing: Routing, layer: int, column: int, kinds_BS: Tensor) -> None:
-        batch, length = kinds_BS.shape
-        experts_BRSK = routing.experts_TK.view(batch, -1, length, routing.experts_TK.shape[-1])
-        experts_BSK = experts_BRSK[:, 0]
+        experts_BSK, kinds_BS1 = _first_copies(routing.experts_TK, kinds_BS), kinds_BS[..., None]
+        counted_BSK = (kinds_BS1 != PADDING).expand_as(experts_BSK)
+        if routing.chosen_TK is not None:
+            counted_BSK = counted_BSK & _first_copies(routing.chosen_TK, kinds_BS)
         experts = self.counts.shape[-1]
-        flat = (kinds_BS[..., None] * experts + experts_BSK)[kinds_BS != PADDING].flatten()
+        flat = (kinds_BS1 * experts + experts_BSK)[counted_BSK]
         self.counts[layer, column] += torch.bincount(flat, minlength=len(MODALITIES) * experts).view(-1, experts)
 
     def result(self) -> Activations:
         """The counts so far, on the CPU."""
         return Activations(self.counts.cpu(), tuple(map(str, self._views)), self._top_k)
+
+
+def _first_copies(values_TK: Tensor, kinds_BS: Tensor) -> Tensor:
+    """[B, S, K] of a batch of which beam search repeats every clip."""
+    batch, length = kinds_BS.shape
+    return values_TK.view(batch, -1, length, values_TK.shape[-1])[:, 0]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mome_dist.config.derived import llm_terms_of
-from mome_dist.config.schema import MoMEConfig, RunConfig
+from mome_dist.config.derived import llm_terms_of, router_of
+from mome_dist.config.schema import RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.forms.registry import DEFAULT, find_form
+from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 
 
 class ParameterCount(NamedTuple):
@@ -29,6 +30,7 @@ def active_and_total_parameters(
     top_k: int,
     shared_experts: int,
     bottleneck: int,
+    router: RouterSpec = PLAIN,
     expert_form: str = DEFAULT,
 ) -> ParameterCount:
     """Parameters of the MoME modules of a model, routers included.
@@ -37,22 +39,25 @@ def active_and_total_parameters(
         hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper; no routed experts
             and none a token without a router.
         layers: LLM layers; each has one module.
+        router: of every module that has routed experts.
         expert_form: name of the experts' form.
     """
     expert = find_form(expert_form).parameters(hidden_size, bottleneck)
-    router = hidden_size * routed_experts
+    used = router.active_parameters(hidden_size, routed_experts) if routed_experts else 0
+    held = router.parameters(hidden_size, routed_experts) if routed_experts else 0
     return ParameterCount(
-        active=layers * ((top_k + shared_experts) * expert + router),
-        total=layers * ((routed_experts + shared_experts) * expert + router),
+        active=layers * ((top_k + shared_experts) * expert + used),
+        total=layers * ((routed_experts + shared_experts) * expert + held),
     )
 
 
-def mome_parameters(mome: MoMEConfig, hidden_size: int, layers: int) -> ParameterCount:
+def mome_parameters(config: RunConfig, hidden_size: int, layers: int) -> ParameterCount:
     """Parameters of the MoME modules of a configuration; none in a run without experts."""
+    mome = config.mome
     if not mome.placed:
         return ParameterCount(0, 0)
     sizes = (mome.experts, mome.top_k if mome.experts else 0, mome.shared_experts, mome.bottleneck)
-    return active_and_total_parameters(hidden_size, layers, *sizes, mome.expert)
+    return active_and_total_parameters(hidden_size, layers, *sizes, router_of(config), mome.expert)
 
 
 def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mome_dist.config.derived import llm_terms_of, rates_of, streams_of, views_of
+from mome_dist.config.derived import llm_terms_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.models import config_of_trained, is_rank
 from mome_dist.config.schema import DecodingConfig, RunConfig
 from mome_dist.config.values import check_decoding
@@ -63,7 +63,7 @@ def check_view(config: RunConfig, view: View, key: str) -> None:
         key: what the view was given by, for the message.
 
     Raises:
-        UserError: it has no projector for a stream or its rate, or not all low-rank terms of the view.
+        UserError: it has no projector for a stream or its rate, or not all low-rank terms or no router of the view.
     """
     trained = f"it was trained on {_listed(views_of(config))}"
     for stream in streams_read([view]):
@@ -78,6 +78,8 @@ def check_view(config: RunConfig, view: View, key: str) -> None:
     terms = None if config.llm.lora is None else llm_terms_of(config, config.llm.lora.reduction or 1)
     if terms is not None and not terms.has(view):
         raise UserError(f"{key}: {view} needs low-rank terms that this model's LLM does not have; {trained}.")
+    if config.mome.experts and not router_of(config).covers(view):
+        raise UserError(f"{key}: {view} needs a router that this model does not have; {trained}.")
 
 
 def asked_conditions(request: EvaluationRequest) -> list[Condition]:

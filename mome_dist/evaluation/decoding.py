@@ -19,6 +19,7 @@ from mome_dist.config.schema import DecodingConfig
 from mome_dist.data.media import FPS, SAMPLE_RATE
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import ActivationRecorder
+from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.speech.matryoshka import SAMPLES_PER_AUDIO_FRAME, compressed_length
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
@@ -29,15 +30,24 @@ EXTRA_TOKENS = 8  # beside what the length of a clip allows: for short clips of 
 AUDIO_FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_AUDIO_FRAME
 
 
-def check_view(projectors: Projectors, view: View, terms: LowRankTerms | None = None) -> None:
+def check_view(
+    projectors: Projectors, view: View, terms: LowRankTerms | None = None, router: RouterSpec | None = None
+) -> None:
     """Check that a model can read a view; rates that it never trained on are fine if a projector takes them.
 
     Args:
         terms: low-rank ones of the LLM.
+        router: of the experts.
 
     Raises:
-        UserError: the model has no projector for a stream, or none for its rate, or not all low-rank terms of the view.
+        UserError: the model has no projector for a stream, or none for its rate, or not all low-rank terms or no router
+            of the view.
     """
+    if router is not None and not router.covers(view):
+        raise UserError(
+            f"rates: {view} has no router in this model, which has {router.settings} that it was trained on "
+            f"({', '.join(map(str, router.views))}): choose one of these."
+        )
     if terms is not None and not terms.has(view):
         raise UserError(
             f"rates: {view} needs the low-rank terms {', '.join(terms.of(view))} of this model's LLM; it has "
@@ -152,7 +162,7 @@ def decode(
     Raises:
         UserError: the model cannot read the view, or the batch size is not positive.
     """
-    check_view(model.projectors, view, model.terms)
+    check_view(model.projectors, view, model.terms, model.router)
     used = [clips for clips, rate in ((audio, view.audio_rate), (video, view.video_rate)) if rate is not None]
     lengths = [sum(map(len, streams)) for streams in zip(*used, strict=True)]
     texts = [""] * len(lengths)

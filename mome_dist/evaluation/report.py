@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mome_dist.checkpoint.format import CONFIG, newest_checkpoint
-from mome_dist.config.derived import lora_of
+from mome_dist.config.derived import lora_of, router_of
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.schema import RunConfig, TaskConfig, TaskWeights
 from mome_dist.errors import UserError
@@ -168,7 +168,8 @@ def _router(config: RunConfig) -> str:
     mome = config.mome
     gates = f"{mome.score} scores{', renormalised' if mome.renormalize else ''}"
     bias = f", bias rate {mome.bias_rate:g}" if mome.bias_rate else ""
-    return f"{gates}; balance loss {mome.balance_loss:g}, z-loss {mome.z_loss:g}{bias}"
+    kind = str(router_of(config).settings)
+    return f"{f'{kind}; ' if kind else ''}{gates}; balance loss {mome.balance_loss:g}, z-loss {mome.z_loss:g}{bias}"
 
 
 def _llm_lora(files: RunFiles) -> str:
@@ -188,7 +189,7 @@ def _parameters(files: RunFiles) -> str:
         shape = LLMShape.from_directory(directory_of(files.config.llm.path))
     except UserError:
         return f"unknown: the LLM is not at {files.config.llm.path}"
-    count = mome_parameters(files.config.mome, shape.hidden_size, shape.layers)
+    count = mome_parameters(files.config, shape.hidden_size, shape.layers)
     return f"{count.active:,} active per token, {count.total:,} trained"
 
 

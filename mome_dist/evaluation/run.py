@@ -131,7 +131,7 @@ def evaluate_run(
     names, momes = tuple(map(str, views)), run.model.momes
     return Evaluation(
         score(plan.cases, utterances, shares, shuffled),
-        Activations(torch.stack(counted).sum(dim=0), names, momes[0].top_k) if momes else None,
+        Activations(torch.stack(counted).sum(dim=0), names, momes[0].router.top_k) if momes else None,
         [mixture for part in shares for mixture in part.mixtures],
     )
 
@@ -141,7 +141,7 @@ def check_servable(model: MoMESpeechLM, utterances: Sequence[Utterance], views: 
     if not utterances:
         raise UserError("there is no utterance to evaluate; raise limit, or choose another split.")
     for view in views:
-        check_view(model.projectors, view, model.terms)
+        check_view(model.projectors, view, model.terms, model.router)
         for stream in streams_of(view):
             length = "samples" if stream == "audio" else "frames"
             missing = next((utterance.id for utterance in utterances if not getattr(utterance, length)), None)

@@ -139,7 +139,7 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
     model = run.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden_size, layers = model.llm.config.hidden_size, model.llm.config.num_hidden_layers
-    active = {"mome_active_per_token": mome_parameters(run.config.mome, hidden_size, layers).active}
+    active = {"mome_active_per_token": mome_parameters(run.config, hidden_size, layers).active}
     if (terms := model.terms) is not None:
         each = model.part_sizes()[PREFIX] // len(terms.names)
         active[f"{PREFIX}_active_per_token"] = len(terms.kinds) * each

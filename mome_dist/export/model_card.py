@@ -10,7 +10,7 @@ from typing import Any
 from mome_dist.adapters.lora import PREFIX
 from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
-from mome_dist.config.derived import lora_of
+from mome_dist.config.derived import lora_of, router_of
 from mome_dist.config.schema import ProjectorConfig, RunConfig
 from mome_dist.evaluation.tables import markdown_report
 from mome_dist.export.citations import citations
@@ -94,6 +94,8 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
             f"- Experts: {mome.shared_experts}, of form {mome.expert} {mome.bottleneck}, without a router, beside each "
             f"layer's `{mome.placement}`."
         ]
+        router = str(router_of(run.config).settings)
+        experts += [f"- {router[0].upper()}{router[1:]} of experts."] if router else []
     lines = [
         f"{kind}: `{frozen['llm']['name']}` ({document['llm']['architecture']}) reads speech through {encoders}. "
         "The frozen models are not in this directory; they are known by their hash.",

@@ -193,31 +193,35 @@ class DistributedMoME(nn.Module):
         return (part for part in self.own_parts() if part.parameter.requires_grad)
 
     def own_parts(self) -> Iterator[NamedPart]:
-        """Every parameter here that is not the LLM's, trained or not: what is saved, beside `router_biases`."""
+        """Every parameter here that is not the LLM's, trained or not: what is saved, beside `router_states`."""
         # Projectors and encoders see whole sequences on every tensor-parallel rank, also under sequence parallelism.
         if self.projectors is not None:
             yield from whole_parts("projectors", self.projectors, Sharing())
         if self.lora is not None:
             yield from whole_parts("lora", self.lora, Sharing())
         for number, mome in self.momes.items():
-            yield from _mome_parts(f"mome.{number}", number, mome)
+            yield from mome_parts(f"mome.{number}", number, mome)
         for prefix, adapter in self.adapters.items():
             yield from cast(Described, adapter).named_parts(prefix)
 
-    def router_biases(self) -> list[NamedPart]:
-        """The router biases that choose experts beside what trains, fp32 [E] each."""
-        found = ((number, mome.router_bias) for number, mome in self.momes.items())
+    def router_states(self) -> list[NamedPart]:
+        """What the routers have that no gradient trains, such as the biases that choose experts; equal on all ranks."""
         return [
-            NamedPart.whole(f"mome.{number}.router_bias", bias, Sharing(number))
-            for number, bias in found
-            if bias is not None
+            NamedPart.whole(f"mome.{number}.router_{name}", buffer, Sharing(number))
+            for number, mome in self.momes.items()
+            for name, buffer, *_ in mome.router.states()
         ]
 
 
-def _mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
+def mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
     """The tensors of a MoME module, which sees a rank's own tokens under sequence parallelism."""
     shared = Sharing(layer, partial=True)
-    yield NamedPart.whole(f"{prefix}.router_weight", mome.deepspeed_moe.gate.wg.weight, shared)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in mome.router.named_parameters()}
+    for name, parameter, start, shape in mome.router.trained():
+        alone = name == names[parameter]
+        packed = None if alone else f"{prefix}.router_{names[parameter]}"
+        sharing = Sharing(layer, partial=True, packed=packed)
+        yield NamedPart(f"{prefix}.router_{name}", None, parameter, start, shape, sharing)
     first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
     routed = Sharing(layer, experts=mome.num_experts, partial=True)
     for expert, part, start, shape in experts.parts():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mome_dist.config.derived import check_joined, llm_terms_of, rates_of
+from mome_dist.config.derived import check_joined, llm_terms_of, rates_of, router_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import dtype_of
@@ -63,10 +63,8 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
         "top_k": mome.top_k,
         "shared_experts": mome.shared_experts,
         "bottleneck": mome.bottleneck,
+        "router": router_of(config),
         "expert": mome.expert,
-        "renormalize": mome.renormalize,
-        "score": mome.score,
-        "bias_rate": mome.bias_rate,
     }
 
 

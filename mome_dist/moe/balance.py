@@ -15,7 +15,8 @@ Wang et al. (arXiv 2408.15664) algorithm 1 for the bias.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def load_balance_loss(routing: Routing, global_counts_E: Tensor, global_tokens: 
     """
     num_experts, top_k = routing.probs_TE.shape[1], routing.experts_TK.shape[1]
     tokens = global_tokens.clamp(min=1).float()
-    fraction_E = global_counts_E.float() / (top_k * tokens)
+    routes = top_k * tokens if routing.chosen_TK is None else global_counts_E.sum().clamp(min=1).float()
+    fraction_E = global_counts_E.float() / routes
     probability_E = _masked_sum(routing.probs_TE, routing.valid_T) / tokens
     return num_experts * (fraction_E * probability_E).sum()
 
@@ -56,10 +58,33 @@ def router_z_loss(routing: Routing, global_tokens: Tensor) -> Tensor:
     return _masked_sum(squared_T, routing.valid_T) / global_tokens.clamp(min=1).float()
 
 
+class TokenLoss(NamedTuple):
+    """A loss that is a mean over tokens, as the z-loss is.
+
+    Attributes:
+        coefficient: that it is multiplied by.
+        values_T: fp32 [T], of each token, with gradients.
+    """
+
+    coefficient: float
+    values_T: Tensor
+
+    def part(self, valid_T: Tensor | None, global_tokens: Tensor) -> Tensor:
+        """This rank's part of the loss: the sum over all ranks is that of the global batch."""
+        return self.coefficient * _masked_sum(self.values_T, valid_T) / global_tokens.clamp(min=1).float()
+
+
 def add_balance(
-    output_TH: Tensor, routed: Routed, members_VT: Tensor, load: PassLoad, place: int, balance: float, z: float
+    output_TH: Tensor,
+    routed: Routed,
+    members_VT: Tensor,
+    load: PassLoad,
+    place: int,
+    balance: float,
+    z: float,
+    losses: Sequence[TokenLoss] = (),
 ) -> Tensor:
-    """The output of a module, whose backward pass adds the gradients of its balance and z-loss.
+    """The output of a module, whose backward pass adds the gradients of its balance and z-loss, and of others.
 
     The losses are those of each view by itself, in the mean over views, times ``load.share``.
 
@@ -68,17 +93,30 @@ def add_balance(
         load: of the pass; summed over ranks by the time of the backward pass.
         place: of the module in it.
         balance, z: coefficients of the two losses.
+        losses: further ones.
     """
-    sums_VX = routed.balance_sums(members_VT, bool(z))
-    return _AddBalance.apply(output_TH, sums_VX, load, place, routed.experts_TK.shape[1], balance, z)
+    sums_VX = routed.balance_sums(members_VT, bool(z) or bool(losses))
+    if losses:
+        own_VO = members_VT @ torch.stack([loss.values_T for loss in losses], dim=1)
+        sums_VX = torch.cat([sums_VX, own_VO], dim=1)
+    coefficients = (z, *(loss.coefficient for loss in losses))
+    top_k = routed.experts_TK.shape[1] if routed.chosen_TK is None else None
+    return _AddBalance.apply(output_TH, sums_VX, load, place, top_k, balance, coefficients)
 
 
 class _AddBalance(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output_TH: Tensor, sums_VX: Tensor, load: PassLoad, place: int, top_k: int, balance: float, z: float
+        ctx: Any,
+        output_TH: Tensor,
+        sums_VX: Tensor,
+        load: PassLoad,
+        place: int,
+        top_k: int | None,
+        balance: float,
+        coefficients: tuple[float, ...],
     ) -> Tensor:
-        ctx.load, ctx.place, ctx.settings, ctx.columns = load, place, (top_k, balance, z), sums_VX.shape[1]
+        ctx.load, ctx.place, ctx.settings, ctx.columns = load, place, (top_k, balance, coefficients), sums_VX.shape[1]
         return output_TH.view_as(output_TH)
 
     @staticmethod
@@ -89,14 +127,27 @@ class _AddBalance(torch.autograd.Function):
         return gradients[0], grad_LVX[ctx.place, :, : ctx.columns], None, None, None, None, None
 
 
-def _sum_gradients(counts_LVX: Tensor, share: float, top_k: int, balance: float, z: float) -> Tensor:
-    """Gradients of the losses by what `Routed.balance_sums` gives, fp32 [L, V, E + 1], from `PassLoad.all`."""
+def _sum_gradients(
+    counts_LVX: Tensor, share: float, top_k: int | None, balance: float, coefficients: tuple[float, ...]
+) -> Tensor:
+    """Gradients of the losses by what `Routed.balance_sums` gives and by the sums of further losses, fp32
+    [L, V, E + 1 + further ones], from `PassLoad.all`.
+
+    Args:
+        top_k: experts of every token; None where tokens have unequal numbers, of which the sum is counted.
+        coefficients: of the z-loss, and of the further losses.
+    """
     views, experts = counts_LVX.shape[1], counts_LVX.shape[2] // 2 - 1
     tokens_LV1 = counts_LVX[..., -2:-1].clamp(min=1).float()
     share_LV1 = share / views / tokens_LV1
-    # Of experts * sum_e (asked_e / (top_k * tokens)) * (sum of probabilities_e / tokens).
-    grad_LVE = counts_LVX[..., :experts] * (share_LV1 * (balance * experts / top_k) / tokens_LV1)
-    return torch.cat([grad_LVE, share_LV1 * z], dim=2)
+    # Of experts * sum_e (asked_e / routes) * (sum of probabilities_e / tokens); of top_k experts each, the routes are
+    # top_k * tokens.
+    if top_k is not None:
+        of_asked_LV1 = share_LV1 * (balance * experts / top_k) / tokens_LV1
+    else:
+        of_asked_LV1 = share_LV1 * (balance * experts) / counts_LVX[..., :experts].sum(-1, keepdim=True).clamp(min=1)
+    grad_LVE = counts_LVX[..., :experts] * of_asked_LV1
+    return torch.cat([grad_LVE, *(share_LV1 * each for each in coefficients)], dim=2)
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

@@ -3,7 +3,7 @@
 It is a `deepspeed.moe.layer.MoE`, because the engine finds expert parameters and their process groups by that type. It
 keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
-- the router (`mome_dist.moe.router`) is fp32, knows padding, and scores and normalises as configured;
+- the router is one of `mome_dist.moe.routers`, fp32, and knows padding;
 - the balance loss, and the load that moves the router's bias, are over the global batch, not per shard
   (`mome_dist.moe.balance`), and counted once a pass for all layers (`mome_dist.moe.load`);
 - capacity is agreed on by all ranks, since ranks hold different numbers of tokens, and no expert's rows are padded to
@@ -15,19 +15,25 @@ keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from mome_dist.moe.balance import add_balance, updated_bias
+from mome_dist.moe.balance import add_balance
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
-from mome_dist.moe.dispatch.base import MatryoshkaGate
+from mome_dist.moe.dispatch.base import Gate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.routed import RoutedExperts
+from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.base import Router
+from mome_dist.moe.routers.build import build_router
+from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.token_context import TokenContext
 
 
@@ -35,9 +41,7 @@ class ExpertParallelMoME(MoE):
     """A MoME module whose routed experts are spread over ``ep_size`` ranks; the shared ones are replicated.
 
     Args:
-        hidden_size, routed_experts, top_k, shared_experts, bottleneck, renormalize, score: as in `LocalMoME`.
-        bias_rate: of the router bias that `update_bias` moves after every step; 0 for no bias.
-        expert: name of the experts' form.
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck, router, expert: as in `LocalMoME`.
         ep_size: expert-parallel ranks; divides ``routed_experts`` and the data-parallel size.
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
@@ -55,9 +59,7 @@ class ExpertParallelMoME(MoE):
         top_k: int,
         shared_experts: int,
         bottleneck: int,
-        renormalize: bool = True,
-        score: str = "softmax",
-        bias_rate: float = 0.0,
+        router: RouterSpec = PLAIN,
         expert: str = DEFAULT,
         *,
         ep_size: int = 1,
@@ -78,7 +80,7 @@ class ExpertParallelMoME(MoE):
             # Expert groups inside the data-parallel group, one per tensor-parallel rank and pipeline stage.
             enable_expert_tensor_parallelism=True,
         )
-        gate = MatryoshkaGate(hidden_size, routed_experts, top_k, renormalize, score, with_bias=bias_rate > 0)
+        gate = Gate(build_router(router, hidden_size, routed_experts, top_k))
         experts = RoutedExperts(self.num_local_experts, hidden_size, bottleneck, self.expert_group_name, expert)
         if dispatch == "alltoall":
             self.deepspeed_moe = AllToAllDispatch(
@@ -90,7 +92,6 @@ class ExpertParallelMoME(MoE):
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.balance_loss, self.z_loss = balance_loss, z_loss
-        self.bias_rate = bias_rate
         self.place = 0
 
     @property
@@ -105,8 +106,7 @@ class ExpertParallelMoME(MoE):
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
         """As `LocalMoME.initialize`, for the experts that this rank holds. Needs the expert-parallel group."""
-        weight = self.deepspeed_moe.gate.wg.weight
-        weight.copy_(initial_value(f"{prefix}.router_weight", tuple(weight.shape), seed))
+        self.router.initialize(prefix, seed)
         first = self.ep_rank * self.num_local_experts
         experts = self.deepspeed_moe.experts
         for expert, part, start, shape in experts.parts():
@@ -129,23 +129,18 @@ class ExpertParallelMoME(MoE):
             routing = dispatch.routing
             assert routing is not None
             if load.counting:
-                load.put(self.place, tokens, self.num_experts, routing.experts_TK, dispatch.kept())
-            if torch.is_grad_enabled() and (self.balance_loss or self.z_loss):
-                output_TH = add_balance(
-                    output_TH, routing, tokens.members_VN, load, self.place, self.balance_loss, self.z_loss
-                )
+                asked = routing.experts_TK, dispatch.kept(), routing.chosen_TK
+                load.put(self.place, tokens, self.num_experts, *asked)
+            own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
+            if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
+                losses = self.balance_loss, self.z_loss, own
+                output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
         return output_TH.view(hidden.shape)
 
     @property
-    def router_bias(self) -> Tensor | None:
-        """fp32 [E], equal on all ranks; None without a bias."""
-        return self.deepspeed_moe.gate.bias_E
-
-    @torch.no_grad()
-    def update_bias(self, load_E: Tensor) -> None:
-        """Move the router's bias by the load of a step, int64 [E] over the global batch; once after every step."""
-        if self.router_bias is not None:
-            self.router_bias.copy_(updated_bias(self.router_bias, load_E, self.bias_rate))
+    def router(self) -> Router:
+        """Equal on all ranks."""
+        return self.deepspeed_moe.router
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what the dispatch can do before the hidden states (of this dtype) are there."""

@@ -54,20 +54,18 @@ class ExpertStack(nn.Module):
         return self.form.summed(hidden_TH, self.weights())
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, start: str = "normal") -> Tensor:
-    """The initial fp32 value of one expert's (or the router's) tensor.
+def initial_value(name: str, shape: tuple[int, ...], seed: int, start: str) -> Tensor:
+    """The initial fp32 value of one expert's tensor.
 
     Args:
         name: global name of the tensor, with the expert's number where it belongs to one expert.
         shape: of it.
         seed: of the run.
-        start: "uniform" in +-1/sqrt(last dimension), "zero", or "normal" with standard deviation 0.02, as routers are.
+        start: "uniform" in +-1/sqrt(last dimension), or "zero".
     """
     if start == "zero":
         return torch.zeros(shape)
+    assert start == "uniform", start
     generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 16) ^ seed)
-    if start == "uniform":
-        bound = 1 / math.sqrt(shape[-1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    assert start == "normal", start
-    return torch.empty(shape).normal_(0, 0.02, generator=generator)
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

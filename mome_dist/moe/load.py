@@ -41,7 +41,7 @@ class PassLoad:
 
     def __init__(self, views: tuple[str, ...], group: dist.ProcessGroup | None, share: float = 1.0) -> None:
         self.views, self.group, self.share = views, group, share
-        self._put: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._put: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._tokens: CountedTokens | None = None
         self._experts = 0
         self._sum_LVX: Tensor | None = None
@@ -54,7 +54,13 @@ class PassLoad:
         return self._sum_LVX is None
 
     def put(
-        self, place: int, tokens: CountedTokens, experts: int, experts_TK: Tensor, kept_TK: Tensor | None = None
+        self,
+        place: int,
+        tokens: CountedTokens,
+        experts: int,
+        experts_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        chosen_TK: Tensor | None = None,
     ) -> None:
         """Leave what one module did; nothing is computed yet.
 
@@ -64,9 +70,10 @@ class PassLoad:
             experts: E, the same for all modules.
             experts_TK: int64 [T, K], the experts that each token asked for.
             kept_TK: bool [T, K], whether they took it; None if nothing can be dropped.
+            chosen_TK: bool [T, K], which of them count, for all modules or for none; None if all do.
         """
         self._tokens, self._experts = tokens, experts
-        self._put[place] = experts_TK, kept_TK
+        self._put[place] = experts_TK, kept_TK, chosen_TK
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -75,17 +82,21 @@ class PassLoad:
         if not self._put:
             return
         assert self._tokens is not None
-        asked, kept = zip(*(self._put[place] for place in sorted(self._put)), strict=True)
+        asked, kept, chosen = zip(*(self._put[place] for place in sorted(self._put)), strict=True)
         self._put = {}
         members_VT, experts_LTK = self._tokens.members_VN, torch.stack(asked)
         ones_LTE = members_VT.new_zeros(*experts_LTK.shape[:2], self._experts)
         # Sums of ones in fp32 are exact up to 2^24 tokens.
-        asked_LVE = members_VT @ ones_LTE.scatter(2, experts_LTK, 1.0)
+        if any(each is None for each in chosen):
+            asked_LVE = members_VT @ ones_LTE.scatter(2, experts_LTK, 1.0)
+        else:  # an expert may stand in several columns, of which one counts
+            chosen_LTK = torch.stack([each for each in chosen if each is not None])
+            asked_LVE = members_VT @ ones_LTE.scatter_add(2, experts_LTK, chosen_LTK.float())
         if any(each is None for each in kept):
             dropped_LVE = torch.zeros_like(asked_LVE)
         else:
             kept_LTK = torch.stack([each for each in kept if each is not None])
-            dropped_LVE = asked_LVE - members_VT @ ones_LTE.scatter(2, experts_LTK, kept_LTK.float())
+            dropped_LVE = asked_LVE - members_VT @ ones_LTE.scatter_add(2, experts_LTK, kept_LTK.float())
         sizes_LV2 = self._tokens.sizes_V2.expand(len(asked), -1, -1)
         self._sum_LVX = torch.cat([asked_LVE.long(), dropped_LVE.long(), sizes_LV2], dim=2)
         if self.group is not None and dist.get_world_size(self.group) > 1:

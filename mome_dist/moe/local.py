@@ -6,37 +6,41 @@ its weights are laid out once (`mome_dist.moe.packed`), and again as soon as any
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.plain_pack import Pack
-from mome_dist.moe.router import Routing, choose_experts, route
+from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.base import RoutedTokens
+from mome_dist.moe.routers.build import build_router
+from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.packed_module import saved_under
 
 Made = TypeVar("Made")
 
 
 class Kept(Generic[Made]):
-    """What was made from tensors, such as packed experts, and from which values of which of them.
+    """What was made from tensors, such as packed experts, which values of which of them it was made from, and for what
+    else.
 
     A tensor's version counter rises with every write in place (autograd itself relies on it), and its address is its
     own as long as something holds its memory, as this object does. Tensors of inference mode count nothing: what is
     made from them is never used again.
     """
 
-    def __init__(self, made: Made, sources: list[Tensor], dtype: torch.dtype) -> None:
-        self.made, self._dtype = made, dtype
+    def __init__(self, made: Made, sources: list[Tensor], purpose: Hashable) -> None:
+        self.made, self._purpose = made, purpose
         self._held = [tensor.detach() for tensor in sources]
         self._stamps = _stamps(sources)
 
-    def is_of(self, sources: list[Tensor], dtype: torch.dtype) -> bool:
+    def is_of(self, sources: list[Tensor], purpose: Hashable) -> bool:
         """Whether packing again would give the same."""
-        return dtype == self._dtype and self._stamps is not None and self._stamps == _stamps(sources)
+        return purpose == self._purpose and self._stamps is not None and self._stamps == _stamps(sources)
 
 
 def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
@@ -51,19 +55,15 @@ class LocalMoME(nn.Module):
 
     Args:
         hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
-        renormalize: whether the K gates are divided by their sum.
-        score: "softmax" or "sigmoid", see `mome_dist.moe.router.route`.
-        bias_rate: above 0, the choice of experts has a bias; here it only comes from a checkpoint.
+        router: what chooses experts; its state, such as a bias, here only comes from a checkpoint.
         expert: name of the experts' form (`mome_dist.moe.forms.registry`).
 
     Attributes:
-        router_bias: fp32 [Nr], or None.
+        router: in a state dict, its tensors are called ``router_NAME``.
         observer: called with the `Routing` of every forward pass if set; used for activation statistics.
         last_routing: routing of the latest forward pass, for losses; None before the first, and after one without
             gradients in eval mode.
     """
-
-    router_bias: Tensor | None
 
     def __init__(
         self,
@@ -72,15 +72,12 @@ class LocalMoME(nn.Module):
         top_k: int,
         shared_experts: int,
         bottleneck: int,
-        renormalize: bool = True,
-        score: str = "softmax",
-        bias_rate: float = 0.0,
+        router: RouterSpec = PLAIN,
         expert: str = DEFAULT,
     ) -> None:
         super().__init__()
-        self.top_k, self.renormalize, self.score = top_k, renormalize, score
-        self.router_weight = nn.Parameter(torch.empty(routed_experts, hidden_size))
-        self.register_buffer("router_bias", torch.zeros(routed_experts) if bias_rate > 0 else None)
+        self.router = build_router(router, hidden_size, routed_experts, top_k)
+        saved_under(self, "router.", "router_")
         self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
@@ -90,12 +87,12 @@ class LocalMoME(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self.router_weight.device
+        return self.routed.weights()[0].device
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
         """Set the initial values that every parallel layout starts from; ``prefix`` is the module's global name."""
-        self.router_weight.copy_(initial_value(f"{prefix}.router_weight", tuple(self.router_weight.shape), seed))
+        self.router.initialize(prefix, seed)
         self.routed.initialize(f"{prefix}.routed", seed)
         if self.shared is not None:
             self.shared.initialize(f"{prefix}.shared", seed)
@@ -105,12 +102,13 @@ class LocalMoME(nn.Module):
         self._pack = None
         return super().train(mode)
 
-    def forward(self, hidden: Tensor, base: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, base: Tensor | None = None, tokens: RoutedTokens | None = None) -> Tensor:
         """MoME of hidden states, added to ``base`` if that is given.
 
         Args:
             hidden: [..., H] in any float dtype.
             base: of the same shape and dtype.
+            tokens: as many as ``hidden`` has rows; None for routers that ask nothing of them.
 
         Returns:
             The same shape and dtype. Arithmetic is fp32 where gradients are wanted or the module is in train mode;
@@ -121,10 +119,14 @@ class LocalMoME(nn.Module):
             base_TH = torch.zeros_like(hidden_TH) if base is None else base.reshape(hidden_TH.shape)
             if self.last_routing is not None:
                 self.last_routing = None
-            packed = self._packed(hidden.dtype)
-            return packed.added_to(base_TH, hidden_TH, self._choose).view(hidden.shape)
+            packed = self._packed(hidden.dtype, tokens)
+
+            def choose(products_TR: Tensor | None) -> tuple[Tensor, Tensor]:
+                return self._choose(hidden_TH, products_TR, tokens)
+
+            return packed.added_to(base_TH, hidden_TH, choose).view(hidden.shape)
         hidden_TH = hidden_TH.float()
-        self.last_routing = routing = self._route(F.linear(hidden_TH, self.router_weight))
+        self.last_routing = routing = self.router(hidden_TH, tokens)
         if self.observer is not None:
             self.observer(routing)
         shared = None if self.shared is None else self.shared.weights()
@@ -132,25 +134,27 @@ class LocalMoME(nn.Module):
         output = output_TH.to(hidden.dtype).view(hidden.shape)
         return output if base is None else base + output
 
-    def _route(self, logits_TE: Tensor) -> Routing:
-        return route(logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias)
-
-    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, hidden_TH: Tensor, products_TR: Tensor | None, tokens: RoutedTokens | None
+    ) -> tuple[Tensor, Tensor]:
+        router = self.router
+        logits_TE = router.logits(hidden_TH, tokens) if products_TR is None else router.logits_of(products_TR, tokens)
         if self.observer is None:
-            return choose_experts(logits_TE, self.top_k, self.renormalize, score=self.score, bias_E=self.router_bias)
-        routing = self._route(logits_TE)
+            return router.choose(logits_TE, tokens)
+        routing = router.route(logits_TE, tokens)
         self.observer(routing)
         return routing.experts_TK, routing.gates_TK
 
-    def _packed(self, dtype: torch.dtype) -> Pack:
+    def _packed(self, dtype: torch.dtype, tokens: RoutedTokens | None) -> Pack:
         """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for
         every layer and token."""
         if torch.compiler.is_compiling() and self._pack is not None:
             return self._pack.made  # of the pass before, over the prefix, which is never compiled
-        sources: list[Any] = [*self._parameters.values()]
-        for stack in self._modules.values():
-            sources += stack._parameters.values() if stack is not None else ()
-        if self._pack is None or not self._pack.is_of(sources, dtype):
+        sources: list[Any] = []
+        for part in self._modules.values():
+            sources += part._parameters.values() if part is not None else ()
+        purpose = dtype, self.router.used(tokens)
+        if self._pack is None or not self._pack.is_of(sources, purpose):
             stacks = [self.routed.weights()] + ([self.shared.weights()] if self.shared is not None else [])
-            self._pack = Kept(self.routed.form.packed(self.router_weight, stacks, dtype), sources, dtype)
+            self._pack = Kept(self.routed.form.packed(self.router.maps(tokens), stacks, dtype), sources, purpose)
         return self._pack.made

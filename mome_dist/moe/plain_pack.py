@@ -27,7 +27,7 @@ class PlainPack:
 
     Args:
         dense: of their form (`mome_dist.moe.forms.base.ExpertForm.dense`).
-        router_weight: fp32 [E, H].
+        maps_RH: of the router, fp32 (`mome_dist.moe.routers.base.Router.maps`); None if it has none.
         stacks: stacked parts of the routed experts, and of shared ones if there are any.
         dtype: of the hidden states.
     """
@@ -35,24 +35,24 @@ class PlainPack:
     def __init__(
         self,
         dense: Callable[[Tensor, Sequence[Tensor], Tensor], Tensor],
-        router_weight: Tensor,
+        maps_RH: Tensor | None,
         stacks: Sequence[Sequence[Tensor]],
         dtype: torch.dtype,
     ) -> None:
-        self._dense, self._router_EH = dense, router_weight.detach().float().clone()
+        self._dense, self._maps_RH = dense, None if maps_RH is None else maps_RH.detach().float().clone()
         self._parts_X = [torch.cat([part.detach() for part in parts]).to(dtype) for parts in zip(*stacks, strict=True)]
-        routed, experts = len(router_weight), len(self._parts_X[0])
-        self._shared_S = torch.arange(routed, experts, device=router_weight.device)
-        self._is_shared_1X = (torch.arange(experts, device=router_weight.device) >= routed).float()[None]
+        routed, experts, device = len(stacks[0][0]), len(self._parts_X[0]), stacks[0][0].device
+        self._shared_S = torch.arange(routed, experts, device=device)
+        self._is_shared_1X = (torch.arange(experts, device=device) >= routed).float()[None]
 
     def added_to(self, base_TH: Tensor, hidden_TH: Tensor, choose: Choose) -> Tensor:
         """As `Pack.added_to`. One token on a CPU reads the weights of its experts only; more go through all experts,
         and the gates are a mask."""
-        experts_TK, gates_TK = choose(F.linear(hidden_TH.float(), self._router_EH))
+        experts_TK, gates_TK = choose(None if self._maps_RH is None else F.linear(hidden_TH.float(), self._maps_RH))
         if len(hidden_TH) == 1 and hidden_TH.device.type == "cpu":
             experts = torch.cat([experts_TK[0], self._shared_S])
             gates = torch.cat([gates_TK, gates_TK.new_ones(1, len(self._shared_S))], dim=1)
             own = [part.index_select(0, experts) for part in self._parts_X]
             return base_TH + self._dense(hidden_TH, own, gates)
-        gates_TX = self._is_shared_1X.expand(len(hidden_TH), -1).scatter(1, experts_TK, gates_TK)
+        gates_TX = self._is_shared_1X.expand(len(hidden_TH), -1).scatter_add(1, experts_TK, gates_TK)
         return base_TH + self._dense(hidden_TH, self._parts_X, gates_TX)

@@ -1,4 +1,4 @@
-"""The router that all Matryoshka rates and modalities share: a score for every routed expert, then top-K.
+"""The choice of routers: a score for every routed expert, then top-K.
 
 Scores are a softmax over the experts (MoME) or the sigmoid of each expert's own logit (DeepSeek-V3). A bias may be
 added to the scores for the choice alone, which balances the experts without a loss (`mome_dist.moe.balance`); the gates
@@ -27,6 +27,10 @@ class Routed(Protocol):
     def experts_TK(self) -> Tensor:
         """int64 [T, K], the chosen experts."""
 
+    @property
+    def chosen_TK(self) -> Tensor | None:
+        """As in `Routing`."""
+
     def balance_sums(self, members_VT: Tensor, squares: bool) -> Tensor:
         """What the balance losses are made of, with gradients: fp32 [V, E] or [V, E + 1].
 
@@ -49,6 +53,8 @@ class Routing:
         probs_TE: fp32 [T, E], the scores of all routed experts as probabilities: they add up to one.
         logits_TE: fp32 [T, E].
         valid_T: bool [T], False for padding; None if every token counts.
+        chosen_TK: bool [T, K], where tokens may use less than K experts: which of the columns count. The others name
+            any expert, with a gate of zero. None if all count.
     """
 
     experts_TK: Tensor
@@ -56,10 +62,14 @@ class Routing:
     probs_TE: Tensor
     logits_TE: Tensor
     valid_T: Tensor | None
+    chosen_TK: Tensor | None = None
 
     def selected_TE(self) -> Tensor:
         """Bool [T, E]: the (token, expert) pairs that count, padding excluded."""
-        selected = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, True)
+        if self.chosen_TK is None:
+            selected = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, True)
+        else:  # a column that does not count may name an expert that another one counts
+            selected = torch.zeros_like(self.probs_TE).scatter_add_(1, self.experts_TK, self.chosen_TK.float()) > 0
         return selected if self.valid_T is None else selected & self.valid_T[:, None]
 
     def restricted_to(self, valid_T: Tensor) -> Routing:
@@ -68,7 +78,10 @@ class Routing:
 
     def gates_TE(self) -> Tensor:
         """fp32 [T, E]: the gate of every expert, zero where it was not chosen."""
-        return torch.zeros_like(self.probs_TE).scatter(1, self.experts_TK, self.gates_TK)
+        gates_TE = torch.zeros_like(self.probs_TE)
+        if self.chosen_TK is None:
+            return gates_TE.scatter(1, self.experts_TK, self.gates_TK)
+        return gates_TE.scatter_add(1, self.experts_TK, self.gates_TK)
 
     def balance_sums(self, members_VT: Tensor, squares: bool) -> Tensor:
         """As `Routed.balance_sums`."""

@@ -26,7 +26,7 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
         return 0.0
     layout, hidden, e = candidate.layout, job.shape.hidden_size, job.element_bytes
     tokens /= layout.tp if layout.sequence_parallel else 1
-    router = PRODUCTS * 2 * tokens * job.experts * hidden / cluster.fp32_flops
+    router = PRODUCTS * 2 * tokens * job.router.outputs(job.experts) * hidden / cluster.fp32_flops
     passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
     common = router + passes
     work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds

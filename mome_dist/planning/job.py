@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mome_dist.adapters.terms import LowRankTerms
-from mome_dist.config.derived import llm_terms_of, projector_inputs, schedule_of, views_of
+from mome_dist.config.derived import llm_terms_of, projector_inputs, router_of, schedule_of, views_of
 from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.forms.base import ExpertForm
 from mome_dist.moe.forms.registry import DEFAULT, find_form
+from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
 from mome_dist.planning.hardware import BYTES
@@ -75,6 +76,7 @@ class Job:
         pad_heads: whether attention heads may be padded to a multiple of tp.
         encoders: that work in every step.
         terms: low-rank ones of the LLM; None if it has none.
+        router: of the MoME modules.
     """
 
     shape: LLMShape
@@ -100,6 +102,7 @@ class Job:
     encoders: tuple[StepEncoder, ...] = ()
     terms: LowRankTerms | None = None
     expert: str = DEFAULT
+    router: RouterSpec = PLAIN
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -159,7 +162,8 @@ class Job:
     def trained(self) -> tuple[Trained, ...]:
         """What trains: in each layer, and before the layers."""
         lora = sum(encoder.lora_parameters for encoder in self.encoders)
-        replicated = self.experts * self.shape.hidden_size + self.shared * self.expert_parameters
+        router = self.router.parameters(self.shape.hidden_size, self.experts) if self.experts else 0
+        replicated = router + self.shared * self.expert_parameters
         routed = Sharing(layer=0, experts=self.experts, partial=True)
         return (
             Trained(replicated, Sharing(layer=0, partial=True)),
@@ -203,12 +207,13 @@ def held_parameters(job: Job, layout: Layout, layers: int, first_stage: bool) ->
     return sum(count for _, count in held) - routed, routed, partial
 
 
-def dispatches(layout: Layout, experts: int = 1, expert: str = DEFAULT) -> tuple[str, ...]:
-    """What ``mome.dispatch=auto`` chooses from, for a number of experts of a form; nothing to choose without any."""
+def dispatches(layout: Layout, experts: int = 1, router: RouterSpec = PLAIN, expert: str = DEFAULT) -> tuple[str, ...]:
+    """What ``mome.dispatch=auto`` chooses from: what the router and the experts' form work with; nothing to choose
+    without routed experts."""
     if not experts:
         return ("none",)
-    able = find_form(expert).dispatches
-    return tuple(name for name in ("alltoall", "gather" if layout.ep > 1 else "local") if name in able)
+    able, either = find_form(expert).dispatches, ("alltoall", "gather" if layout.ep > 1 else "local")
+    return tuple(name for name in either if name in router.settings.dispatches and name in able)
 
 
 @dataclass(frozen=True)
@@ -303,6 +308,7 @@ def job_of(
         pad_heads=config.llm.pad_heads and config.llm.lora is None,  # terms are of the LLM's own heads
         encoders=step_encoders(config, clip.seconds, fast_precision, on_gpu),
         terms=llm_terms_of(config, shape.hidden_size),
+        router=router_of(config),
     )
 
 

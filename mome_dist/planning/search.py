@@ -156,6 +156,6 @@ def _why(message: str) -> str:
 def _candidates(job: Job, layout: Layout) -> Iterator[Candidate]:
     stages = ZERO_STAGES if layout.dp > 1 else ZERO_STAGES[:2]
     for accumulation in job.accumulations(layout.dp):
-        for dispatch in dispatches(layout, job.experts, job.expert):
+        for dispatch in dispatches(layout, job.experts, job.router, job.expert):
             for zero in stages:
                 yield Candidate(layout, zero, dispatch, accumulation)

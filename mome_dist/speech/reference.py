@@ -9,7 +9,8 @@ the tokens around speech have vectors of their own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -24,18 +25,22 @@ from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.unrouted import LocalUnrouted
+from mome_dist.packed_module import PackedModule, PackedTensor
 from mome_dist.speech.balance import SpeechRoutes, balance_losses
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
 from mome_dist.speech.views import View
+from mome_dist.token_context import Modality, OneView
 
 
-def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted) -> None:
+def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted, tokens: Callable[[Tensor], OneView]) -> None:
     """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook.
 
-    ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike.
+    ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike. ``tokens`` says what
+    hidden states [B, S, H] are of.
     """
     targets: dict[str, nn.Module] = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}
 
@@ -46,7 +51,8 @@ def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted) -> None
             mome.to(
                 first.device
             )  # the layers of an LLM that was spread over devices say where each MoME module belongs
-        added = mome(hidden.to(first.device), first)
+        hidden = hidden.to(first.device)
+        added = mome(hidden, first, tokens(first)) if isinstance(mome, LocalMoME) else mome(hidden, first)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
     targets[placement].register_forward_hook(add, with_kwargs=True)
@@ -58,6 +64,20 @@ def _experts(hidden_size: int, **arguments: Any) -> LocalMoME | LocalUnrouted:
         return LocalMoME(hidden_size, **arguments)
     kept = ("shared_experts", "bottleneck", "expert")
     return LocalUnrouted(hidden_size, **{name: arguments[name] for name in kept if name in arguments})
+
+
+def layout_free_tensors(model: nn.Module) -> Iterator[PackedTensor]:
+    """Every tensor in the parameters of a `MoMESpeechLM`, or of a part of it, by the name that checkpoints have for it,
+    and where it is in its parameter."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            found = (tensor for tensor in module.tensors() if isinstance(tensor.parameter, nn.Parameter))
+        else:
+            own = module.named_parameters(recurse=False)
+            found = (PackedTensor(name, value, 0, tuple(value.shape)) for name, value in own)
+        for name, parameter, start, shape in found:
+            full = re.sub(r"^(mome\.\d+\.router)\.", r"\1_", f"{path}.{name}" if path else name)
+            yield PackedTensor(full, parameter, start, shape)
 
 
 def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
@@ -90,8 +110,11 @@ class MoMESpeechLM(nn.Module):
         placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         terms: low-rank ones of the LLM; None if it has none.
-        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, renormalize`` of `LocalMoME`; without
+        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert`` of `LocalMoME`; without
             routed experts there is no router.
+
+    Attributes:
+        router: of the MoME modules; None in a model without routed experts.
     """
 
     def __init__(
@@ -110,8 +133,11 @@ class MoMESpeechLM(nn.Module):
         layers = [] if placement == "none" else list(llm.model.layers)
         self.mome = nn.ModuleList([_experts(hidden_size, **mome_arguments) for _ in layers])
         for layer, mome in zip(layers, self._beside_layers(), strict=True):
-            _attach(layer, placement, mome)
-        self._view: View | None = None  # of the pass under way
+            _attach(layer, placement, mome, self._tokens_of)
+        self.router: RouterSpec | None = self.momes[0].router.spec if self.momes else None
+        # Of the pass under way: the view, the tokens that it begins with, [B, S] of a modality each, and those after.
+        self._view: View | None = None
+        self._prefix, self._prefix_shape, self._text = OneView("", None, 0), (0, 0), OneView("", None, 0)
         self._tag_ids: dict[str, int] = {}  # of tags that have vectors of their own
         if terms is not None:
             layers = list(llm.model.layers)
@@ -173,6 +199,24 @@ class MoMESpeechLM(nn.Module):
         assert self._view is not None, "a pass says its view before it begins"
         return self._view
 
+    def _begin(self, view: View, modality_BS: Tensor) -> None:
+        """Say what the next pass is of; tokens after those of ``modality_BS`` are text."""
+        self._view, self._prefix_shape = view, (modality_BS.shape[0], modality_BS.shape[1])
+        self._prefix = OneView(str(view), modality_BS.flatten(), modality_BS.numel())
+        self._text = OneView(str(view), None, 0)
+
+    def _tokens_of(self, hidden_BSH: Tensor) -> OneView:
+        rows, length = hidden_BSH.shape[:2]
+        if length != self._prefix_shape[1]:
+            return self._text
+        if rows != self._prefix_shape[0]:  # every clip is repeated for the beams
+            assert self._prefix.modality_N is not None
+            modality_BS = self._prefix.modality_N.view(self._prefix_shape)
+            modality_N = modality_BS.repeat_interleave(rows // self._prefix_shape[0], dim=0).flatten()
+            self._prefix_shape = rows, length
+            self._prefix = OneView(self._prefix.view, modality_N, rows * length)
+        return self._prefix
+
     def part_sizes(self) -> dict[str, int]:
         """Numbers of parameters of "mome" and "projectors" and, where there are any, of "llm_lora" and "lora"."""
         parts: dict[str, nn.Module] = {"mome": self.mome, "projectors": self.projectors}
@@ -198,9 +242,10 @@ class MoMESpeechLM(nn.Module):
         embedded_NH = self.projectors.insert(embedded_NH, tokens.speech, features, keep)
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
+        modalities = tokens.context.modality_N[: tokens.context.alive].split(tokens.context.lengths)
         self._routings, self._states, self._prefixes = [], [], []
         for view, rows in zip(tokens.views, tokens.context.view_sequences, strict=True):
-            self._view = view
+            self._begin(view, pad_sequence(modalities[first : first + rows], batch_first=True))
             if self._keeps_states:
                 assert tokens.context.prefixes is not None
                 self._states.append([])
@@ -230,11 +275,12 @@ class MoMESpeechLM(nn.Module):
         """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses, and
         those of the projectors' routers with their own coefficients; zero without experts anywhere."""
         losses = [torch.zeros((), device=next(self.projectors.parameters()).device)]
-        for routing in itertools.chain.from_iterable(self._routings):
+        for mome, routing in itertools.chain.from_iterable(zip(self.momes, r, strict=True) for r in self._routings):
             assert routing.valid_T is not None
             tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)
             loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
+            losses += [own.part(routing.valid_T, tokens) for own in mome.router.losses(routing)]
         loss = torch.stack(losses).sum() / len(self._routings)
         mixture = self.projectors.mixture
         return loss if mixture is None else loss + balance_losses(mixture, self._speech_routes)
@@ -309,12 +355,13 @@ class MoMESpeechLM(nn.Module):
         Returns:
             New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
         """
-        self._view = view
         device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
         length = max(map(len, prefixes))
         # Left padding, so that every text starts at the same position.
         ids_BS = torch.tensor([[0] * (length - len(ids)) + ids for ids in prefixes], device=device)
         mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
+        modality_BS = torch.where(ids_BS == AUDIO, Modality.AUDIO, torch.where(ids_BS == VIDEO, Modality.VIDEO, 0))
+        self._begin(view, modality_BS.to(torch.int8))
         embedded_BSH = self._embed(ids_BS.clamp(min=0)).to(device)
         at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
         rates = {"audio": view.audio_rate, "video": view.video_rate}

@@ -7,6 +7,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from rich.console import Console
 
 from mome_dist.config import RunConfig
+from mome_dist.config.derived import router_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.shared import llm_dtype
 from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
@@ -25,7 +26,7 @@ def settle_dispatch(
     mome = config.mome
     if not mome.experts or mome.dispatch != "auto":
         return mome.dispatch
-    possible = dispatches(layout, mome.experts, mome.expert)
+    possible = dispatches(layout, mome.experts, router_of(config), mome.expert)
     if len(possible) == 1:
         return possible[0]
     dtype = llm_dtype(config)

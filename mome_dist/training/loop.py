@@ -26,7 +26,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.progress import progress
-from mome_dist.training.balance import forget_router_loads, update_router_biases
+from mome_dist.training.balance import forget_router_loads, update_routers
 from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
@@ -141,7 +141,7 @@ def _run(
                 report("optimiser step", number)
                 trainer.engine.step(rate)
                 ledger.after_step(step)
-                update_router_biases(trainer.model)
+                update_routers(trainer.model)
                 losses.append(result.loss)
                 seconds = time.monotonic() - began
                 tokens = step.tokens * layout.dp

@@ -52,8 +52,8 @@ def settle_parts(
         zero = zero_stage(deepspeed_of(config, layout.dp).acts)
         ranks = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         memory = describe_rank(device)["memory_bytes"] / ranks
-        mome = config.mome
-        possible = dispatches(layout, mome.experts, mome.expert) if mome.dispatch == "auto" else [mome.dispatch]
+        auto = config.mome.dispatch == "auto"
+        possible = dispatches(layout, job.experts, job.router, job.expert) if auto else [config.mome.dispatch]
         budgets = [microbatch_budget(job, layout, zero, dispatch, memory, on_gpu) for dispatch in possible]
         least_budget = torch.tensor(min(budgets), device=device)
         dist.all_reduce(least_budget, op=dist.ReduceOp.MIN)

@@ -25,6 +25,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
 from mome_dist.speech.matryoshka import compressed_length
+from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT
@@ -179,9 +180,10 @@ def wake(parts: Iterable[NamedPart], seed: int) -> None:
 @torch.no_grad()
 def wake_reference(model: nn.Module, seed: int) -> None:
     """`wake` for the one-process form."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.any():
-            parameter.copy_(_awake(name, None, tuple(parameter.shape), seed))
+    for tensor in layout_free_tensors(model):
+        value = tensor.of(tensor.parameter)
+        if tensor.parameter.requires_grad and not value.any():
+            value.copy_(_awake(tensor.name, None, tensor.shape, seed))
 
 
 def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> Tensor:

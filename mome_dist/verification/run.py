@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mome_dist.config.schema import OptimizerConfig
 from mome_dist.engine.engine import Engine
@@ -21,6 +22,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import LoRATerms
+from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.encoders import RankEncoders, encoded, trained_encoders
 from mome_dist.verification.probe import Probe, wake, wake_reference
@@ -145,6 +147,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     encoders = trained_encoders(probe.config, probe.widths)
     model = build_reference(probe.config, probe.widths, lora=LoRATerms.of(encoders)).train()
     wake_reference(model, probe.config.seed)
+    tensors = [tensor for tensor in layout_free_tensors(model) if tensor.parameter.requires_grad]
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if optimizer == "sgd":
         stepper: torch.optim.Optimizer = torch.optim.SGD(named.values(), lr=settings.learning_rate)
@@ -170,13 +173,13 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if number == 0:
-            outcome.gradients = {name: _array(p.grad) for name, p in named.items() if p.grad is not None}
+            outcome.gradients = {each.name: _array(each.of(cast(Tensor, each.parameter.grad))) for each in tensors}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.gradient_clipping)
         outcome.norms.append(norm.item())
         stepper.step()
         stepper.zero_grad()
         outcome.losses.append(total)
-    outcome.weights = {name: _array(p) for name, p in named.items()}
+    outcome.weights = {each.name: _array(each.of(each.parameter)) for each in tensors}
     return outcome
 
 

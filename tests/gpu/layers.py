@@ -50,8 +50,9 @@ def one_process_form(sizes: Sizes) -> LocalMoME:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             stack, _, kind = name.rpartition(".")
-            for number, value in enumerate(parameter if stack else [parameter]):
-                value.copy_(_value(f"{stack}.{number}.{kind}" if stack else "router", value, sizes))
+            of_router = stack == "router"
+            for number, value in enumerate([parameter] if of_router else parameter):
+                value.copy_(_value("router" if of_router else f"{stack}.{number}.{kind}", value, sizes))
     return module.train()
 
 

@@ -32,8 +32,10 @@ def _expected(size: str) -> Arrays:
     for name, parameter in module.named_parameters():
         stack, _, kind = name.rpartition(".")
         assert parameter.grad is not None
-        slices = enumerate(parameter.grad) if stack else [(0, parameter.grad)]
-        found |= {f"{stack}.{number}.{kind}" if stack else "router": value for number, value in slices}
+        if stack == "router":
+            found["router"] = parameter.grad
+        else:
+            found |= {f"{stack}.{number}.{kind}": value for number, value in enumerate(parameter.grad)}
     return _arrays(found)
 
 

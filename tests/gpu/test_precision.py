@@ -31,7 +31,7 @@ def exact_and_deviation(sizes: Sizes) -> tuple[Tensor, Tensor]:
     Sums inside a product, the softmax and the router are fp32, which is 65,000 times as exact.
     """
     module, hidden_TH = one_process_form(sizes).double(), clear_tokens(sizes, torch.bfloat16).double()
-    logits_TE = hidden_TH @ module.router_weight.detach().t()
+    logits_TE = hidden_TH @ module.router.get_parameter("weight").detach().t()
     routing = route(logits_TE.float(), sizes.top_k, renormalize=True)  # `clear_tokens` makes the choice sure
     gates_TE = logits_TE.masked_fill(~routing.selected_TE(), -torch.inf).softmax(dim=1)
     assert module.shared is not None

@@ -24,7 +24,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Coordinates, Layout
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import QUERY_AND_VALUE, LoRATerms, attach_lora
-from mome_dist.training.balance import update_router_biases
+from mome_dist.training.balance import update_routers
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import Probe, wake
@@ -55,7 +55,7 @@ def _step(probe: Probe, layout: Layout, at: Coordinates, model: DistributedMoME,
         for term in model.lora.parameters() if model.lora is not None else ():
             term.grad = term.detach() + 1
     engine.step(learning_rate(probe.config.optimizer, number, probe.config.training.steps))
-    update_router_biases(model)
+    update_routers(model)
     return loss
 
 
@@ -121,7 +121,7 @@ def _differences(model: DistributedMoME, engine: Engine, canonical: Path) -> lis
         for moment in engine.moment_names:
             for parameter, value in engine.moments.whole(moment):
                 compare(f"optimizer/{moment}", parameter, value)
-        for bias in model.router_biases():
+        for bias in model.router_states():
             if not torch.equal(bias.value, reader.read(f"model/{bias.name}")):
                 found.append(bias.name)
         zero = engine.deepspeed.optimizer

@@ -33,7 +33,7 @@ LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
 
 def without_experts(overrides: Sequence[str]) -> bool:
     methods = [override for override in overrides if override.startswith("method=")]
-    return "mome=none" in overrides or any(method != "method=mome" for method in methods)
+    return "mome=none" in overrides or any(not method.startswith("method=mome") for method in methods)
 
 
 @dataclass(frozen=True)

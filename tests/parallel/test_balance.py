@@ -19,9 +19,10 @@ from mome_dist.config.schema import MoMEConfig, OptimizerConfig, RunConfig, Task
 from mome_dist.engine.engine import Engine
 from mome_dist.inference.load import load_run
 from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.training.balance import update_router_biases
+from mome_dist.training.balance import update_routers
 from mome_dist.training.metrics import gather_routing
 from mome_dist.training.step import forward_backward
 from mome_dist.verification.probe import write_random_llama
@@ -31,7 +32,7 @@ from tests.parallel.worlds import run_world
 
 BATCH, STEPS, RATE, LEARNING_RATE = 8, 3, 0.02, 0.5
 EXPERTS = int(toy.MOME["routed_experts"])
-ROUTER: dict[str, Any] = {"score": "sigmoid", "bias_rate": RATE}
+ROUTER: dict[str, Any] = {"router": RouterSpec(score="sigmoid", bias_rate=RATE)}
 CONFIG = RunConfig(
     mome=MoMEConfig(routed_experts=EXPERTS),
     task=TaskConfig(
@@ -61,10 +62,10 @@ def _train(directory: Path, layout: Layout) -> dict[str, Any]:
             with engine.accumulate():
                 forward_backward(model, step)
             engine.step(settings.learning_rate)
-            update_router_biases(model)
+            update_routers(model)
         counts = gather_routing(model, CONFIG)
         assert not any(chunk.statistics.take() for chunk in model.parts())
-        biases = {bias.name: bias.value.tolist() for bias in model.router_biases()}
+        biases = {bias.name: bias.value.tolist() for bias in model.router_states()}
     return {"biases": biases, "total": counts.record(), "by_view": counts.by_view()}
 
 
@@ -108,10 +109,10 @@ def _reference(directory: Path) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         for layer, mome in enumerate(model.momes):
-            assert mome.router_bias is not None
+            assert mome.router.bias is not None
             for expert in range(EXPERTS):
                 above = load[layer, expert] - load[layer].mean()
-                mome.router_bias[expert] += RATE if above < 0 else -RATE if above > 0 else 0.0
+                mome.router.bias[expert] += RATE if above < 0 else -RATE if above > 0 else 0.0
     biases = {name: bias.tolist() for name, bias in model.state_dict().items() if name.endswith("router_bias")}
     return {"biases": biases, "asked": asked, "tokens": tokens, "positions": positions}
 
@@ -174,9 +175,9 @@ def _biases(run: Path) -> dict[str, list[float]]:
 def _decoding_biases(run: Path, cache: Path) -> dict[str, list[float]]:
     os.environ["MOME_DIST_CACHE"] = str(cache)
     return {
-        f"model/mome.{layer}.router_bias": mome.router_bias.tolist()
+        f"model/mome.{layer}.router_bias": mome.router.bias.tolist()
         for layer, mome in enumerate(load_run(run).model.momes)
-        if mome.router_bias is not None
+        if mome.router.bias is not None
     }
 
 

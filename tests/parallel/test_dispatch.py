@@ -32,7 +32,7 @@ def _fill(name: str, value: torch.Tensor) -> None:
 @torch.no_grad()
 def _local() -> LocalMoME:
     module = LocalMoME(*SHAPE)
-    _fill("router", module.router_weight)
+    _fill("router", module.router.get_parameter("weight"))
     for kind, stack in (("routed", module.routed), ("shared", module.shared)):
         assert stack is not None
         for name, parameter in stack.named_parameters():

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from mome_dist.engine import engine as engine_module
 from mome_dist.engine.engine import Engine
 from mome_dist.model.distributed import Chunk, MicroBatch
-from mome_dist.moe.dispatch.base import MatryoshkaGate
 from mome_dist.moe.dispatch.exchange import Exchange
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import route
+from mome_dist.moe.routers.base import RoutedTokens
+from mome_dist.moe.routers.top_k import TopKRouter
 from mome_dist.token_context import Labels, TokenContext
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import explain
@@ -53,11 +53,10 @@ def _one_expert_without_gradient() -> None:
 
 
 def _router_cut_off() -> None:
-    def detached(self: MatryoshkaGate, hidden: torch.Tensor, valid: torch.Tensor | None) -> Any:
-        logits = F.linear(hidden.float(), self.wg.weight.detach()) + 0.0 * self.wg.weight.sum()
-        return route(logits, self.k, self.renormalize, valid)
+    def detached(self: TopKRouter, hidden: torch.Tensor, tokens: RoutedTokens | None) -> torch.Tensor:
+        return F.linear(hidden.float(), self.weight.detach()) + 0.0 * self.weight.sum()
 
-    MatryoshkaGate.forward = detached  # type: ignore[method-assign,assignment]
+    TopKRouter.logits = detached  # type: ignore[method-assign,assignment]
 
 
 def _auxiliary_loss_of_the_shard() -> None:

@@ -26,7 +26,7 @@ from mome_dist.verification.probe import wake, wake_reference
 WIDTHS = {"audio": 12, "video": 10}
 RATES = {"audio": [4, 16], "video": [2, 5]}
 VIEWS = [View("asr", 4, None), View("vsr", None, 2), View("avsr", 4, 5)]
-MOME: dict[str, Any] = {"routed_experts": 8, "top_k": 3, "shared_experts": 1, "bottleneck": 4, "renormalize": True}
+MOME: dict[str, Any] = {"routed_experts": 8, "top_k": 3, "shared_experts": 1, "bottleneck": 4}
 SEED, EMBEDDING_SCALE = 3, 0.5
 CPU = torch.device("cpu")
 

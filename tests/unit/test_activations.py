@@ -80,7 +80,7 @@ def test_a_real_module_is_counted_through_its_forward_pass() -> None:
     hidden_BSH: Tensor = torch.randn(2, 6, 8)
     with recorder.recording(VIEWS[1], BATCH):
         module(hidden_BSH)
-    chosen = (hidden_BSH @ module.router_weight.t()).topk(2).indices
+    chosen = (hidden_BSH @ module.router.get_parameter("weight").t()).topk(2).indices
     expected = torch.bincount(chosen[token_modalities(BATCH) == 0].flatten(), minlength=4)
     assert torch.equal(recorder.result().counts[0, 1, 0], expected)
 

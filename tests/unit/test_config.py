@@ -90,6 +90,13 @@ WRONG = [
     (["mome.top_k=many"], 2, r"'mome.top_k'.*'many'.*Integer"),
     (["experiment=nothing"], 2, r"experiment/nothing.*quickstart.*tiny"),
     (["steps"], 2, r"'steps' is not of the form key=value"),
+    (["mome.router=separate"], 2, r"write mome/router=NAME"),
+    (["mome/router=nothing"], 2, r"'mome/router/nothing' Available options.*separate.*top_k"),
+    (["mome.router.name=nothing"], 2, r"mome.router.name='nothing': choose from top_k, separate"),
+    (["+mome.router.by=task"], 2, r"mome.router.by of the router 'top_k': Key 'by' not in .*see configs/mome/router"),
+    (["mome/router=separate", "mome.router.by=view"], 2, r"mome.router.by='view': choose from rate, task, modality"),
+    (["mome=none", "mome/router=separate"], 2, r"mome/router=separate would have no effect: the run has no experts"),
+    (["mome.top_k=1"], 2, r"mome.top_k=1 and mome.renormalize=true: .* learns nothing.*mome.renormalize=false"),
     (["mome.score=relu"], 2, r"mome.score='relu': choose from softmax, sigmoid"),
     (["mome.bias_rate=-0.1"], 2, r"mome.bias_rate=-0.1: must be at least 0"),
     (["mome.placement=attention"], 2, r"mome.placement='attention': choose from mhsa, ffn, layer"),
@@ -374,8 +381,10 @@ GROUPS = [path for path in YAML_FILES if path.relative_to(configs_dir()).parts[0
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_group_option_composes(path: Path) -> None:
-    config = load_config([f"{path.parent.name}={path.stem}"])
-    section = getattr(config, path.parent.name)
+    group = path.parent.relative_to(configs_dir())
+    section: Any = load_config([f"{group.as_posix()}={path.stem}"])
+    for part in group.parts:
+        section = getattr(section, part)
     values = yaml.safe_load(path.read_text())
     values.pop("defaults", None)
     for key, value in _values(values).items():

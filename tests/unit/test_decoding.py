@@ -30,6 +30,7 @@ from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import _attach
 from mome_dist.speech.sequence import Example, pack
 from mome_dist.speech.views import View
+from mome_dist.token_context import OneView
 from tests.evaluation_run import WIDTHS, make_run
 
 LENGTHS = [30, 55, 26, 90, 41, 27, 64]
@@ -291,7 +292,7 @@ def test_mome_goes_where_its_layer_computes() -> None:
     layer = torch.nn.Module()
     layer.mlp = torch.nn.Linear(8, 8, device="meta")
     layer.self_attn = torch.nn.Identity()
-    _attach(layer, "ffn", mome)
+    _attach(layer, "ffn", mome, lambda _: OneView("asr(4)", None, 0))
     assert layer.mlp(torch.zeros(2, 8, device="meta")).device.type == "meta"
     assert {parameter.device.type for parameter in mome.parameters()} == {"meta"}
 

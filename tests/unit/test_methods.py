@@ -33,6 +33,7 @@ def test_the_methods_are_those_of_the_family() -> None:
         *(f"llama_smop/{form}" for form in ("dedr", "dejr", "jejr")),
         "lora",
         "mome",
+        *(f"mome_separate/{by}" for by in ("modality", "rate", "task")),
         *(f"omni_avsr/{form}" for form in ("s", "st", "t")),
     ] == METHODS
 
@@ -42,8 +43,8 @@ def test_the_methods_are_those_of_the_family() -> None:
 def test_each_goes_with_every_experiment(method: str, experiment: str) -> None:
     config = load_config([f"experiment={experiment}", f"method={method}"])
     check_values(config)
-    assert (config.mome.experts > 0) == (method == "mome")
-    assert config.mome.placed == (method in ("mome", "dense_bottleneck")) == (config.llm.lora is None)
+    assert (config.mome.experts > 0) == method.startswith("mome")
+    assert config.mome.placed == method.startswith(("mome", "dense_bottleneck")) == (config.llm.lora is None)
     assert (config.projector.mixture is not None) == method.startswith("llama_smop")
 
 
@@ -170,10 +171,10 @@ def test_published_settings_give_way_to_the_command_line_and_to_other_experiment
 
 @pytest.mark.parametrize("placement", ["mhsa", "ffn"])
 def test_the_dense_control_trains_as_many_parameters_as_mome(placement: str) -> None:
-    config = load_config(["experiment=lrs3", "method=dense_bottleneck", f"mome.placement={placement}"]).mome
-    hidden, b = 3072, config.bottleneck
+    config = load_config(["experiment=lrs3", "method=dense_bottleneck", f"mome.placement={placement}"])
+    hidden, b = 3072, config.mome.bottleneck
     with torch.device("meta"):
-        dense = LocalUnrouted(hidden, config.shared_experts, b, config.expert)
+        dense = LocalUnrouted(hidden, config.mome.shared_experts, b, config.mome.expert)
         mome = LocalMoME(hidden, 23, 4, 1, 12)
     numbers, of_mome = (sum(p.numel() for p in module.parameters()) for module in (dense, mome))
     assert numbers == 2 * hidden * b + b + hidden == 623 * hidden + 311 and of_mome == 623 * hidden + 288

@@ -16,6 +16,7 @@ from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.router import route
+from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics
 from mome_dist.token_context import TokenContext
 
@@ -150,7 +151,8 @@ def test_shards_of_a_batch_add_up_to_its_losses() -> None:
 
 
 def _mome(shared: int, renormalize: bool = True, **router: Any) -> LocalMoME:
-    module = LocalMoME(16, 6, 2, shared_experts=shared, bottleneck=3, renormalize=renormalize, **router)
+    spec = RouterSpec(renormalize=renormalize, **router)
+    module = LocalMoME(16, 6, 2, shared_experts=shared, bottleneck=3, router=spec)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -170,7 +172,7 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
 
     output = module(hidden)
     for token, result in zip(hidden.flatten(0, 1), output.flatten(0, 1), strict=True):
-        gates = (module.router_weight @ token).softmax(0)
+        gates = (module.router.get_parameter("weight") @ token).softmax(0)
         best = gates.topk(2)
         weights = best.values / best.values.sum() if renormalize else best.values
         expected = sum(w * expert(module.routed, int(n), token) for w, n in zip(weights, best.indices, strict=True))
@@ -182,11 +184,11 @@ def test_local_mome_is_the_papers_equation(shared: int, renormalize: bool) -> No
 
 def test_local_mome_routes_by_its_score_and_bias() -> None:
     module = _mome(0, score="sigmoid", bias_rate=0.001)
-    assert module.router_bias is not None and "router_bias" in module.state_dict()
+    assert module.router.bias is not None and "router_bias" in module.state_dict()
     assert "router_bias" not in _mome(0).state_dict()
-    module.router_bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, 5]))
+    module.router.bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, 5]))
     hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(2))
-    scores = torch.sigmoid(hidden @ module.router_weight.t())
+    scores = torch.sigmoid(hidden @ module.router.get_parameter("weight").t())
     gates = torch.zeros(9, 6)
     gates[:, 4:] = scores[:, 4:] / scores[:, 4:].sum(-1, keepdim=True)
     torch.testing.assert_close(module(hidden), dense_experts(hidden, module.routed.weights(), gates))
@@ -204,7 +206,7 @@ def test_an_untrained_module_adds_nothing() -> None:
     module = LocalMoME(16, 6, 2, 1, 3)
     module.initialize("mome.0", seed=0)
     assert module(torch.randn(4, 16)).eq(0).all()
-    assert module.router_weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert module.router.get_parameter("weight").std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_initial_values_depend_on_name_and_seed_only() -> None:

@@ -15,13 +15,14 @@ from mome_dist.moe import packed
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.packed import BIAS_INPUT, FEW_TOKENS
 from mome_dist.moe.router import Routing, choose_experts, route
+from mome_dist.moe.routers.spec import RouterSpec
 
 HIDDEN, EXPERTS = 48, 6
 TOKENS = (1, 2, FEW_TOKENS, FEW_TOKENS + 1)
 
 
 def _module(shared: int = 1, seed: int = 1, **router: Any) -> LocalMoME:
-    module = LocalMoME(HIDDEN, EXPERTS, 2, shared_experts=shared, bottleneck=3, **router)
+    module = LocalMoME(HIDDEN, EXPERTS, 2, shared_experts=shared, bottleneck=3, router=RouterSpec(**router))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -124,7 +125,7 @@ def _other_memory(module: LocalMoME) -> None:
 
 def _other_parameters(module: LocalMoME) -> None:
     module.routed.down_weight = nn.Parameter(module.routed.get_parameter("down_weight") * 2)
-    module.router_weight = nn.Parameter(module.router_weight.flip(0))
+    module.router.weight = nn.Parameter(module.router.get_parameter("weight").flip(0))
 
 
 def _there_and_back(module: LocalMoME) -> None:

@@ -31,6 +31,7 @@ from mome_dist.engine.deepspeed_names import (
 )
 from mome_dist.moe.experts import initial_value
 from mome_dist.moe.forms.registry import DEFAULT, find_form
+from mome_dist.moe.routers.base import initial_map
 from mome_dist.parallel.layout import Layout
 
 # Where a tensor lies in the nested dictionaries of a file.
@@ -118,9 +119,8 @@ class Plan:
         return (list(self.stages[pp]) or [None]) if self.model.routed_experts else []
 
     def buffers(self, pp: int) -> list[StateTensor]:
-        """The router biases of a pipeline rank."""
-        biases = (self.model.router_bias(number) for number in self.stages[pp])
-        return [bias for bias in biases if bias is not None]
+        """What the routers of a pipeline rank have that no gradient trains."""
+        return [state for number in self.stages[pp] for state in self.model.router_states(number)]
 
     def group_ranks(self, group: int) -> int:
         """Over how many ranks an optimiser group is partitioned."""
@@ -218,6 +218,8 @@ def _idle_values(tensor: StateTensor, kind: str, expert: int) -> tuple[float, ..
     if kind != "model" or tensor.local == IDLE:
         return (0.0,) * tensor.count
     _, _, part = tensor.local.partition(f".{EXPERTS}.0.")
-    starts = {each.saved_name: (f"idle.routed.{expert}.{each.name}", each.start) for each in find_form(DEFAULT).parts}
-    name, start = starts[part] if part else ("idle.router_weight", "normal")
-    return tuple(initial_value(name, tensor.shape, 0, start).flatten().tolist())
+    if not part:
+        return tuple(initial_map("idle.router_weight", tensor.shape, 0).flatten().tolist())
+    (own,) = (each for each in find_form(DEFAULT).parts if each.saved_name == part)
+    value = initial_value(f"idle.routed.{expert}.{own.name}", tensor.shape, 0, own.start)
+    return tuple(value.flatten().tolist())

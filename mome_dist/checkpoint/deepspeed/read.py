@@ -26,7 +26,7 @@ from mome_dist.checkpoint.deepspeed.plan import Plan, PlannedFile, Stored
 from mome_dist.checkpoint.deepspeed.write import CLIENT_KEY
 from mome_dist.checkpoint.pieces import Range, TensorFacts
 from mome_dist.checkpoint.source import Source, Stretch
-from mome_dist.engine.deepspeed_names import EXPERTS, GATE, ModelTensors
+from mome_dist.engine.deepspeed_names import BIAS, EXPERTS, OLD_BIAS, ModelTensors, layout_free_name
 from mome_dist.errors import UserError, first_line
 from mome_dist.parallel.layout import Layout
 from mome_dist.sharing import Sharing, from_json, of_format_2
@@ -194,20 +194,25 @@ class _Directory:
                 module, _, rest = key.partition(".")
                 if module != "idle":
                     layer = f"mome.{module.removeprefix('layer_')}"
-                    renamed = {f"{GATE}.wg.weight": f"{layer}.router_weight", f"{GATE}.bias_E": f"{layer}.router_bias"}
-                    name = renamed.get(rest, f"{layer}.{rest}") if module.startswith("layer_") else key
+                    name = layout_free_name(layer, rest) if module.startswith("layer_") else key
                     held = tuple(value.shape)
                     shapes[name] = self._shared(name, held).whole_shape(held, tp)
-            with_experts = [number for number in layers if f"mome.{number}.router_weight" in shapes]
+            with_experts = [n for n in layers if any(name.startswith(f"mome.{n}.") for name in shapes)]
             for module_number, number in enumerate(with_experts):
                 expert = self._load(f"layer_{module_number}_expert_0_{rank}")
-                experts = shapes[f"mome.{number}.router_weight"][0]
+                experts = self._experts(shapes, number, module_number)
                 first = f"layer_{number}.{EXPERTS}.0."
                 for key, value in expert.items():
                     if key.startswith(first):
                         kind = key.removeprefix(first).replace(".", "_")
                         shapes[f"mome.{number}.routed.{kind}"] = (experts, *value.shape)
         return shapes
+
+    def _experts(self, shapes: dict[str, tuple[int, ...]], number: int, module: int) -> int:
+        """The experts of a layer: as many as its router has rows, if that is one map, else as many as have files."""
+        rows = shapes.get(f"mome.{number}.router_weight")
+        files = (re.match(rf"layer_{module}_expert_(\d+)_", name) for name in self._names)
+        return rows[0] if rows is not None else max(int(found[1]) for found in files if found) + 1
 
     def _check(self, planned: PlannedFile, place: Place, stored: Stored) -> int:
         """Compare a tensor of a file with the plan; return the byte at which it begins."""
@@ -244,6 +249,8 @@ class _Directory:
             raise UserError(f"{path} cannot be read: damaged, or holds what is not allowed ({reason})") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")
+        if isinstance(content.get("module"), dict):
+            content["module"] = {name.replace(OLD_BIAS, BIAS): value for name, value in content["module"].items()}
         self._opened[name] = content
         if len(self._opened) > _OPEN_FILES:
             self._opened.popitem(last=False)

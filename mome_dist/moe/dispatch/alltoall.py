@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
-from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
+from mome_dist.moe.dispatch.base import Dispatch, Gate
 from mome_dist.moe.dispatch.exchange import Flight, all_to_all, gathered
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert
@@ -38,7 +38,7 @@ class AllToAllDispatch(Dispatch):
     def __init__(
         self,
         moe: MoE,
-        gate: MatryoshkaGate,
+        gate: Gate,
         experts: RoutedExperts,
         capacity_factor: float | None,
         eval_capacity_factor: float | None,
@@ -53,7 +53,7 @@ class AllToAllDispatch(Dispatch):
         self.capacity: int | None = None
 
     def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
-        self.routing = routing = self.gate(hidden_TH, context.alive_N)
+        self.routing = routing = self.router(hidden_TH, context)
         counting = self._count(routing)
         laid_out = self.experts.laid_out(hidden_TH.dtype)  # beside the counts that travel
         # The one wait of the host for the device: it must know how many rows travel.
@@ -63,7 +63,7 @@ class AllToAllDispatch(Dispatch):
         sent_SE = self._rows_of_ranks(counts_RX)
         mine = dist.get_rank(self.ep_group) if self.ep_size > 1 else 0
         order_R, tokens = by_expert(
-            routing.experts_TK.flatten(), self.kept_TK.flatten(), self.gate.k, sum(sent_SE[mine])
+            routing.experts_TK.flatten(), self.kept_TK.flatten(), routing.experts_TK.shape[1], sum(sent_SE[mine])
         )
         gates_R = routing.gates_TK.flatten().index_select(0, order_R)
         local = slice(mine * self.num_local_experts, (mine + 1) * self.num_local_experts)
@@ -102,7 +102,11 @@ class AllToAllDispatch(Dispatch):
     def _count(self, routing: Routing) -> Flight:
         """int64 [R * (E + 1)]: each rank's tokens per expert, then its number of tokens."""
         asked_E = routing.selected_TE().sum(dim=0)
-        tokens = asked_E.sum() // self.gate.k
+        if routing.chosen_TK is None:
+            tokens = asked_E.sum() // routing.experts_TK.shape[1]
+        else:
+            valid_T = routing.valid_T
+            tokens = asked_E.new_full((), len(routing.experts_TK)) if valid_T is None else valid_T.sum()
         counts_X = torch.cat([asked_E, tokens[None]])
         group = self.count_group
         if group is None or dist.get_world_size(group) == 1:
@@ -118,7 +122,7 @@ class AllToAllDispatch(Dispatch):
         if factor is None:
             return None
         tokens = max(counts_X[-1] for counts_X in counts_RX)
-        share = tokens * self.gate.k / self.num_experts
+        share = tokens * self.router.top_k / self.num_experts
         return max(math.ceil(share * factor), self.min_capacity)
 
     def _rows_of_ranks(self, counts_RX: list[list[int]]) -> list[list[int]]:
@@ -134,7 +138,9 @@ class AllToAllDispatch(Dispatch):
     def _keep(self, routing: Routing, capacity: int | None) -> Tensor:
         """Bool [T, K]: the routes of tokens, not of padding, that their experts take."""
         if capacity is None:
-            kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+            kept_TK = routing.chosen_TK
+            if kept_TK is None:
+                kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
             return kept_TK if routing.valid_T is None else kept_TK & routing.valid_T[:, None]
         selected_TE = routing.selected_TE()
         if self.drop_policy == "position":
@@ -143,4 +149,5 @@ class AllToAllDispatch(Dispatch):
             strength_TE = torch.where(selected_TE, routing.probs_TE, -1.0)
             strongest_CE = strength_TE.topk(min(capacity, strength_TE.shape[0]), dim=0).indices
             kept_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
-        return kept_TE.gather(1, routing.experts_TK)
+        kept_TK = kept_TE.gather(1, routing.experts_TK)
+        return kept_TK if routing.chosen_TK is None else kept_TK & routing.chosen_TK

@@ -16,7 +16,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 from mome_dist.moe.columns import unpack
-from mome_dist.moe.dispatch.base import Dispatch, MatryoshkaGate
+from mome_dist.moe.dispatch.base import Dispatch, Gate
 from mome_dist.moe.dispatch.exchange import Exchange, all_gather
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.routed import RoutedExperts
@@ -28,7 +28,7 @@ class GatherDispatch(Dispatch):
     """Dispatch by gathering weights. The gathered copy, in the precision of the hidden states, lives until the
     layer's backward pass."""
 
-    def __init__(self, moe: MoE, gate: MatryoshkaGate, experts: RoutedExperts) -> None:
+    def __init__(self, moe: MoE, gate: Gate, experts: RoutedExperts) -> None:
         super().__init__(moe, gate, experts)
         self._exchange: Exchange | None = None
 
@@ -38,24 +38,22 @@ class GatherDispatch(Dispatch):
             self._exchange.start(self.experts.packed.flatten())
 
     def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
-        gate, experts = self.gate, self.num_experts + (len(shared) if shared is not None else 0)
-        if not (self.experts.form.kernel and runs_as_one_kernel(hidden_TH, experts)):
-            self.routing = routing = gate(hidden_TH, context.alive_N)
+        router, experts = self.router, self.num_experts + (len(shared) if shared is not None else 0)
+        form = router.kernel_form if self.experts.form.kernel else None
+        if form is None or not runs_as_one_kernel(hidden_TH, experts):
+            self.routing = routing = router(hidden_TH, context)
             packed_EP = self._packed(hidden_TH.dtype)
             weights = unpack(packed_EP, self.experts.shapes, packed_EP.dtype)
             of_shared = None if shared is None else shared.weights()
             return self.experts.form.dense(hidden_TH, weights, routing.gates_TE(), of_shared)
         output_TH, self.routing = kernel_experts(
             hidden_TH,
-            gate.logits(hidden_TH),
+            router.logits(hidden_TH, context),
             self._packed(hidden_TH.dtype),
             self.experts.shapes,
             shared,
             context,
-            top_k=gate.k,
-            renormalize=gate.renormalize,
-            score=gate.score,
-            bias_E=gate.bias_E,
+            **form._asdict(),
         )
         return output_TH
 

@@ -163,17 +163,17 @@ class ExpertForm(ABC):
                 results += [self.weighted(*block, *own) for block in blocks]
         return torch.cat(results)
 
-    def packed(self, router_weight: Tensor, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
+    def packed(self, maps_RH: Tensor | None, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
         """All experts of a layer and their router, laid out once for passes without a gradient.
 
         Args:
-            router_weight: fp32 [E, H].
+            maps_RH: of the router, fp32 (`mome_dist.moe.routers.base.Router.maps`); None if it has none.
             stacks: stacked parts of the routed experts, and of shared ones if there are any.
             dtype: of the hidden states.
         """
         from mome_dist.moe.plain_pack import PlainPack
 
-        return PlainPack(self.dense, router_weight, stacks, dtype)
+        return PlainPack(self.dense, maps_RH, stacks, dtype)
 
     def shapes(self, hidden_size: int, bottleneck: int) -> tuple[Shape, ...]:
         """Of the parts."""

@@ -62,11 +62,11 @@ class Bottleneck(WideForm):
 
         return ragged_experts(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
 
-    def packed(self, router_weight: Tensor, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
+    def packed(self, maps_RH: Tensor | None, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
         """As `ExpertForm.packed`: output biases are one more unit."""
         from mome_dist.moe.packed import PackedExperts
 
-        return PackedExperts(router_weight, stacks, dtype)
+        return PackedExperts(maps_RH, stacks, dtype)
 
     def kept(self, hidden_size: int, bottleneck: int) -> int:
         """Units before and after GELU, their gates, and their products."""

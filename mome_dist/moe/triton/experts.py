@@ -62,7 +62,7 @@ class LayerForm(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelRouting:
-    """A `mome_dist.moe.router.Routed`.
+    """A `mome_dist.moe.router.Routed`; every token has K experts.
 
     Attributes:
         experts_TK: int64 [T, K], highest score (plus bias) first.
@@ -71,6 +71,11 @@ class KernelRouting:
 
     experts_TK: Tensor
     sums_VX: Tensor
+
+    @property
+    def chosen_TK(self) -> None:
+        """All count."""
+        return None
 
     def balance_sums(self, _members_VT: Tensor, _squares: bool) -> Tensor:
         """Return the sums of the views that the kernel was given, with the squares in the last column."""

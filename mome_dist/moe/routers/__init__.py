@@ -1,0 +1,1 @@
+"""Routers: which experts a token uses, and with which gates. `registry` names all there are."""

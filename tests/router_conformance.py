@@ -1,0 +1,314 @@
+"""What every router of the registry is held to. Nothing here knows any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mome_dist.config import RunConfig, load_config
+from mome_dist.config.derived import router_of
+from mome_dist.config.values import check_values
+from mome_dist.model.distributed import mome_parts
+from mome_dist.moe.balance import load_balance_loss, router_z_loss
+from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.load import PassLoad
+from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.router import Routing
+from mome_dist.moe.routers.base import Router
+from mome_dist.moe.routers.build import build_router
+from mome_dist.moe.routers.registry import ROUTERS
+from mome_dist.parallel.initialize import parallel_world
+from mome_dist.parallel.layout import Layout
+from mome_dist.planning.job import Clip, job_of
+from mome_dist.planning.llms import find_shape
+from mome_dist.token_context import Modality, TokenContext
+from mome_dist.verification.probe import Probe, shrunk, wake, wake_reference
+from mome_dist.verification.run import Case
+from mome_dist.verification.verify import OPTIMIZERS, Verifier
+from tests.parallel.resharding import STEPS, train_and_save
+from tests.parallel.same_checkpoints import assert_engines_go_on
+from tests.parallel.worlds import run_world
+from tests.probes import OVERRIDES
+
+HIDDEN, EXPERTS, TOP_K, BOTTLENECK, SEED = 16, 6, 2, 3, 5
+BALANCE, Z_LOSS = 0.3, 0.1
+EXPERT_PARALLEL = {"local": 1, "gather": 2, "alltoall": 2}
+LAYOUTS = {
+    "tp2 ep2 sp": Layout.for_world(4, tp=2, ep=2, sequence_parallel=True),
+    "pp2 ep2 recompute": Layout.for_world(4, pp=2, ep=2, recompute="full"),
+}
+TARGETS = {
+    "pp2 ep2 zero0": (Layout.for_world(4, pp=2, ep=2), 0),
+    "tp2 sp zero2": (Layout.for_world(2, tp=2, sequence_parallel=True), 2),
+}
+
+
+def forms(name: str) -> Iterator[list[str]]:
+    """Overrides that choose a router, with every choice that its settings have."""
+    kind = ROUTERS[name].settings
+    chosen = [
+        [f"mome.router.{field.name}={value}" for value in field.metadata["choices"]]
+        for field in dataclasses.fields(kind)
+        if "choices" in field.metadata
+    ]
+    common = [f"mome/router={name}", f"mome.score={kind.scores[0]}", f"mome.renormalize={kind.renormalizes[0]}"]
+    return ([*common, *own] for own in itertools.product(*chosen))
+
+
+ALL = {" ".join([name, *form[3:]]): form for name in ROUTERS for form in forms(name)}
+
+
+def configured(form: list[str], *more: str) -> RunConfig:
+    """A small run with a router, of one view of each task."""
+    config = load_config([*OVERRIDES, *form, *more])
+    check_values(config)
+    return config
+
+
+def context(lengths: tuple[int, int, int], dead: int) -> TokenContext:
+    """One sequence of each of the run's views: speech of its kinds, then text; and dead tokens behind."""
+    kinds = ((Modality.AUDIO,), (Modality.VIDEO,), (Modality.AUDIO, Modality.VIDEO))
+    modality = [kind for each, length in zip(kinds, lengths, strict=True) for kind in _spoken(each, length)]
+    views = zip(("asr(4)", "vsr(2)", "avsr(16,5)"), lengths, strict=True)
+    return TokenContext.of([(name, [n]) for name, n in views], modality, multiple=1, least=sum(lengths) + dead)
+
+
+def _spoken(kinds: tuple[Modality, ...], length: int) -> list[Modality]:
+    speech = [kind for kind in kinds for _ in range(length // 2 // len(kinds))]
+    return [*speech, *[Modality.TEXT] * (length - len(speech))]
+
+
+def hidden(tokens: int, seed: int) -> Tensor:
+    """fp32 [T, H]."""
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def local_form(form: list[str]) -> LocalMoME:
+    """The one-process form with values that carry a signal everywhere."""
+    module = LocalMoME(HIDDEN, EXPERTS, TOP_K, 1, BOTTLENECK, router_of(configured(form)))
+    module.initialize("mome.0", SEED)
+    spread(module.router)
+    holder = nn.Module()
+    holder.mome = nn.ModuleList([module])
+    wake_reference(holder, SEED)
+    return module
+
+
+@torch.no_grad()
+def spread(router: Router) -> None:
+    """Take tokens' experts apart: the initial values of maps give all nearly the same score."""
+    for parameter in router.parameters():
+        parameter.mul_(10)
+
+
+def starts_as_a_no_op(form: list[str]) -> None:
+    """An untrained module adds nothing, in training and in evaluation."""
+    module = LocalMoME(HIDDEN, EXPERTS, TOP_K, 1, BOTTLENECK, router_of(configured(form)))
+    module.initialize("mome.0", SEED)
+    tokens = context((6, 5, 7), 2)
+    assert module(hidden(20, 1), None, tokens).eq(0).all()
+    with torch.no_grad():
+        assert module.eval()(hidden(20, 1), None, tokens).eq(0).all()
+
+
+def initial_values_are_those_of_names(form: list[str]) -> None:
+    """They depend on the seed and on each tensor's global name, and no name is one that DeepSpeed takes for an
+    expert's."""
+    spec = router_of(configured(form))
+    first, again, other = (build_router(spec, HIDDEN, EXPERTS, TOP_K) for _ in range(3))
+    for router, layer in ((first, 0), (again, 0), (other, 1)):
+        router.initialize(f"mome.{layer}", SEED)
+    for one, two, three in zip(first.trained(), again.trained(), other.trained(), strict=True):
+        value = one.of(one.parameter)
+        assert value.equal(two.of(two.parameter))
+        assert not value.any() or not value.equal(three.of(three.parameter)), f"{one.name} is alike in all layers"
+        assert "expert" not in one.name
+
+
+def shards_add_up(form: list[str]) -> None:
+    """Gradients of a router, of gates and of all losses, summed over shards of the tokens, are those of all tokens."""
+    router = build_router(router_of(configured(form)), HIDDEN, EXPERTS, TOP_K)
+    router.initialize("mome.0", SEED)
+    spread(router)
+    whole, rows_NH = context((8, 6, 7), 3), hidden(24, 2)
+    counts_VE = whole.members_VN @ router(rows_NH, whole).selected_TE().float()
+    totals, gradients = [], []
+    for ranks in (1, 3):
+        losses: list[Tensor] = []
+        for rank, own_TH in enumerate(rows_NH.chunk(ranks)):
+            tokens = whole.part(rank, ranks)
+            routing = router(own_TH, tokens)
+            losses.append((routing.gates_TK * own_TH[:, :TOP_K]).sum())
+            losses += _view_losses(router.losses, routing, tokens, counts_VE, whole.sizes_V2[:, 0])
+        totals.append(torch.stack(losses).sum())
+        gradients.append(torch.autograd.grad(totals[-1], list(router.parameters())))
+    torch.testing.assert_close(*totals)
+    for whole_gradient, summed in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole_gradient, summed)
+
+
+def _view_losses(
+    own: Callable[[Routing], Any], routing: Routing, tokens: TokenContext, counts_VE: Tensor, sizes_V: Tensor
+) -> list[Tensor]:
+    """A rank's parts of the losses, in the mean over views."""
+    losses = []
+    for members_T, counts_E, size in zip(tokens.members_VN.bool(), counts_VE, sizes_V, strict=True):
+        of_view = routing.restricted_to(members_T)
+        loss = BALANCE * load_balance_loss(of_view, counts_E, size) + Z_LOSS * router_z_loss(of_view, size)
+        loss = loss + sum(each.part(members_T, size) for each in own(routing))
+        losses.append(loss / len(sizes_V))
+    return losses
+
+
+def evaluation_chooses_what_training_does(form: list[str]) -> None:
+    """Packed weights, one token or many, give what the form with gradients gives."""
+    module, tokens, rows_NH = local_form(form), context((8, 6, 7), 0), hidden(21, 3)
+    trained_NH = module(rows_NH, None, tokens).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(rows_NH, None, tokens), trained_NH, rtol=1e-5, atol=1e-6)
+        for number in (0, 7, 20):
+            own = tokens.part(number, tokens.tokens)
+            alone_1H = module(rows_NH[number : number + 1], None, own)
+            torch.testing.assert_close(alone_1H, trained_NH[number : number + 1], rtol=1e-5, atol=1e-6)
+
+
+def _in_world(form: list[str]) -> dict[str, float]:
+    """On one of two ranks: how far every dispatch is from the one-process form on the tokens of both, and in how many
+    numbers the output of some tokens changes with all other tokens."""
+    from megatron.core import parallel_state
+
+    config, found = configured(form), dict[str, float]()
+    kind = router_of(config).settings
+    with parallel_world(Layout.for_world(2, ep=2), SEED, 60) as at:
+        group = parallel_state.get_data_parallel_group()
+        contexts, rows = [context((8, 6, 7), 3), context((5, 9, 4), 0)], [hidden(24, 4), hidden(18, 5)]
+        local = local_form(form).train()
+        outputs = [local(rows_NH, None, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
+        routings = [local.router(rows_NH, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
+        pairs = list(zip(routings, contexts, strict=True))
+        counts_VE = torch.stack([each.members_VN @ routing.selected_TE().float() for routing, each in pairs]).sum(0)
+        sizes_V = torch.stack([each.sizes_V2[:, 0] for each in contexts]).sum(0)
+        losses = [_alive(output_NH, tokens).square().sum() for output_NH, tokens in zip(outputs, contexts, strict=True)]
+        for routing, tokens in pairs:
+            losses += _view_losses(local.router.losses, routing, tokens, counts_VE, sizes_V)
+        torch.stack(losses).sum().backward()
+        tokens, rows_NH = contexts[at.dp], rows[at.dp]
+        for dispatch in kind.dispatches:
+            ep = EXPERT_PARALLEL[dispatch]
+            module = ExpertParallelMoME(
+                HIDDEN,
+                EXPERTS,
+                TOP_K,
+                1,
+                BOTTLENECK,
+                router_of(config),
+                ep_size=ep,
+                dispatch=dispatch,
+                balance_loss=BALANCE,
+                z_loss=Z_LOSS,
+            ).train()
+            module.set_deepspeed_parallelism()
+            module.set_token_group(group)
+            module.initialize("mome.0", SEED)
+            spread(module.router)
+            wake(mome_parts("mome.0", 0, module), SEED)
+            load = PassLoad(tokens.view_names, group)
+            output_NH = module(rows_NH, tokens, load)
+            load.reduce()
+            _alive(output_NH, tokens).square().sum().backward()
+            found[f"{dispatch}: output"] = _distance(_alive(output_NH, tokens), _alive(outputs[at.dp], tokens))
+            asked_VE = load.of(0)[:, :EXPERTS]
+            found[f"{dispatch}: counts"] = float((asked_VE - counts_VE).abs().max())
+            for mine, theirs in zip(module.router.trained(), local.router.trained(), strict=True):
+                assert mine.parameter.grad is not None and theirs.parameter.grad is not None
+                summed = mine.of(mine.parameter.grad).clone()
+                torch.distributed.all_reduce(summed)
+                name = f"{dispatch}: gradient of {mine.name}"
+                found[name] = _distance(summed, theirs.of(theirs.parameter.grad))
+            if kind.batch_invariant:
+                found[f"{dispatch}: neighbours"] = _changed(module.eval(), rows_NH, tokens)
+    return found
+
+
+def _alive(rows_NH: Tensor, tokens: TokenContext) -> Tensor:
+    return rows_NH[: tokens.alive]
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+@torch.no_grad()
+def _changed(module: ExpertParallelMoME, rows_NH: Tensor, tokens: TokenContext) -> float:
+    """In how many numbers the first five tokens' output differs when all others, and the dead ones, are something
+    else."""
+    others_NH = torch.cat([rows_NH[:5], 9 * hidden(len(rows_NH), 6)[5:]])
+    return float((module(others_NH, tokens)[:5] != module(rows_NH, tokens)[:5]).sum())
+
+
+def every_dispatch_is_the_local_form(form: list[str]) -> None:
+    """Outputs, counts and gradients of every dispatch that the router works with are those of one process; and where
+    the router is batch-invariant, neighbours and padding change no bit."""
+    for rank in run_world(_in_world, 2, form):
+        assert len(rank) > 3
+        for name, value in rank.items():
+            assert value == 0 if "counts" in name or "neighbours" in name else value < 1e-5, (name, value)
+
+
+def layouts_are_one_process(form: list[str], folder: Path) -> None:
+    """Losses, gradients, their norm and weights of training steps on several layouts, with either optimiser."""
+    config = configured(form)
+    verifier = Verifier(Probe(shrunk(config, folder), 3))
+    dispatches = router_of(config).settings.dispatches
+    for number, (name, layout) in enumerate(LAYOUTS.items()):
+        across = [each for each in ("alltoall", "gather") if each in dispatches]
+        case = Case(name, layout, dispatch=across[number % len(across)])
+        for optimizer in OPTIMIZERS:
+            verdict = verifier.check(case, optimizer)
+            assert verdict.failure is None, verdict.failure
+            assert verdict.passed, (name, optimizer, verdict.comparison)
+
+
+def checkpoints_go_anywhere(form: list[str], folder: Path) -> None:
+    """A checkpoint of a run is resharded to other layouts and to DeepSpeed's own form, and back, bit for bit; engines
+    load it and train on."""
+    more = ["llm.precision=fp32", "mome.capacity_factor=null", "optimizer.warmup_steps=0", "training.steps=5"]
+    probe = Probe(shrunk(configured(form, *more, "optimizer.epsilon=1e-2"), folder / "llm"), STEPS)
+    source = Layout.for_world(2, ep=2), 1
+    losses = run_world(train_and_save, 2, probe, *source, folder)[0]
+    canonical = folder / f"checkpoints/step-{STEPS:06d}"
+    assert_engines_go_on(probe, canonical, folder, source, TARGETS, losses)
+
+
+def parameters_are_as_planned(form: list[str]) -> None:
+    """The planner counts what a module of the sizes of Llama 3.2-3B has (on the meta device)."""
+    config = load_config(["experiment=lrs3", *form])
+    shape = find_shape("llama-3.2-3b")
+    job = job_of(config, shape, Clip(), {"audio": 1024, "video": 1024}, on_gpu=True)
+    sizes = job.experts, job.top_k, job.shared, job.bottleneck
+    with torch.device("meta"):
+        module = LocalMoME(shape.hidden_size, *sizes, router_of(config))
+    held = sum(parameter.numel() for parameter in module.parameters())
+    assert job.trained_parameters == shape.layers * held + job.projector_parameters
+    named = sum(tensor.parameter.numel() if tensor.start == 0 else 0 for tensor in module.router.trained())
+    assert named == sum(parameter.numel() for parameter in module.router.parameters())
+
+
+ALONE = [
+    starts_as_a_no_op,
+    initial_values_are_those_of_names,
+    shards_add_up,
+    evaluation_chooses_what_training_does,
+    parameters_are_as_planned,
+    every_dispatch_is_the_local_form,
+]
+"""Checks of a router by itself."""
+
+WHOLE = [layouts_are_one_process, checkpoints_go_anywhere]
+"""Checks of a whole model, which write into a folder."""
