@@ -20,6 +20,7 @@ from mome_dist.config.derived import (
     layout_of,
     least_parts,
     lora_of,
+    router_of,
     streams_joined,
     streams_of,
 )
@@ -80,11 +81,13 @@ def _check_experts(config: RunConfig, layout: Layout) -> None:
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
             "parallel.ep=1, or mome.dispatch=gather."
         )
-    possible = dispatches(layout, mome.experts, mome.expert)
-    if not possible or mome.dispatch not in ("auto", *find_form(mome.expert).dispatches):
+    router, form = router_of(config), find_form(mome.expert)
+    able = [name for name in form.dispatches if name in router.settings.dispatches]
+    if not dispatches(layout, mome.experts, router, mome.expert) or mome.dispatch not in ("auto", *able):
         raise UserError(
-            f"mome.expert={mome.expert} works with mome.dispatch={' or '.join(find_form(mome.expert).dispatches)} "
-            f"only, but it is {mome.dispatch} with parallel.ep={layout.ep}: change one of them."
+            f"mome.expert={mome.expert} with mome.router.name={router.name} works with mome.dispatch="
+            f"{' or '.join(able) or 'none of its values'} only, but it is {mome.dispatch} with "
+            f"parallel.ep={layout.ep}: change one of them."
         )
 
 
