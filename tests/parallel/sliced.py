@@ -97,14 +97,14 @@ def attach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put an adapter into every layer of each model that is built, in both forms."""
     built, reference = build.Chunk, run.build_reference
 
-    def with_adapters(llm: Any, projectors: Any, momes: Any, others: dict[str, nn.Module]) -> Chunk:
+    def with_adapters(llm: Any, projectors: Any, momes: Any, others: dict[str, nn.Module], *more: Any) -> Chunk:
         adapters = dict(others)
         for layer in llm.decoder.layers:
             number = layer.layer_number - 1
             adapter = SlicedAdapter(f"adapter.{number}", number, llm.config.hidden_size, llm.config.sequence_parallel)
             adapters[f"adapter.{number}"] = adapter.to(next(llm.parameters()).device)
             _beside(layer.mlp, adapter)
-        return built(llm, projectors, momes, adapters)
+        return built(llm, projectors, momes, adapters, *more)
 
     def reference_with_adapters(*args: Any, **kwargs: Any) -> Any:
         model = reference(*args, **kwargs)
