@@ -232,6 +232,8 @@ def _check_router(config: RunConfig) -> None:
     """Refuse what the run's kind of router does not have, or cannot do."""
     mome, spec = config.mome, router_of(config)
     kind, router = spec.settings, f"mome.router.name={spec.name}"
+    if not mome.experts:
+        return
     _check_choices(kind, "mome.router.")
     if problem := kind.problem(mome.routed_experts, mome.top_k):
         raise UserError(f"mome.router.{problem}")

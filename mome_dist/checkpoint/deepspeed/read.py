@@ -190,14 +190,15 @@ class _Directory:
         shapes: dict[str, tuple[int, ...]] = {}
         for stage, layers in enumerate(stages):
             rank = f"mp_rank_{stage * tp:02d}_model_states.pt"
-            for key, value in self._load(rank)["module"].items():
+            states = self._load(rank)["module"]
+            for key, value in states.items():
                 module, _, rest = key.partition(".")
                 if module != "idle":
                     layer = f"mome.{module.removeprefix('layer_')}"
                     name = layout_free_name(layer, rest) if module.startswith("layer_") else key
                     held = tuple(value.shape)
                     shapes[name] = self._shared(name, held).whole_shape(held, tp)
-            with_experts = [n for n in layers if any(name.startswith(f"mome.{n}.") for name in shapes)]
+            with_experts = [n for n in layers if any(key.startswith(f"layer_{n}.") for key in states)]
             for module_number, number in enumerate(with_experts):
                 expert = self._load(f"layer_{module_number}_expert_0_{rank}")
                 experts = self._experts(shapes, number, module_number)
