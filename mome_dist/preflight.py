@@ -67,7 +67,12 @@ def validate_overrides(module: str, overrides: Sequence[str], world_size: int) -
     return [*overrides, *pinned]
 
 
-def _check_experts(config: RunConfig, layout: Layout) -> None:
+def check_experts(config: RunConfig, layout: Layout) -> None:
+    """Check that routed experts, their router and a layout go together.
+
+    Raises:
+        UserError: naming the keys.
+    """
     mome = config.mome
     if not mome.experts:
         return
@@ -104,7 +109,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     shape, tokens, tags = check_directory(config.llm.path), TokenTable.read(config.llm.path), asdict(config.llm.tags)
     tokens.check_tags(tags)
     tokens.check_prompts(config.task.prompts, tags)
-    _check_experts(config, layout)
+    check_experts(config, layout)
     if not config.projector.trainable and config.training.init_from is None:
         raise UserError(
             "projector.trainable=false would keep random projectors: name the run that trained them with "

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.config import load_config
+from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.forms.registry import FORMS, find_form
@@ -18,8 +19,10 @@ from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.packed import FEW_TOKENS
 from mome_dist.moe.ragged import EVALUATION_ROWS, Groups, by_expert
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.planning.job import Clip, job_of
+from mome_dist.parallel.layout import Layout
+from mome_dist.planning.job import Clip, dispatches, job_of
 from mome_dist.planning.llms import find_shape
+from mome_dist.preflight import check_experts
 
 HIDDEN, BOTTLENECK, EXPERTS, TOP_K = 20, 3, 6, 2
 MOST_TOKENS = 3 * EVALUATION_ROWS
@@ -246,6 +249,18 @@ def test_ragged_experts_keep_what_the_planner_counts() -> None:
         form.ragged(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
     rows = len(rows_PH) * (form.kept_of_rows(hidden_size, bottleneck) + 1)
     assert kept == rows + experts * form.joined_of_rows(hidden_size, bottleneck)
+
+
+def test_a_form_that_needs_a_dispatch_gets_it_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(find_form("linear")), "dispatches", ("local",))
+    spread = Layout.for_world(2, ep=2)
+    assert dispatches(Layout.for_world(2), EXPERTS, expert="linear") == ("local",)
+    assert dispatches(spread, EXPERTS, expert="linear") == ()
+    settings = ["experiment=lrs3", "mome=linear", "mome.routed_experts=24"]
+    check_experts(load_config(settings), Layout.for_world(2))
+    for given, layout in ((["mome.dispatch=alltoall"], Layout.for_world(2)), (["mome.dispatch=auto"], spread)):
+        with pytest.raises(UserError, match=r"mome\.expert=linear .*works with mome\.dispatch=local only"):
+            check_experts(load_config([*settings, *given]), layout)
 
 
 def _lora(hidden_TH: Tensor, down_bH: Tensor, up_Hb: Tensor) -> Tensor:
