@@ -20,6 +20,7 @@ from mome_dist.config.derived import (
     layout_of,
     least_parts,
     lora_of,
+    router_of,
     streams_joined,
     streams_of,
 )
@@ -80,11 +81,17 @@ def _check_experts(config: RunConfig, layout: Layout) -> None:
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
             "parallel.ep=1, or mome.dispatch=gather."
         )
-    possible = dispatches(layout, mome.experts, mome.expert)
+    possible = dispatches(layout, mome.experts, expert=mome.expert)
     if not possible or mome.dispatch not in ("auto", *find_form(mome.expert).dispatches):
         raise UserError(
             f"mome.expert={mome.expert} works with mome.dispatch={' or '.join(find_form(mome.expert).dispatches)} "
             f"only, but it is {mome.dispatch} with parallel.ep={layout.ep}: change one of them."
+        )
+    router = router_of(config)
+    if not dispatches(layout, mome.experts, router, mome.expert):
+        raise UserError(
+            f"mome.router.name={router.name} works with mome.dispatch={' or '.join(router.settings.dispatches)} only, "
+            f"mome.expert={mome.expert} with parallel.ep={layout.ep} with {' or '.join(possible)}: change one of them."
         )
 
 

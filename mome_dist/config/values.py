@@ -233,6 +233,8 @@ def _check_router(config: RunConfig) -> None:
     mome, spec = config.mome, router_of(config)
     kind, router = spec.settings, f"mome.router.name={spec.name}"
     _check_choices(kind, "mome.router.")
+    if not mome.experts:
+        return
     if problem := kind.problem(mome.routed_experts, mome.top_k):
         raise UserError(f"mome.router.{problem}")
     allowed = {"score": kind.scores, "renormalize": kind.renormalizes, "dispatch": ("auto", *kind.dispatches)}

@@ -195,7 +195,7 @@ def test_it_has_as_many_parameters_as_everybody_counts(name: str) -> None:
         module = LocalMoME(shape.hidden_size, mome.routed_experts, mome.top_k, 1, mome.bottleneck, expert=name)
         packed = RoutedExperts(3, shape.hidden_size, mome.bottleneck, "group", name)
     layer = sum(parameter.numel() for parameter in module.parameters())
-    assert mome_parameters(mome, shape.hidden_size, 28).total == 28 * layer
+    assert mome_parameters(config, shape.hidden_size, 28).total == 28 * layer
     job = job_of(config, shape, Clip(), {"audio": 8, "video": 8}, on_gpu=True)
     assert sum(each.parameters for each in job.trained if each.sharing.layer is not None) == layer
     assert packed.packed.numel() == 3 * job.expert_parameters
