@@ -137,5 +137,5 @@ def test_a_checkpoint_of_another_frozen_model_is_refused(lab: Lab, tmp_path: Pat
     config.write_text(config.read_text().replace('"rope_theta": 10000', '"rope_theta": 20000'))
     with pytest.raises(RuntimeError, match=r"was trained with another llm: set llm\.path"):
         other.train(1, tmp_path / "run", "training.steps=2")
-    with pytest.raises(UserError, match=r"no index\.json"):
+    with pytest.raises(UserError, match="there is no such folder; name a run"):
         find_checkpoint(tmp_path / "nothing")

@@ -231,7 +231,7 @@ def test_mistakes(run: Path, exported: Path, tmp_path: Path, capsys: pytest.Capt
     for arguments, named in (
         ([run, tmp_path / "thesis"], "thesis exists, and an export replaces nothing"),
         ([exported, tmp_path / "new"], "is an export already"),
-        ([tmp_path / "nothing", tmp_path / "new"], "no index.json"),
+        ([tmp_path / "nothing", tmp_path / "new"], "nothing: there is no such folder; name a run"),
         ([run, tmp_path / "new", "--audio-encoder", run.parent.parent / "lips"], "audio_encoder: "),
     ):
         assert command.main(list(map(str, arguments))) == 2

@@ -176,7 +176,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report.main([f"run={tmp_path}"]) == 2
     assert "is an empty folder; name a run" in capsys.readouterr().err
     assert report.main([]) == 2
-    assert "run=DIR" in capsys.readouterr().err
+    assert "runs/NAME" in capsys.readouterr().err
 
 
 def test_damaged_results_are_named(tmp_path: Path, tiny_corpus_dir: Path) -> None:
