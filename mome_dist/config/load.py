@@ -240,8 +240,8 @@ def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] |
         return unreadable(error.override)
     # What a resolver such as ${cache:...} has to say stands for itself.
     told = str(error).replace(f"{UserError.__name__} raised while resolving interpolation: ", "")
-    if missing := re.search(r"Could not find '(?:[^'/]*/)??([\w/]+?)/([^']*)'\s+Available options in", told):
-        return _no_option(missing[1], missing[2])
+    if missing := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)'", told):
+        return _no_option(missing[2], missing[1].removeprefix(f"{missing[2]}/"))
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
     unknown = bool(lines) and (lines[0].startswith(("Could not override", "Key")) and lines[0] != key)
@@ -295,10 +295,10 @@ def _groups() -> list[str]:
 
 
 def options_of(group: str) -> list[str]:
-    """What a group of ``configs/`` may be set to."""
-    folder = configs_dir() / group
-    files = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    return sorted(name for name in files if name != "base")
+    """What a group of ``configs/`` may be set to; groups inside of it (``mome/router``) are none of its options."""
+    folder, inner = configs_dir() / group, set(_known_keys(RunConfig, ""))
+    files = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(name for name in files if name != "base" and f"{group}.{name.partition('/')[0]}" not in inner)
 
 
 def _no_option(group: str, option: str) -> str:

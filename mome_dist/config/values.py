@@ -133,7 +133,7 @@ def _check_numbers(config: RunConfig) -> None:
         raise UserError(f"mome.expert={config.mome.expert!r}: choose from {', '.join(FORMS)}.")
     if not config.mome.routed_experts and not config.mome.shared_experts:
         raise UserError("mome.routed_experts=0 and mome.shared_experts=0 leave no expert: raise one, or set mome=none.")
-    if config.mome.routed_experts and config.mome.top_k > config.mome.routed_experts:
+    if config.mome.routed_experts > 1 and config.mome.top_k > config.mome.routed_experts:
         raise UserError(
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
             "cannot use more experts than there are."

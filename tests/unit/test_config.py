@@ -91,7 +91,7 @@ WRONG = [
     (["experiment=nothing"], 2, r"experiment/nothing.*quickstart.*tiny"),
     (["steps"], 2, r"'steps' is not of the form key=value"),
     (["mome.router=separate"], 2, r"write mome/router=NAME"),
-    (["mome/router=nothing"], 2, r"'mome/router/nothing' Available options.*separate.*top_k"),
+    (["mome/router=nothing"], 2, r"mome/router=nothing: there is no configs/mome/router/nothing.yaml.*separate.*top_k"),
     (["mome.router.name=nothing"], 2, r"mome.router.name='nothing': choose from top_k, separate"),
     (["+mome.router.by=task"], 2, r"mome.router.by of the router 'top_k': Key 'by' not in .*see configs/mome/router"),
     (["mome/router=separate", "mome.router.by=view"], 2, r"mome.router.by='view': choose from rate, task, modality"),

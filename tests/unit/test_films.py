@@ -297,7 +297,7 @@ def test_memory_does_not_grow_with_the_film(tmp_path: Path, stream: str, expecte
 def test_what_is_no_film_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.mp4 does not exist"):
         Film(tmp_path / "absent.mp4")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         Film(tmp_path)
     (tmp_path / "a.mp4").write_text("not a film")
     with pytest.raises(UserError, match="cannot be read as audio or video"):

@@ -27,7 +27,7 @@ from mome_dist.paths import configs_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 FILLED = "\0"  # stands for what a message fills in
-RUN_KEYS = frozenset(_known_keys(RunConfig, ""))
+RUN_KEYS = frozenset(_known_keys(RunConfig, "")) | {"mome.router.name"}  # a router's settings are those of its kind
 LAUNCHER_KEYS = frozenset(
     f"launcher.{key}" for schema in (LocalOptions, SlurmOptions, SubmititOptions) for key in _known_keys(schema, "")
 )
