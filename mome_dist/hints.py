@@ -121,6 +121,7 @@ ELSEWHERE: Mapping[str, str] = {
 }
 _LOOKS = 0.6  # difflib's measure above which one name is taken for another
 
+_SURELY = 0.75  # the same, where nothing else speaks for it
 _CLOSE = 0.1  # by how much another choice may look less like it than the likeliest
 
 
@@ -151,6 +152,9 @@ def hint(key: str, known: Collection[str]) -> str:
         The end of a sentence, with its ``;`` and its full stop or question mark.
     """
     section, _, last = _plain(key).rpartition(".")
+    inside = [name for name in known if section and name.rpartition(".")[0] == section]
+    if not _aliased(last) and (own := near(last, [name.rpartition(".")[2] for name in inside], 1, _SURELY)):
+        return did_you_mean([f"{section}.{own[0]}"])
     if meant := _named(section, last, known):
         return did_you_mean(meant)
     for names, words in ELSEWHERE.items():
@@ -169,10 +173,15 @@ def hint(key: str, known: Collection[str]) -> str:
     ends = {}
     for name in sorted(known, key=lambda name: (-name.count("."), name)):
         ends[name.rpartition(".")[2]] = name
-    if alike := near(last, ends, looks=0.75):
+    if alike := near(last, ends, looks=_SURELY):
         return did_you_mean([ends[name] for name in alike])
     top = sorted({name.partition(".")[0] for name in known})
     return f"; choose one of {', '.join(top)}." if len(top) == len(set(known)) else "; see configs/ for all keys."
+
+
+def _aliased(last: str) -> bool:
+    """Whether another framework has a key of this name."""
+    return any(last in names.split() for names in NAMES.values())
 
 
 def _named(section: str, last: str, known: Collection[str]) -> list[str]:

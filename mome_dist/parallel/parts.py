@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -94,6 +93,9 @@ class NamedPart:
         if self.sharing.experts is None:
             return parallel_state.get_data_parallel_group()
         name = getattr(self.parameter, "group_name")  # noqa: B009  DeepSpeed asks for it
+        # Experts alone need it: what only decodes is not to wait for DeepSpeed's import.
+        from deepspeed.utils import groups as deepspeed_groups
+
         return deepspeed_groups._get_expert_data_parallel_group(name)
 
     @property

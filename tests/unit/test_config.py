@@ -155,7 +155,7 @@ WRONG = [
     (["mome=none", "parallel.ep=1", "mome.top_k=3"], 2, r"mome.top_k=3 would have no effect: the run has no experts"),
     (["mome.routed_experts=-1"], 2, r"mome.routed_experts=-1: must be at least 0"),
     (["mome.expert=wide"], 2, r"mome.expert='wide': choose from bottleneck, gated, linear"),
-    (["mome.routed_experts=1"], 1, r"mome.routed_experts=1 leaves the router nothing to choose: .*routed_experts=0"),
+    (["mome.routed_experts=1"], 2, r"mome.routed_experts=1 leaves the router nothing to choose: .*routed_experts=0"),
     (
         ["mome.routed_experts=0", "mome.shared_experts=0"],
         1,

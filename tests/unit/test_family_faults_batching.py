@@ -40,9 +40,9 @@ def _average_twice(monkeypatch: pytest.MonkeyPatch, step: Step) -> None:
     forward = Chunk.forward
     count = len(step.microbatches) * dist.get_world_size()
 
-    def mean_of_microbatch(self: Chunk, batch: MicroBatch, share: float) -> torch.Tensor:
+    def mean_of_microbatch(self: Chunk, batch: MicroBatch, *shares: float) -> torch.Tensor:
         labels = batch.tokens.labels.ids_L.numel() / len(step.views)
-        return forward(self, batch, share) * step.label_tokens / (labels * count)
+        return forward(self, batch, *shares) * step.label_tokens / (labels * count)
 
     monkeypatch.setattr(Chunk, "forward", mean_of_microbatch)
 
