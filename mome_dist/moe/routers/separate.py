@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mome_dist.moe.routers.base import RoutedTokens, Router
 from mome_dist.moe.routers.registry import MODALITIES, SeparateSettings
@@ -53,6 +54,12 @@ class SeparateRouter(Router):
         for number, group in enumerate(self.groups):
             yield PackedTensor(f"weight.{group}", self.packed, number * size, (self.experts, self.hidden_size))
         yield from self.states()
+
+    def logits(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Tensor:
+        maps_REH = self.maps(tokens).unflatten(0, (-1, self.experts))
+        # One product a map, and not one of all: how a product adds up depends on its width, to the last bit.
+        products = [F.linear(hidden_TH.float(), map_EH) for map_EH in maps_REH]
+        return self.logits_of(products[0] if len(products) == 1 else torch.cat(products, dim=1), tokens)
 
     def maps(self, tokens: RoutedTokens | None) -> Tensor:
         rows_RH, group = self.packed.view(-1, self.hidden_size), self.used(tokens)
