@@ -152,9 +152,9 @@ def hint(key: str, known: Collection[str]) -> str:
         The end of a sentence, with its ``;`` and its full stop or question mark.
     """
     section, _, last = _plain(key).rpartition(".")
-    inside = [name for name in known if section and name.rpartition(".")[0] == section]
-    if not _aliased(last) and (own := near(last, [name.rpartition(".")[2] for name in inside], 1, _SURELY)):
-        return did_you_mean([f"{section}.{own[0]}"])
+    siblings = [name for name in known if section and name.rpartition(".")[0] == section]
+    if not _aliased(last) and (alike := near(last, [name.rpartition(".")[2] for name in siblings], 1, _SURELY)):
+        return did_you_mean([f"{section}.{alike[0]}"])
     if meant := _named(section, last, known):
         return did_you_mean(meant)
     for names, words in ELSEWHERE.items():
