@@ -38,7 +38,9 @@ def test_a_job_that_was_started_twice_is_held_says_so_and_can_be_released(desk: 
     job.wait(lambda: job.summary()["held"], 60, "word of the hold")
     summary = job.summary()
     assert (summary["state"], summary["held"]) == ("waiting", "launch_failed_requeued_held")
-    assert f"held by Slurm (launch_failed_requeued_held) until `{summary['release']}`" in job.output()
+    # It is written down first, and said then.
+    said = f"held by Slurm (launch_failed_requeued_held) until `{summary['release']}`"
+    job.wait(lambda: said in job.output(), 30, "the same in the job's output")
     assert desk.cluster.resume_nodes(), "Slurm drains a node that runs a job it does not know"
     ask(shlex.split(summary["release"]))
     job.wait(lambda: len(job.summary()["tries"]) == 2, 120, "second try")
