@@ -25,6 +25,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.preflight import settled_order, validate
 from mome_dist.speech.lora import LoRATerms, attach_lora, lora_layers
 from mome_dist.speech.matryoshka import audio_frames
+from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.views import View
 from mome_dist.training import online
@@ -97,7 +98,8 @@ def adapt_in_one_graph(overrides: Sequence[str], cache: Path, steps: int, clips_
     encoders = {stream: load_encoder(config, stream, CPU) for stream in ("audio", "video")}
     widths = {stream: encoder.width for stream, encoder in encoders.items()}
     model = build_reference(config, widths, lora=LoRATerms(encoders)).train()
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = (tensor for tensor in layout_free_tensors(model) if tensor.parameter.requires_grad)
+    named = {tensor.name: tensor.parameter for tensor in tensors}
     stepper = make_optimizer([{"params": list(named.values())}], config.optimizer)
     utterances, layout = corpus.split("train"), Layout.for_world(1)
     shape = LLMShape.from_directory(config.llm.path)
