@@ -308,7 +308,7 @@ def test_targets_that_do_not_fit_are_refused(bench: Bench, tmp_path: Path) -> No
     refused(source, tmp_path, r"parallel\.pp=3 does not divide the LLM's 4 layers", Layout(1, 3, 1, 1))
     refused(source, tmp_path, r"parallel\.tp=4 does not divide", Layout(4, 1, 1, 1), format="deepspeed")
     refused(bench.saved["ep2 zero1"].native, tmp_path, r"config\.yaml with --config")
-    refused(tmp_path, tmp_path, r"no index\.json")
+    refused(tmp_path, tmp_path, r"is an empty folder; name a run, a checkpoint")
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there exists"):
         reshard(source, tmp_path / "there", "canonical", Layout(1, 1, 1, 1), 1)
