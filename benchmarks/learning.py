@@ -58,19 +58,30 @@ class Model:
     conditions: tuple[str, ...] = BABBLE
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is an override of every training."""
+def parser_of_trainings(name: str, description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark takes that trains and evaluates: give it options of its own, and `parse_intermixed_args`.
+
+    Args:
+        name: of the benchmark; its runs are in ``runs/NAME``.
+        description: whose first line says what it does.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning", description=(__doc__ or "").partition("\n")[0]
+        prog=f"python -m benchmarks.{name}", description=(description or "").partition("\n")[0]
     )
-    parser.add_argument("--experiments", nargs="+", default=["tiny"], metavar="NAME", help="of configs/experiment")
     parser.add_argument("--nproc", type=int, default=2, help="processes of each training and evaluation (default: 2)")
     parser.add_argument("--limit", type=int, help="test utterances (default: all)")
-    parser.add_argument("--no-fixed", action="store_true", help="no models of one view")
     parser.add_argument("--plan", action="store_true", help="say what is left to do, and do nothing")
-    parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="directory of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="directory of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of every training")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line; what is no option is an override of every training."""
+    parser = parser_of_trainings("learning", __doc__)
+    parser.add_argument("--experiments", nargs="+", default=["tiny"], metavar="NAME", help="of configs/experiment")
+    parser.add_argument("--no-fixed", action="store_true", help="no models of one view")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import Model, plan, run_all
-from benchmarks.results import RESULTS, table, write_results
+from benchmarks.learning import Model, parser_of_trainings, plan, run_all
+from benchmarks.results import table, write_results
 from mome_dist.cli import main_guard
 
 # Those whose encoders may differ in width.
@@ -39,17 +38,9 @@ FROZEN = ("video_encoder.lora=null", "data.features=cached")
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is an override of every training."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.methods", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of_trainings("methods", __doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
     parser.add_argument("--experiment", default="tiny", help="of configs/experiment (default: tiny)")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of each training and evaluation (default: 2)")
-    parser.add_argument("--limit", type=int, help="test utterances (default: all)")
-    parser.add_argument("--plan", action="store_true", help="say what is left to do, and do nothing")
-    parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="directory of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of every training")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.encoder_padding import PADDINGS
-from benchmarks.learning import Model, plan, run_all
+from benchmarks.learning import Model, parser_of_trainings, plan, run_all
 from benchmarks.methods import VIEWS, wer_cell
-from benchmarks.results import RESULTS, table, write_results
+from benchmarks.results import table, write_results
 from mome_dist.cli import main_guard
 
 HEARD = tuple(view for view in VIEWS if not view.startswith("vsr"))
@@ -28,16 +27,8 @@ CONDITIONS = ("noise=[clean,babble]", "snr=[0]")
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; what is no option is an override of every training."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.padding_wer", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of_trainings("padding_wer", __doc__)
     parser.add_argument("--experiment", default="tiny", help="of configs/experiment (default: tiny)")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of each training and evaluation (default: 2)")
-    parser.add_argument("--limit", type=int, help="test utterances (default: all)")
-    parser.add_argument("--plan", action="store_true", help="say what is left to do, and do nothing")
-    parser.add_argument("--runs", type=Path, default=Path("runs/padding"), help="directory of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of every training")
     return parser.parse_intermixed_args(arguments)
 
 

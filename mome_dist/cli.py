@@ -86,8 +86,10 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are told as all others: one line, with the options that look like a wrong one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    def __init__(self, description: str | None = None, **kwargs: Any) -> None:
+        if not issubclass(kwargs.get("formatter_class", argparse.HelpFormatter), argparse.RawDescriptionHelpFormatter):
+            description = (description or "").partition("\n")[0]  # lines that follow would become one paragraph
+        super().__init__(description=description, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with what argparse found, and what was meant."""

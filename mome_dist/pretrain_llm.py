@@ -75,7 +75,7 @@ def pretrain(
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = Parser(prog="python -m mome_dist.pretrain_llm", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mome_dist.pretrain_llm", description=__doc__)
     corpus = default_corpus_dir(SyntheticSettings())
     parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory; only its texts are used")
     out = cache_root() / "llms" / "tiny"

@@ -72,7 +72,7 @@ def pretrain(
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = Parser(prog="python -m mome_dist.pretrain_video", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mome_dist.pretrain_video", description=__doc__)
     corpus = default_corpus_dir(SyntheticSettings())
     parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory with visemes in its metadata")
     out = cache_root() / "encoders" / "visemes"

@@ -30,7 +30,7 @@ from mome_dist.trained import find_trained, place_argument
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the text."""
-    parser = Parser(prog="python -m mome_dist.transcribe", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m mome_dist.transcribe", description=__doc__)
     parser.add_argument("run", type=place_argument, help="run directory, one checkpoint of it, or an export")
     parser.add_argument("file", type=Path, help="audio or video file")
     parser.add_argument("--audio-rate", type=int, metavar="A", help="audio frames (50 a second) per token")

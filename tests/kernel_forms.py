@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.moe.balance import add_balance
-from mome_dist.moe.bottleneck import dense_experts
 from mome_dist.moe.columns import unpack
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.forms.registry import find_form
+from mome_dist.moe.fused_bottleneck import dense_experts
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import route
+from mome_dist.moe.routing import route
 from mome_dist.moe.triton.experts import LayerForm, kernel_experts
 from mome_dist.token_context import TokenContext
 

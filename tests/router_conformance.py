@@ -19,10 +19,10 @@ from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.registry import ROUTERS
+from mome_dist.moe.routing import Routing
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Clip, job_of

@@ -25,9 +25,7 @@ from mome_dist.progress import stages
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = Parser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"assets to fetch: {', '.join(assets.ASSETS)}")
     parser.add_argument("--for-tests", action="store_true", help="fetch what only the project's own tests need, too")
     parser.add_argument("--verify", action="store_true", help="only check every byte of what is in the cache")

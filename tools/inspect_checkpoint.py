@@ -35,7 +35,7 @@ def _origin(index: dict[str, Any]) -> dict[str, str]:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", type=place_argument, help="a checkpoint, or a run: then its newest one")
     parser.add_argument(
         "--tensors", metavar="PATTERN", help="also list the tensors whose names match, such as 'model/*'"

@@ -23,9 +23,7 @@ from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir, gene
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     defaults = SyntheticSettings()
-    parser = Parser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory to make; without it, one in the cache")
     for split in ("train", "validation", "test"):
         parser.add_argument(f"--{split}", type=int, default=defaults.utterances(split), help=f"{split} utterances")

@@ -235,8 +235,6 @@ def _check_router(config: RunConfig) -> None:
     if not mome.experts:
         return
     _check_choices(kind, "mome.router.")
-    if not mome.experts:
-        return
     if problem := kind.problem(mome.routed_experts, mome.top_k):
         raise UserError(f"mome.router.{problem}")
     allowed = {"score": kind.scores, "renormalize": kind.renormalizes, "dispatch": ("auto", *kind.dispatches)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from mome_dist.errors import UserError
 from mome_dist.files import save_tensors, written_aside
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import Routing
+from mome_dist.moe.routing import Routing
 from mome_dist.speech.sequence import AUDIO, VIDEO
 from mome_dist.speech.views import View
 

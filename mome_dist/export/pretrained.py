@@ -34,7 +34,7 @@ from mome_dist.checkpoint.adapter import (
 from mome_dist.checkpoint.hashes import content_of_weights
 from mome_dist.config.models import is_rank
 from mome_dist.errors import UserError, first_line
-from mome_dist.evaluation.decoding import check_view
+from mome_dist.evaluation.checks import check_view
 from mome_dist.evaluation.transcription import clips_of, transcribe
 from mome_dist.export.model_card import ERROR_RATES, model_card, with_section
 from mome_dist.export.pretrained_config import MoMESpeechConfig
@@ -183,7 +183,7 @@ class MoMESpeechModel(PreTrainedModel):
         if num_beams is not None and num_beams < 1:
             raise UserError(f"num_beams={num_beams} must be at least 1.")
         view, run = view_of(audio_rate, video_rate), self.run
-        check_view(run.model.projectors, view, run.model.terms)
+        check_view(run.config, view, "rates")
         return transcribe(run, view, clips_of(Path(file), view, run.config), num_beams, self._frozen_encoders())
 
     def _frozen_encoders(self) -> dict[str, Encoder]:

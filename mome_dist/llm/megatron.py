@@ -207,7 +207,7 @@ class FrozenLLM(GPTModel):
         )
 
     def _sinks(self, context: TokenContext, weight: float) -> PrefixSinks | None:
-        """Of a pass, on the tokens that this rank holds between layers."""
+        """The sink loss of a pass, on the tokens that this rank holds between layers; None without a weight."""
         if not weight:
             return None
         weight /= self.config.num_layers - 1

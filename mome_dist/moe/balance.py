@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import Routed, Routing
+from mome_dist.moe.routing import Routed, Routing
 
 
 def _masked_sum(values_T: Tensor, valid_T: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Shapes = tuple[tuple[int, ...], ...]
-"""Of an expert's parts, in the order in which they lie."""
+"""The shapes of an expert's parts, in the order in which they lie."""
 
 
 def unpack(packed_EP: Tensor, shapes: Shapes, dtype: torch.dtype) -> tuple[Tensor, ...]:

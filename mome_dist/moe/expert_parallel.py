@@ -30,10 +30,10 @@ from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.moe.routing import Routing
 from mome_dist.token_context import TokenContext
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.plain_pack import Pack
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.base import RoutedTokens
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.moe.routing import Routing
 from mome_dist.packed_module import saved_under
 
 Made = TypeVar("Made")

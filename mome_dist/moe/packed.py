@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.bottleneck import ExpertWeights
+from mome_dist.moe.fused_bottleneck import ExpertWeights
 
 # GELU(x) = x to the last bit of every float type from here on, and a power of two divides without rounding.
 BIAS_INPUT = 8.0

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mome_dist.moe.bottleneck import ExpertWeights
 from mome_dist.moe.columns import Shapes, columns
+from mome_dist.moe.fused_bottleneck import ExpertWeights
 from mome_dist.transfer import sent_to
 
 UNIT_ALIGNMENT = 8

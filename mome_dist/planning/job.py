@@ -127,7 +127,7 @@ class Job:
 
     @property
     def form(self) -> ExpertForm:
-        """Of the experts."""
+        """The form of the experts."""
         return find_form(self.expert)
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mome_dist.moe.balance import add_balance, load_balance_loss, router_z_loss
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import Routing
+from mome_dist.moe.routing import Routing
 from mome_dist.moe.statistics import RoutingStatistics
 from mome_dist.speech.mixture import ProjectorMixture
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mome_dist.moe.router import Routing, route
+from mome_dist.moe.routing import Routing, route
 from mome_dist.speech.perceptron import perceptron
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mome_dist.moe.router import Routing
+from mome_dist.moe.routing import Routing
 from mome_dist.speech.balance import Balance, routes_by_router
 from mome_dist.speech.matryoshka import compress
 from mome_dist.speech.mixture import ProjectorMixture

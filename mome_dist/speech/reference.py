@@ -24,8 +24,8 @@ from mome_dist.adapters.lora import PREFIX, OneProcessLoRA
 from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.moe.balance import load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routing import Routing
 from mome_dist.moe.unrouted import LocalUnrouted
 from mome_dist.packed_module import PackedModule, PackedTensor
 from mome_dist.speech.balance import SpeechRoutes, balance_losses

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.router import route
+from mome_dist.moe.routing import route
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from tests.gpu.conftest import Record

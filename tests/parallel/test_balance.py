@@ -18,8 +18,8 @@ from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint
 from mome_dist.config.schema import MoMEConfig, OptimizerConfig, RunConfig, TaskConfig
 from mome_dist.engine.engine import Engine
 from mome_dist.inference.load import load_run
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routing import Routing
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.training.balance import update_routers

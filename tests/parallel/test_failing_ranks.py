@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ from mome_dist.parallel import initialize, whereabouts
 from mome_dist.parallel.forked import fork_ranks, run_forked
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.parts import NamedPart, whole_parts
 from mome_dist.parallel.rendezvous import STORE_SECONDS
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.preflight import validate
-from mome_dist.sharing import Sharing
 from mome_dist.training import loop
 from mome_dist.training.step import StepLosses
+from tests.parallel.replicated import Replicated
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 from tests.patience import patience
@@ -193,27 +192,13 @@ def test_a_rank_that_fails_in_backward_ends_the_run_and_reduces_nothing(lab: Lab
     assert not (tmp_path / "reduced").exists() and not list(tmp_path.glob("closed-*"))
 
 
-class _Untold:
-    """Modules that train and lie whole on every rank."""
-
-    def __init__(self, modules: torch.nn.ModuleDict) -> None:
-        self._modules = modules
-
-    def trainable_modules(self) -> torch.nn.ModuleDict:
-        return self._modules
-
-    def trained_parts(self) -> Iterator[NamedPart]:
-        for name, module in self._modules.items():
-            yield from whole_parts(name, module, Sharing())
-
-
 def _fail_in_a_step(settings: dict[str, object]) -> bool:
     """One rank fails inside of the reduction context while the other never comes to it."""
     from mome_dist.config.schema import OptimizerConfig
 
     with parallel_world(Layout.for_world(2), 0, LONG):
         modules = torch.nn.ModuleDict({"projectors": torch.nn.Linear(4, 4)})
-        engine = Engine(_Untold(modules), OptimizerConfig(), settings)
+        engine = Engine(Replicated(modules), OptimizerConfig(), settings)
         cleared = True
         if os.environ["RANK"] == "1":
             with pytest.raises(ValueError, match="in backward"), engine.accumulate():

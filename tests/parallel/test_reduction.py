@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -14,26 +14,11 @@ from mome_dist.config.schema import OptimizerConfig
 from mome_dist.engine.engine import Engine
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
-from mome_dist.parallel.parts import NamedPart, whole_parts
-from mome_dist.sharing import Sharing
+from tests.parallel.replicated import Replicated
 from tests.parallel.worlds import run_world
 
 pytestmark = pytest.mark.parallel
 WIDTH, PASSES = 6, 3
-
-
-class _Replicated:
-    """Modules that train and lie whole on every rank."""
-
-    def __init__(self, modules: torch.nn.ModuleDict) -> None:
-        self._modules = modules
-
-    def trainable_modules(self) -> torch.nn.ModuleDict:
-        return self._modules
-
-    def trained_parts(self) -> Iterator[NamedPart]:
-        for name, module in self._modules.items():
-            yield from whole_parts(name, module, Sharing())
 
 
 def _numbers_sent(all_settings: list[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -51,7 +36,7 @@ def _numbers_sent(all_settings: list[dict[str, Any]]) -> list[tuple[int, int]]:
     with parallel_world(Layout.for_world(2), 0, timeout_seconds=60):
         for settings in all_settings:
             linear = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-            engine = Engine(_Replicated(torch.nn.ModuleDict({"projectors": linear})), OptimizerConfig(), settings)
+            engine = Engine(Replicated(torch.nn.ModuleDict({"projectors": linear})), OptimizerConfig(), settings)
             dist.all_reduce, dist.reduce = (counting(function) for function in own)
             sent[0] = 0
             with engine.accumulate():

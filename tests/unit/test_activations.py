@@ -11,7 +11,7 @@ from torch import Tensor
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import PADDING, ActivationRecorder, Activations, token_modalities
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import Routing
+from mome_dist.moe.routing import Routing
 from mome_dist.speech.sequence import AUDIO, VIDEO
 from mome_dist.speech.views import View
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mome_dist.moe.balance import add_balance, load_balance_loss, router_z_loss
 from mome_dist.moe.load import PassLoad
-from mome_dist.moe.router import Routing, route
+from mome_dist.moe.routing import Routing, route
 from mome_dist.token_context import TokenContext
 
 EXPERTS, TOP_K, BALANCE, Z, SHARE = 6, 2, 0.3, 0.07, 0.4

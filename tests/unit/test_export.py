@@ -30,19 +30,6 @@ FROZEN = {"llm": "llm", "audio_encoder": "whisper", "video_encoder": "lips"}  # 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("export"), tiny_corpus_dir)
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not change files in it."""
-    target = tmp_path_factory.mktemp("exports") / "small"
-    export_adapter(run, target)
-    return target
-
-
-@pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> Path:
     utterance = tiny_corpus.split("test")[0]
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"

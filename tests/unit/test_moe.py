@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mome_dist.moe.balance import load_balance_loss, router_z_loss, updated_bias
-from mome_dist.moe.bottleneck import dense_experts
 from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.fused_bottleneck import dense_experts
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import route
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routing import route
 from mome_dist.moe.statistics import RoutingCounts, RoutingStatistics
 from mome_dist.token_context import TokenContext
 

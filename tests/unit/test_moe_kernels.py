@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe import ragged
-from mome_dist.moe.bottleneck import ExpertWeights, dense_experts
 from mome_dist.moe.columns import unpack
 from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.fused_bottleneck import ExpertWeights, dense_experts
 from mome_dist.moe.ragged import Groups, Placement, by_expert, lay_out, ragged_experts
 from mome_dist.moe.routed import RoutedExperts
 

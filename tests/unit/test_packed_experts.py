@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from mome_dist.moe import packed
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.packed import BIAS_INPUT, FEW_TOKENS
-from mome_dist.moe.router import Routing, choose_experts, route
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routing import Routing, choose_experts, route
 
 HIDDEN, EXPERTS = 48, 6
 TOKENS = (1, 2, FEW_TOKENS, FEW_TOKENS + 1)

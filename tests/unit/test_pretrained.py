@@ -37,19 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 VIEW = View("avsr", 4, 5)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_corpus_dir: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("pretrained"), tiny_corpus_dir)
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not change files in it."""
-    target = tmp_path_factory.mktemp("exports") / "small"
-    export_adapter(run, target)
-    return target
-
-
 def _of_other_methods(config: RunConfig) -> None:
     """Low-rank terms and projectors with a router, in the place of experts."""
     config.mome.placement = "none"

@@ -16,11 +16,11 @@ from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.checks import check_view
 from mome_dist.model.shared import build_reference
 from mome_dist.moe.local import LocalMoME
-from mome_dist.moe.router import Routing
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.separate import SeparateRouter
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.top_k import TopKRouter
+from mome_dist.moe.routing import Routing
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import AUDIO
 from mome_dist.speech.views import View

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.moe.router import Routing, route
+from mome_dist.moe.routing import Routing, route
 from mome_dist.moe.triton import experts
 from mome_dist.moe.triton.experts import LayerForm, launch_backward, launch_forward, runs_as_one_kernel
 from tests import compile_kernels

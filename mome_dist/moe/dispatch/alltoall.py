@@ -20,7 +20,7 @@ from mome_dist.moe.dispatch.exchange import Flight, all_to_all, gathered
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.router import Routing
+from mome_dist.moe.routing import Routing
 from mome_dist.token_context import TokenContext
 
 

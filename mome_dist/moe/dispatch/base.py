@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.router import Routed
 from mome_dist.moe.routers.base import Router
+from mome_dist.moe.routing import Routed
 from mome_dist.packed_module import loaded_from
 from mome_dist.token_context import TokenContext
 
@@ -48,7 +48,7 @@ class Dispatch(MOELayer):
 
     @property
     def router(self) -> Router:
-        """Of the layer."""
+        """The router of the layer."""
         return self.gate.wg
 
     def prefetch(self, dtype: torch.dtype) -> None:

@@ -176,7 +176,7 @@ class ExpertForm(ABC):
         return PlainPack(self.dense, maps_RH, stacks, dtype)
 
     def shapes(self, hidden_size: int, bottleneck: int) -> tuple[Shape, ...]:
-        """Of the parts."""
+        """The shapes of the parts."""
         return tuple(part.shape(hidden_size, bottleneck) for part in self.parts)
 
     def parameters(self, hidden_size: int, bottleneck: int) -> int:

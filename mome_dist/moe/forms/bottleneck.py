@@ -1,6 +1,6 @@
 """MoME's expert, ``E(h) = up(GELU(down(h)))``, both linear maps with a bias.
 
-Source: MoME (arXiv 2510.04136). Its fused forms are in `mome_dist.moe.bottleneck`, `mome_dist.moe.ragged`,
+Source: MoME (arXiv 2510.04136). Its fused forms are in `mome_dist.moe.fused_bottleneck`, `mome_dist.moe.ragged`,
 `mome_dist.moe.packed` and `mome_dist.moe.triton`.
 """
 
@@ -44,7 +44,7 @@ class Bottleneck(WideForm):
         self, hidden_TH: Tensor, routed: Sequence[Tensor], gates_TE: Tensor, shared: Sequence[Tensor] | None = None
     ) -> Tensor:
         """As `ExpertForm.dense`, with a backward pass of its own."""
-        from mome_dist.moe.bottleneck import dense_experts
+        from mome_dist.moe.fused_bottleneck import dense_experts
 
         return dense_experts(hidden_TH, routed, gates_TE, shared)
 

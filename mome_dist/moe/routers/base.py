@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mome_dist.moe.balance import TokenLoss, updated_bias
-from mome_dist.moe.router import Routing, choose_experts, route
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routing import Routing, choose_experts, route
 from mome_dist.packed_module import PackedModule, PackedTensor
 
 
@@ -29,7 +29,7 @@ class RoutedTokens(Protocol):
 
     @property
     def view_names(self) -> tuple[str, ...]:
-        """Of the views that the tokens belong to."""
+        """Names of the views that the tokens belong to."""
 
     @property
     def members_VN(self) -> Tensor:
@@ -48,7 +48,7 @@ class RoutedTokens(Protocol):
 
 
 class TopKForm(NamedTuple):
-    """A choice that the fused kernel makes: `mome_dist.moe.router.route` of the logits."""
+    """A choice that the fused kernel makes: `mome_dist.moe.routing.route` of the logits."""
 
     top_k: int
     renormalize: bool

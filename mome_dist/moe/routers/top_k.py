@@ -1,7 +1,7 @@
 """One linear map for all tokens, and the K best experts: the router that all Matryoshka rates and modalities share.
 
 Source: MoME (arXiv 2510.04136) with softmax scores; DeepSeek-V3 (arXiv 2412.19437) with sigmoid scores and a bias. See
-`mome_dist.moe.router` for the choice.
+`mome_dist.moe.routing` for the choice.
 """
 
 from __future__ import annotations

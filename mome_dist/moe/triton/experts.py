@@ -1,7 +1,7 @@
 """A MoME layer between its two products as one kernel forward and one backward, on CUDA.
 
 Scores, top-K, gates, GELU, the gates as a mask, and the sums of the balance losses are some twenty small operations in
-PyTorch's form (`mome_dist.moe.router`, `mome_dist.moe.bottleneck.dense_experts`), each of which the host has to ask
+PyTorch's form (`mome_dist.moe.routing`, `mome_dist.moe.fused_bottleneck`), each of which the host has to ask
 for. That form is the reference, and what other devices run; it computes the same, but for roundings: here everything
 between the products is fp32, which PyTorch's form rounds to the products' precision at each step. Where scores are
 equal, `torch.topk` promises no order; here the expert with the lowest number comes first.
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mome_dist.moe.bottleneck import ExpertWeights, joined_maps, weight_gradients
 from mome_dist.moe.columns import Shapes, columns, packed_gradient
 from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.fused_bottleneck import ExpertWeights, joined_maps, weight_gradients
 from mome_dist.token_context import TokenContext
 
 MOST_EXPERTS = 256  # routed and shared ones; of more, a program's row would not stay in registers
@@ -62,7 +62,7 @@ class LayerForm(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelRouting:
-    """A `mome_dist.moe.router.Routed`; every token has K experts.
+    """A `mome_dist.moe.routing.Routed`; every token has K experts.
 
     Attributes:
         experts_TK: int64 [T, K], highest score (plus bias) first.
@@ -106,7 +106,7 @@ def kernel_experts(
     score: str,
     bias_E: Tensor | None,
 ) -> tuple[Tensor, KernelRouting]:
-    """`mome_dist.moe.router.route` and `mome_dist.moe.bottleneck.dense_experts` together.
+    """`mome_dist.moe.routing.route` and `mome_dist.moe.fused_bottleneck.dense_experts` together.
 
     Args:
         hidden_TH: fp32 or bf16 [T, H], which is also the precision of the products.
