@@ -49,7 +49,7 @@ quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, 
 	$(PY) -m launchers.local --nproc 2 --module mome_dist.pretrain_video
 	$(PY) -m launchers.local --nproc 2 experiment=quickstart
 	$(PY) -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart baselines=[chance,untrained]
-	$(PY) -m mome_dist.report run=runs/quickstart
+	$(PY) -m mome_dist.report runs/quickstart
 
 clean:  ## remove build products and tool caches; .venv, runs and the cache of models stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
