@@ -238,11 +238,14 @@ class Whereabouts:
         ]
         stopped = [(r, f"stopped: {s.reason};") for r, s in enumerate(seen) if s.fate == OWN_ERROR]
         silent = [(r, "is silent:") for r in silent_ranks]
-        behind = [(r, "is behind:") for r, s in enumerate(seen) if s.fate is None and s.visits < self._mine.visits]
+        behind, last = self._behind(seen), seen
+        if not (stopped or silent or behind):
+            # Who kept the others waiting may have come since, too late for them.
+            behind, seen = self._behind(first), first
         blamed = stopped or silent or behind
         self._named = {rank for rank, _ in blamed}
         causes = [f"rank {rank} ({seen[rank].host}) {what} {seen[rank].where()}" for rank, what in blamed]
-        victims = [sighting.reason for sighting in seen if sighting.fate == VICTIM]
+        victims = [sighting.reason for sighting in last if sighting.fate == VICTIM]
         if not causes and victims:
             return RankLostError(victims[0])
         if not causes:
@@ -254,6 +257,11 @@ class Whereabouts:
             f"; and {len(causes) - NAMED_RANKS} more" if len(causes) > NAMED_RANKS else ""
         )
         return RankLostError(f"{named}. {me}; parallel.timeout_seconds={self._timeout:g}. {_ADVICE}")
+
+    def _behind(self, seen: list[Sighting]) -> list[tuple[int, str]]:
+        """Ranks that run, and had been to fewer places than this one."""
+        fewer = [r for r, s in enumerate(seen) if s.fate is None and s.visits < self._mine.visits]
+        return [(rank, "is behind:") for rank in fewer]
 
     def _look_up(self, store: dist.TCPStore | None = None) -> list[Sighting] | None:
         """What every rank last said, in rank order; None if the store does not answer."""

@@ -75,13 +75,21 @@ def _plain_group_timeout() -> float:
 def _train_and_suffer(fault: str, victim: int, size: int, folder: Path) -> int:
     """A loop like training's in which something happens to one rank in step 4; writes what this rank raised."""
     rank, began, told = int(os.environ["RANK"]), time.monotonic(), ""
+    look_up = whereabouts.Whereabouts._look_up
+
+    def looking(*args: Any) -> Any:
+        seen = look_up(*args)
+        (folder / f"looked-{rank}").touch()
+        return seen
+
+    whereabouts.Whereabouts._look_up = looking  # type: ignore[method-assign]
     try:
         with parallel_world(Layout.for_world(size), 0, TIMEOUT):
             for step in range(6):
                 report("reading the batch", step)
                 if (rank, step) == (victim, 3):
                     began = time.monotonic()
-                    _suffer(fault)
+                    _suffer(fault, folder)
                 report("forward and backward", step)
                 began = time.monotonic()
                 dist.all_reduce(torch.ones(8))
@@ -91,9 +99,12 @@ def _train_and_suffer(fault: str, victim: int, size: int, folder: Path) -> int:
     return 0
 
 
-def _suffer(fault: str) -> None:
+def _suffer(fault: str, folder: Path) -> None:
     if fault == "sleep":
-        time.sleep(TIMEOUT + 6)
+        time.sleep(TIMEOUT + patience(6))
+    elif fault == "late":  # comes as soon as the others have begun to look for it
+        while len(list(folder.glob("looked-*"))) < 2:
+            time.sleep(0.02)
     elif fault == "error":
         raise ValueError("the disk is on fire")
     elif fault == "user error":
@@ -139,8 +150,9 @@ def test_the_rank_that_holds_the_store_may_be_the_one_that_hangs(tmp_path: Path)
         assert "rank 0's process, or its host 127.0.0.1, is gone or hangs" in told
 
 
-def test_a_slow_rank_is_named_by_its_place(tmp_path: Path) -> None:
-    for told in _verdicts("sleep", 2, tmp_path):
+@pytest.mark.parametrize("fault", ["sleep", "late"])
+def test_a_slow_rank_is_named_by_its_place(tmp_path: Path, fault: str) -> None:
+    for told in _verdicts(fault, 2, tmp_path):
         assert re.match(r"RankLostError: rank 2 \(.+\) is behind: in step 4, 'reading the batch', since", told)
 
 
