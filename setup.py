@@ -100,7 +100,7 @@ if __name__ == "__main__":
         license_files=["LICENSE"],
         python_requires=PYTHON_REQUIRES,
         packages=[
-            *find_packages(include=["mome_dist", "mome_dist.*", "launchers", "launchers.*"]),
+            *find_packages(include=["mome_dist", "mome_dist.*"]),
             "mome_dist.configs",
         ],
         # The Hydra tree stays at the top of a checkout, where users edit it; a wheel carries it as mome_dist/configs.

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, table, write_results
-from launchers.local import launch
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import write_json
+from mome_dist.launchers.local import launch
 
 RATIOS = (-5, 0, 5, 10)
 BABBLE = ("noise=[clean,babble]", f"snr=[{','.join(map(str, RATIOS))}]")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from launchers.environment import usable_cores
+from mome_dist.launchers.environment import usable_cores
 from mome_dist.versions import version_of
 
 WARM_UP_ROUNDS = 2

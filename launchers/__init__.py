@@ -1,1 +1,1 @@
-"""Starting mome_dist: on this machine (`local`), or on a Slurm cluster."""
+"""Doors of a checkout to `mome_dist.launchers`: ``python -m launchers.local``, ``.slurm`` and ``.submitit``."""

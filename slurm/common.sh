@@ -15,5 +15,5 @@ fi
 
 # Become the process that watches over all ranks, so that it gets the signals that Slurm sends to this script.
 run_on_all_nodes() {
-    exec "$MOME_DIST_PYTHON" -m launchers.slurm.allocation "$@"
+    exec "$MOME_DIST_PYTHON" -m mome_dist.launchers.slurm.allocation "$@"
 }

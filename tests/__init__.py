@@ -8,7 +8,7 @@ Where there is no GPU, or the tests are not to use it, Triton's kernels run in i
 
 import os
 
-from launchers.gpus import visible_gpus
+from mome_dist.launchers.gpus import visible_gpus
 
 os.environ.update(
     OMP_NUM_THREADS="1",

@@ -28,10 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launchers.gpus import visible_gpus
 from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import write_json
+from mome_dist.launchers.gpus import visible_gpus
 from mome_dist.text_files import read_json, split_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +206,9 @@ def chosen_checks(names: Sequence[str], checks: Sequence[Check], gpus: int | Non
     if gpus is None:
         return chosen, []
     if not gpus:
-        raise UserError("torch would see no GPU here (python -m launchers.gpus cuda); --rehearse runs on the CPU.")
+        raise UserError(
+            "torch would see no GPU here (python -m mome_dist.launchers.gpus cuda); --rehearse runs on the CPU."
+        )
     if names and (large := [check for check in chosen if check.gpus > gpus]):
         raise UserError(f"--only {large[0].name}: needs {large[0].gpus} GPUs, this machine has {gpus}.")
     return [check for check in chosen if check.gpus <= gpus], [check for check in chosen if check.gpus > gpus]

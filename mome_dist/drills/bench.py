@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launchers.ranks import Outcome, RankGroup
 from mome_dist import train
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import layout_of
@@ -20,6 +19,7 @@ from mome_dist.data.order import order_of
 from mome_dist.data.synthetic import SyntheticSettings, generate_corpus
 from mome_dist.drills.injection import FAULT, READY, Injection, install
 from mome_dist.errors import UserError
+from mome_dist.launchers.ranks import Outcome, RankGroup
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.speech.video_encoder import VideoEncoder

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from launchers.restarts import may_restart
 from mome_dist.drills.bench import SAVE_EVERY, STEPS, Bench, Ended, records
 from mome_dist.drills.cases import Case
+from mome_dist.launchers.restarts import may_restart
 
 
 @dataclass(frozen=True)

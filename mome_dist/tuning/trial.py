@@ -62,7 +62,7 @@ class LaunchedRunner:
                 "training.validate_every=0",
                 "training.resume=false",
             ]
-            command = [sys.executable, "-m", "launchers.local", "--nproc", str(self.nproc)]
+            command = [sys.executable, "-m", "mome_dist.launchers.local", "--nproc", str(self.nproc)]
             command += ["--timeout", str(self.timeout), *self.overrides, *trial.arguments(), *own]
             code, text = _run(command, self.timeout + 30)
             if code:

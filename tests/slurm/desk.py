@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-from launchers.slurm import tries
+from mome_dist.launchers.slurm import tries
 from tests.parallel.runs import Lab, without_experts
 from tests.patience import patience
 from tests.slurm.cluster import Cluster

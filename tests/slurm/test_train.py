@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from launchers.slurm import tries
+from mome_dist.launchers.slurm import tries
 from tests.parallel.runs import lines
 from tests.slurm import readme
 from tests.slurm.desk import Desk, Job

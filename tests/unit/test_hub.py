@@ -17,8 +17,6 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
-from launchers.local import check_request
-from launchers.submitit.sweep import combinations, pinned
 from mome_dist.checkpoint.format import fingerprint
 from mome_dist.config import load_config, save_config
 from mome_dist.config.load import load_saved_config
@@ -28,6 +26,8 @@ from mome_dist.errors import UserError
 from mome_dist.export.adapter import export_adapter
 from mome_dist.hub import HubModel, cache_directory, directory_of, fetch, model_at, name_of
 from mome_dist.inference.load import load_run
+from mome_dist.launchers.local import check_request
+from mome_dist.launchers.submitit.sweep import combinations, pinned
 from mome_dist.llm.directory import check_directory
 from mome_dist.preflight import validate_overrides
 from tests.evaluation_run import add_checkpoint, make_run

@@ -10,17 +10,24 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from launchers.options import Request, SlurmOptions, SubmititOptions, cores_of_rank, load_options, parse_arguments
-from launchers.slurm.__main__ import job_environment, sbatch_command
-from launchers.slurm.allocation import load_steps
-from launchers.slurm.allocation import parse_arguments as parse_job_arguments
-from launchers.slurm.job import Job
-from launchers.slurm.steps import Steps
-from launchers.submitit.__main__ import parameters
-from launchers.submitit.sweep import hydra_arguments
-from launchers.submitit.task import RankTask
 from mome_dist.config.load import register_resolvers
 from mome_dist.errors import UserError
+from mome_dist.launchers.options import (
+    Request,
+    SlurmOptions,
+    SubmititOptions,
+    cores_of_rank,
+    load_options,
+    parse_arguments,
+)
+from mome_dist.launchers.slurm.__main__ import job_environment, sbatch_command
+from mome_dist.launchers.slurm.allocation import load_steps
+from mome_dist.launchers.slurm.allocation import parse_arguments as parse_job_arguments
+from mome_dist.launchers.slurm.job import Job
+from mome_dist.launchers.slurm.steps import Steps
+from mome_dist.launchers.submitit.__main__ import parameters
+from mome_dist.launchers.submitit.sweep import hydra_arguments
+from mome_dist.launchers.submitit.task import RankTask
 from mome_dist.paths import configs_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +137,7 @@ def test_gpus_without_cores_for_their_ranks_are_refused() -> None:
 
 def test_a_rank_of_submitit_has_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
-    monkeypatch.setattr("launchers.submitit.rank.run_rank", lambda *_: seen.update(os.environ))
+    monkeypatch.setattr("mome_dist.launchers.submitit.rank.run_rank", lambda *_: seen.update(os.environ))
     monkeypatch.setenv("MOME_DIST_INTERFACE", "wrong")
     RankTask("m", (), 3, {"MOME_DIST_INTERFACE": "ib0"})()
     assert seen["MOME_DIST_INTERFACE"] == "ib0"

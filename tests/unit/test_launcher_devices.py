@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launchers.environment import Machine, own_cores
-from launchers.gpus import DRIVERS, ask_driver, near_cores, parse_cores, visible_gpus
-from launchers.ranks import RankGroup
-from launchers.slurm.rank import become_task, machine_of
 from mome_dist.errors import UserError
+from mome_dist.launchers.environment import Machine, own_cores
+from mome_dist.launchers.gpus import DRIVERS, ask_driver, near_cores, parse_cores, visible_gpus
+from mome_dist.launchers.ranks import RankGroup
+from mome_dist.launchers.slurm.rank import become_task, machine_of
 from mome_dist.parallel.backend import asked_backend, place
 
 TASK = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.environment import Machine, own_cores, rank_environment
-from launchers.local import parse_arguments
+from mome_dist.launchers.environment import Machine, own_cores, rank_environment
+from mome_dist.launchers.local import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = "tests.unit.launcher_probe"

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers.options import LocalOptions, SlurmOptions, SubmititOptions
 from mome_dist.config.load import _groups, _known_keys, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.preparation.clips import SPLITS
 from mome_dist.data.preparation.settings import PreparationSettings
 from mome_dist.evaluation.request import EvaluationRequest
 from mome_dist.hints import ELSEWHERE, NAMES, hint
+from mome_dist.launchers.options import LocalOptions, SlurmOptions, SubmititOptions
 from mome_dist.origins import HUB, MADE
 from mome_dist.paths import configs_dir
 

@@ -33,9 +33,9 @@ COMMANDS = {
     "transcribe": "mome_dist.transcribe",
     "pretrain_llm": "mome_dist.pretrain_llm",
     "pretrain_video": "mome_dist.pretrain_video",
-    "local": "launchers.local",
-    "slurm": "launchers.slurm.__main__",
-    "submitit": "launchers.submitit.__main__",
+    "local": "mome_dist.launchers.local",
+    "slurm": "mome_dist.launchers.slurm.__main__",
+    "submitit": "mome_dist.launchers.submitit.__main__",
     **{path.stem: f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")},
 }
 TINY = "local --dry-run --nproc 2 experiment=tiny"

@@ -143,7 +143,7 @@ def test_the_lock_pins_nothing_twice(setup_py: dict[str, Any]) -> None:
 
 def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
     source, out, site = tmp_path / "source", tmp_path / "out", tmp_path / "site"
-    for name in ("mome_dist", "launchers", "configs"):
+    for name in ("mome_dist", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -154,6 +154,7 @@ def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
     subprocess.run([*build, "-w", str(out), str(source)], check=True, timeout=120)
     with zipfile.ZipFile(next(out.glob("mome_dist-*.whl"))) as wheel:
         wheel.extractall(site)
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"mome_dist"}
     expected = {path.relative_to(source / "configs") for path in (source / "configs").rglob("*.yaml")}
     packaged = site / "mome_dist" / "configs"
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == expected

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.environment import Machine
-from launchers.options import LocalOptions, SlurmOptions, SubmititOptions, load_options, parse_arguments
-from launchers.slurm import tries
-from launchers.slurm.job import Job, job_port
-from launchers.slurm.preflight import NodesError, compare, describe_node
-from launchers.slurm.rank import task_environment
-from launchers.slurm.tries import Record
-from launchers.submitit.rank import run_child
-from launchers.submitit.sweep import combinations
 from mome_dist.errors import UserError
 from mome_dist.exit_codes import PREEMPTED
+from mome_dist.launchers.environment import Machine
+from mome_dist.launchers.options import LocalOptions, SlurmOptions, SubmititOptions, load_options, parse_arguments
+from mome_dist.launchers.slurm import tries
+from mome_dist.launchers.slurm.job import Job, job_port
+from mome_dist.launchers.slurm.preflight import NodesError, compare, describe_node
+from mome_dist.launchers.slurm.rank import task_environment
+from mome_dist.launchers.slurm.tries import Record
+from mome_dist.launchers.submitit.rank import run_child
+from mome_dist.launchers.submitit.sweep import combinations
 from mome_dist.paths import configs_dir
 
 NODES = ["node1", "node2"]

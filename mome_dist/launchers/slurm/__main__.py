@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.options import DEFAULT_MODULE, Request, SlurmOptions, check_run, load_options, parse_arguments
-from launchers.slurm.allocation import STEP_KEYS
-from launchers.slurm.commands import require_slurm
 from mome_dist.cli import main_guard
 from mome_dist.errors import UserError
+from mome_dist.launchers.options import DEFAULT_MODULE, Request, SlurmOptions, check_run, load_options, parse_arguments
+from mome_dist.launchers.slurm.allocation import STEP_KEYS
+from mome_dist.launchers.slurm.commands import require_slurm
 
 _SCRIPTS = {DEFAULT_MODULE: "slurm/train.sh", "mome_dist.evaluate": "slurm/eval.sh"}
 

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from launchers.ranks import Outcome
 from mome_dist.exit_codes import FAILED_AT, INTERRUPTED, PREEMPTED, RANK_LOST, TIMED_OUT, USER_ERROR
+from mome_dist.launchers.ranks import Outcome
 
 FINAL_CODES = (0, USER_ERROR, INTERRUPTED, TIMED_OUT)
 _NAMES = {PREEMPTED: "preempted", RANK_LOST: "a rank was lost"}

@@ -14,11 +14,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launchers.options import DEFAULT_MODULE, SubmititOptions, check_run, cores_of_rank, load_options, parse_arguments
-from launchers.slurm.commands import require_slurm
 from mome_dist.cli import main_guard
 from mome_dist.config import load_config
 from mome_dist.errors import UserError
+from mome_dist.launchers.options import (
+    DEFAULT_MODULE,
+    SubmititOptions,
+    check_run,
+    cores_of_rank,
+    load_options,
+    parse_arguments,
+)
+from mome_dist.launchers.slurm.commands import require_slurm
 
 
 def parameters(options: SubmititOptions, name: str) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = parse_arguments("submitit", "Run through Submitit.", SubmititOptions, given, sweeps=True)
     options = load_options("submitit", SubmititOptions, request)
     if request.multirun:
-        from launchers.submitit import sweep
+        from mome_dist.launchers.submitit import sweep
 
         if request.module != DEFAULT_MODULE:
             raise UserError(f"--multirun sweeps over trainings, not over {request.module}.")
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shared = sweep.pinned(request.arguments, combined, checked)
         command = sweep.hydra_arguments(options, shared, folder)
         if request.dry_run:
-            print(shlex.join(["python", "-m", "launchers.submitit.sweep", *command]))
+            print(shlex.join(["python", "-m", "mome_dist.launchers.submitit.sweep", *command]))
             for overrides in combined:
                 print("  " + shlex.join(["python", "-m", request.module, *overrides]))
             return 0
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_slurm()
     import submitit
 
-    from launchers.submitit.task import RankTask
+    from mome_dist.launchers.submitit.task import RankTask
 
     executor = submitit.AutoExecutor(options.folder, cluster="slurm", slurm_max_num_timeout=options.max_timeouts)
     executor.update_parameters(**parameters(options, name))

@@ -18,12 +18,12 @@ from pathlib import Path
 import submitit
 from submitit.core.job_environment import JobEnvironment
 
-from launchers.slurm import commands, tries
-from launchers.slurm.job import job_port
-from launchers.slurm.rank import become_task
-from launchers.slurm.tries import Record
 from mome_dist.exit_codes import INTERRUPTED, PREEMPTED, USER_ERROR
 from mome_dist.files import write_text
+from mome_dist.launchers.slurm import commands, tries
+from mome_dist.launchers.slurm.job import job_port
+from mome_dist.launchers.slurm.rank import become_task
+from mome_dist.launchers.slurm.tries import Record
 
 _POLL_SECONDS = 0.2
 _PORT_SECONDS = 120.0  # for the first rank to say its port: the tasks of a job may start far apart

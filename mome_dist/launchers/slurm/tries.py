@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from launchers.options import DEFAULT_MODULE
 from mome_dist.config import load_config
 from mome_dist.files import write_json
+from mome_dist.launchers.options import DEFAULT_MODULE
 from mome_dist.trained import with_key
 
 FINISHED = "finished"

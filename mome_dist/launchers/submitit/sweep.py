@@ -21,9 +21,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
-from launchers.options import DEFAULT_MODULE, SubmititOptions
 from mome_dist.config.load import register_resolvers, unreadable
 from mome_dist.errors import UserError
+from mome_dist.launchers.options import DEFAULT_MODULE, SubmititOptions
 from mome_dist.paths import configs_dir
 from mome_dist.text_files import lines_of
 
@@ -128,7 +128,7 @@ def run_sweep(arguments: Sequence[str]) -> None:
 
 def train_one(config: DictConfig) -> None:
     """One rank of one job of the array; the command line of the job becomes that of a training."""
-    from launchers.submitit.rank import run_rank
+    from mome_dist.launchers.submitit.rank import run_rank
 
     job = HydraConfig.get()
     overrides = [*job.overrides.task, f"output_dir={job.runtime.output_dir}"]

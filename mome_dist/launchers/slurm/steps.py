@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launchers.options import ContainerOptions
+from mome_dist.launchers.options import ContainerOptions
 
 
 @dataclass(frozen=True)

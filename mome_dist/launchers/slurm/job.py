@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launchers.slurm.commands import hostnames
 from mome_dist.errors import UserError
+from mome_dist.launchers.slurm.commands import hostnames
 from mome_dist.ports import free_port
 
 

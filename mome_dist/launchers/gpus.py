@@ -40,12 +40,12 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     kind = _torch_build()
     if kind is None:
         return []
-    command = [sys.executable, "-m", "launchers.gpus", kind]
+    command = [sys.executable, "-m", "mome_dist.launchers.gpus", kind]
     try:
         done = subprocess.run(
             command,
             env=dict(environment),
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_SECONDS,

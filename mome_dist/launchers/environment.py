@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.gpus import near_cores
+from mome_dist.launchers.gpus import near_cores
 
 LOOPBACK = "127.0.0.1"
 INTERFACE = "MOME_DIST_INTERFACE"  # the network interface of NCCL and gloo, where they would choose a wrong one
@@ -33,7 +33,7 @@ class Machine:
         ranks: of this machine.
         cores: that this process may run on.
         allotted: how many cores the ranks have together. Where Slurm has bound each to its own, a process sees a part.
-        gpus: addresses of the visible GPUs, as `launchers.gpus.visible_gpus` finds them.
+        gpus: addresses of the visible GPUs, as `mome_dist.launchers.gpus.visible_gpus` finds them.
         devices: root of the kernel's file system of devices.
     """
 

@@ -1,6 +1,6 @@
 """What a job does on the first node of its allocation: start all ranks, watch over them, start again.
 
-    python -m launchers.slurm.allocation [--module mome_dist.train] [launcher.srun=[...]] key=value ...
+    python -m mome_dist.launchers.slurm.allocation [--module mome_dist.train] [launcher.srun=[...]] key=value ...
 
 The scripts in ``slurm/`` become this process, so that Slurm's warning (``#SBATCH --signal=B:USR1@120``) arrives here.
 It is passed on to the ranks, which save and end with code 75. Then:
@@ -30,16 +30,16 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from launchers.options import DEFAULT_MODULE, PREFIX, SlurmOptions, check_container, cores_of_rank
-from launchers.slurm import commands, tries
-from launchers.slurm.job import Job, job_port
-from launchers.slurm.preflight import NodesError, check_nodes
-from launchers.slurm.steps import Steps
-from launchers.slurm.tries import Record, run_directory, saved_steps
 from mome_dist import exit_codes
 from mome_dist.cli import Parser, main_guard
 from mome_dist.config import load_group
 from mome_dist.errors import UserError
+from mome_dist.launchers.options import DEFAULT_MODULE, PREFIX, SlurmOptions, check_container, cores_of_rank
+from mome_dist.launchers.slurm import commands, tries
+from mome_dist.launchers.slurm.job import Job, job_port
+from mome_dist.launchers.slurm.preflight import NodesError, check_nodes
+from mome_dist.launchers.slurm.steps import Steps
+from mome_dist.launchers.slurm.tries import Record, run_directory, saved_steps
 from mome_dist.ownership import TOKEN, owned
 from mome_dist.preflight import validate_overrides
 
@@ -171,7 +171,7 @@ class Allocation:
         if self._failed_at is not None:
             environment[exit_codes.FAILED_AT] = f"{self._failed_at:.3f}"
         options = [*self.job.rank_options(), "--kill-on-bad-exit=1", "--wait=60", f"--output={logs}/rank-%t.log"]
-        command = self.steps.command(options, "launchers.slurm.rank", self.module, *self.arguments)
+        command = self.steps.command(options, "mome_dist.launchers.slurm.rank", self.module, *self.arguments)
         complaints: list[str] = []
         ranks = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         listener = threading.Thread(target=_listen, args=(ranks, complaints), daemon=True)
@@ -226,7 +226,7 @@ def tell_log(log: Path) -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """Return the module, its arguments, and those of the launcher (``launcher.*``)."""
-    parser = Parser(prog="python -m launchers.slurm.allocation")
+    parser = Parser(prog="python -m mome_dist.launchers.slurm.allocation")
     parser.add_argument("--module", default=DEFAULT_MODULE)
     options, rest = parser.parse_known_args(arguments)
     own = [word for word in rest if word.startswith(PREFIX)]

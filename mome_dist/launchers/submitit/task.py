@@ -16,7 +16,7 @@ class RankTask:
 
     Attributes:
         module, arguments: what each rank runs.
-        max_tries: see `launchers.submitit.rank.run_rank`.
+        max_tries: see `mome_dist.launchers.submitit.rank.run_rank`.
         variables: of the rank's environment, over those of the job.
     """
 
@@ -27,7 +27,7 @@ class RankTask:
 
     def __call__(self) -> None:
         os.environ.update(self.variables)
-        from launchers.submitit.rank import run_rank
+        from mome_dist.launchers.submitit.rank import run_rank
 
         run_rank(self.module, self.arguments, self.max_tries)
 

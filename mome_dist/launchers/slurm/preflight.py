@@ -1,6 +1,6 @@
 """A look at every node before any rank starts: same software, shared output, enough devices.
 
-Each node prints one line of JSON (``python -m launchers.slurm.preflight ...``, started by srun); the first node
+Each node prints one line of JSON (``python -m mome_dist.launchers.slurm.preflight``, started by srun); the first node
 compares them. It takes a second, and saves the minutes in which a world waits for a rank that cannot come.
 """
 
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import mome_dist
-from launchers.gpus import visible_gpus
-from launchers.slurm.steps import Steps
 from mome_dist.errors import UserError
+from mome_dist.launchers.gpus import visible_gpus
+from mome_dist.launchers.slurm.steps import Steps
 from mome_dist.parallel.backend import GLOO, SHARING_ADVICE, asked_backend
 from mome_dist.versions import version_of
 
@@ -68,7 +68,7 @@ def _reports(nodes: Sequence[str], shared: Path, steps: Steps) -> list[dict[str,
         "--kill-on-bad-exit=1",
         "--input=none",
     ]
-    command = steps.command(options, "launchers.slurm.preflight", str(shared.absolute()))
+    command = steps.command(options, "mome_dist.launchers.slurm.preflight", str(shared.absolute()))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 
-from launchers.environment import INTERFACE
 from mome_dist.cli import Parser
 from mome_dist.config import load_config, load_group
 from mome_dist.errors import UserError
 from mome_dist.hints import did_you_mean, near
+from mome_dist.launchers.environment import INTERFACE
 from mome_dist.preflight import validate_overrides
 
 DEFAULT_MODULE = "mome_dist.train"

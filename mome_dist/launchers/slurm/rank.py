@@ -1,6 +1,6 @@
 """What srun starts for each rank: Slurm's numbering becomes the usual variables, then this process becomes the rank.
 
-    srun ... python -m launchers.slurm.rank mome_dist.train key=value ...
+    srun ... python -m mome_dist.launchers.slurm.rank mome_dist.train key=value ...
 
 MASTER_ADDR and MASTER_PORT come from the first node of the allocation.
 """
@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Mapping
 
-from launchers.environment import INTERFACE, Machine, own_cores, tuning
-from launchers.gpus import visible_gpus
+from mome_dist.launchers.environment import INTERFACE, Machine, own_cores, tuning
+from mome_dist.launchers.gpus import visible_gpus
 
 
 def machine_of(base: Mapping[str, str]) -> Machine:
@@ -25,7 +25,7 @@ def machine_of(base: Mapping[str, str]) -> Machine:
 def task_environment(base: Mapping[str, str], machine: Machine) -> dict[str, str]:
     """The environment of a rank, from that of a Slurm task on ``machine``.
 
-    As with `launchers.environment.rank_environment`, the user's own tuning variables stay.
+    As with `mome_dist.launchers.environment.rank_environment`, the user's own tuning variables stay.
     """
     # With --gpus-per-task each task sees its own devices only, from number 0 on: all together are no more than the
     # node's, as they would be if the tasks saw the same ones.

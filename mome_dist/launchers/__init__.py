@@ -1,0 +1,1 @@
+"""Starting mome_dist: on this machine (`local`), or on a Slurm cluster."""
