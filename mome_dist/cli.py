@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec
@@ -101,6 +101,29 @@ class Parser(argparse.ArgumentParser):
             raise UserError(told if meant else f"{told}: this command takes {self._summary()}.")
         raise UserError(f"{message}; the command takes {self._summary()}.")
 
+    def divide(self, words: Sequence[str], is_own: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+        """Divide a line before the first word that is no option, no value of one and not ``is_own``."""
+        position = 0
+        while position < len(words):
+            word = words[position]
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if action is None and not word.startswith("-") and not is_own(word):
+                break
+            takes_next = action is not None and action.nargs != 0 and "=" not in word
+            position += 2 if takes_next else 1
+        return list(words[:position]), list(words[position:])
+
+    def has_option(self, word: str) -> bool:
+        """Whether a word is an option of this command line, with a value in it or without."""
+        return word.partition("=")[0] in self._option_string_actions
+
+    def one_line(self) -> str:
+        """All options, in brackets, for a usage of one's own."""
+        actions = [action for action in self._actions if action.option_strings]
+        return " ".join(
+            f"[{action.option_strings[-1]}{'' if action.nargs == 0 else f' {action.metavar}'}]" for action in actions
+        )
+
     def _options(self) -> list[str]:
         return [word for word in self._option_string_actions if word.startswith("--")]
 
@@ -113,6 +136,11 @@ class Parser(argparse.ArgumentParser):
     def _summary(self) -> str:
         """The positional arguments and all options, in one line."""
         return " ".join(self.format_usage().removeprefix("usage: ").split())
+
+
+def command_parser(command: str, text: str | None) -> Parser:
+    """The command line of ``mome-dist COMMAND``, whose help is the text of its module, with the examples in it."""
+    return Parser(prog=f"mome-dist {command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 _FROZEN = ("llm", "audio_encoder", "video_encoder")

@@ -106,9 +106,13 @@ NAMES: Mapping[str, str] = {
     "baselines": "baseline chance untrained",
 }
 
+SWEEP = (
+    "several values of a key (seed=0,1) are a job array of Slurm: mome-dist launch submitit --multirun train "
+    "experiment=NAME seed=0,1"
+)
 _PROCESSES = (
-    "a run has as many processes as its launcher starts: python -m launchers.local --nproc N, or launcher.nodes=N and "
-    "launcher.tasks_per_node=N of python -m launchers.slurm"
+    "a run has as many processes as its launcher starts: mome-dist launch --nproc N, or launcher.nodes=N and "
+    "launcher.tasks_per_node=N of mome-dist launch slurm"
 )
 # What no key says.
 ELSEWHERE: Mapping[str, str] = {

@@ -1,6 +1,7 @@
 """Command: pre-train the tiny LLM on the texts of a corpus.
 
-    python -m mome_dist.pretrain_llm [--corpus DIR] [--out DIR] [--steps 250] [--batch-size 32] [--seed 0]
+    mome-dist pretrain llm
+    mome-dist launch --nproc 2 pretrain llm --corpus DIR --out DIR
 
 By default the corpus is the synthetic one and the result goes into the cache. Runs alone or, started by a launcher,
 on several processes that train one model together. Does nothing when ``--out`` already holds an LLM made with the
@@ -14,18 +15,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mome_dist.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
-from mome_dist.cli import Parser, main_guard
+from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
-from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
-from mome_dist.parallel.plain_world import World, open_world
 from mome_dist.paths import cache_root
-from mome_dist.training.copy_pretraining import CopySettings, CopyTask, CopyTrainer
+from mome_dist.training.pretraining_settings import CopySettings
 from mome_dist.training.step_progress import step_progress
+
+if TYPE_CHECKING:
+    from mome_dist.parallel.plain_world import World
 
 DEFAULTS = CopySettings()
 
@@ -38,6 +41,9 @@ def pretrain(
     Raises:
         UserError: the corpus or the settings do not fit, or ``out`` holds something else.
     """
+    from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
+    from mome_dist.training.copy_pretraining import CopyTask, CopyTrainer
+
     corpus = Corpus.open(corpus_directory)
     identity = {
         "task": "copy",
@@ -72,20 +78,27 @@ def pretrain(
     return accuracy
 
 
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
-    parser = Parser(prog="python -m mome_dist.pretrain_llm", description=__doc__)
+def command_line() -> Parser:
+    """Its options."""
+    parser = command_parser("pretrain llm", __doc__)
     corpus = default_corpus_dir(SyntheticSettings())
     parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory; only its texts are used")
     out = cache_root() / "llms" / "tiny"
     parser.add_argument("--out", type=Path, default=out, help="directory of the LLM to make")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="of training (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="rows a step, over all processes")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
     parser.add_argument("--held-out", default="validation", help="split on which accuracy is measured")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    options = command_line().parse_args(arguments)
     settings = CopySettings(steps=options.steps, batch_size=options.batch_size, seed=options.seed)
+    from mome_dist.parallel.plain_world import open_world
+
     with open_world() as world:
         pretrain(options.corpus, options.out, settings, world, options.held_out)
 

@@ -1,6 +1,7 @@
 """Command: pre-train the video encoder on the visemes of a corpus.
 
-    python -m mome_dist.pretrain_video [--corpus DIR] [--out DIR] [--steps 600] [--batch-size 16] [--seed 0]
+    mome-dist pretrain video
+    mome-dist launch --nproc 2 pretrain video --corpus DIR --out DIR
 
 By default the corpus is the synthetic one and the result goes into the cache. Runs alone or, started by a launcher,
 on several processes that train one model together. Does nothing when ``--out`` already holds an encoder made with the
@@ -14,18 +15,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mome_dist.artefact import check_replaceable, is_current, manifest_sha256, publish, read_record
-from mome_dist.cli import Parser, main_guard
+from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
-from mome_dist.parallel.plain_world import World, open_world
 from mome_dist.paths import cache_root
-from mome_dist.speech.video_encoder import VideoEncoderConfig
+from mome_dist.training.pretraining_settings import VisemeSettings
 from mome_dist.training.step_progress import step_progress
-from mome_dist.training.viseme_pretraining import ClipCache, VisemeSettings, VisemeTrainer
+
+if TYPE_CHECKING:
+    from mome_dist.parallel.plain_world import World
 
 DEFAULTS = VisemeSettings()
 
@@ -38,6 +41,9 @@ def pretrain(
     Raises:
         UserError: the corpus or the settings do not fit, or ``out`` holds something else.
     """
+    from mome_dist.speech.video_encoder import VideoEncoderConfig
+    from mome_dist.training.viseme_pretraining import ClipCache, VisemeTrainer
+
     corpus = Corpus.open(corpus_directory)
     config = VideoEncoderConfig()
     identity = {
@@ -69,15 +75,14 @@ def pretrain(
     return accuracy
 
 
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
-    parser = Parser(prog="python -m mome_dist.pretrain_video", description=__doc__)
+def command_line() -> Parser:
+    """Its options."""
+    parser = command_parser("pretrain video", __doc__)
     corpus = default_corpus_dir(SyntheticSettings())
     parser.add_argument("--corpus", type=Path, default=corpus, help="corpus directory with visemes in its metadata")
     out = cache_root() / "encoders" / "visemes"
     parser.add_argument("--out", type=Path, default=out, help="directory of the encoder to make")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="of training (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="clips a step, over all processes")
     parser.add_argument(
         "--group-size", type=int, default=DEFAULTS.group_size, help="clips that share BatchNorm statistics"
@@ -85,7 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--held-out", default="validation", help="split on which accuracy is measured")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    options = command_line().parse_args(arguments)
     settings = VisemeSettings(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -93,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
         bf16=options.bf16,
     )
+    from mome_dist.parallel.plain_world import open_world
+
     with open_world() as world:
         pretrain(options.corpus, options.out, settings, world, options.held_out)
 

@@ -1,52 +1,8 @@
-"""Export a trained run as an adapter: a directory that needs nothing else of the run.
+"""As `mome_dist.commands.export`."""
 
-    python tools/export_adapter.py runs/quickstart exports/quickstart
-    python tools/export_adapter.py runs/quickstart/checkpoints/step-000160 exports/quickstart-160
-
-It holds the trained weights (safetensors), config.json, a model card and SHA256SUMS, and is loaded by
-`python -m mome_dist.transcribe DIR FILE`, `python -m mome_dist.evaluate checkpoint=DIR output=OUT` and, in Python after
-`import mome_dist`, transformers' `AutoModel.from_pretrained(DIR)`. An export of before transformers knew them, in the
-place of a run, is written anew.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mome_dist.cli import Parser, add_frozen_options, frozen_of, main_guard
-from mome_dist.quiet import quiet_libraries
-from mome_dist.trained import place_argument
-
-
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Export and say what was written."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "run", type=place_argument, help="run directory, one checkpoint of it, or an export in the older form"
-    )
-    parser.add_argument("target", type=Path, help="directory to make; it must not exist")
-    add_frozen_options(parser)
-    options = parser.parse_args(arguments)
-
-    quiet_libraries()
-    from rich.console import Console
-
-    from mome_dist.export.adapter import export_adapter
-    from mome_dist.progress import stages
-
-    console = Console(highlight=False)
-    with stages(console, f"checking and exporting {options.run}"):
-        document = export_adapter(options.run, options.target, frozen_of(options))
-    console.print(
-        f"{options.target}: {document['name']}, step {document['step']}, "
-        f"{document['parameters']['trained']:,} trained parameters, {', '.join(document['views'])}",
-        soft_wrap=True,
-    )
-
+from mome_dist.commands.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,62 +1,8 @@
-"""Break runs on purpose and prove that they survive.
+"""As `mome_dist.commands.drill`."""
 
-    python tools/fault_drill.py --shrink experiment=tiny
-    python tools/fault_drill.py --shrink --only kill --only hang experiment=tiny
-    python tools/fault_drill.py --list
-
-First an unbroken run of a few steps, then one for each fault, started again as `launchers.local --restarts` would. The
-losses must equal those of the unbroken run (bit for bit where the number of processes is the same), and so must the
-utterances of every step: nothing lost, nothing repeated. The exit code is 1 if any fault changed what was trained.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 
-from mome_dist.cli import Parser, main_guard
-from mome_dist.parallel.forked import compute_on_cpu
-from mome_dist.quiet import quiet_libraries
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shrink", action="store_true", help="a small random LLM and a small synthetic corpus")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of a run")
-    parser.add_argument("--only", action="append", default=[], metavar="FAULT", help="this fault; may be repeated")
-    parser.add_argument("--kills", type=int, default=20, help="how often the run is killed during a save")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of these kills")
-    parser.add_argument("--list", action="store_true", help="print the names of the faults and end")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome_dist.train")
-    return parser.parse_intermixed_args(arguments)
-
-
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the drill and print a table; 1 if anything was lost."""
-    options = parse_arguments(arguments)
-    compute_on_cpu()
-    os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    quiet_libraries()
-    import torch
-
-    from mome_dist.drills.cases import FAULTS
-    from mome_dist.drills.command import drill_command
-
-    if options.list:
-        print("\n".join(FAULTS))
-        return 0
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        return drill_command(options, Path(scratch))
-
+from mome_dist.commands.drill import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,10 @@ from mome_dist.hub import HubModel, fetch, portable
 from mome_dist.trained import EXPORT, Trained, find_trained, with_key
 
 SECTIONS = ("llm", "audio_encoder", "video_encoder")
-NEEDED: Mapping[str, Callable[[RunConfig], list[str]]] = {"tools.cache_features": encoder_sections}
+NEEDED: Mapping[str, Callable[[RunConfig], list[str]]] = {
+    "mome_dist.commands.features": encoder_sections,
+    "tools.cache_features": encoder_sections,  # its door
+}
 """Which frozen models a module needs that takes a run's overrides, beside `mome_dist.train`."""
 
 

@@ -1,8 +1,8 @@
-"""Run a module on N processes of this machine.
+"""Run a module on N processes of this machine: what ``mome-dist launch`` does, with ``--module`` for the command.
 
     python -m launchers.local --nproc 2 experiment=quickstart
     python -m launchers.local --nproc 2 --restarts 3 experiment=quickstart
-    python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
+    python -m launchers.local --nproc 2 --module mome_dist.evaluate runs/quickstart
     python -m launchers.local --nproc 4 --timeout 600 --module my.module -- --timeout 3
 
 Options of the launcher come first, or as ``launcher.*`` keys (``configs/launcher/local.yaml``); everything that it does
@@ -40,25 +40,31 @@ from mome_dist.preflight import validate_overrides
 _TAIL_LINES = 30
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the launcher's own options, and the arguments for the module."""
+def command_line() -> Parser:
+    """The launcher's own options."""
     parser = Parser(
         prog="python -m launchers.local",
         description="Run a module on N processes of this machine.",
         usage="%(prog)s [--nproc N] [--module M] [--timeout S] [--restarts N] [--log-dir DIR] [--dry-run] "
         "[launcher.key=value ...] [key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="number of processes")
-    parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what to run (default: {DEFAULT_MODULE})")
+    parser.add_argument("--module", default=DEFAULT_MODULE, metavar="M", help=f"what to run ({DEFAULT_MODULE})")
     parser.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with code 124")
     parser.add_argument("--restarts", type=int, metavar="N", help="start again up to N times after a failure")
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of rank-N.log (default: a temporary one)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the launcher's own options, and the arguments for the module."""
     own, after = list(arguments), []
     if "--" in own:
         position = own.index("--")
         own, after = own[:position], own[position + 1 :]
-    options, unknown = parser.parse_known_args(own)
+    options, unknown = command_line().parse_known_args(own)
     keys = [word for word in unknown if word.startswith(PREFIX)]
     given = load_group("launcher", "local", keys, LocalOptions)
     if options.nproc is None:

@@ -5,6 +5,7 @@ The keys of each launcher are in ``configs/launcher/``; all other arguments belo
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from mome_dist.cli import Parser
 from mome_dist.config import load_config, load_group
 from mome_dist.errors import UserError
-from mome_dist.hints import did_you_mean, near
+from mome_dist.hints import SWEEP, did_you_mean, near
 from mome_dist.launchers.environment import INTERFACE
 from mome_dist.preflight import validate_overrides
 
@@ -26,8 +27,8 @@ MODULES = (  # that make sense on several processes
     "mome_dist.evaluate",
     "mome_dist.pretrain_llm",
     "mome_dist.pretrain_video",
-    "tools.cache_features",
-    "tools.check_cluster",
+    "mome_dist.commands.features",
+    "mome_dist.commands.check",
 )
 
 
@@ -126,18 +127,34 @@ class Request:
     multirun: bool = False
 
 
-def parse_arguments(name: str, description: str, schema: type, arguments: Sequence[str], sweeps: bool) -> Request:
-    """Divide a command line; a key of the launcher may leave ``launcher.`` out where no run has one of that name."""
-    parser = Parser(prog=f"python -m launchers.{name}", description=description)
+def command_line(name: str, description: str, sweeps: bool) -> Parser:
+    """The options of a launcher of Slurm jobs."""
+    parser = Parser(
+        prog=f"python -m launchers.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
-    parser.add_argument("--module", default=DEFAULT_MODULE, help=f"what the ranks run (default: {DEFAULT_MODULE})")
+    parser.add_argument("--module", default=DEFAULT_MODULE, metavar="M", help=f"what to run ({DEFAULT_MODULE})")
     if sweeps:
         parser.add_argument("--multirun", action="store_true", help="a job for each combination of values: key=1,2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, or launcher.key=value")
-    options = parser.parse_intermixed_args(list(arguments))
+    return parser
+
+
+def parse_arguments(name: str, description: str, schema: type, arguments: Sequence[str], sweeps: bool) -> Request:
+    """Divide a command line; a key of the launcher may leave ``launcher.`` out where no run has one of that name.
+
+    What follows ``--`` is no option of the launcher.
+    """
+    words, after = list(arguments), []
+    if "--" in words:
+        position = words.index("--")
+        words, after = words[:position], words[position + 1 :]
+    options = command_line(name, description, sweeps).parse_intermixed_args(words)
     own = set(OmegaConf.structured(schema))
     launcher, rest = [], []
-    for word in options.overrides:
+    for word in [*options.overrides, *after]:
         key = word.partition("=")[0]
         if key.startswith(PREFIX):
             launcher.append(word)
@@ -194,6 +211,8 @@ def refuse_options(module: str, arguments: Sequence[str], own: Sequence[str]) ->
     Args:
         own: options of the launcher.
     """
+    if module == DEFAULT_MODULE and {"-m", "--multirun"} & set(arguments):
+        raise UserError(f"one run has one value of each key; {SWEEP}.")
     wrong = next((word for word in arguments if word.startswith("-") and word not in ("-h", "--help", "--")), None)
     if module == DEFAULT_MODULE and wrong is not None:
         meant = did_you_mean(near(wrong.partition("=")[0], own, looks=0.7))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mome_dist.errors import UserError
 from mome_dist.llm import tiny
 from mome_dist.llm.precision import fast_precision
 from mome_dist.parallel.plain_world import World
+from mome_dist.training.pretraining_settings import CopySettings
 from mome_dist.training.step_progress import StepReport, ignore
 
 IGNORED = -100
@@ -36,25 +35,6 @@ MAX_STRETCH = (1, 1, 2, 4)
 SUBSTITUTION_RATES = (0.0, 0.0, 0.1, 0.25)
 BLANK_RATE = 0.3
 TASK_SHARES = {"asr": 0.4, "vsr": 0.4, "avsr": 0.2}
-
-
-@dataclass(frozen=True)
-class CopySettings:
-    """How to pre-train: steps, rows a step over all ranks, AdamW's values, and the seed of everything."""
-
-    steps: int = 250
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 30
-    clip_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise UserError for values that do not fit."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"LLM pre-training: {name}={getattr(self, name)} must be at least 1.")
 
 
 class CopyTask:

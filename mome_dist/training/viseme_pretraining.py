@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,48 +25,11 @@ from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.errors import UserError
 from mome_dist.parallel.plain_world import World
 from mome_dist.speech.video_encoder import VideoEncoder, VideoEncoderConfig
+from mome_dist.training.pretraining_settings import VisemeSettings
 from mome_dist.training.step_progress import StepReport, ignore
 
 Clip = tuple[Tensor, Tensor]
 """Frames uint8 [T, H, W] and their visemes int64 [T]."""
-
-
-@dataclass(frozen=True)
-class VisemeSettings:
-    """How to pre-train.
-
-    Attributes:
-        steps: optimiser steps; the learning rate warms up and then falls linearly to nothing over them.
-        batch_size: clips a step, over all ranks; a multiple of ``group_size``.
-        group_size: clips that share a forward pass and its BatchNorm statistics.
-        window_frames: consecutive frames taken from a clip at random, once a step.
-        learning_rate, weight_decay, warmup_steps, clip_norm: AdamW's.
-        calibration_clips: training clips on which the final statistics are measured.
-        bf16: run matrix products and convolutions of training in bfloat16.
-        seed: decides initial weights, order and augmentation.
-    """
-
-    steps: int = 600
-    batch_size: int = 16
-    group_size: int = 8
-    window_frames: int = 24
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 20
-    clip_norm: float = 1.0
-    calibration_clips: int = 160
-    bf16: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise UserError for values that do not fit."""
-        for name in ("steps", "batch_size", "group_size", "window_frames", "calibration_clips"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Viseme pre-training: {name}={getattr(self, name)} must be at least 1.")
-        if self.batch_size % self.group_size:
-            raise UserError(
-                f"Viseme pre-training: batch_size={self.batch_size} must be a multiple of group_size={self.group_size}."
-            )
 
 
 class ClipCache:
@@ -77,7 +39,7 @@ class ClipCache:
         if corpus.viseme_names is None:
             raise UserError(
                 f"{corpus.directory} has no visemes: pre-train on a corpus whose manifest has 'viseme_names', "
-                "such as that of tools/make_corpus.py."
+                "such as that of mome-dist prepare synthetic."
             )
         self.corpus = corpus
         self.classes = len(corpus.viseme_names)

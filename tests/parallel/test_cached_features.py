@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from mome_dist.commands.features import main
 from mome_dist.data.features import FeatureStore
 from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
-from tools.cache_features import main
 
 
 def test_training_from_the_cache_has_the_same_losses(tiny_corpus_dir: Path, tmp_path: Path) -> None:

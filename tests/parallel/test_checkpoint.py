@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, seal_of
 from mome_dist.checkpoint.hashes import content_hash, tensor_hash
+from mome_dist.commands import inspect as inspect_checkpoint
 from mome_dist.config import load_config
 from mome_dist.errors import UserError
 from mome_dist.preflight import validate
@@ -23,7 +24,6 @@ from mome_dist.training import loop, setup
 from tests.parallel.resharding import forget_sharing
 from tests.parallel.runs import Lab, lines
 from tests.parallel.worlds import run_world
-from tools import inspect_checkpoint
 
 
 @pytest.fixture(scope="module")

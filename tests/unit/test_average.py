@@ -17,13 +17,14 @@ from mome_dist.checkpoint.inspect import check
 from mome_dist.checkpoint.save import prune
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.checkpoint.select import best_checkpoint, read_saved
+from mome_dist.commands import average as average_checkpoints
+from mome_dist.commands import inspect as inspect_checkpoint
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
 from mome_dist.inference.load import load_run
 from tests.evaluation_run import STEP, add_checkpoint, make_run
-from tools import average_checkpoints, inspect_checkpoint
 
 STEPS = (STEP, STEP + 3, STEP + 6)
 LOSSES = {STEPS[0]: 2.0, STEPS[1]: 0.5, STEPS[2]: 0.9}

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from mome_dist.commands.convert_avhubert import main
 from mome_dist.config import load_config
 from mome_dist.errors import UserError
 from mome_dist.paths import configs_dir
@@ -26,7 +27,6 @@ from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.speech.lora import attach_lora, lora_layers
 from mome_dist.speech.video_encoders import load_video_encoder
 from tests.avhubert_checkpoint import Published, fine_tuned, fine_tuned_ctc, small
-from tools.convert_avhubert import main
 
 # Names as they stand in the published files (from printed models and the conversions that others wrote).
 KNOWN = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mome_dist.commands.features import main
 from mome_dist.config import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus
@@ -15,7 +16,6 @@ from mome_dist.data.features import FeatureStore
 from mome_dist.parallel.plain_world import World
 from mome_dist.training.caching import cache_features
 from tests.encoder_directories import encoder_directories
-from tools.cache_features import main
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mome_dist.adapters.terms import SHARED, TASK
+from mome_dist.commands import verify as verify_layouts
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
 from mome_dist.moe.forms.registry import find_form
 from tests.contributed import PAGE, add_form, section, write_config
 from tests.unit import test_expert_forms as of_forms
-from tools import verify_layouts
 
 
 def test_a_method_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
+from mome_dist.commands import plan as plan_layout
+from mome_dist.commands import tune as tune_deepspeed
+from mome_dist.commands import verify as verify_layouts
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import deepspeed_of, settled, write_deepspeed
 from mome_dist.config.deepspeed.keys import KEYS, ZERO
@@ -34,7 +37,6 @@ from mome_dist.engine.engine import check_settings
 from mome_dist.errors import UserError
 from mome_dist.paths import configs_dir
 from tests.deepspeed_configurations import PUBLIC, named_keys, public, stripped, without
-from tools import plan_layout, tune_deepspeed, verify_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["experiment=tiny"]  # 16 utterances a step, adamw

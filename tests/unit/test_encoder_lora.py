@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mome_dist.commands import features as cache_features
 from mome_dist.config import load_config
 from mome_dist.config.derived import lora_of
 from mome_dist.config.schema import RunConfig
@@ -23,7 +24,6 @@ from mome_dist.planning.memory import FP32, memory
 from mome_dist.speech.lora import LoRATerms, lora_layers
 from mome_dist.verification.encoders import trained_encoders
 from tests.encoder_directories import encoder_directories
-from tools import cache_features
 
 ONLINE = ["experiment=tiny", "data.features=online"]
 EVERYWHERE = {stream: f"{{rank: 3, targets: [{', '.join(names)}]}}" for stream, names in LORA_TARGETS.items()}

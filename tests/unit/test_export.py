@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mome_dist import evaluate, transcribe
 from mome_dist.checkpoint.adapter import CARD, CONFIG, SUMS, WEIGHTS
 from mome_dist.checkpoint.format import CheckpointReader, find_checkpoint, fingerprint
+from mome_dist.commands import export as command
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
@@ -23,7 +24,6 @@ from mome_dist.export.adapter import export_adapter
 from mome_dist.export.model_card import model_card
 from mome_dist.inference.load import load_run
 from tests.evaluation_run import STEP, make_run
-from tools import export_adapter as command
 
 FILES = {WEIGHTS, CONFIG, CARD, SUMS}
 FROZEN = {"llm": "llm", "audio_encoder": "whisper", "video_encoder": "lips"}  # where `make_run` puts them

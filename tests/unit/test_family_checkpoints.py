@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperModel
 
 from mome_dist import transcribe
+from mome_dist.commands import convert_family as command
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
 from mome_dist.export.family import convert_family
@@ -29,7 +30,6 @@ from tests.avhubert_checkpoint import small
 from tests.family_checkpoint import PROMPTS, RANK, RESERVED, WIDTH, Published, llm_directory
 from tests.hub_server import files_of
 from tests.whisper_directory import whisper_directory
-from tools import convert_family as command
 
 TASKS = {"audio": "asr", "video": "vsr", "audiovisual": "avsr"}
 

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
 from mome_dist.checkpoint.format import fingerprint
+from mome_dist.commands import plan as plan_layout
 from mome_dist.config import load_config, save_config
 from mome_dist.config.load import load_saved_config
 from mome_dist.config.models import settle_evaluation, settle_models
@@ -33,7 +34,6 @@ from mome_dist.preflight import validate_overrides
 from tests.evaluation_run import add_checkpoint, make_run
 from tests.hub_server import Hub, Repository, serving, use_hub
 from tests.tiny_llms import llama3, save
-from tools import plan_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = HubModel("owner/tiny-llama")

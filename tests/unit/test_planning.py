@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from mome_dist.commands import plan as plan_layout
 from mome_dist.config import load_config
 from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.schema import ParallelConfig
@@ -29,7 +30,6 @@ from mome_dist.planning.search import predict, search
 from mome_dist.planning.speed import all_reduce, step_time
 from mome_dist.planning.write import deepspeed_settings, write_parallel
 from mome_dist.speech.views import View
-from tools import plan_layout
 
 WIDTHS = {"audio": 384, "video": 128}
 NODE = cluster_of_gpus("h100", 1, 8)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import plan_layout
+from mome_dist.commands import plan as plan_layout
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 EXAMPLE = re.compile(r"```bash\npython tools/plan_layout\.py ([^\n]*)\n```\n\n```text\n(.*?)```", re.DOTALL)

@@ -1,4 +1,4 @@
-"""`tools/prepare_lrs.py` on real faces and real speech: trees and lists become corpora, whatever happens on the way."""
+"""`mome-dist prepare` on real faces and real speech: trees and lists become corpora, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import webdataset
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from mome_dist.assets import asset_dir
+from mome_dist.commands.prepare import main
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, encode_video
 from mome_dist.data.preparation import utterances
@@ -26,7 +27,6 @@ from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.speech.geometry import AVHUBERT
 from mome_dist.text import normalize
 from tests.face_films import TEXTS, crop_mouth, face_video, speech, write_clip, write_lrs2, write_lrs3
-from tools.prepare_lrs import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 from mome_dist import transcribe
 from mome_dist.checkpoint.adapter import CARD, CONFIG, FIRST, FIRST_WEIGHTS, INDEX, SUMS, WEIGHTS
+from mome_dist.commands import export as command
 from mome_dist.config.schema import LLMLoRAConfig, MixtureConfig, RunConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
@@ -31,7 +32,6 @@ from mome_dist.speech.sequence import pack
 from mome_dist.speech.views import View
 from tests.evaluation_run import WIDTHS, make_run
 from tests.hub_server import files_of, serving, use_hub
-from tools import export_adapter as command
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEW = View("avsr", 4, 5)
