@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 
 STAMP := $(VENV)/.setup-stamp
 PY := $(VENV)/bin/python
+MOME_DIST := $(VENV)/bin/mome-dist
 export PYTHON TORCH_PIP_ARGS
 
 .PHONY: help setup assets lint test quickstart clean
@@ -28,7 +29,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt tools/setup_environment.sh too
 	touch $@
 
 assets: setup  ## fetch the pretrained models into the cache (a second run does nothing)
-	$(PY) tools/fetch_assets.py
+	$(MOME_DIST) fetch
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -40,16 +41,16 @@ lint: setup  ## ruff and mypy
 test: export CUDA_VISIBLE_DEVICES :=
 test: export MOME_DIST_TEST_DEVICE := cpu
 test: setup lint  ## lint and all tests, on the CPU
-	$(PY) tools/fetch_assets.py --for-tests
+	$(MOME_DIST) fetch --for-tests
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
-	$(PY) tools/fetch_assets.py
-	$(PY) tools/make_corpus.py
-	$(PY) -m launchers.local --nproc 2 --module mome_dist.pretrain_video
-	$(PY) -m launchers.local --nproc 2 experiment=quickstart
-	$(PY) -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart baselines=[chance,untrained]
-	$(PY) -m mome_dist.report runs/quickstart
+	$(MOME_DIST) fetch
+	$(MOME_DIST) prepare synthetic
+	$(MOME_DIST) launch --nproc 2 pretrain video
+	$(MOME_DIST) launch --nproc 2 train experiment=quickstart
+	$(MOME_DIST) launch --nproc 2 evaluate runs/quickstart baselines=[chance,untrained]
+	$(MOME_DIST) report runs/quickstart
 
 clean:  ## remove build products and tool caches; .venv, runs and the cache of models stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

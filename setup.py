@@ -40,6 +40,7 @@ REQUIREMENTS = [
     "hydra-submitit-launcher>=1.2,<1.3",
     "psutil>=7.2,<8",
     "rich>=15,<16",
+    "argcomplete>=3.7,<4",
     # data
     "webdataset>=1.0.2,<1.1",
     "numpy>=2.4,<2.6",
@@ -106,6 +107,7 @@ if __name__ == "__main__":
         # The Hydra tree stays at the top of a checkout, where users edit it; a wheel carries it as mome_dist/configs.
         package_dir={"mome_dist.configs": "configs"},
         package_data={"mome_dist": ["py.typed"], "mome_dist.configs": ["**/*.yaml", "**/*.json"]},
+        entry_points={"console_scripts": ["mome-dist = mome_dist.commands.main:main"]},
         install_requires=REQUIREMENTS,
         extras_require=EXTRAS,
         classifiers=[

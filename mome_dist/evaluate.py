@@ -1,13 +1,13 @@
 """Command: word error rates of a trained model, in any views and conditions, with intervals and costs.
 
-    python -m mome_dist.evaluate runs/quickstart
-    python -m mome_dist.evaluate checkpoint=DIR 'rates=[asr(4),avsr(16,5)]' split=test baselines=[chance,untrained]
-    python -m mome_dist.evaluate checkpoint=DIR noise=[clean,babble] snr=[-5,0,5,10] video_corruption=[none,blur]
-    python -m mome_dist.evaluate checkpoint=DIR select=best compare=runs/other
-    python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart
+    mome-dist evaluate runs/quickstart
+    mome-dist evaluate runs/quickstart 'rates=[asr(4),avsr(16,5)]' split=test baselines=[chance,untrained]
+    mome-dist evaluate runs/quickstart noise=[clean,babble] snr=[-5,0,5,10] video_corruption=[none,blur]
+    mome-dist evaluate runs/quickstart select=best compare=runs/other
+    mome-dist launch --nproc 2 evaluate runs/quickstart
 
-The first argument (or checkpoint=DIR) is a run, one checkpoint of it, or an export (tools/export_adapter.py), which
-needs output=DIR. select is latest, best (lowest validation loss) or average:N. Rates that were not trained need
+The first argument (or checkpoint=DIR) is a run, one checkpoint of it, or an export (`mome-dist export`), which needs
+output=DIR. select is latest, best (lowest validation loss) or average:N. Rates that were not trained need
 untrained_rates=true. noise names "clean", "babble" and directories of recordings; video_corruption "none", occlusion,
 blur, missing_frames and missing_video, each with or without :severity. Further keys: corpus, limit, output, seed;
 num_beams, max_new_tokens, tokens_per_second, length_penalty, static_cache, batch_size, device_map and precision (bf16,

@@ -1,6 +1,6 @@
 """Command: a run as a Markdown page with figures.
 
-    python -m mome_dist.report runs/quickstart
+    mome-dist report runs/quickstart
 
 The argument may be a checkpoint of the run, too; run=DIR says the same. Writes ``report/report.md`` and PNG figures
 into the run directory. Works while the run trains, and before it is evaluated.
@@ -20,7 +20,7 @@ from mome_dist.trained import run_of
 
 @dataclass
 class ReportRequest:
-    """Arguments of ``mome_dist.report``: ``run``, a run directory."""
+    """Arguments of ``mome-dist report``: ``run``, a run directory."""
 
     run: str = ""
 
@@ -28,9 +28,13 @@ class ReportRequest:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse ``key=value`` arguments and write the report."""
-    request = parse_request(ReportRequest, sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    request = parse_request(ReportRequest, arguments)
     if not request.run:
-        raise UserError("no run is named: give its directory, python -m mome_dist.report runs/NAME.")
+        raise UserError("no run is named: give its directory, mome-dist report runs/NAME.")
     run = run_of(request.run)
     from mome_dist.evaluation.report import write_report  # slow: torch
 

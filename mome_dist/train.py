@@ -1,7 +1,12 @@
-"""Train a run: ``python -m mome_dist.train experiment=NAME key=value ...``
+"""Train a run.
 
-Alone it trains in one process; a launcher starts it on every rank of a layout, e.g.
-``python -m launchers.local --nproc 2 experiment=tiny``. The keys are those of ``configs/``.
+    mome-dist train experiment=quickstart
+    mome-dist train experiment=tiny parallel=single training.steps=50 optimizer.learning_rate=1e-3
+    mome-dist launch --nproc 2 train experiment=tiny
+
+An experiment is a whole run, and key=value arguments change it: the keys and their groups are those of configs/, which
+`mome-dist config show experiment=NAME` prints with what they mean. Alone it trains in one process; `mome-dist launch`
+starts it on every rank of a layout, here or on Slurm. Started again, a run continues from its newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Command: what is said in one audio or video file.
 
-    python -m mome_dist.transcribe RUN FILE --audio-rate 4                     speech alone
-    python -m mome_dist.transcribe RUN FILE --video-rate 2                     lips alone
-    python -m mome_dist.transcribe RUN FILE --audio-rate 4 --video-rate 2      both
+    mome-dist transcribe runs/quickstart CLIP.mp4 --audio-rate 4                     speech alone
+    mome-dist transcribe runs/quickstart CLIP.mp4 --video-rate 2                     lips alone
+    mome-dist transcribe runs/quickstart CLIP.mp4 --audio-rate 4 --video-rate 2      both
 
-RUN is a run, one checkpoint of it, or an export (tools/export_adapter.py), which needs nothing else of the run.
+The first argument is a run, one checkpoint of it, or an export (`mome-dist export`), which needs nothing else of it.
 The text goes to stdout and nothing else does. Where the video shows a face, its mouth is found and cropped first;
 96x96 mouth crops, as in a corpus, are taken as they are.
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, add_frozen_options, frozen_of, main_guard
+from mome_dist.cli import Parser, add_frozen_options, command_parser, frozen_of, main_guard
 from mome_dist.config.derived import views_of
 from mome_dist.config.models import config_of_trained
 from mome_dist.data.films import film_with
@@ -27,17 +27,22 @@ from mome_dist.speech.views import streams_read, view_of
 from mome_dist.trained import find_trained, place_argument
 
 
-@main_guard
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and print the text."""
-    parser = Parser(prog="python -m mome_dist.transcribe", description=__doc__)
+def command_line() -> Parser:
+    """Its arguments and options."""
+    parser = command_parser("transcribe", __doc__)
     parser.add_argument("run", type=place_argument, help="run directory, one checkpoint of it, or an export")
     parser.add_argument("file", type=Path, help="audio or video file")
     parser.add_argument("--audio-rate", type=int, metavar="A", help="audio frames (50 a second) per token")
     parser.add_argument("--video-rate", type=int, metavar="V", help="video frames (25 a second) per token")
     parser.add_argument("--num-beams", type=int, metavar="N", help="1 is greedy search (default: as the run has it)")
     add_frozen_options(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@main_guard
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and print the text."""
+    options = command_line().parse_args(arguments)
     view = view_of(options.audio_rate, options.video_rate)
     if options.num_beams is not None and options.num_beams < 1:
         raise UserError(f"--num-beams {options.num_beams} must be at least 1.")

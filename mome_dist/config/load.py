@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +19,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
-from mome_dist.hints import did_you_mean, hint, near
+from mome_dist.hints import SWEEP, did_you_mean, hint, near
 from mome_dist.hub import SCHEME, portable
 from mome_dist.paths import cache_root, configs_dir
 from mome_dist.system_errors import note_places
@@ -29,7 +30,7 @@ Section = TypeVar("Section")
 def register_resolvers() -> None:
     # ${cache:assets/x} in a YAML file is x in the cache directory of whoever runs it.
     OmegaConf.register_new_resolver("cache", lambda path: str(cache_root() / path), replace=True)
-    # ${synthetic_corpus:} is where tools/make_corpus.py puts the corpus of the default settings.
+    # ${synthetic_corpus:} is where mome-dist prepare synthetic puts the corpus of the default settings.
     OmegaConf.register_new_resolver(
         "synthetic_corpus", lambda: str(default_corpus_dir(SyntheticSettings())), replace=True
     )
@@ -67,15 +68,35 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         composed = compose("config", list(overrides), return_hydra_config=True)
-        chosen = composed.hydra.runtime.choices
-        family = (chosen.method or "mome").partition("/")[0]
-        group = f"published/{chosen.experiment}"
-        for name in (f"{family}_{chosen.task}", family):
-            if (configs_dir() / group / f"{name}.yaml").is_file():
-                return compose("config", [*overrides, f"+{group}={name}"])
+        if published := _published(composed):
+            return compose("config", [*overrides, published])
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     return composed
+
+
+def _published(composed: DictConfig) -> str | None:
+    """The override that chooses the file of ``configs/published`` for a composition, if there is one."""
+    chosen = composed.hydra.runtime.choices
+    family = (chosen.method or "mome").partition("/")[0]
+    group = f"published/{chosen.experiment}"
+    names = (f"{family}_{chosen.task}", family)
+    return next((f"+{group}={name}" for name in names if (configs_dir() / group / f"{name}.yaml").is_file()), None)
+
+
+def files_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """The YAML files that `load_config` composes, the last word last.
+
+    Returns:
+        Of each, its place in ``configs`` without the suffix, and the key that its own keys are below ("" for none).
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        composed = compose("config", list(overrides), return_hydra_config=True)
+        words = [*overrides, *filter(None, [_published(composed)])]
+        chosen = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
+    files = [(each.config_path or "", each.package or "") for each in chosen]
+    return [(path, package) for path, package in files if path and not path.startswith("hydra/")]
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
@@ -242,6 +263,9 @@ def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] |
     told = str(error).replace(f"{UserError.__name__} raised while resolving interpolation: ", "")
     if missing := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)'", told):
         return _no_option(missing[2], missing[1].removeprefix(f"{missing[2]}/"))
+    if ambiguous := re.match(r"Ambiguous value for argument '([^']*)'", told):
+        key, _, value = ambiguous[1].partition("=")
+        return f"{ambiguous[1]} are several values: one value as a list is {key}=[{value}]; {SWEEP}."
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
     unknown = bool(lines) and (lines[0].startswith(("Could not override", "Key")) and lines[0] != key)
@@ -258,7 +282,7 @@ def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] |
     if key in keys:
         section, _, last = key.rpartition(".")
         return f"{key} cannot be set, because {section} is null here: set '{section}={{{last}: ...}}'."
-    if known is None and "." not in key and (group := near(key, _groups(), 1, looks=0.8)):
+    if known is None and "." not in key and (group := near(key, groups(), 1, looks=0.8)):
         return f"unknown configuration key {key!r}{did_you_mean(group)}"
     return f"unknown configuration key {key!r}{hint(key, keys)}"
 
@@ -282,13 +306,15 @@ def _no_override(word: str) -> str:
     """What to say of an argument without ``=``: which experiment, option or key it may stand for."""
     if word in options_of("experiment"):
         return f"argument {word!r} is not of the form key=value; did you mean experiment={word}?"
+    if word in ("-m", "--multirun"):
+        return f"{word} is no option of one run; {SWEEP}."
     if word.startswith("-"):
         meant = hint(word.lstrip("-").replace("-", "_"), list(_known_keys(RunConfig, "")))
         return f"argument {word!r} is not of the form key=value, and there are no options here{meant}"
     return f"argument {word!r} is not of the form key=value, such as experiment=tiny or training.steps=50."
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
     """The groups of a run, which overrides choose a file of."""
     others = ("launcher", "published")
     return sorted(path.name for path in configs_dir().iterdir() if path.is_dir() and path.name not in others)
@@ -308,6 +334,11 @@ def _no_option(group: str, option: str) -> str:
         return f"{told}; for a model of your own write {group}.path={option}"
     inside = [name for name in known if name.startswith(f"{option}/")]
     return f"{told}{did_you_mean(inside or near(option, known)) or '.'} There are {', '.join(known)}."
+
+
+def all_keys() -> list[str]:
+    """Every key of a run, those too of sections that may be null."""
+    return list(_known_keys(RunConfig, ""))
 
 
 def _known_keys(schema: Any, prefix: str) -> Iterator[str]:

@@ -22,5 +22,10 @@ def fast_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 in hardware."""
     can = torch.cpu.get_capabilities()
-    return "bf16" if any(can.get(name, False) for name in _BF16_PRODUCTS) else "fp32"
+    return any(can.get(name, False) for name in _BF16_PRODUCTS)

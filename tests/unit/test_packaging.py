@@ -158,6 +158,8 @@ def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
     expected = {path.relative_to(source / "configs") for path in (source / "configs").rglob("*.yaml")}
     packaged = site / "mome_dist" / "configs"
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == expected
+    entry = next(site.glob("*.dist-info/entry_points.txt")).read_text(encoding="utf-8")
+    assert "mome-dist = mome_dist.commands.main:main" in entry
     located = subprocess.run(
         [sys.executable, "-c", "from mome_dist.paths import configs_dir; print(configs_dir())"],
         cwd=tmp_path,
@@ -167,6 +169,15 @@ def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
         check=True,
     )
     assert Path(located.stdout.strip()) == packaged
+    shown = subprocess.run(
+        [sys.executable, "-m", "mome_dist", "config", "show", "experiment=tiny"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "# configs/llm/tiny.yaml: " in shown.stdout
 
 
 def test_a_checkout_uses_its_own_configuration_tree() -> None:

@@ -175,7 +175,7 @@ _LOSS_SCALE = ("loss_scale", "initial_scale_power", "loss_scale_window", "hyster
 _BF16 = ("immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states")
 _RECOMPUTE = "remove it and set parallel.recompute=full or selective"
 _ELSEWHERE = "remove it: "
-_TUNER = "remove it and use tools/tune_deepspeed.py"
+_TUNER = "remove it and use mome-dist tune"
 
 KEYS: dict[str, Rule] = {
     "zero_optimization": Section(ZERO),
@@ -222,7 +222,7 @@ KEYS: dict[str, Rule] = {
         *("recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
     ),
     "comms_logger": _switched(
-        _ELSEWHERE + "tools/check_cluster.py measures links", "prof_all", "prof_ops", "verbose", "debug"
+        _ELSEWHERE + "mome-dist check measures links", "prof_all", "prof_ops", "verbose", "debug"
     ),
     "dump_state": Only([False], _ELSEWHERE + "config.yaml of a run and its first lines say what it runs with"),
     "log_level": Harmless("DeepSpeed's own messages are printed from errors on"),

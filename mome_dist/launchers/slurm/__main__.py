@@ -1,8 +1,9 @@
 """Submit a run to Slurm.
 
-    python -m launchers.slurm experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8
-    python -m launchers.slurm --dry-run experiment=tiny launcher.nodes=2
-    python -m launchers.slurm --module mome_dist.evaluate checkpoint=runs/lrs3 launcher.tasks_per_node=8
+    mome-dist launch slurm launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8 train experiment=lrs3
+    mome-dist launch slurm --dry-run launcher.nodes=2 train experiment=tiny
+    mome-dist launch slurm launcher.tasks_per_node=8 evaluate runs/lrs3
+    python -m launchers.slurm experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8
 
 The request is checked here, then ``slurm/train.sh`` (or ``slurm/eval.sh``) is given to sbatch. Run it in the root of
 the checkout.

@@ -243,7 +243,7 @@ def load_steps(own: Sequence[str]) -> Steps:
         if not word.startswith(STEP_KEYS):
             raise UserError(
                 f"{word}: inside a job only {' and '.join(STEP_KEYS)} act; give the others to sbatch or to "
-                "python -m launchers.slurm."
+                "mome-dist launch slurm."
             )
     options = load_group("launcher", "slurm", own, SlurmOptions)
     check_container(options)

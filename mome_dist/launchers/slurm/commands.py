@@ -21,7 +21,7 @@ def require_slurm(program: str = "sbatch") -> None:
     if shutil.which(program) is None:
         raise UserError(
             f"there is no {program} on this machine: run this on a login node of a Slurm cluster, or start the same "
-            "run here with `python -m launchers.local --nproc N`."
+            "run here with `mome-dist launch --nproc N`."
         )
 
 

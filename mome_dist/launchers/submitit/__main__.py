@@ -1,7 +1,8 @@
 """Run through Submitit: one job, or a Hydra sweep as a job array.
 
-    python -m launchers.submitit experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8
-    python -m launchers.submitit --multirun experiment=lrs3 optimizer.learning_rate=5e-4,1e-3 launcher.tasks_per_node=8
+    mome-dist launch submitit launcher.nodes=2 launcher.tasks_per_node=8 launcher.gpus_per_node=8 train experiment=lrs3
+    mome-dist launch submitit --multirun launcher.tasks_per_node=8 train experiment=lrs3 seed=0,1
+    python -m launchers.submitit experiment=lrs3 launcher.nodes=2 launcher.tasks_per_node=8
 
 A job is submitted and left alone; it requeues itself and continues. A sweep waits for its jobs and prints their losses.
 """

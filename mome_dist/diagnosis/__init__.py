@@ -1,0 +1,1 @@
+"""What an installation has, and what it lacks for which command."""
