@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-_FETCH = "run `python tools/fetch_assets.py {name}`"
-_AVHUBERT = "run `python tools/convert_avhubert.py CHECKPOINT.pt` on the published checkpoint"
-_PRETRAIN_VIDEO = "run `python -m mome_dist.pretrain_video`"
+_FETCH = "run `mome-dist fetch {name}`"
+_AVHUBERT = "run `mome-dist convert avhubert CHECKPOINT.pt` on the published checkpoint"
+_PRETRAIN_VIDEO = "run `mome-dist pretrain video`"
 
 MADE: Mapping[str, str] = {
     "smollm2-135m": _FETCH,
     "whisper-tiny.en": _FETCH,
-    "tiny": "run `python -m mome_dist.pretrain_llm`",
+    "tiny": "run `mome-dist pretrain llm`",
     "visemes": _PRETRAIN_VIDEO,
     "avhubert-base": _AVHUBERT,
     "avhubert-large": _AVHUBERT,

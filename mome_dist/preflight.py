@@ -275,5 +275,5 @@ def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
     found = "an unknown one, as older versions made it" if corpus.geometry is None else repr(corpus.geometry)
     raise UserError(
         f"{corpus.directory}: the geometry of its crops is {found}, but video_encoder.path={str(encoder)!r} expects "
-        f"{expected!r}: prepare it again with tools/prepare_lrs.py --geometry {expected}, or choose another encoder."
+        f"{expected!r}: prepare it again with --geometry {expected} (mome-dist prepare), or choose another encoder."
     )

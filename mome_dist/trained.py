@@ -114,8 +114,7 @@ def nothing_at(place: str | Path) -> UserError:
         return UserError(f"{path} holds {', '.join(map(str, inside[:_SHOWN]))}: name one of them.")
     if any(path.glob("mp_rank_*")) or any(path.glob("*/mp_rank_*")):
         return UserError(
-            f"{path} is a checkpoint of DeepSpeed: make one of this project's of it with "
-            "`python tools/reshard_checkpoint.py`."
+            f"{path} is a checkpoint of DeepSpeed: make one of this project's of it with `mome-dist reshard`."
         )
     if (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file():
         return UserError(f"{path} is a run without a checkpoint yet: training.save_every says when it saves one.")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a corpus of LRS3, LRS2 or lists of clips: every task of the array does its part, and the last one joins all.
-# A task that was killed or preempted goes on where it was. Arguments are those of tools/prepare_lrs.py:
+# A task that was killed or preempted goes on where it was. Arguments are those of mome-dist prepare:
 #   sbatch --array=0-15 --cpus-per-task=16 --time=12:00:00 slurm/prepare.sh lrs3 /data/lrs3 corpora/lrs3
 #SBATCH --job-name=mome-prepare
 #SBATCH --output=slurm-%A_%a.out
@@ -8,4 +8,4 @@
 #SBATCH --requeue
 
 source slurm/common.sh || exit 2 # from the root of the checkout, where sbatch was called
-exec "$MOME_DIST_PYTHON" tools/prepare_lrs.py "$@"
+exec "$MOME_DIST_PYTHON" -m mome_dist prepare "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train any experiment; `python -m launchers.slurm` submits this. Arguments are Hydra overrides:
+# Train any experiment; `mome-dist launch slurm` submits this. Arguments are Hydra overrides:
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/train.sh experiment=quickstart parallel.ep=4
 #SBATCH --job-name=mome
 #SBATCH --output=slurm-%j.out

@@ -2,7 +2,7 @@
 
 ``asset_dir("smollm2-135m")`` and ``asset_dir("whisper-tiny.en")`` are plain Hugging Face directories that Transformers
 loads offline; ``asset_dir("face-mesh")`` is what `mome_dist.data.preparation` finds faces with.
-``python tools/fetch_assets.py`` puts them into the cache.
+``mome-dist fetch`` puts them into the cache.
 """
 
 from mome_dist.assets.asset import Asset, Source

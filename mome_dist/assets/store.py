@@ -22,7 +22,7 @@ from mome_dist.paths import cache_root
 
 FORMAT = "mome_dist.asset/1"
 MANIFEST = "asset.json"
-_FETCH_HINT = "run `python tools/fetch_assets.py`"
+_FETCH_HINT = "run `mome-dist fetch`"
 
 Progress = Callable[[str], None]
 """Told one short line at the start of each stage of a fetch."""

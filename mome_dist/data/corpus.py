@@ -185,7 +185,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         wrong = f"{path}: no manifest" if directory.is_dir() else f"{directory} {no_folder(directory)}"
         raise UserError(
             f"{wrong}; give a corpus directory (training: data.corpus=DIR, mome_dist.evaluate: corpus=DIR), or make "
-            "one with tools/make_corpus.py (synthetic) or tools/prepare_lrs.py (of a data set)"
+            "one with mome-dist prepare synthetic (synthetic) or mome-dist prepare (of a data set)"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -248,7 +248,7 @@ def _figure(out: Path, name: str, figure: Any, title: str, reading: str) -> str:
 
 def _losses(files: RunFiles, out: Path) -> Sequence[str]:
     if not files.log.steps:
-        return ["## Training\n", "No `metrics.jsonl` in the run yet: train it with `python -m mome_dist.train`.\n"]
+        return ["## Training\n", "No `metrics.jsonl` in the run yet: train it with `mome-dist train`.\n"]
     reading = (
         "How to read it: cross-entropy on text and end tokens, on a logarithmic axis; a dot far above its line is "
         "overfitting, a view whose line lies above the others is the hard one."
@@ -262,7 +262,7 @@ def _losses(files: RunFiles, out: Path) -> Sequence[str]:
 def _evaluate_command(files: RunFiles) -> str:
     # Features of an encoder that trained are not those of the model before training.
     baselines = "chance" if lora_of(files.config) else "chance,untrained"
-    return f"`python -m mome_dist.evaluate checkpoint={files.directory} baselines=[{baselines}]`"
+    return f"`mome-dist evaluate {files.directory} baselines=[{baselines}]`"
 
 
 def _recognition(files: RunFiles, out: Path) -> Sequence[str]:

@@ -267,7 +267,7 @@ def _check_video(tensors: Mapping[str, Tensor], config: RunConfig, own: Path | N
             raise UserError(f"--own-video-encoder {own}: the checkpoint holds no AV-HuBERT of its own.")
         return
     if not isinstance(encoder, AVHubertEncoder):
-        raise UserError(f"{place} is no AV-HuBERT; make one of the published file with tools/convert_avhubert.py.")
+        raise UserError(f"{place} is no AV-HuBERT; make one of the published file with mome-dist convert avhubert.")
     theirs = convert(found, {}, {HEADS: encoder.config.heads, PRE_NORM: True}).encoder
     ours, moved = encoder.state_dict(), []
     for name, value in theirs.state_dict().items():

@@ -166,7 +166,7 @@ def _find_frozen(saved: Saved, section: str, given: str | Path | None) -> Path:
     )
     if others:
         raise UserError(f"{section}: {others[0]} is not the model that {saved.directory} was trained with; {fix}.")
-    asset = ", or fetch it with `python tools/fetch_assets.py`" if recorded.name in ASSETS else ""
+    asset = ", or fetch it with `mome-dist fetch`" if recorded.name in ASSETS else ""
     raise UserError(f"{section}: {places[0]} does not exist; {fix}{asset}.")
 
 

@@ -73,7 +73,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     if options.measured is not None:
         return measured_cluster(options.measured, options.nodes, options.ranks_per_node)
     if options.gpu is None:
-        raise UserError("name the machine: --gpu NAME (public figures), or --measured FILE of tools/check_cluster.py.")
+        raise UserError("name the machine: --gpu NAME (public figures), or --measured FILE of mome-dist check.")
     return cluster_of_gpus(options.gpu, options.nodes or 1, options.ranks_per_node or 8)
 
 
@@ -204,9 +204,7 @@ def _record(job: Job, cluster: Cluster, checks: Sequence[Check], found: Search, 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """The options that name the machine."""
     parser.add_argument("--gpu", help="a GPU with public figures, such as h100")
-    parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="JSON of tools/check_cluster.py or benchmarks.gpu"
-    )
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="JSON of mome-dist check or benchmarks.gpu")
     parser.add_argument("--nodes", type=int, help="nodes (1, or as measured)")
     parser.add_argument("--ranks-per-node", type=int, help="GPUs or processes of a node (8, or as measured)")
 

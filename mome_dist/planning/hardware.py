@@ -135,7 +135,7 @@ def cluster_of_gpus(name: str, nodes: int, gpus_per_node: int) -> Cluster:
     """
     gpu = GPUS.get(name.lower())
     if gpu is None:
-        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others, measure with tools/check_cluster.py.")
+        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others, measure with mome-dist check.")
     inside, between = public_links(gpu)
     return Cluster(
         name=f"{nodes} x {gpus_per_node} {name.upper()} (public figures)",

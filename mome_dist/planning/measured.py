@@ -1,4 +1,4 @@
-"""The machine that a plan is for, as it was measured: by `tools/check_cluster.py`, or by a benchmark of one GPU."""
+"""The machine that a plan is for, as it was measured: by `mome-dist check`, or by a benchmark of one GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Check:
 
 
 def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int | None = None) -> Cluster:
-    """A cluster from the JSON file that `tools/check_cluster.py` wrote, or a benchmark of a GPU (`benchmarks.gpu`); the
+    """A cluster from the JSON file that `mome-dist check` wrote, or a benchmark of a GPU (`benchmarks.gpu`); the
     sizes may be another allocation's.
 
     Raises:
@@ -60,8 +60,7 @@ def measured_cluster(path: Path, nodes: int | None = None, ranks_per_node: int |
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--measured {path}: is no measurement of tools/check_cluster.py or benchmarks.gpu ({error!r}); run it "
-            "again."
+            f"--measured {path}: is no measurement of mome-dist check or benchmarks.gpu ({error!r}); run it again."
         ) from error
 
 
@@ -113,7 +112,7 @@ def _links(found: Mapping[str, Any], name: str, ranks: int) -> tuple[Link, Link]
     known = known_gpu(found.get("gpu", ""))
     if known is None:
         raise UserError(
-            f"--measured {name}: was measured on one rank, so it tells nothing of links: run tools/check_cluster.py on "
+            f"--measured {name}: was measured on one rank, so it tells nothing of links: run mome-dist check on "
             f"{ranks} ranks, or set --nodes 1 --ranks-per-node 1."
         )
     return public_links(GPUS[known])

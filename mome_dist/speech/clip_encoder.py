@@ -221,8 +221,8 @@ def read_document(directory: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}). Make a video encoder with `python -m mome_dist.pretrain_video` or "
-            "`python tools/convert_avhubert.py`."
+            f"{path} cannot be read ({error}). Make a video encoder with `mome-dist pretrain video` or "
+            "`mome-dist convert avhubert`."
         ) from error
     if not isinstance(document, dict):
         raise UserError(f"{path} holds no JSON object. Make the encoder again.")

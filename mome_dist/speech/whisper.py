@@ -99,7 +99,7 @@ class WhisperAudioEncoder(nn.Module):
             if not (directory / name).is_file():
                 raise UserError(
                     f"{directory} is no Whisper directory: {name} is missing. "
-                    "Run `python tools/fetch_assets.py` or point the audio encoder at a Hugging Face Whisper directory."
+                    "Run `mome-dist fetch` or point the audio encoder at a Hugging Face Whisper directory."
                 )
         if not any(directory.glob("model*.safetensors")):
             raise UserError(f"{directory} holds no weights: model.safetensors is missing. Download the model again.")

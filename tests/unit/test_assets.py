@@ -190,7 +190,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Asset:
 
 
 def test_fetch_publishes_once_and_then_does_nothing(toy: registry.Asset) -> None:
-    with pytest.raises(UserError, match=r"python tools/fetch_assets.py"):
+    with pytest.raises(UserError, match=r"mome-dist fetch"):
         store.asset_dir("toy")
     assert store.fetch("toy") is True
     directory = store.asset_dir("toy")

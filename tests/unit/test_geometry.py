@@ -72,7 +72,7 @@ def overrides(tmp_path: Path) -> list[str]:
 def test_a_run_refuses_crops_of_another_geometry(overrides: list[str], tiny_corpus_dir: Path, tmp_path: Path) -> None:
     message = (
         f"{tiny_corpus_dir}: the geometry of its crops is 'rendered', but video_encoder.path='{tmp_path / 'lips'}' "
-        "expects 'avhubert': prepare it again with tools/prepare_lrs.py --geometry avhubert, or choose another encoder."
+        "expects 'avhubert': prepare it again with --geometry avhubert (mome-dist prepare), or choose another encoder."
     )
     config = load_config([*overrides, f"data.corpus={tiny_corpus_dir}"])
     (tmp_path / "lips/model.safetensors").unlink()  # no model is loaded before it is refused

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from mome_dist.config.load import _groups, _known_keys, options_of
+from mome_dist.commands.launch import LAUNCHERS
+from mome_dist.commands.launch import command_line as launch_line
+from mome_dist.commands.registry import BY_NAME, family_of
+from mome_dist.config.load import _known_keys, groups, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.preparation.clips import SPLITS
 from mome_dist.data.preparation.settings import PreparationSettings
@@ -27,11 +30,12 @@ from mome_dist.paths import configs_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 FILLED = "\0"  # stands for what a message fills in
+COMMAND = r"(?<![\w/-])mome-dist((?: +(?![.,;:(])[^\s`'\")\0]+)+)"
 RUN_KEYS = frozenset(_known_keys(RunConfig, "")) | {"mome.router.name"}  # a router's settings are those of its kind
 LAUNCHER_KEYS = frozenset(
     f"launcher.{key}" for schema in (LocalOptions, SlurmOptions, SubmititOptions) for key in _known_keys(schema, "")
 )
-GROUPS = tuple(_groups())
+GROUPS = tuple(groups())
 # Of git, pip, hf, sbatch, srun, scontrol and apptainer.
 FOREIGN = {"--local-dir", "--include", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--array"}
 FOREIGN |= {"--bind"}
@@ -120,14 +124,40 @@ def _is_config(found: re.Match[str]) -> bool:
 
 def test_commands() -> None:
     assert not _wrong(r"(?<![\w/])tools/\w+\.(?:py|sh)", texts(), lambda found: (ROOT / found[0]).is_file())
+    assert not _wrong(COMMAND, texts(), lambda found: _is_command(found[1]))
+    yaml_and_shell = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "slurm").iterdir()]
+    comments = [(str(path), path.read_text(encoding="utf-8")) for path in yaml_and_shell if path.is_file()]
+    assert not _wrong(COMMAND, comments, lambda found: _is_command(found[1]))
     example = ("my.module", "module", "MODULE")
     assert not _wrong(
         r"(?:python|PYTHON\") -m ([\w]+(?:\.\w+)*)", texts(), lambda found: found[1] in example or find_spec(found[1])
     )
 
 
+def _is_command(line: str) -> bool:
+    """Whether what follows ``mome-dist`` begins with a command, and under ``launch`` with options and another one."""
+    line = re.split(r"[.,:;](?:\s|$)", f"{line} ")[0]
+    words = line.split()
+    if words[0] == "launch":
+        launcher = words[1] if words[1:2] and words[1] in LAUNCHERS else "local"
+        parser = launch_line(launcher)
+        own, rest = parser.divide(words[1 + (launcher != "local") :], lambda word: "=" in word)
+        known = all(parser.has_option(word) for word in own if word.startswith("-"))
+        return known and (not rest or _is_command(" ".join(rest)))
+    if family_of(words[0]) and (len(words) == 1 or words[1].startswith("-")):
+        return True
+    return words[0] in ("COMMAND", "--help", "--version") or " ".join(words[:2]) in BY_NAME or words[0] in BY_NAME
+
+
+def test_a_wrong_command_is_seen() -> None:
+    for right in ("prepare lrs3 /data", "prepare", "launch --nproc 2 train x=1", "launch slurm.", "launch --nproc N"):
+        assert _is_command(right)
+    for wrong in ("prepares", "prepare lrs4", "launch --nprocs 2 train", "launch --nproc 2 trains", "launch slurms x"):
+        assert not _is_command(wrong)
+
+
 def test_options() -> None:
-    made = {f"--{field.name.replace('_', '-')}" for field in fields(PreparationSettings)}  # tools/prepare_lrs.py
+    made = {f"--{field.name.replace('_', '-')}" for field in fields(PreparationSettings)}  # mome-dist prepare
     made |= {f"--{split}" for split in SPLITS}
     known = options() | made | FOREIGN | {"--help"}
     assert not _wrong(r"(?<![\w-])--[a-z][a-z-]+(?![\w-]*\0)", messages(), lambda found: found[0] in known)
@@ -186,5 +216,5 @@ def test_every_model_that_a_group_names_has_an_origin(section: str) -> None:
         text = path.read_text()
         for name in re.findall(r"^path: \$\{cache:\w+/([\w.-]+)\}", text, re.MULTILINE):
             assert name in MADE or name in HUB, path
-            told = HUB.get(name) or re.findall(r"`python (?:tools/|-m )([\w./]+)", MADE[name])[0]
+            told = HUB.get(name) or re.findall(r"`(mome-dist [a-z ]*[a-z])", MADE[name])[0]
             assert told in text, f"{path} does not name {told}"

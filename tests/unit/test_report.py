@@ -147,7 +147,7 @@ def test_report_before_and_after_evaluation(
     assert report.main([f"run={run}"]) == 0
     page = (run / "report" / "report.md").read_text()
     assert "Not evaluated yet" in page
-    assert f"python -m mome_dist.evaluate checkpoint={run}" in page
+    assert f"mome-dist evaluate {run}" in page
     assert "No `metrics.jsonl`" in page
 
     write_logs(run)
@@ -192,4 +192,4 @@ def test_the_evaluation_that_a_report_names_can_be_run(tmp_path: Path, method: s
     """An encoder that trains leaves no features of an untrained model, and evaluation refuses that baseline."""
     save_config(load_config(["experiment=tiny", f"method={method}"]), tmp_path / "config.yaml")
     page = write_report(tmp_path).read_text()
-    assert f"checkpoint={tmp_path} baselines=[{baselines}]`" in page
+    assert f"mome-dist evaluate {tmp_path} baselines=[{baselines}]`" in page

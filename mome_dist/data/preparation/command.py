@@ -1,4 +1,4 @@
-"""The command `tools/prepare_lrs.py`: which clips, which part of them, and what is told."""
+"""The command `mome-dist prepare`: which clips, which part of them, and what is told."""
 
 from __future__ import annotations
 
