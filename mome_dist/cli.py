@@ -106,6 +106,8 @@ class Parser(argparse.ArgumentParser):
         position = 0
         while position < len(words):
             word = words[position]
+            if word == "--":
+                return list(words[:position]), list(words[position + 1 :])
             action = self._option_string_actions.get(word.partition("=")[0])
             if action is None and not word.startswith("-") and not is_own(word):
                 break

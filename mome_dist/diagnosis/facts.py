@@ -15,6 +15,7 @@ from typing import Any
 
 import mome_dist
 from mome_dist.assets import ASSETS, asset_dir
+from mome_dist.assets.registry import FACE_MESH
 from mome_dist.config.speech_backends import installed_backends
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.errors import UserError, first_line
@@ -24,31 +25,31 @@ from mome_dist.origins import MADE
 from mome_dist.paths import cache_root, configs_dir
 from mome_dist.versions import UNKNOWN, version_of
 
-# By distribution: a module of it.
-REQUIRED = {
+# By distribution: a module of it. The first are those that every command needs.
+CORE = {
+    "hydra-core": "hydra",
+    "omegaconf": "omegaconf",
+    "huggingface_hub": "huggingface_hub",
+    "tokenizers": "tokenizers",
+    "rich": "rich",
+    "numpy": "numpy",
+    "soundfile": "soundfile",
+    "av": "av",
+    "opencv-python-headless": "cv2",
+}
+FURTHER = {
     "torch": "torch",
     "megatron-core": "megatron",
     "deepspeed": "deepspeed",
     "transformers": "transformers",
-    "tokenizers": "tokenizers",
     "safetensors": "safetensors",
-    "huggingface_hub": "huggingface_hub",
     "accelerate": "accelerate",
-    "hydra-core": "hydra",
-    "omegaconf": "omegaconf",
     "submitit": "submitit",
     "hydra-submitit-launcher": "hydra_plugins",
     "webdataset": "webdataset",
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "soundfile": "soundfile",
-    "av": "av",
-    "opencv-python-headless": "cv2",
     "jiwer": "jiwer",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
-    "rich": "rich",
-    "psutil": "psutil",
     "argcomplete": "argcomplete",
 }
 OPTIONAL = {
@@ -127,7 +128,7 @@ def find_facts(environment: Mapping[str, str] = os.environ) -> Facts:
             "interpreter": sys.executable,
             "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         },
-        packages={name: _version(name, module) for name, module in REQUIRED.items()},
+        packages={name: _version(name, module) for name, module in {**CORE, **FURTHER}.items()},
         optional={name: _version(name, module) for name, module in OPTIONAL.items()},
         cpu={"model": _cpu_model(), "cores": usable_cores(), "bf16": None},
         places={
@@ -187,6 +188,7 @@ def _models() -> dict[str, str | None]:
                 found[name] = str(asset_dir(name))
             except UserError:
                 found[name] = None
+    found.setdefault(FACE_MESH, None)  # MediaPipe has no wheel for this Python or this machine
     for name in MADE:
         kind = "llms" if name == "tiny" else "encoders"
         if name not in found:
@@ -198,12 +200,15 @@ def _models() -> dict[str, str | None]:
 
 
 def _add_memory(facts: Facts) -> None:
-    if facts.packages["psutil"] is None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
         return
-    import psutil
-
-    memory = psutil.virtual_memory()
-    facts.memory = {"total_gb": round(memory.total / 1e9, 1), "free_gb": round(memory.available / 1e9, 1)}
+    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    facts.memory = {
+        "total_gb": round(kilobytes["MemTotal"] * 1024 / 1e9, 1),
+        "free_gb": round(kilobytes["MemAvailable"] * 1024 / 1e9, 1),
+    }
 
 
 def _add_torch(facts: Facts) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mome_dist.diagnosis.facts import Facts
+from mome_dist.assets.registry import ASSETS, FACE_MESH
+from mome_dist.diagnosis.facts import CORE, Facts
 from mome_dist.origins import MADE
 
 _ALL = "every command"
 # Commands that need a package, where it is not nearly all of them.
 _NEEDS = {
-    "megatron-core": "train, pretrain, verify, drill, tune",
+    "torch": "all but plan, config and launch",
+    "transformers": "train, evaluate, transcribe, verify, export",
+    "safetensors": "train, evaluate, transcribe, verify, export",
+    "accelerate": "evaluate and transcribe with device_map, fetch",
+    "megatron-core": "train, verify, drill, tune",
     "deepspeed": "train, verify, drill, tune",
     "submitit": "launch submitit",
     "hydra-submitit-launcher": "launch submitit --multirun",
     "webdataset": "prepare",
-    "soundfile": "train, prepare, evaluate, transcribe",
-    "av": "train, prepare, evaluate, transcribe",
-    "opencv-python-headless": "prepare, transcribe",
     "jiwer": "evaluate",
     "tensorboard": "train",
     "matplotlib": "report, tune",
@@ -82,7 +84,7 @@ def _found(facts: Facts) -> Iterator[Finding]:
 def _packages(facts: Facts) -> Iterator[Finding]:
     for name, version in facts.packages.items():
         if version is None:
-            yield Finding(True, f"{name} is not installed", _NEEDS.get(name, _ALL), f"pip install {name}")
+            yield Finding(name in CORE, f"{name} is not installed", _NEEDS.get(name, _ALL), f"pip install {name}")
     if "error" in facts.torch:
         fix = "install a torch that fits this machine's driver and Python"
         yield Finding(True, f"torch cannot be imported: {facts.torch['error']}", _ALL, fix)
@@ -118,4 +120,6 @@ def _places(facts: Facts) -> Iterator[Finding]:
 def _origin(name: str) -> str:
     if name == "synthetic corpus":
         return "mome-dist prepare synthetic"
+    if name == FACE_MESH and name not in ASSETS:
+        return "Linux on x86-64 with Python 3.11 or 3.12: MediaPipe has no wheel for what this is"
     return MADE.get(name, "run `mome-dist fetch {name}`").format(name=name).removeprefix("run ").replace("`", "")

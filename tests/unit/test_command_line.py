@@ -241,7 +241,8 @@ def test_doctor_finds_nothing_broken_where_the_tests_run(facts: Facts) -> None:
         ({"speech": []}, "no speech synthesiser", False),
         ({"models": {"visemes": None}}, "visemes is not in the cache", False),
         ({"slurm": {"sbatch": None}}, "no sbatch", False),
-        ({"packages": {"jiwer": None}}, "jiwer is not installed", True),
+        ({"packages": {"jiwer": None}}, "jiwer is not installed", False),
+        ({"packages": {"av": None}}, "av is not installed", True),
         (
             {"places": {"cache": {"path": "/c", "writable": False, "free_gb": 9.0}}},
             "/c cannot be written to",
