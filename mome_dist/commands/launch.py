@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from mome_dist.cli import Parser, main_guard
 from mome_dist.commands.registry import COMMANDS, Command, find_command, main_of
 from mome_dist.errors import UserError
+from mome_dist.hints import SWEEP
 from mome_dist.launchers import local, options
 from mome_dist.launchers.slurm import __main__ as slurm
 from mome_dist.launchers.submitit import __main__ as submitit
@@ -70,6 +71,11 @@ def divide(launcher: str, words: Sequence[str]) -> tuple[list[str], Command | No
     own, rest = parser.divide(words, is_own)
     if any(word.partition("=")[0] == "--module" for word in own) or any(word in _HELP for word in own):
         return list(words), None, []
+    for word in own:
+        if word in ("-m", "--multirun") and not parser.has_option(word):
+            raise UserError(f"one run has one value of each key; {SWEEP}.")
+        if word.startswith("-") and not parser.has_option(word):
+            parser.error(f"unrecognized arguments: {word}")
     known = ", ".join(command.name for command in COMMANDS if command.ranks)
     if not rest:
         raise UserError(f"no command is named: add one of {known}, such as train experiment=quickstart.")

@@ -16,6 +16,7 @@ import yaml
 from mome_dist.config.load import files_of
 from mome_dist.paths import configs_dir
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML was built with it
 Comment = tuple[str, ...]
 """Its lines, without the sign before them."""
 
@@ -54,6 +55,9 @@ def comments_of(overrides: Sequence[str]) -> Comments:
             found.of_section[package] = (name, top)
         else:
             found.of_all.append((name, top))
+    for path in sorted((configs_dir() / "method").rglob("*.yaml")):  # of sections that only a method fills
+        for key, comment in read_comments(path)[1].items():
+            found.of_key.setdefault(key, comment)
     for word in overrides:  # what a file says of its own value is not about one of the command line
         key = word.lstrip("+~").partition("=")[0]
         if key in meanings:
@@ -65,7 +69,7 @@ def read_comments(path: Path) -> tuple[Comment, dict[str, Comment]]:
     """The comment at the top of a YAML file, and those of its keys."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
-    places = dict(_keys(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    places = dict(_keys(yaml.compose(text, Loader=_LOADER), ""))
     first = min(places.values(), default=(len(lines), 0, 0))[0]
     top = [line.lstrip("#")[1:] for line in lines[:first] if line.startswith("#") and not line.startswith("# @package")]
     return tuple(top), {
