@@ -83,10 +83,9 @@ def _choice(names: Iterable[str]) -> argparse.ArgumentParser:
 def _choose(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     for action in parser._actions:
         if action.dest == "overrides":
-            action.completer = lambda **_: sorted(names)  # type: ignore[attr-defined]
+            _complete(action, lambda **_: sorted(names))
             return
-    action = parser.add_argument("command", nargs="*")
-    action.completer = lambda **_: sorted(names)  # type: ignore[attr-defined]
+    _complete(parser.add_argument("command", nargs="*"), lambda **_: sorted(names))
 
 
 def _command_line(command: Command) -> argparse.ArgumentParser:
@@ -95,12 +94,17 @@ def _command_line(command: Command) -> argparse.ArgumentParser:
     parser = module.command_line() if hasattr(module, "command_line") else _keys_only(command.name)
     for action in parser._actions:
         if action.dest in ("overrides", "words"):
-            action.completer = overrides_like
+            _complete(action, overrides_like)
         elif command.name == "fetch" and action.dest == "names":
             from mome_dist.assets import ASSETS
 
-            action.completer = lambda **_: list(ASSETS)
+            _complete(action, lambda **_: list(ASSETS))
     return parser
+
+
+def _complete(action: argparse.Action, completer: Completer) -> None:
+    """What argcomplete asks for words of an argument."""
+    action.completer = completer  # type: ignore[attr-defined]
 
 
 def _keys_only(name: str) -> argparse.ArgumentParser:
@@ -111,7 +115,7 @@ def _keys_only(name: str) -> argparse.ArgumentParser:
         return parser
     parser.add_argument("place")
     if name == "evaluate":
-        parser.add_argument("keys", nargs="*").completer = evaluation_keys  # type: ignore[attr-defined]
+        _complete(parser.add_argument("keys", nargs="*"), evaluation_keys)
     return parser
 
 

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if named and words:
         raise UserError(f"{named[0]} has its configuration already: leave {words[0]} out, or {named[0]}.")
     if named:
-        print(shown(_config_at(place_of(named[0])), Comments(comments_of([]).of_key)), end="")
+        print(shown(_config_at(place_of(named[0]) or ""), Comments(comments_of([]).of_key)), end="")
         return
     config = load_config(words)
     print(f"# mome-dist config show {' '.join(words)}".rstrip())

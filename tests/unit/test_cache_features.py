@@ -68,7 +68,7 @@ def test_the_command_line(
     capsys.readouterr()
     for wrong, message in (
         ("--split=tests", "tests"),
-        ("video_encoder.path=/nowhere", "convert_avhubert"),
+        ("video_encoder.path=/nowhere", "mome-dist convert avhubert"),
         ("data.corpus=/nowhere", "does not exist"),
         ("audio_encoder.padding=long", "audio_encoder.padding"),
     ):

@@ -70,7 +70,12 @@ for line in [*(command.name for command in COMMANDS), "launch slurm", "launch su
 def test_a_command_is_the_main_of_its_module(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(main_of(command))
     seen: list[list[str]] = []
-    monkeypatch.setattr(importlib.import_module(command.module), "main", lambda words: seen.append(words) or 3)
+
+    def command_main(words: list[str]) -> int:
+        seen.append(words)
+        return 3
+
+    monkeypatch.setattr(importlib.import_module(command.module), "main", command_main)
     assert main([*command.name.split(), "a", "--b"]) == 3
     assert seen == [[*command.first, "a", "--b"]]
 

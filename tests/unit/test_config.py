@@ -232,7 +232,7 @@ WRONG = [
     (["projector.compression=stack"], 2, r"projector.compression=stack needs projector.per_rate=true"),
     (["llm.path=/nowhere"], 2, r"llm.path='/nowhere': /nowhere/config.json does not exist.*hf://OWNER/NAME"),
     (["audio_encoder.path=/nowhere"], 2, r"audio_encoder.path='/nowhere' holds no encoder.*a Hugging Face Whisper"),
-    (["video_encoder.path=/nowhere"], 2, r"video_encoder.path='/nowhere' holds no encoder.*mome_dist.pretrain_video"),
+    (["video_encoder.path=/nowhere"], 2, r"video_encoder.path='/nowhere' holds no encoder.*mome-dist pretrain video"),
     (["data.corpus=/nowhere"], 2, r"/nowhere"),
     (["data.train_split=dev"], 2, r"'?dev'?"),
     (["augmentation=paper"], 2, r"data.features=cached reads .* set data.features=online, or augmentation=none"),

@@ -107,7 +107,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("local --dry-run --nproc 2 experiment=quickstart", "mome-dist fetch smollm2-135m"),
     ("local --dry-run --nproc 2 experiment=lrs3", "llm.path=hf://meta-llama/Llama-3.2-3B"),
     (f"{TINY} llm.path={{llm}}", "audio_encoder.path|mome-dist fetch whisper-tiny.en"),
-    (f"{OWN} video_encoder=visemes video_encoder.path={{empty}}", "video_encoder.path='{empty}'|convert_avhubert"),
+    (
+        f"{OWN} video_encoder=visemes video_encoder.path={{empty}}",
+        "video_encoder.path='{empty}'|mome-dist convert avhubert",
+    ),
     (f"{TINY} llm.path={{empty}}", "llm.path='{empty}'|hf://OWNER/NAME"),
     (f"{OWN} data.corpus={{cache}}/corpora/none", "corpora/none does not exist|mome-dist prepare synthetic"),
     (f"{OWN} data.corpus={{empty}}", "{empty}|manifest.json|mome-dist prepare"),
