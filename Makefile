@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 MOME_DIST := $(VENV)/bin/mome-dist
 export PYTHON TORCH_PIP_ARGS
 
-.PHONY: help setup assets lint test quickstart clean
+.PHONY: help setup assets lint test docs quickstart clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)$$/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,9 @@ test: setup lint  ## lint and all tests, on the CPU
 	$(MOME_DIST) fetch --for-tests
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+docs: setup  ## the site of the documentation, in site/; a link that leads nowhere is an error
+	$(PY) -m mkdocs build --strict
+
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
 	$(MOME_DIST) fetch
 	$(MOME_DIST) prepare synthetic
@@ -53,5 +56,5 @@ quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, 
 	$(MOME_DIST) report runs/quickstart
 
 clean:  ## remove build products and tool caches; .venv, runs and the cache of models stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -64,6 +64,8 @@ EXTRAS = {
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
     ],
+    # The site of docs/ (`make docs`), which a test builds.
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "pymdown-extensions==13.1.2"],
     # Its interpreter runs the kernels where there is no GPU. Not a test tool like the others: torch's CUDA builds bring
     # the Triton that they are made for, and its CPU builds none (tools/setup_environment.sh).
     "interpreter": ["triton==3.9.0"],

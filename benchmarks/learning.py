@@ -6,7 +6,7 @@
 
 Each experiment is trained and evaluated in all its views, clean and in babble. Beside the first one, models are trained
 that see one view only, the coarsest of each task, for as many steps. Runs continue where they were stopped, and what is
-finished is not done again. It needs what the experiments need: corpus, LLM and encoders (README.md, "Two commands").
+finished is not done again. It needs what the experiments need: corpus, LLM and encoders (docs/tutorials/first-run.md).
 """
 
 from __future__ import annotations

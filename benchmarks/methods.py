@@ -5,7 +5,7 @@
 
 A method sees its own views: what it was not trained on stays empty. The encoders stay frozen, also where a method would
 train one. Runs continue where they were stopped, and what is finished is not done again. It needs what the experiment
-needs: corpus, LLM and encoders (README.md, "Two commands").
+needs: corpus, LLM and encoders (docs/tutorials/first-run.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.padding_wer       with experiment=tiny; encoding with `30s` takes most of its half hour
 
 Views without sound are left out: padding is the audio encoder's. Runs continue where they were stopped, and what is
-finished is not done again. It needs what the experiment needs: corpus, LLM and encoders (README.md, "Two commands").
+finished is not done again. It needs what the experiment needs: corpus, LLM and encoders (docs/tutorials/first-run.md).
 
 The table goes to benchmarks/results/ (see README.md beside this file).
 """

@@ -4,7 +4,7 @@
 # From the environment of sbatch:
 #   MOME_DIST_PYTHON     the Python to use (.venv/bin/python of the checkout, else python)
 #   MOME_DIST_INTERFACE  network interface of NCCL and gloo, where they choose a wrong one
-#   MOME_DIST_BACKEND    gloo: ranks may share a GPU (README.md)
+#   MOME_DIST_BACKEND    gloo: ranks may share a GPU (docs/how-to/slurm.md)
 #   MAX_TRIES            failures in a row without a further checkpoint after which the job ends (3)
 set -euo pipefail
 

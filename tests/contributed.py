@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's examples, put where it says."""
+"""The examples of CONTRIBUTING.md and of the page on routers, put where they say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mome_dist.paths import configs_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+ROUTER = (ROOT / "docs/tutorials/own-router.md").read_text()
 
 
 def section(title: str) -> str:

@@ -1,4 +1,4 @@
-"""Every router of the registry does what is asked of all, and so does the one that CONTRIBUTING.md adds."""
+"""Every router of the registry does what is asked of all, and so does the one that docs/tutorials/own-router.md adds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mome_dist.errors import UserError
 from mome_dist.moe import routers
 from mome_dist.moe.routers import registry
 from tests import router_conformance as conformance
-from tests.contributed import section, write_config
+from tests.contributed import ROUTER, write_config
 
 
 @pytest.mark.parametrize("check", conformance.ALONE, ids=lambda check: check.__name__)
@@ -34,8 +34,8 @@ def test_every_router_in_a_model(form: list[str], check: Callable[[list[str], Pa
 
 @pytest.fixture(scope="module")
 def added(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """What chooses the router that CONTRIBUTING.md adds, as it says."""
-    text, folder = section("Add a router"), tmp_path_factory.mktemp("added")
+    """What chooses the router that the page adds, as it says."""
+    text, folder = ROUTER, tmp_path_factory.mktemp("added")
     settings, line, module = re.findall(r"```python\n(.*?)```", text, re.S)
     with pytest.MonkeyPatch.context() as patch:
         name = write_config(text, "mome/router", folder, patch)

@@ -1,86 +1,81 @@
-"""Every command that the README names runs, in the README's order, on a small corpus and for a few steps.
+"""Every command that the documentation names runs, in its order, on a small corpus and for a few steps.
 
-The commands are read from the README itself; a command without an entry in `SHRINK` fails the test, so documentation
+The commands are read from the pages themselves; a command without an entry in `SHRINK` fails the test, so documentation
 cannot drift from what is tested.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import documentation
 from tests.avhubert_checkpoint import small
 from tests.face_films import write_lists, write_lrs2, write_lrs3
-from tests.quickstart.newcomer import ROOT, Newcomer
+from tests.quickstart.newcomer import Newcomer
+from tests.unit import test_planning_docs
 
-COMMAND = re.compile(r"^(?:\|[^|]*\| `)?(python (?:-m|tools/)[^`#\n]*)", re.MULTILINE)
 SMALL_RUN = ["data.batch_size=8", "training.steps=3", "training.save_every=0", "training.validate_every=3"]
 
 # What makes each documented command small; the key is the start of the command.
 SHRINK = {
-    "python tools/fetch_assets.py": [],
-    "python tools/prepare_lrs.py lrs3": ["--workers", "1", "--limit", "2"],
-    "python tools/prepare_lrs.py lrs2": ["--workers", "1", "--limit", "1"],
-    "python tools/prepare_lrs.py manifests": ["--workers", "1", "--validation-share", "0"],
-    "python tools/make_corpus.py": ["--train", "48", "--validation", "8", "--test", "6"],
-    "python -m launchers.local --nproc 2 --module mome_dist.pretrain_video": ["--steps", "2"],
-    "python -m launchers.local --nproc 2 --module mome_dist.pretrain_llm": ["--steps", "2"],
-    "python -m launchers.local --nproc 2 experiment=quickstart": SMALL_RUN,
-    "python -m launchers.local --nproc 2 experiment=tiny": SMALL_RUN,
-    "python -m launchers.local --nproc 2 experiment=tiny_noise": SMALL_RUN,
-    "python -m launchers.local --nproc 2 --restarts 3 experiment=tiny": [*SMALL_RUN, "output_dir=runs/restarts"],
-    "python tools/fault_drill.py --shrink experiment=tiny": ["--only", "kill"],
-    "python -m launchers.local --nproc 4 experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],
-    "python -m mome_dist.train experiment=tiny": ["output_dir=runs/one", "data.batch_size=4", "training.steps=2"],
-    "python -m mome_dist.train experiment=tiny parallel=single data.batch_size=null": [
+    "mome-dist fetch": [],
+    "mome-dist prepare lrs3": ["--workers", "1", "--limit", "2"],
+    "mome-dist prepare lrs2": ["--workers", "1", "--limit", "1"],
+    "mome-dist prepare manifests": ["--workers", "1", "--validation-share", "0"],
+    "mome-dist prepare synthetic": ["--train", "48", "--validation", "8", "--test", "6"],
+    "mome-dist launch --nproc 2 pretrain video": ["--steps", "2"],
+    "mome-dist launch --nproc 2 pretrain llm": ["--steps", "2"],
+    "mome-dist launch --nproc 2 train experiment=quickstart": SMALL_RUN,
+    "mome-dist launch --nproc 2 train experiment=tiny": SMALL_RUN,
+    "mome-dist launch --nproc 2 train experiment=tiny_noise": SMALL_RUN,
+    "mome-dist launch --nproc 2 --restarts 3 train experiment=tiny": [*SMALL_RUN, "output_dir=runs/restarts"],
+    "mome-dist drill --shrink experiment=tiny": ["--only", "kill"],
+    "mome-dist launch --nproc 4 train experiment=tiny": [*SMALL_RUN, "output_dir=runs/tp2_pp2"],
+    "mome-dist train experiment=tiny": ["output_dir=runs/one", "data.batch_size=4", "training.steps=2"],
+    "mome-dist train experiment=tiny parallel=single data.batch_size=null": [
         "output_dir=runs/frames",
         "data.max_frames=1500",
         "training.epochs=1",
     ],
-    "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/quickstart": ["limit=2"],
-    "python -m launchers.local --nproc 2 --module mome_dist.evaluate checkpoint=runs/tiny": ["limit=6"],
-    "python -m mome_dist.evaluate checkpoint=runs/tiny noise": ["limit=2", "num_beams=2"],
-    "python -m mome_dist.evaluate checkpoint=runs/tiny select": ["limit=2", "noise=clean"],
-    "python tools/average_checkpoints.py runs/quickstart": ["--last", "1"],
-    "python -m mome_dist.report runs/quickstart": [],
-    "python -m mome_dist.transcribe runs/quickstart": [],
-    "python tools/export_adapter.py runs/quickstart": [],
-    "python tools/export_adapter.py runs/tiny_mss": [],
-    "python -m mome_dist.transcribe exports/quickstart": [],
-    "python tools/reshard_checkpoint.py runs/tiny": [],
-    "python tools/reshard_checkpoint.py native/tiny": [],
-    "python tools/inspect_checkpoint.py runs/quickstart": [],
-    "python tools/verify_layouts.py --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
-    "python tools/verify_layouts.py --shrink --nproc 4": ["--optimizer", "sgd"],
-    "python -m launchers.local --nproc 2 --module tools.check_cluster": [],
-    "python tools/plan_layout.py --measured cluster.json": [],
-    "python tools/plan_layout.py --gpu h100": ["--top", "1"],
-    "python tools/convert_avhubert.py CHECKPOINT.pt": ["--output", "avhubert"],
-    "python -m launchers.local --nproc 2 --module tools.cache_features": [],
-    "python tools/tune_deepspeed.py": ["--steps", "1", "--rounds", "1", "--most", "1", "data.batch_size=8"],
+    "mome-dist launch --nproc 2 evaluate runs/quickstart": ["limit=2"],
+    "mome-dist launch --nproc 2 evaluate runs/tiny": ["limit=6"],
+    "mome-dist evaluate runs/tiny noise": ["limit=2", "num_beams=2"],
+    "mome-dist evaluate runs/tiny select": ["limit=2", "noise=clean"],
+    "mome-dist average runs/quickstart": ["--last", "1"],
+    "mome-dist report runs/quickstart": [],
+    "mome-dist transcribe runs/quickstart": [],
+    "mome-dist export runs/quickstart": [],
+    "mome-dist export runs/tiny_mss": [],
+    "mome-dist transcribe exports/quickstart": [],
+    "mome-dist reshard runs/tiny": [],
+    "mome-dist reshard native/tiny": [],
+    "mome-dist inspect runs/quickstart": [],
+    "mome-dist verify --shrink experiment=tiny": ["--only", "dp2 zero1", "--optimizer", "sgd"],
+    "mome-dist verify --shrink --nproc 4": ["--optimizer", "sgd"],
+    "mome-dist launch --nproc 2 check": [],
+    "mome-dist plan --measured cluster.json": [],
+    "mome-dist plan --gpu h100": ["--top", "1"],
+    "mome-dist convert avhubert CHECKPOINT.pt": ["--output", "avhubert"],
+    "mome-dist launch --nproc 2 prepare features": [],
+    "mome-dist tune": ["--steps", "1", "--rounds", "1", "--most", "1", "data.batch_size=8"],
 }
 
 
-# These need a cluster: tests/slurm/test_train.py runs them.
-ON_A_CLUSTER = ("python -m launchers.slurm", "python -m launchers.submitit")
-
-
 def documented_commands() -> list[str]:
-    """The README's commands that need no cluster, in order."""
-    commands = [match.strip() for match in COMMAND.findall((ROOT / "README.md").read_text())]
-    return [command for command in commands if not command.startswith(ON_A_CLUSTER)]
+    """The documentation's commands that need no cluster, in order, but for plans: another test holds their output."""
+    plans = test_planning_docs.documented_commands()
+    return [command for command, _ in documentation.commands(cluster=False) if command not in plans]
 
 
 def shrunk(command: str) -> list[str]:
     """Arguments of a documented command with what makes it small."""
     starts = [start for start in SHRINK if command.startswith(start)]
-    assert starts, f"README names a command that no test runs: {command}"
-    return [*shlex.split(command), *SHRINK[max(starts, key=len)]]
+    assert starts, f"the documentation names a command that no test runs: {command}"
+    return [*documentation.words_of(command), *SHRINK[max(starts, key=len)]]
 
 
 def test_every_documented_command_is_known() -> None:
@@ -90,7 +85,7 @@ def test_every_documented_command_is_known() -> None:
 
 @pytest.mark.quickstart
 @pytest.mark.timeout(1200)
-def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
+def test_the_documentation_from_top_to_bottom(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path)
     corpus = newcomer.default_corpus()
     write_lrs3(tmp_path / "LRS3")
@@ -100,11 +95,11 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
     torch.save({"model": small().state_dict(), "cfg": {"model": settings}}, tmp_path / "CHECKPOINT.pt")
     for command in sorted(documented_commands(), key=_stage):
         arguments = shrunk(command)
-        if "tools/make_corpus.py" in arguments:
+        if command == "mome-dist prepare synthetic":
             arguments += ["--out", str(corpus)]  # a small corpus where the configuration expects the default one
         arguments = [str(corpus / "samples/test-00000.mp4") if word == "CLIP.mp4" else word for word in arguments]
         output = newcomer.run(arguments)
-        if "mome_dist.transcribe" in command:
+        if command.startswith("mome-dist transcribe"):
             assert output.count("\n") == 1, "the text, and nothing else, on standard output"
     runs = tmp_path / "runs"
     results = json.loads((runs / "quickstart/evaluation/results.json").read_text())
@@ -115,8 +110,7 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
 
 
 def _stage(command: str) -> int:
-    """The tiny LLM has to exist before anything trains with it; all else keeps the README's order."""
-    needs_a_run = any(
-        f"tools/{name}" in command for name in ("export_adapter", "reshard_check", "inspect_check", "average_check")
-    )
-    return 0 if "pretrain" in command or ("tools" in command and not needs_a_run) else 1
+    """The tiny LLM has to exist before anything trains with it; all else keeps the order of the pages."""
+    needs_no_run = ("fetch", "prepare", "pretrain", "convert", "check", "plan", "tune", "verify", "drill")
+    words = command.split()
+    return 0 if words[1] in needs_no_run or (words[1] == "launch" and {*needs_no_run} & {*words}) else 1

@@ -1,4 +1,4 @@
-"""The README's job array that prepares a data set: tasks share the work, and the last one joins it."""
+"""The documented job array that prepares a data set: tasks share the work, and the last one joins it."""
 
 from __future__ import annotations
 

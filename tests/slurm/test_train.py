@@ -1,4 +1,4 @@
-"""The README's commands for a cluster, where nothing goes wrong: they train as one process does."""
+"""The documentation's commands for a cluster, where nothing goes wrong: they train as one process does."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_submitit_saves_when_it_is_warned_and_comes_back(desk: Desk) -> None:
 def test_a_sweep_is_a_job_array(desk: Desk) -> None:
     command = [*readme.command(readme.SWEEP, ranks=1), *desk.small("sweep", STEPS)]
     command = [word for word in command if not word.startswith("output_dir=")]
-    shown = desk.run([*command[:3], "--dry-run", *command[3:]]).stdout
+    shown = desk.run(_dry(command)).stdout
     assert shown.count("python -m mome_dist.train") == 4
     told = desk.run(command, timeout=280).stdout
     rows = [row for row in told.splitlines() if ": loss " in row]
@@ -152,13 +152,19 @@ def test_a_sweep_is_a_job_array(desk: Desk) -> None:
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(desk: Desk) -> None:
     before = desk.run(["squeue", "-h", "-o", "%i"]).stdout
     awkward = "data.features_dir='say; rm -rf \"$HOME\"'"
-    more = ["--dry-run", *desk.small("dry", awkward)]
-    words = shlex.split(desk.run([*readme.command(readme.SLURM), *more]).stdout)
+    more = desk.small("dry", awkward)
+    slurm, submitit = (_dry(readme.command(start)) for start in (readme.SLURM, readme.SUBMITIT))
+    words = shlex.split(desk.run([*slurm, *more]).stdout)
     assert words[words.index("sbatch") + 1 : words.index("slurm/train.sh")] == [
         *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=3", "--signal=B:USR1@120")
     ]
-    assert words[words.index("slurm/train.sh") + 1 :] == ["experiment=lrs3", *more[1:]]
-    told = desk.run([*readme.command(readme.SUBMITIT), *more]).stdout
+    assert words[words.index("slurm/train.sh") + 1 :] == ["experiment=lrs3", *more]
+    told = desk.run([*submitit, *more]).stdout
     assert "tasks_per_node: 2" in told and shlex.split(told.splitlines()[-1])[1:3] == ["-m", "mome_dist.train"]
     assert desk.run(["squeue", "-h", "-o", "%i"]).stdout == before
     assert not (desk.folder / "runs/dry").exists()
+
+
+def _dry(command: list[str]) -> list[str]:
+    """A command with the launcher's option before what it launches."""
+    return [*command[:5], "--dry-run", *command[5:]]

@@ -254,7 +254,7 @@ def test_the_benchmark_of_padding_tells_cost_and_difference(run: Run) -> None:
     assert whole["encoding"] > 3 * own["encoding"] > own["spectrogram"] > 0
     for key in ("cosine", "difference"):
         assert figures[key] == pytest.approx(committed[key], rel=1e-3)
-    assert encoder_padding.summary(committed) in " ".join((ROOT / "README.md").read_text().split())
+    assert encoder_padding.summary(committed) in " ".join((ROOT / "docs/how-to/configure.md").read_text().split())
 
 
 def test_the_learning_benchmark_compares_what_was_trained(tmp_path: Path, tiny_corpus_dir: Path) -> None:

@@ -189,8 +189,8 @@ def test_a_checkout_uses_its_own_configuration_tree() -> None:
 def test_documented_make_targets_exist() -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = {line.split()[0] for line in listed.splitlines()}
-    assert {"setup", "assets", "lint", "test", "quickstart", "clean"} <= targets
-    documents = [*ROOT.glob("*.md"), ROOT / ".ci" / "run"]
+    assert {"setup", "assets", "lint", "test", "docs", "quickstart", "clean"} <= targets
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / ".ci" / "run"]
     used = {name for path in documents for name in re.findall(r"`make ([a-z]+)", path.read_text(encoding="utf-8"))}
     assert used <= targets
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

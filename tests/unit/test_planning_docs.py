@@ -16,7 +16,12 @@ import pytest
 from mome_dist.commands import plan as plan_layout
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
-EXAMPLE = re.compile(r"```bash\npython tools/plan_layout\.py ([^\n]*)\n```\n\n```text\n(.*?)```", re.DOTALL)
+EXAMPLE = re.compile(r"```bash\nmome-dist plan ([^\n]*)\n```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def documented_commands() -> list[str]:
+    """The commands of the page."""
+    return [f"mome-dist plan {arguments}" for arguments, _ in EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))]
 
 
 def _output(arguments: str) -> str:
@@ -37,6 +42,6 @@ def test_the_page_shows_what_its_commands_print(number: int) -> None:
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(
-        EXAMPLE.sub(lambda m: f"```bash\npython tools/plan_layout.py {m[1]}\n```\n\n```text\n{_output(m[1])}```", text),
+        EXAMPLE.sub(lambda m: f"```bash\nmome-dist plan {m[1]}\n```\n\n```text\n{_output(m[1])}```", text),
         encoding="utf-8",
     )

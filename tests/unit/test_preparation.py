@@ -235,7 +235,7 @@ def test_lists_lead_nowhere_else(tmp_path: Path, named: str) -> None:
         ("a.tsv", ".\nid\tv.mp4\tv.mp4\t1\t1\t\n", r"a\.tsv:2: 6 fields, not 5"),
         ("a.tsv", ".\nid\tv.mp4\tv.mp4\tall\t1\n", r"a\.tsv:2: 'all' where the number of frames should be"),
         ("a.tsv", ".\nid\tv.mp4\tv.mp4\t1\t1e4\n", r"a\.tsv:2: '1e4' where the number of samples should be"),
-        ("a.parquet", "", r"lists end in \.csv, \.tsv, \.jsonl, \.jsonl\.gz; see README, 'Data'$"),
+        ("a.parquet", "", r"lists end in \.csv, \.tsv, \.jsonl, \.jsonl\.gz; see docs/how-to/prepare\.md$"),
     ],
 )
 def test_wrong_lists_are_named(tmp_path: Path, name: str, text: str, named: str) -> None:

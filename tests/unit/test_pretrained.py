@@ -279,8 +279,8 @@ def test_it_goes_to_the_hub_and_back(
     assert AutoModel.from_pretrained(name).transcribe(clip, audio_rate=4) == model.transcribe(clip, audio_rate=4)
 
 
-def test_the_code_of_the_readme(exported: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_documented_code(exported: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reference/python.md").read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(exported, tmp_path / "exports/quickstart")
     shutil.copy(clip, tmp_path / "CLIP.mp4")
     monkeypatch.chdir(tmp_path)

@@ -45,7 +45,7 @@ def read_manifest(path: Path, split: str, root: Path | None) -> Listed:
     """
     reader = next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
     if reader is None:
-        raise UserError(f"{path}: lists end in {', '.join(_READERS)}; see README, 'Data'")
+        raise UserError(f"{path}: lists end in {', '.join(_READERS)}; see docs/how-to/prepare.md")
     if not path.is_file():
         raise UserError(f"{path} {no_file(path)}; give a list of clips")
     found = Listed([], [])

@@ -1,6 +1,6 @@
 """All kinds of routers by name: their settings, and where their code is. No torch here.
 
-``mome.router.name`` names one. CONTRIBUTING.md, "Add a router", says how to add another.
+``mome.router.name`` names one. docs/tutorials/own-router.md says how to add another.
 """
 
 from __future__ import annotations
