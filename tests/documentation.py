@@ -1,6 +1,6 @@
 """The pages of the documentation, and the commands in them.
 
-A block of commands is marked ``bash``. A comment before it, ``<!-- not run here: REASON -->``, says why no test runs it.
+A block of commands is marked ``bash``. A comment before it, ``<!-- not run here: REASON -->``, says why no test does.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def commands(cluster: bool) -> list[tuple[str, str]]:
             for command in block.commands:
                 if command.startswith(CLUSTER) == cluster:
                     found.setdefault(command, block.page)
-    return [(command, page) for command, page in found.items()]
+    return list(found.items())
 
 
 def words_of(command: str) -> list[str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from mome_dist import exit_codes
 from mome_dist.commands.registry import COMMANDS, Command
-from mome_dist.config.comments import keys
-from mome_dist.config.described import Described, groups, of_dataclass, of_launcher, of_run, options
+from mome_dist.config.described import Described, choices, of_dataclass, of_launcher, of_run, options
 from mome_dist.evaluation.request import EvaluationRequest
 from mome_dist.launchers.options import LocalOptions, SlurmOptions, SubmititOptions
 
@@ -31,12 +30,19 @@ def _code(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Words of a comment as Markdown: no angle bracket is a tag, and no star or underscore changes the type."""
-    return re.sub(r"(?<!`)([*_<])(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", r"\\\1", text)
+    parts = text.split("`")  # every second one is code
+    parts[::2] = (re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2])
+    return "`".join(parts)
 
 
 def _keys(described: Iterable[Described]) -> str:
     rows = (
-        (f"`{key.name}`", _code(key.default), key.values if key.values != "section" else "", _plain(key.comment.replace("``", "`")))
+        (
+            f"`{key.name}`",
+            _code(key.default),
+            key.values if key.values != "section" else "",
+            _plain(key.comment.replace("``", "`")),
+        )
         for key in described
     )
     return _table(("key", "default", "takes", "what it does"), rows)
@@ -58,7 +64,7 @@ def configuration() -> str:
 
 def _groups() -> str:
     rows = []
-    for group, chosen in groups().items():
+    for group, chosen in choices().items():
         for option, said in options(group).items():
             default = " (default)" if option == chosen else ""
             rows.append((f"`{group}={option}`{default}", _plain(said)))

@@ -1,6 +1,6 @@
 """What MkDocs does for this site besides rendering pages: see `hooks` in mkdocs.yml.
 
-The site is a view of the repository. Pages of ``docs/`` and the few that lie elsewhere (README, CONTRIBUTING, CHANGELOG,
+The site is a view of the repository. Pages of ``docs/`` and those that lie elsewhere (README, CONTRIBUTING, CHANGELOG,
 benchmarks) link to each other as files do, so that links work in a checkout and on a forge; here they are turned into
 links of the site. ``<!-- generated: NAME -->`` in a page is replaced by what the code says today.
 """

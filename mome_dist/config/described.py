@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from mome_dist.config.comments import Written, keys, opening
+from mome_dist.config.comments import comments_of, read_comments
 from mome_dist.config.load import options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.paths import configs_dir
@@ -38,90 +40,86 @@ class Described:
     comment: str
 
 
-def groups() -> dict[str, str]:
+def choices() -> dict[str, str]:
     """The groups of a run and the option that ``configs/config.yaml`` has of each, in its order; "null" for none."""
-    chosen: dict[str, str] = {}
-    for entry in _defaults(configs_dir() / "config.yaml"):
-        if isinstance(entry, dict):
-            ((group, option),) = entry.items()
-            chosen[group] = option or "null"
-    return chosen
+    chosen = yaml.safe_load((configs_dir() / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: option or "null" for entry in chosen if isinstance(entry, dict) for group, option in entry.items()}
 
 
 def options(group: str) -> dict[str, str]:
-    """What a group may be set to, and what the file of each says at its top."""
-    return {name: opening(configs_dir() / group / f"{name}.yaml") for name in options_of(group)}
+    """What a group may be set to, and what the file of each says at its top, up to a command, which is indented."""
+    said = {}
+    for name in options_of(group):
+        lines, _ = read_comments(configs_dir() / group / f"{name}.yaml")
+        until = next((number for number, line in enumerate(lines) if line.startswith(" ")), len(lines))
+        said[name] = " ".join(lines[:until]).removesuffix(":")
+    return said
 
 
 def of_run() -> list[Described]:
     """All keys of a run, section by section."""
-    written = dict(keys(configs_dir() / "config.yaml"))
-    for group, option in groups().items():
-        if option != "null":
-            written |= {f"{group}.{key}": said for key, said in _of_group(group, option).items()}
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        values = dict(_flat(OmegaConf.to_container(compose("config")), ""))  # ${cache:...} stays as it is written
+    comments = {key: " ".join(map(str.strip, lines)) for key, lines in comments_of([]).of_key.items()}
     kinds = dict(_kinds(RunConfig, ""))
     sections = list(dict.fromkeys(name.partition(".")[0] for name in kinds))
-    ordered = [*(name for name in kinds if name in written), *(name for name in written if name not in kinds)]
-    ordered.sort(key=lambda name: sections.index(name.partition(".")[0]))
-    described = (Described(key, written[key].value, kinds.get(key, "text"), written[key].comment) for key in ordered)
+    names = [*kinds, *(name for name in (*values, *comments) if name not in kinds and name.partition(".")[0] in kinds)]
+    described = (
+        Described(
+            name,
+            _as_yaml(values[name]) if name in values else "",
+            kinds.get(name, "text"),
+            comments.get(name, ""),
+        )
+        for name in sorted(dict.fromkeys(names), key=lambda name: sections.index(name.partition(".")[0]))
+    )
     return [key for key in described if key.default or key.comment]
 
 
 def of_launcher(name: str, schema: type) -> list[Described]:
-    """All keys of a launcher, ``launcher.`` before each, as ``configs/launcher/NAME.yaml`` has them.
+    """All keys of a launcher, ``launcher.`` before each, as its file in ``configs/launcher`` has them.
 
     Args:
         schema: the dataclass of its options.
     """
-    kinds = dict(_kinds(schema, ""))
-    written = keys(configs_dir() / "launcher" / f"{name}.yaml")
-    return [Described(f"launcher.{key}", said.value, kinds[key], said.comment) for key, said in written.items()]
+    path = configs_dir() / "launcher" / f"{name}.yaml"
+    values = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    _, comments = read_comments(path)
+    return [
+        Described(
+            f"launcher.{key}",
+            _as_yaml(values[key]) if key in values else "",
+            kind,
+            " ".join(map(str.strip, comments.get(key, ()))),
+        )
+        for key, kind in _kinds(schema, "")
+    ]
 
 
-def of_dataclass(schema: type, prefix: str = "") -> list[Described]:
+def of_dataclass(schema: type) -> list[Described]:
     """The fields of a dataclass, their defaults as YAML has them, and what the ``Attributes`` of its docstring say."""
     said = dict(_attributes(schema.__doc__ or ""))
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     found = []
-    for name, kind in _kinds(schema, prefix):
-        field = next(field for field in dataclasses.fields(schema) if field.name == name.removeprefix(prefix))
+    for name, kind in _kinds(schema, ""):
+        field = fields[name]
         value = field.default_factory() if callable(field.default_factory) else field.default
-        found.append(Described(name, _as_yaml(value), kind, said.get(field.name, "")))
+        found.append(Described(name, _as_yaml(value), kind, said.get(name, "")))
     return found
 
 
-def _of_group(group: str, option: str) -> dict[str, Written]:
-    """Keys of a group's option and of what it is based on, values of the option, and keys that only others set."""
-    folder = configs_dir() / group
-    found: dict[str, Written] = {}
-    chain = [*_bases(folder, option), option]
-    for name in chain:
-        for key, said in keys(folder / f"{name}.yaml").items():
-            found[key] = Written(said.value, found[key].comment if key in found else said.comment)
-    for entry in _defaults(folder / f"{chain[0]}.yaml"):  # a group inside of this one, such as mome/router
-        if isinstance(entry, dict):
-            ((inner, inner_option),) = entry.items()
-            for other in (inner_option, *sorted(path.stem for path in (folder / inner).glob("*.yaml"))):
-                for key, said in keys(folder / inner / f"{other}.yaml").items():
-                    only = "" if other == inner_option else f" (`{group}/{inner}={other}`)"
-                    found.setdefault(f"{inner}.{key}", Written("" if only else said.value, said.comment + only))
-    for name in options_of(group):
-        for key, said in keys(folder / f"{name}.yaml").items():
-            if key not in found and f"{group}.{key}" in dict(_kinds(RunConfig, "")):
-                found[key] = Written("", said.comment)
-    return found
-
-
-def _bases(folder: Path, option: str) -> list[str]:
-    names = [entry for entry in _defaults(folder / f"{option}.yaml") if isinstance(entry, str) and entry != "_self_"]
-    return [base for name in names for base in (*_bases(folder, name), name)]
-
-
-def _defaults(path: Path) -> list[Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
+def _flat(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Keys of nested mappings with dots between them; a mapping itself is no value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @cache
-def _choices(schema: type) -> dict[str, tuple[str, ...]]:
+def _restricted(schema: type) -> dict[str, tuple[str, ...]]:
     fields = dataclasses.fields(schema)
     return {field.name: field.metadata["choices"] for field in fields if "choices" in field.metadata}
 
@@ -135,7 +133,7 @@ def _kinds(schema: type, prefix: str) -> Iterator[tuple[str, str]]:
             assert isinstance(section, type)
             yield from _kinds(section, f"{prefix}{name}.")
             continue
-        listed = ", ".join(_choices(schema).get(name, ()))
+        listed = ", ".join(_restricted(schema).get(name, ()))
         many = "a list of " if get_origin(hint) is list else ""
         yield prefix + name, many + listed if listed else _words(hint)
 
@@ -155,7 +153,8 @@ def _words(hint: Any) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    written = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    return written.removesuffix("...\n").strip()
 
 
 def _attributes(docstring: str) -> Iterator[tuple[str, str]]:

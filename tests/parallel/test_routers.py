@@ -1,4 +1,4 @@
-"""Every router of the registry does what is asked of all, and so does the one that docs/tutorials/own-router.md adds."""
+"""Every router of the registry does what is asked of all, and so does the one that the page on routers adds."""
 
 from __future__ import annotations
 

@@ -63,6 +63,6 @@ def test_what_every_form_must_do_the_example_does(form: str, check: Callable[...
 
 
 def test_its_command_is_understood() -> None:
-    (command,) = re.findall(r"^python tools/verify_layouts\.py (.*)$", PAGE, re.M)
+    (command,) = re.findall(r"^mome-dist verify (.*)$", PAGE, re.M)
     options = verify_layouts.parse_arguments(shlex.split(command))
     check_values(load_config(options.overrides))

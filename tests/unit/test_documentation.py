@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import mome_dist
 from docs.hooks import generated
 from mome_dist import exit_codes
 from mome_dist.commands.registry import COMMANDS
-from mome_dist.config.comments import keys, opening
-from mome_dist.config.described import of_dataclass, of_launcher, of_run
+from mome_dist.config.described import of_dataclass, of_launcher, of_run, options
 from mome_dist.config.load import _known_keys, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.evaluation.request import EvaluationRequest
@@ -137,6 +137,7 @@ def test_every_key_has_a_row_with_its_meaning(site: Path) -> None:
     assert described["data.batch_size"].default == "16" and described["mome.dispatch"].values.startswith("auto, ")
     rows = list(_cells(generated.configuration()))
     assert {len(row) for row in rows} == {2, 4}
+    assert options("llm")["llama3_2_3b"] == "Llama 3.2 3B, whose licence asks you to fetch it yourself", "no command"
     for group in ("llm", "method", "experiment"):
         assert all(f"<code>{group}={option}</code>" in text for option in options_of(group))
 
@@ -152,21 +153,6 @@ def test_keys_of_launchers_and_of_an_evaluation_are_told() -> None:
     assert next(key for key in asked if key.name == "snr").default == "[-5.0, 0.0, 5.0, 10.0]"
 
 
-def test_comments_are_those_behind_a_key(tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text(
-        "# @package _global_\n# What it is:\n#   a command\n"
-        'defaults: [x]\na: "1 # 2"  # one\n            #   and more\nb:  # two\n  # not of c\n  c: [1, 2]\n'
-        "d: {e: 3}  # of d\n",
-        encoding="utf-8",
-    )
-    found = keys(file)
-    assert list(found) == ["a", "b", "b.c", "d"]
-    assert (found["a"].value, found["a"].comment) == ('"1 # 2"', "one and more")
-    assert (found["b"].comment, found["b.c"].comment, found["d"].comment) == ("two", "", "of d")
-    assert opening(file) == "What it is"
-
-
 def test_commands_and_exit_codes_are_those_of_the_code() -> None:
     page = generated.commands()
     for command in COMMANDS:
@@ -178,8 +164,7 @@ def test_commands_and_exit_codes_are_those_of_the_code() -> None:
 
 def test_citation_and_templates_are_whole() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    version = re.search(r'__version__ = "([^"]+)"', (ROOT / "mome_dist/__init__.py").read_text(encoding="utf-8"))
-    assert version and citation["version"] == version[1] and citation["license"] == "Apache-2.0"
+    assert citation["version"] == mome_dist.__version__ and citation["license"] == "Apache-2.0"
     (paper,) = citation["references"]
     assert paper["url"].endswith("2510.04136") and len(paper["authors"]) == 7
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))

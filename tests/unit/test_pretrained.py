@@ -280,7 +280,8 @@ def test_it_goes_to_the_hub_and_back(
 
 
 def test_the_documented_code(exported: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reference/python.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     shutil.copytree(exported, tmp_path / "exports/quickstart")
     shutil.copy(clip, tmp_path / "CLIP.mp4")
     monkeypatch.chdir(tmp_path)
