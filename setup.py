@@ -80,9 +80,9 @@ EXTRAS = {
 
 def version() -> str:
     """Return ``__version__`` from the source text, without importing the package (its dependencies may be absent)."""
-    source = (ROOT / "mome_dist" / "__init__.py").read_text(encoding="utf-8")
+    source = (ROOT / "mome_dist" / "versions.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
-    assert match is not None, "mome_dist/__init__.py holds no __version__"
+    assert match is not None, "mome_dist/versions.py holds no __version__"
     return match.group(1)
 
 

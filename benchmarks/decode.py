@@ -23,7 +23,7 @@ from mome_dist.assets import asset_dir
 from mome_dist.cli import main_guard
 from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.precision import fast_precision
-from mome_dist.llm.weights import embedding_scale
+from mome_dist.llm.tensors import embedding_scale
 from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM

@@ -20,7 +20,8 @@ from mome_dist.config.schema import OptimizerConfig
 from mome_dist.engine.engine import Engine
 from mome_dist.llm.megatron import build_frozen_llm
 from mome_dist.llm.shape import LLMShape
-from mome_dist.llm.weights import embedding_scale, load_weights
+from mome_dist.llm.tensors import embedding_scale
+from mome_dist.llm.weights import load_weights
 from mome_dist.model.distributed import Chunk, DistributedMoME, MicroBatch, attach_mome
 from mome_dist.parallel.layout import Layout
 from mome_dist.paths import configs_dir

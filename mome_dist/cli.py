@@ -17,6 +17,7 @@ from typing import Any, NoReturn, ParamSpec
 
 from mome_dist.errors import RankLostError, UserError
 from mome_dist.exit_codes import INTERRUPTED, RANK_LOST, USER_ERROR
+from mome_dist.extras import missing_extra
 from mome_dist.hints import did_you_mean, near
 from mome_dist.processes import ensure_user_name
 from mome_dist.system_errors import explain
@@ -28,9 +29,10 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's ``main`` so that it returns an exit code (None counts as 0).
 
     A `UserError` becomes ``error: <message>`` on stderr and code 2, and so does what the system refuses, such as a full
-    disk (`mome_dist.system_errors`). Ranks above 0 of a distributed run put their number before it: a mistake that only
-    one rank can see must not be lost. A `RankLostError` is told the same way and becomes code 76, Ctrl-C becomes 130.
-    Any other exception is a bug and keeps its traceback. SIGTERM ends a command with code 143 once it has cleaned up.
+    disk (`mome_dist.system_errors`), and a package that is not installed and that an extra brings
+    (`mome_dist.extras`). Ranks above 0 of a distributed run put their number before it: a mistake that only one rank
+    can see must not be lost. A `RankLostError` is told the same way and becomes code 76, Ctrl-C becomes 130. Any other
+    exception is a bug and keeps its traceback. SIGTERM ends a command with code 143 once it has cleaned up.
     Use it as ``sys.exit(main_guard(main)())``, or as a decorator.
     """
 
@@ -43,6 +45,12 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
             except (UserError, RankLostError) as error:
                 _tell(str(error))
                 return USER_ERROR if isinstance(error, UserError) else RANK_LOST
+            except ModuleNotFoundError as error:
+                line = missing_extra(error)
+                if line is None:
+                    raise
+                _tell(line)
+                return USER_ERROR
             except OSError as error:
                 line = explain(error)
                 if line is None:

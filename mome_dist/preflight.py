@@ -40,8 +40,7 @@ from mome_dist.origins import origin_of
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.job import dispatches
-from mome_dist.speech.geometry import geometry_of
-from mome_dist.text_files import read_json
+from mome_dist.speech.geometry import expected_geometry
 from mome_dist.trained import EXPORT, find_trained
 
 
@@ -248,19 +247,6 @@ def check_encoders(config: RunConfig) -> None:
             raise UserError(
                 f"{section}.path={str(path)!r} holds no encoder (no config.json): {origin_of(section, path)}."
             )
-
-
-def expected_geometry(encoder: str | Path) -> str | None:
-    """The geometry of crops that the video encoder of a directory expects; None where its format is not known.
-
-    Raises:
-        UserError: its ``config.json`` cannot be read.
-    """
-    path = Path(encoder) / "config.json"
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds no JSON object. Make the encoder again.")
-    return geometry_of(document)
 
 
 def check_geometry(encoder: str | Path, corpus: Corpus) -> None:

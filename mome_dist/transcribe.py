@@ -53,30 +53,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     film_with(options.file, streams_read([view]))
 
     quiet_libraries()
-    import torch
     from rich.console import Console
 
     from mome_dist.config import RunConfig
-    from mome_dist.data.media import FPS, SAMPLE_RATE
-    from mome_dist.evaluation.transcription import clips_of, transcribe
     from mome_dist.inference.load import load_run
+    from mome_dist.transcription.inputs import Clip, film_clip
+    from mome_dist.transcription.model import SpeechModel, device_of
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    clips = {}
+    read: list[Clip] = []
 
-    def read(config: RunConfig) -> None:
+    def read_film(config: RunConfig) -> None:
         """Read the file before any model is loaded: it is quick."""
-        clips.update(clips_of(options.file, view, config, console.print))
+        read.append(film_clip(options.file, streams_read([view]), config))
+        for note in read[0].notes:
+            console.print(note)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(options.run, device, frozen=frozen_of(options), check=read)
+    run = load_run(options.run, device_of(None), frozen=frozen_of(options), check=read_film)
     started = time.perf_counter()
-    text = transcribe(run, view, clips, options.num_beams)
-    seconds = {stream: len(clip) / {"audio": SAMPLE_RATE, "video": FPS}[stream] for stream, clip in clips.items()}
-    lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in seconds.items())
+    said = SpeechModel(run).transcribe(
+        read[0],
+        audio_rate=view.audio_rate,
+        video_rate=view.video_rate,
+        num_beams=options.num_beams,
+        log_probs=False,
+    )
+    lengths = ", ".join(f"{value:.2f} s of {stream}" for stream, value in read[0].seconds.items())
     named = f"{run.config.name}, step {run.step}, {view}{'' if view in trained else ' (not trained)'}"
     console.print(f"{named}: {lengths}, {time.perf_counter() - started:.2f} s")
-    print(text, flush=True)
+    print(said.text, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
-import mome_dist
+__version__ = "0.1.0"
 
 UNKNOWN = "unknown"
 
@@ -14,8 +12,10 @@ def version_of(package: str) -> str:
 
     A checkout that is only mounted or on PYTHONPATH has no metadata, and metadata of another copy may lie beside it.
     """
-    if package == mome_dist.__name__:
-        return mome_dist.__version__
+    import importlib.metadata  # takes longer than all else that `import mome_dist` does
+
+    if package == "mome_dist":
+        return __version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

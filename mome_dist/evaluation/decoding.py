@@ -99,6 +99,11 @@ def prefixes_of(
     ]
 
 
+def token_limits(view: View, audio: Sequence[Tensor], video: Sequence[Tensor], config: DecodingConfig) -> list[int]:
+    """`token_limit` of each clip, from its features."""
+    return [token_limit(config, seconds) for seconds in _seconds(view, audio, video)]
+
+
 def _seconds(view: View, audio: Sequence[Tensor], video: Sequence[Tensor]) -> list[float]:
     """Length of each clip, of the longer stream where the view has two."""
     streams = [[len(clip) / AUDIO_FRAMES_PER_SECOND for clip in audio]] if view.audio_rate is not None else []
@@ -133,11 +138,49 @@ def decode_batch(
             audio,
             video,
             eos=sequences.codec.eos,
-            limits=[token_limit(config, seconds) for seconds in _seconds(view, audio, video)],
+            limits=token_limits(view, audio, video, config),
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
             static_cache=config.static_cache,
         )
+
+
+def decode_tokens(
+    model: MoMESpeechLM,
+    sequences: SequenceBuilder,
+    view: View,
+    audio: Sequence[Tensor],
+    video: Sequence[Tensor],
+    config: DecodingConfig,
+) -> list[list[int]]:
+    """Decode any number of clips, in batches of similar length.
+
+    Args:
+        model: in eval mode.
+        view: task and rates; see `check_view`.
+        audio, video: encoder features of each clip, float [T_i, d]; the stream that a view does not use may be empty.
+        config: beams, limits of length, batch size.
+
+    Returns:
+        Token ids of each clip, without the end token, in the order of the input.
+
+    Raises:
+        UserError: the model cannot read the view, or the batch size is not positive.
+    """
+    check_view(model.projectors, view, model.terms, model.router)
+    lengths = lengths_of(view, audio, video)
+    written: list[list[int]] = [[] for _ in lengths]
+    for batch in batches_by_length(lengths, config.batch_size):
+        heard, seen = ([clips[i] for i in batch] if clips else [] for clips in (audio, video))
+        for index, ids in zip(batch, decode_batch(model, sequences, view, heard, seen, config), strict=True):
+            written[index] = ids
+    return written
+
+
+def lengths_of(view: View, audio: Sequence[Tensor], video: Sequence[Tensor]) -> list[int]:
+    """The number of features of each clip that a view reads."""
+    used = [clips for clips, rate in ((audio, view.audio_rate), (video, view.video_rate)) if rate is not None]
+    return [sum(map(len, streams)) for streams in zip(*used, strict=True)]
 
 
 def decode(
@@ -148,27 +191,5 @@ def decode(
     video: Sequence[Tensor],
     config: DecodingConfig,
 ) -> list[str]:
-    """Decode any number of clips, in batches of similar length.
-
-    Args:
-        model: in eval mode.
-        view: task and rates; see `check_view`.
-        audio, video: encoder features of each clip, float [T_i, d]; the stream that a view does not use may be empty.
-        config: beams, limits of length, batch size.
-
-    Returns:
-        One text a clip, in the order of the input.
-
-    Raises:
-        UserError: the model cannot read the view, or the batch size is not positive.
-    """
-    check_view(model.projectors, view, model.terms, model.router)
-    used = [clips for clips, rate in ((audio, view.audio_rate), (video, view.video_rate)) if rate is not None]
-    lengths = [sum(map(len, streams)) for streams in zip(*used, strict=True)]
-    texts = [""] * len(lengths)
-    for batch in batches_by_length(lengths, config.batch_size):
-        heard, seen = ([clips[i] for i in batch] if clips else [] for clips in (audio, video))
-        written = decode_batch(model, sequences, view, heard, seen, config)
-        for index, ids in zip(batch, written, strict=True):
-            texts[index] = sequences.codec.decode(ids)
-    return texts
+    """`decode_tokens` as texts, one a clip."""
+    return [sequences.codec.decode(ids) for ids in decode_tokens(model, sequences, view, audio, video, config)]

@@ -190,7 +190,8 @@ import mome_dist  # tells transformers of this kind of model
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained(".")
-text = model.transcribe("{file}", {arguments})
+said = model.transcribe("{file}", {arguments})
+print(said.text)
 ```
 
 Audio is resampled to 16 kHz. In a video of a face the mouth is found and cropped; 96x96 mouth crops are taken as they

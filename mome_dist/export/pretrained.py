@@ -3,10 +3,11 @@
     import mome_dist                                        # tells transformers of this kind of model
     from transformers import AutoModel
     model = AutoModel.from_pretrained("exports/quickstart")
-    print(model.transcribe("clip.mp4", audio_rate=4, video_rate=2))
+    print(model.transcribe("clip.mp4", audio_rate=4, video_rate=2).text)
 
-Loading and decoding are those of the commands (`mome_dist.inference.load`, `mome_dist.evaluation.transcription`). An
-export has no frozen weights; they are looked for where it says, and their licences stay with them.
+Loading and decoding are those of `mome_dist.load` and of the commands (`mome_dist.inference.load`,
+`mome_dist.transcription`). An export has no frozen weights; they are looked for where it says, and their licences stay
+with them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from mome_dist.checkpoint.adapter import (
 from mome_dist.checkpoint.hashes import content_of_weights
 from mome_dist.config.models import is_rank
 from mome_dist.errors import UserError, first_line
-from mome_dist.evaluation.checks import check_view
-from mome_dist.evaluation.transcription import clips_of, transcribe
 from mome_dist.export.model_card import ERROR_RATES, model_card, with_section
 from mome_dist.export.pretrained_config import MoMESpeechConfig
 from mome_dist.files import published_directory
@@ -44,7 +43,7 @@ from mome_dist.inference.load import Encoder, LoadedRun, assemble
 from mome_dist.llm.hugging_face import PLACEMENTS
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import PackedTokens
-from mome_dist.speech.views import view_of
+from mome_dist.transcription.model import Transcriber
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", "float32": "fp32", "bfloat16": "bf16"}
 # Arguments of transformers that ask for what is always so: safetensors only, and no code of a repository.
@@ -55,7 +54,7 @@ _CHANGED = (
 )
 
 
-class MoMESpeechModel(PreTrainedModel):
+class MoMESpeechModel(PreTrainedModel, Transcriber):
     """What was trained, on its frozen models; in eval mode after `from_pretrained`.
 
     Its parameters and buffers are those that an export holds, by the names that they have there. The frozen LLM is
@@ -160,33 +159,7 @@ class MoMESpeechModel(PreTrainedModel):
         """Logits of the labels, fp32 [L, V]; see `mome_dist.speech.reference.MoMESpeechLM.label_logits`."""
         return self.speech_lm.label_logits(tokens, features)
 
-    def transcribe(
-        self,
-        file: str | Path,
-        *,
-        audio_rate: int | None = None,
-        video_rate: int | None = None,
-        num_beams: int | None = None,
-    ) -> str:
-        """What is said in an audio or video file: the text of ``python -m mome_dist.transcribe``.
-
-        Args:
-            file: anything with sound at any rate; in a video of a face the mouth is found and cropped, 96x96 mouth
-                crops at 25 frames a second are taken as they are.
-            audio_rate: audio frames, 50 a second, per token; None does not listen.
-            video_rate: video frames, 25 a second, per token; None does not read lips.
-            num_beams: 1 is greedy search; None: as the run has it.
-
-        Raises:
-            UserError: no rate, or one that the model has no projector for; a file without that stream or a face.
-        """
-        if num_beams is not None and num_beams < 1:
-            raise UserError(f"num_beams={num_beams} must be at least 1.")
-        view, run = view_of(audio_rate, video_rate), self.run
-        check_view(run.config, view, "rates")
-        return transcribe(run, view, clips_of(Path(file), view, run.config), num_beams, self._frozen_encoders())
-
-    def _frozen_encoders(self) -> dict[str, Encoder]:
+    def frozen_encoders(self) -> dict[str, Encoder]:
         """Loaded once, unless they have LoRA, whose weights may change."""
         if self.speech_lm.lora is not None:
             return self.run.encoders()

@@ -8,47 +8,18 @@ the heads (`LLMShape.with_padded_heads`) have weights and biases of zero.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mome_dist.llm.directory import EMBEDDING, FINAL_NORM, TensorIndex
+from mome_dist.llm.directory import EMBEDDING, FINAL_NORM
 from mome_dist.llm.megatron import FrozenLLM
-from mome_dist.llm.shape import LLMShape, unreadable
+from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
-
-
-class SafetensorsReader:
-    """Tensors of a Hugging Face directory by name, one file or sharded with an index. Use as a context manager."""
-
-    def __init__(self, directory: str | Path) -> None:
-        self.index = TensorIndex(directory)
-        self._stack, self._open = ExitStack(), {}  # type: ExitStack, dict[Path, Any]
-
-    def __enter__(self) -> SafetensorsReader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def slice(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A lazily read tensor; index it to read a part.
-
-        Raises:
-            UserError: if the tensor or its file is missing or damaged, or if its shape is not ``shape``.
-        """
-        path = self.index.find(name, shape)
-        if path not in self._open:
-            try:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise unreadable(path, error) from error
-        return self._open[path].get_slice(name)
+from mome_dist.llm.tensors import SafetensorsReader
 
 
 @torch.no_grad()
@@ -160,11 +131,3 @@ class _Importer:
 
     def _vector(self, name: str) -> Tensor:
         return self.reader.slice(name, (self.shape.hidden_size,))[:]
-
-
-def embedding_scale(directory: str | Path) -> float:
-    """Root mean square of the LLM's token embeddings, over the first 4096 rows: the size of input that it knows."""
-    shape = LLMShape.from_directory(directory)
-    with SafetensorsReader(directory) as reader:
-        rows = reader.slice(EMBEDDING, (shape.vocabulary, shape.hidden_size))[:4096]
-    return float(rows.float().square().mean().sqrt())

@@ -13,7 +13,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import dtype_of
 from mome_dist.llm.shape import LLMShape
-from mome_dist.llm.weights import embedding_scale
+from mome_dist.llm.tensors import embedding_scale
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mome_dist.sharing import Sharing
+
+
+def _parallel_state() -> Any:
+    """Megatron-Core's: what only decodes or exports describes its tensors without it, and may lack it."""
+    from megatron.core import parallel_state
+
+    return parallel_state
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class NamedPart:
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """The shape of the tensor, or of the expert's row of it, in the layout-free model."""
-        return self.sharing.whole_shape(self.shape, parallel_state.get_tensor_model_parallel_world_size())
+        return self.sharing.whole_shape(self.shape, _parallel_state().get_tensor_model_parallel_world_size())
 
     def of(self, values: Tensor) -> Tensor:
         """Its part of something shaped like the parameter, such as a gradient or a moment; a view if that is
@@ -71,7 +77,7 @@ class NamedPart:
         mine = self.of(values).detach()
         if self.sharing.sliced is None:
             return mine
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = _parallel_state().get_tensor_model_parallel_group()
         mine = mine.contiguous()
         slices = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(slices, mine, group=group)
@@ -81,17 +87,15 @@ class NamedPart:
         """What this rank holds of a tensor of `whole_shape`."""
         if self.sharing.sliced is None:
             return whole
-        ranks, rank = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        )
+        state = _parallel_state()
+        ranks, rank = state.get_tensor_model_parallel_world_size(), state.get_tensor_model_parallel_rank()
         return whole.chunk(ranks, dim=self.sharing.sliced)[rank]
 
     @property
     def copies(self) -> dist.ProcessGroup:
         """The data-parallel ranks that hold copies of it, or under ZeRO parts of its optimiser state."""
         if self.sharing.experts is None:
-            return parallel_state.get_data_parallel_group()
+            return _parallel_state().get_data_parallel_group()
         name = getattr(self.parameter, "group_name")  # noqa: B009  DeepSpeed asks for it
         # Experts alone need it: what only decodes is not to wait for DeepSpeed's import.
         from deepspeed.utils import groups as deepspeed_groups
@@ -106,7 +110,7 @@ class NamedPart:
     @property
     def saved_here(self) -> bool:
         """Whether this rank is the one that writes it: the first of those that hold copies, or slices, of it."""
-        return self.gathered_here and parallel_state.get_tensor_model_parallel_rank() == 0
+        return self.gathered_here and _parallel_state().get_tensor_model_parallel_rank() == 0
 
 
 class Described(Protocol):

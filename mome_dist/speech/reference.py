@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from mome_dist.adapters.lora import PREFIX, OneProcessLoRA
 from mome_dist.adapters.terms import LowRankTerms
@@ -29,6 +29,7 @@ from mome_dist.moe.routing import Routing
 from mome_dist.moe.unrouted import LocalUnrouted
 from mome_dist.packed_module import PackedModule, PackedTensor
 from mome_dist.speech.balance import SpeechRoutes, balance_losses
+from mome_dist.speech.limits import ClipLimits
 from mome_dist.speech.lora import LoRATerms
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
@@ -84,21 +85,6 @@ def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
     """The routing of the latest pass, padding left out."""
     assert mome.last_routing is not None
     return mome.last_routing.restricted_to(valid_BS.flatten())
-
-
-class _ClipLimits(StoppingCriteria):
-    """Ends the text of each clip at its own number of tokens.
-
-    `generate` asks about rows of new tokens, of one clip after the other: one row a clip in greedy search, several in
-    beam search.
-    """
-
-    def __init__(self, limits_B: Tensor) -> None:
-        self._limits_B = limits_B
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        rows, length = input_ids.shape
-        return (self._limits_B <= length).repeat_interleave(rows // len(self._limits_B))
 
 
 class MoMESpeechLM(nn.Module):
@@ -325,6 +311,41 @@ class MoMESpeechLM(nn.Module):
         cache.batch_repeat_interleave(beams)
         return cache
 
+    def lay_out(
+        self,
+        prefixes: Sequence[list[int]],
+        view: View,
+        audio: Sequence[Tensor],
+        video: Sequence[Tensor],
+        texts: Sequence[Sequence[int]] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """What the LLM reads of a batch: prefixes that are padded on the left, so that every text begins at one place,
+        and texts that are padded on the right; the next pass is of it.
+
+        Args:
+            prefixes, view, audio, video: as of `generate`.
+            texts: token ids after each prefix; none by default.
+
+        Returns:
+            Embeddings [B, S, H] in the LLM's precision, and int64 [B, S]: 1 where there is a token, 0 for padding.
+        """
+        device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
+        before, after = max(map(len, prefixes)), max(map(len, texts), default=0)
+        rows = [
+            ([0] * (before - len(ids)), [*ids, *text], [0] * (after - len(text)))
+            for ids, text in zip(prefixes, texts or [()] * len(prefixes), strict=True)
+        ]
+        ids_BS = torch.tensor([[*left, *ids, *right] for left, ids, right in rows], device=device)
+        mask_BS = torch.tensor([[*left, *[1] * len(ids), *right] for left, ids, right in rows], device=device)
+        modality_BS = torch.where(ids_BS == AUDIO, Modality.AUDIO, torch.where(ids_BS == VIDEO, Modality.VIDEO, 0))
+        self._begin(view, modality_BS.to(torch.int8))
+        embedded_BSH = self._embed(ids_BS.clamp(min=0)).to(device)
+        at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
+        rates = {"audio": view.audio_rate, "video": view.video_rate}
+        places = [SpeechPlaces(stream, rate, at[stream], None) for stream, rate in rates.items() if rate is not None]
+        flat = self.projectors.insert(embedded_BSH.flatten(0, 1), places, {"audio": audio, "video": video})
+        return flat.view(embedded_BSH.shape), mask_BS
+
     @torch.no_grad()
     def generate(
         self,
@@ -355,18 +376,7 @@ class MoMESpeechLM(nn.Module):
         Returns:
             New token ids of each clip, up to and without ``eos``. They do not depend on the other clips.
         """
-        device = next(self.projectors.parameters()).device  # the embeddings' own may be "meta": read when needed
-        length = max(map(len, prefixes))
-        # Left padding, so that every text starts at the same position.
-        ids_BS = torch.tensor([[0] * (length - len(ids)) + ids for ids in prefixes], device=device)
-        mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prefixes], device=device)
-        modality_BS = torch.where(ids_BS == AUDIO, Modality.AUDIO, torch.where(ids_BS == VIDEO, Modality.VIDEO, 0))
-        self._begin(view, modality_BS.to(torch.int8))
-        embedded_BSH = self._embed(ids_BS.clamp(min=0)).to(device)
-        at = {name: (ids_BS.flatten() == mark).nonzero()[:, 0] for name, mark in (("audio", AUDIO), ("video", VIDEO))}
-        rates = {"audio": view.audio_rate, "video": view.video_rate}
-        places = [SpeechPlaces(stream, rate, at[stream], None) for stream, rate in rates.items() if rate is not None]
-        flat = self.projectors.insert(embedded_BSH.flatten(0, 1), places, {"audio": audio, "video": video})
+        embedded_BSH, mask_BS = self.lay_out(prefixes, view, audio, video)
         # Everything that decides is set here; see `__init__` for what a model brings along.
         search = GenerationConfig(
             do_sample=False,
@@ -378,7 +388,6 @@ class MoMESpeechLM(nn.Module):
             cache_implementation="static" if static_cache else None,
         )
         read_once = num_beams > 1 and not static_cache
-        embedded_BSH = flat.view(embedded_BSH.shape)
         with ExitStack() as laid_out:
             for adapted in self._adapted() if not static_cache else ():  # a compiled pass is given parameters only
                 laid_out.enter_context(adapted.laid_out())
@@ -387,6 +396,6 @@ class MoMESpeechLM(nn.Module):
                 attention_mask=mask_BS,
                 past_key_values=self._read_once(embedded_BSH, mask_BS, num_beams) if read_once else None,
                 generation_config=search,
-                stopping_criteria=StoppingCriteriaList([_ClipLimits(torch.tensor(limits, device=device))]),
+                stopping_criteria=StoppingCriteriaList([ClipLimits(torch.tensor(limits, device=embedded_BSH.device))]),
             )
         return [row[: row.index(eos)] if eos in row else row for row in written.tolist()]

@@ -60,6 +60,10 @@ class TextCodec:
             ids = ids[: ids.index(self.eos)]
         return " ".join(self._tokenizer.decode(ids, skip_special_tokens=True).split())
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself; a part of a character is U+FFFD."""
+        return [self._tokenizer.decode([number]) for number in ids]
+
 
 @dataclass(frozen=True)
 class Example:

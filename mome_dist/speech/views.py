@@ -39,7 +39,10 @@ def view_of(audio_rate: int | None, video_rate: int | None) -> View:
         UserError: no rate, or one below 1.
     """
     if audio_rate is None and video_rate is None:
-        raise UserError("no rate is given: add --audio-rate A to listen, --video-rate V to read lips, or both.")
+        raise UserError(
+            "no rate is given: add --audio-rate A to listen, --video-rate V to read lips, or both (in Python "
+            "audio_rate=A, video_rate=V)."
+        )
     for option, rate in (("--audio-rate", audio_rate), ("--video-rate", video_rate)):
         if rate is not None and rate < 1:
             raise UserError(f"{option} {rate}: a rate is the number of frames per token, at least 1.")

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import mome_dist
 from mome_dist.errors import UserError
-from mome_dist.evaluation.transcription import transcribe
 from mome_dist.export.adapter import export_adapter
 from mome_dist.inference.load import load_run
 from mome_dist.speech.avhubert import AVHubertConfig, AVHubertEncoder, front_end
 from mome_dist.speech.avhubert.conversion import convert
 from mome_dist.speech.video_encoder import VideoEncoder
 from mome_dist.speech.video_encoders import load_video_encoder
-from mome_dist.speech.views import View
 from tests.avhubert_checkpoint import Published, small
 from tests.evaluation_run import WIDTHS, make_run
 
@@ -104,12 +103,13 @@ def test_a_run_with_it_exports_and_transcribes(tiny_corpus_dir: Path, tmp_path: 
     (tmp_path / "lips").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="video_encoder"):
         load_run(tmp_path / "export")
-    moved = {"video_encoder": tmp_path / "moved"}
-    loaded, view = load_run(tmp_path / "export", frozen={"video_encoder": tmp_path / "moved"}), View("vsr", None, 2)
-    assert isinstance(loaded.encoders()["video"], AVHubertEncoder)
+    exported, trained = (
+        mome_dist.load(place, video_encoder=tmp_path / "moved") for place in (tmp_path / "export", run)
+    )
+    assert isinstance(exported.run.encoders()["video"], AVHubertEncoder)
     (video,) = clips(20)
-    text = transcribe(loaded, view, {"video": video})
-    assert text == transcribe(load_run(run, frozen=moved), view, {"video": video})
+    said = exported.transcribe(video, video_rate=2)
+    assert said == trained.transcribe(video, video_rate=2) and said.tokens
 
 
 def test_mistakes_are_named(encoder: AVHubertEncoder, tmp_path: Path) -> None:

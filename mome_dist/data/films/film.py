@@ -268,5 +268,8 @@ def film_with(path: str | Path, streams: Sequence[str]) -> Film:
     film = Film(path, streams)
     for stream, there in (("audio", film.has_audio), ("video", film.has_video)):
         if stream in streams and not there:
-            raise UserError(f"{path} has no {stream} stream: leave out --{stream}-rate, or give a file that has one.")
+            raise UserError(
+                f"{path} has no {stream} stream: leave out --{stream}-rate ({stream}_rate in Python), or give a file "
+                "that has one."
+            )
     return film
