@@ -21,46 +21,62 @@ ROOT = Path(__file__).resolve().parent
 # compiled and type-checked. Later ones have no MediaPipe.
 PYTHON_REQUIRES = ">=3.11,<3.13"
 
+# What every command needs to read its configuration, a film and the files of a model: launchers, plans and checks run
+# on a machine without torch.
 REQUIREMENTS = [
-    # the training stack
-    "torch>=2.11,<2.14",
-    "megatron-core>=0.16.1,<0.17",  # 0.17 and later need Python 3.12
-    "deepspeed>=0.19.8,<0.20",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
-    "transformers>=5.17,<5.24",
-    "huggingface_hub>=1.33,<2.5",  # models named as hf://OWNER/NAME; transformers brings it
-    "accelerate>=1.15,<2",  # transformers needs it to read GGUF
-    "gguf>=0.19,<0.20",
-    "tokenizers>=0.23.2,<0.24",
-    "safetensors>=0.8,<0.9",
-    "einops>=0.8.2,<0.9",
-    # configuration and launching
     "hydra-core>=1.3.8,<1.4",
     "omegaconf>=2.3.1,<2.4",
-    "submitit>=1.5.4,<1.6",
-    "hydra-submitit-launcher>=1.2,<1.3",
-    "psutil>=7.2,<8",
+    "huggingface_hub>=1.33,<2.5",  # models named as hf://OWNER/NAME
+    "tokenizers>=0.23.2,<0.24",
     "rich>=15,<16",
     "argcomplete>=3.7,<4",
-    # data
-    "webdataset>=1.0.2,<1.1",
     "numpy>=2.4,<2.6",
-    "scipy>=1.17,<2",
     "soundfile>=0.14,<0.15",
     "av>=18,<19",
     "opencv-python-headless>=5,<6",
-    # evaluation and reports
+]
+
+# What it takes to transcribe and to export: neither Megatron-Core nor DeepSpeed. `mome_dist.extras` names the extra of
+# a package that cannot be imported.
+INFER = [
+    "torch>=2.11,<2.14",
+    "transformers>=5.17,<5.24",
+    "safetensors>=0.8,<0.9",
+    "accelerate>=1.15,<2",  # no import here: transformers spreads an LLM over devices with it, and reads GGUF
+    "gguf>=0.19,<0.20",  # no import here: transformers reads the file of SmolLM2 with it
     "jiwer>=4,<5",
-    "tensorboard>=2.21,<3",
+]
+
+PREPARE = [
+    "torch>=2.11,<2.14",  # webdataset's writer imports it
+    "webdataset>=1.0.2,<1.1",
+]
+
+TRAIN = [
+    *INFER,
+    "megatron-core>=0.16.1,<0.17",  # 0.17 and later need Python 3.12
+    "einops>=0.8.2,<0.9",  # no import here: Megatron-Core imports it and does not ask for it
+    "deepspeed>=0.19.8,<0.20",  # install with DS_BUILD_OPS=0: no operator is compiled ahead of time
+    "submitit>=1.5.4,<1.6",
+    "hydra-submitit-launcher>=1.2,<1.3",  # no import here: Hydra finds it as hydra/launcher=submitit_slurm
+    "webdataset>=1.0.2,<1.1",
+    "tensorboard>=2.21,<3",  # no import here: torch.utils.tensorboard writes with it
     "matplotlib>=3.11,<4",
 ]
 
 EXTRAS = {
+    "infer": INFER,
+    "prepare": PREPARE,
+    "train": TRAIN,
+    # torch's CUDA build brings CUDA, NCCL and Triton itself.
+    "gpu": ["nvidia-ml-py>=13.615.71,<14"],  # no import here: DeepSpeed reads free GPU memory with it
     "test": [
         "peft==0.21.2",
         "pytest==9.2.0",
         "pytest-timeout==2.4.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.6",
+        "scipy==1.17.1",
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
     ],
@@ -69,8 +85,6 @@ EXTRAS = {
     # Its interpreter runs the kernels where there is no GPU. Not a test tool like the others: torch's CUDA builds bring
     # the Triton that they are made for, and its CPU builds none (tools/setup_environment.sh).
     "interpreter": ["triton==3.9.0"],
-    # DeepSpeed reads free GPU memory through NVML; torch's CUDA build brings CUDA, NCCL and Triton itself.
-    "gpu": ["nvidia-ml-py==13.615.71"],
     "wandb": ["wandb==0.31.0"],
     # Speech for the synthetic corpus where flite cannot be installed. libespeak-ng itself is GPL-3.0: an optional
     # program at run time, never part of mome_dist.

@@ -1,7 +1,4 @@
-"""Packages that an installation may lack, and the extra of mome_dist that brings each. No torch here.
-
-A package of another is not named here: whoever imports it has installed the other.
-"""
+"""Packages that an installation may lack, and the extra of mome_dist (``setup.py``) that brings each. No torch here."""
 
 from __future__ import annotations
 
@@ -11,25 +8,22 @@ from contextlib import contextmanager
 from mome_dist.errors import UserError
 
 EXTRA_OF = {
-    "accelerate": "infer",
-    "av": "infer",
-    "cv2": "infer",
-    "gguf": "infer",
-    "numpy": "infer",
-    "safetensors": "infer",
-    "soundfile": "infer",
     "torch": "infer",
     "transformers": "infer",
-    "deepspeed": "train",
-    "hydra_plugins": "train",
-    "jiwer": "train",
-    "matplotlib": "train",
-    "megatron": "train",
-    "submitit": "train",
-    "tensorboard": "train",
-    "scipy": "prepare",
+    "safetensors": "infer",
+    "accelerate": "infer",
+    "gguf": "infer",
+    "jiwer": "infer",
     "webdataset": "prepare",
+    "megatron": "train",
+    "einops": "train",
+    "deepspeed": "train",
+    "submitit": "train",
+    "hydra_plugins": "train",
+    "tensorboard": "train",
+    "matplotlib": "train",
     "wandb": "wandb",
+    "espeakng_loader": "espeak",
 }
 """The extra to install for a package that cannot be imported, by the name of its import."""
 

@@ -21,7 +21,7 @@ trap 'rm -f "$torch_constraint"' EXIT
 "${pip[@]}" freeze | grep -E '^torch==' >"$torch_constraint"
 
 # torch's CUDA builds bring the Triton that they are made for, its CPU builds none; the tests need one.
-extras=test,docs,espeak
+extras=train,prepare,test,docs,espeak
 "${pip[@]}" show torch | grep '^Requires:.*triton' >/dev/null || extras+=,interpreter
 
 # DS_BUILD_OPS=0: DeepSpeed compiles no operator ahead of time, so neither a compiler nor CUDA is needed.

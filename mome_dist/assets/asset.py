@@ -41,6 +41,7 @@ class Asset:
         converter_version: raised whenever `convert` writes something else, so that caches are renewed.
         convert: see `Converter`; it imports heavy libraries only when called.
         for_tests: whether only the project's own tests need it.
+        upstream: the model of the Hugging Face hub that it was made from, by whoever made the package.
     """
 
     name: str
@@ -49,3 +50,4 @@ class Asset:
     converter_version: int
     convert: Converter
     for_tests: bool = False
+    upstream: str | None = None

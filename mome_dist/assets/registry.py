@@ -97,6 +97,7 @@ _ASSETS = (
         ),
         converter_version=1,
         convert=_convert_smollm2,
+        upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     Asset(
         name="whisper-tiny.en",
@@ -116,6 +117,7 @@ _ASSETS = (
         ),
         converter_version=1,
         convert=_convert_whisper,
+        upstream="openai/whisper-tiny.en",
     ),
     _face_mesh_of(sys.version_info[:2], platform.machine()),
     Asset(

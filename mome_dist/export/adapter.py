@@ -48,7 +48,10 @@ _SECTIONS = ("name", "seed", "llm", "audio_encoder", "video_encoder", "projector
 
 
 def export_adapter(
-    source: str | Path, target: str | Path, frozen: Mapping[str, str | Path] | None = None
+    source: str | Path,
+    target: str | Path,
+    frozen: Mapping[str, str | Path] | None = None,
+    licence: str | None = None,
 ) -> dict[str, Any]:
     """Write the adapter of a run.
 
@@ -59,19 +62,23 @@ def export_adapter(
             knew them, which is written anew without building its model.
         target: directory to make; it appears whole or not at all.
         frozen: as for `mome_dist.inference.load.load_run`.
+        licence: of the trained weights, for the model card, as the hub names it ("apache-2.0"); None: not known yet.
 
     Returns:
         The content of ``config.json`` but for the facts about the weights.
 
     Raises:
-        UserError: the target exists, the run is not whole, or the source is an export as this version writes them.
+        UserError: the target exists, the run is not whole, the source is an export as this version writes them, or the
+            licence is no identifier.
     """
     source, target = Path(source), Path(target)
     check_target(target)
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UserError(f"licence {licence!r} is no identifier of the hub: write such as apache-2.0 or cc-by-nc-4.0.")
     if is_adapter(source):
         return _renew(source, target)
     saved = read_checkpoint(find_checkpoint(source))
-    return export_run(assemble(saved, frozen=frozen), saved, target)
+    return export_run(assemble(saved, frozen=frozen), saved, target, licence)
 
 
 def check_target(target: Path) -> None:
@@ -80,10 +87,10 @@ def check_target(target: Path) -> None:
         raise UserError(f"{target} exists, and an export replaces nothing: name another directory or remove it.")
 
 
-def export_run(run: LoadedRun, saved: Saved, target: Path) -> dict[str, Any]:
+def export_run(run: LoadedRun, saved: Saved, target: Path, licence: str | None = None) -> dict[str, Any]:
     """Write a model that is filled; ``saved`` is what it was read from. Returns as `export_adapter`."""
     document = {**IDENTITY, **_describe(run, saved)}
-    card = model_card(run, document, _results(saved))
+    card = model_card(run, document, _results(saved), licence)
     with published_directory(target, replace=False) as directory:
         write_export(directory, run.model, document, card)
     return document

@@ -13,18 +13,18 @@ from mome_dist.assets import ASSETS
 from mome_dist.config.derived import lora_of, router_of
 from mome_dist.config.schema import ProjectorConfig, RunConfig
 from mome_dist.evaluation.tables import markdown_report
+from mome_dist.export.card_metadata import TASKS, card_data
 from mome_dist.export.citations import citations
 from mome_dist.hub import model_at
 from mome_dist.inference.load import LoadedRun
 from mome_dist.speech.views import View
 
-_TASKS = {"asr": "speech to text", "vsr": "lips to text", "avsr": "speech and lips to text"}
-
-
 USE, ERROR_RATES = "Use", "Word error rates"
 
 
-def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+def model_card(
+    run: LoadedRun, document: Mapping[str, Any], results: Mapping[str, Any] | None, licence: str | None = None
+) -> str:
     """The card in Markdown, with the front matter that model hubs read. A function of its arguments and of the licence
     notes in the directories of the frozen models.
 
@@ -32,21 +32,18 @@ def model_card(run: LoadedRun, document: Mapping[str, Any], results: Mapping[str
         run: what is exported.
         document: the content of the export's ``config.json``.
         results: an evaluation of the same weights (``results.json``), or None.
+        licence: of the trained weights, as the hub names it; None: not known yet.
     """
     sections = {
         f"{document['name']}: a {'MoME ' if run.config.mome.experts else ''}speech adapter": _summary(run, document),
         "Numbers": _numbers(run, document),
         ERROR_RATES: _error_rates(results),
         USE: usage(run.views[0]),
-        "Licences": _licences(run, document),
+        "Licences": _licences(run, document, licence),
         **_citation(run.config),
     }
     level = "#"
-    tags = "mome, adapter" if run.config.mome.experts else "adapter"
-    text = (
-        f"---\nlibrary_name: mome_dist\npipeline_tag: automatic-speech-recognition\ntags: [{tags}]\n"
-        f"{_base_models(run, document)}---\n"
-    )
+    text = f"---\n{card_data(run, document, results, licence).to_yaml()}\n---\n"
     for title, body in sections.items():
         text += f"\n{level} {title}\n\n{body}\n"
         level = "##"
@@ -61,13 +58,6 @@ def with_section(card: str, title: str, body: str) -> str:
         )
         + "\n"
     )
-
-
-def _base_models(run: LoadedRun, document: Mapping[str, Any]) -> str:
-    """What the hub lists an adapter under: the frozen models that are there."""
-    found = [model_at(getattr(run.config, section).path) for section in document["frozen"]]
-    names = [model.repository for model in found if model is not None]
-    return f"base_model: [{', '.join(names)}]\nbase_model_relation: adapter\n" if names else ""
 
 
 def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
@@ -101,7 +91,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         "The frozen models are not in this directory; they are known by their hash.",
         "",
         *experts,
-        *(f"- {task.upper()} ({_TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
+        *(f"- {task.upper()} ({TASKS[task]}), trained at rates {', '.join(rates)}." for task, rates in views.items()),
         *_projectors(run.config.projector),
         *([f"- LoRA of the language model's query and value projections: `{run.config.llm.lora}`."] * adapted),
         *(["- `peft/` has the same for PEFT's `PeftModel.from_pretrained`, a folder for each sum of terms."] * alone),
@@ -186,26 +176,30 @@ python -m mome_dist.transcribe . {file} {options}
 The same in Python:
 
 ```python
-import mome_dist  # tells transformers of this kind of model
-from transformers import AutoModel
+import mome_dist
 
-model = AutoModel.from_pretrained(".")
+model = mome_dist.load(".")
 said = model.transcribe("{file}", {arguments})
-print(said.text)
+print(said.text, said.confidence)
 ```
 
+Once mome_dist is imported, transformers' `AutoModel.from_pretrained` loads it as well, from a directory or from a hub.
 Audio is resampled to 16 kHz. In a video of a face the mouth is found and cropped; 96x96 mouth crops are taken as they
 are. The frozen models are looked for where they were at the export and in the cache of assets; name other places with
-`--llm`, `--audio-encoder` and `--video-encoder`, or in Python with `llm_path=`, `audio_encoder_path=` and
-`video_encoder_path=`."""
+`--llm`, `--audio-encoder` and `--video-encoder`, in Python with `llm=`, `audio_encoder=` and `video_encoder=` (of
+`from_pretrained`: `llm_path=`, `audio_encoder_path=` and `video_encoder_path=`)."""
 
 
-def _licences(run: LoadedRun, document: Mapping[str, Any]) -> str:
+def _licences(run: LoadedRun, document: Mapping[str, Any], licence: str | None) -> str:
     lines = ["The adapter works with these models only, and their licences hold wherever it is used:", ""]
     for section, facts in document["frozen"].items():
         note = _licence_note(Path(getattr(run.config, section).path))
         lines.append(f"- {section.replace('_', ' ')} `{facts['name']}`: {note} (fingerprint `{facts['fingerprint']}`)")
-    lines += ["", "The adapter has the licence that its publisher gives it; none is implied here."]
+    if licence is None:
+        own = "Whoever publishes the adapter gives it a licence; none is implied here."
+    else:
+        own = f"The adapter itself: `{licence}`."
+    lines += ["", own]
     return "\n".join(lines)
 
 

@@ -253,7 +253,6 @@ class MoMESpeechModel(PreTrainedModel, Transcriber):
             )
 
     def _write(self, target: Path, max_shard_size: int | str, tags: Sequence[str]) -> None:
-        # Here, since it needs DeepSpeed, whose import takes seconds and prints; whoever transcribes does without.
         from mome_dist.export.adapter import IDENTITY, write_export
 
         document = {**IDENTITY, **self.config.document()}

@@ -8,9 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from mome_dist import evaluate, transcribe
@@ -21,11 +25,15 @@ from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import write_media_file
 from mome_dist.errors import UserError
 from mome_dist.export.adapter import export_adapter
+from mome_dist.export.card_metadata import card_data
 from mome_dist.export.model_card import model_card
+from mome_dist.hub import HubModel
 from mome_dist.inference.load import load_run
+from mome_dist.transcription.results import Transcription
 from tests.evaluation_run import STEP, make_run
 
 FILES = {WEIGHTS, CONFIG, CARD, SUMS}
+HUB = HubModel("owner/lips", None)
 FROZEN = {"llm": "llm", "audio_encoder": "whisper", "video_encoder": "lips"}  # where `make_run` puts them
 
 
@@ -140,7 +148,7 @@ def test_the_card_says_what_it_is_and_its_python_runs(
     monkeypatch.chdir(directory)
     names: dict[str, object] = {}
     exec(snippet, names)
-    assert isinstance(names["text"], str) and names["text"]
+    assert isinstance(said := names["said"], Transcription) and said.text
 
 
 def test_the_card_does_not_call_kept_projectors_trained(exported: Path) -> None:
@@ -153,13 +161,52 @@ def test_the_card_does_not_call_kept_projectors_trained(exported: Path) -> None:
 def test_results_are_in_the_card_when_they_are_of_that_step(tmp_path: Path, tiny_corpus_dir: Path) -> None:
     run = make_run(tmp_path, tiny_corpus_dir)
     assert evaluate.main([f"checkpoint={run}", "limit=1", "rates=asr(4)"]) == 0
-    export_adapter(run, tmp_path / "with")
+    export_adapter(run, tmp_path / "with", licence="cc-by-4.0")
     table = (run / "evaluation/results.md").read_text().split("\n\n", 1)[1].rstrip("\n")
     assert table in (tmp_path / "with" / CARD).read_text()
+    _check_metadata(tmp_path / "with" / CARD, "cc-by-4.0", json.loads((run / "evaluation/results.json").read_text()))
     results = run / "evaluation/results.json"
     results.write_text(results.read_text().replace(f'"step": {STEP}', f'"step": {STEP + 1}'))
     export_adapter(run, tmp_path / "without")
     assert "not evaluated" in (tmp_path / "without" / CARD).read_text()
+
+
+def _check_metadata(card: Path, licence: str, results: dict[str, Any] | None) -> None:
+    """What the hub reads of a card is what the library for it writes, and says what was measured."""
+    parsed = ModelCard.load(card)
+    data = parsed.data
+    assert isinstance(data, ModelCardData) and ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
+    assert (data.library_name, data.pipeline_tag) == ("mome_dist", "automatic-speech-recognition")
+    assert data.license == licence and isinstance(data.license, str)
+    assert data.base_model is None and data.datasets is None, "nothing of the hub is in this run"
+    if results is None:
+        assert data.eval_results is None and data.metrics is None
+        return
+    assert data.eval_results is not None and data.model_name == "small" and data.metrics == ["wer"]
+    assert [(each.metric_type, each.metric_value) for each in data.eval_results] == [
+        ("wer", round(view["wer"], 2)) for view in results["views"]
+    ]
+    (found,) = data.eval_results
+    assert (found.dataset_name, found.dataset_split) == (results["corpus"], "test")
+    assert found.task_name == "speech to text, asr(4)"
+    _, again = model_index_to_eval_results(eval_results_to_model_index("small", data.eval_results))
+    assert again == data.eval_results
+
+
+def test_the_hub_is_told_what_an_export_is_made_of(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_metadata(exported / CARD, "unknown", None)
+    run, document = load_run(exported), json.loads((exported / CONFIG).read_text())
+    run.config.llm.path, run.config.data.corpus = "assets/smollm2-135m", "corpora/LRS3"
+    monkeypatch.setattr("mome_dist.export.card_metadata.model_at", lambda path: HUB if path.name == "lips" else None)
+    data = card_data(run, document, None)
+    assert (data.base_model, data["base_model_relation"]) == (
+        ["HuggingFaceTB/SmolLM2-135M-Instruct", "owner/lips"],
+        "adapter",
+    )
+    assert data.datasets == ["lrs3"]
+    assert all(validate_repo_id(name) is None for name in data.base_model)
+    with pytest.raises(UserError, match="licence 'My own' is no identifier"):
+        export_adapter(exported, exported.with_name("none"), licence="My own")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

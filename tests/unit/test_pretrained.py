@@ -261,7 +261,7 @@ def test_it_goes_to_the_hub_and_back(
         assert files_of(sent) == files_of(adapted), "and nothing of the older commit is left"
         assert {path.name for path in (sent / "peft").iterdir()} == {"shared+asr", "shared+vsr", "shared+avsr"}
         # Its publisher gives the adapter a licence on its page.
-        (sent / CARD).write_text((sent / CARD).read_text().replace("library_name", "license: mit\nlibrary_name"))
+        (sent / CARD).write_text((sent / CARD).read_text().replace("license: unknown", "license: mit"))
         for loader, revision in (
             (AutoModel, "main"),
             (AutoModel, commit.oid),
