@@ -6,6 +6,7 @@ import ast
 import re
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ OPTIONAL = {"apex", "amp_C", "avhubert", "fairseq"}
 OWN = {"mome_dist", "launchers", "tools", "benchmarks", "tests", "fused_layer_norm_cuda", "setuptools"}
 
 
+@cache
 def _imported(folder: Path) -> dict[str, set[str]]:
     """Packages of others that the files of a folder import, anywhere in them, and the files."""
     found: dict[str, set[str]] = {}
@@ -88,20 +90,19 @@ def test_what_tests_and_benchmarks_import_is_declared_or_locked(declared: dict[s
 
 
 def test_what_is_declared_is_imported_or_says_why_not(declared: dict[str, set[str]]) -> None:
-    imported = {package for folder in ROOT.iterdir() if folder.is_dir() for package in _imported_of_project(folder)}
+    code = set().union(*(_imported(ROOT / folder) for folder in ("mome_dist", "launchers", "tools")))
+    tests = set().union(*(_imported(ROOT / folder) for folder in ("tests", "benchmarks")))
     lines = (ROOT / "setup.py").read_text(encoding="utf-8").splitlines()
     reasons = [line for line in lines if "# no import here: " in line]
     quoted = re.compile(r'"([\w-]+)[<>=]')
     explained = {_import_of(name[1]) for line in reasons if (name := quoted.search(line)) is not None}
-    tools = {"ruff", "mypy", "pytest_timeout"}  # run as programs, or plugins of one
     assert len(explained) == len(reasons) >= 5
-    assert not explained & imported, "imported after all: the reason is old"
-    assert declared.keys() - imported - tools == explained
-
-
-def _imported_of_project(folder: Path) -> set[str]:
-    names = {"mome_dist", "launchers", "tools", "tests", "benchmarks"}
-    return set(_imported(folder)) if folder.name in names else set()
+    assert not explained & code, "imported after all: the reason is old"
+    for package, extras in declared.items():
+        if extras == {"test"}:
+            assert package in tests | {"ruff", "mypy", "pytest_timeout"}, f"{package}: run as no program either"
+        else:
+            assert (package in code) != (package in explained), f"{package}: nothing imports it, and no reason is given"
 
 
 def test_a_missing_package_names_the_extra_that_brings_it(declared: dict[str, set[str]]) -> None:
@@ -114,9 +115,9 @@ def test_a_missing_package_names_the_extra_that_brings_it(declared: dict[str, se
     }
     expected["torch"] = "infer"
     assert expected == EXTRA_OF
-    with pytest.raises(UserError, match=r"^megatron is not installed: pip install 'mome_dist\[train\]' brings it\.$"):
-        with told_if_missing():
-            raise ModuleNotFoundError("No module named 'megatron.core'", name="megatron.core")
+    told = r"^megatron is not installed: pip install 'mome_dist\[train\]' brings it\.$"
+    with pytest.raises(UserError, match=told), told_if_missing():
+        raise ModuleNotFoundError("No module named 'megatron.core'", name="megatron.core")
     with pytest.raises(ModuleNotFoundError), told_if_missing():
         raise ModuleNotFoundError("No module named 'mome_dist.none'", name="mome_dist.none")
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +17,13 @@ import mome_dist
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.media import encode_flac, write_media_file
 from mome_dist.errors import UserError
+from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.sequence import Example, pack
-from mome_dist.speech.views import View
+from mome_dist.speech.views import View, streams_read
 from mome_dist.transcription.inputs import Clip, Features
 from mome_dist.transcription.model import SpeechModel
 from mome_dist.transcription.results import Transcription
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.without_packages import python_without
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def _teacher_forced(model: SpeechModel, said: Transcription, features: Features)
     given = {"audio": features.audio, "video": features.video}
     tokens = {stream: rows for stream, rows in given.items() if rows is not None}
     rates = {"audio": view.audio_rate, "video": view.video_rate}
-    counts = [-(-len(tokens[stream]) // rate) if rate else 0 for stream, rate in rates.items()]
+    counts = [compressed_length(len(tokens[stream]), rate) if rate else 0 for stream, rate in rates.items()]
     prefix = run.sequences.prefix(view, *counts)
     example = Example([*prefix, *said.token_ids, run.sequences.codec.eos], len(prefix))
     with torch.no_grad():
@@ -76,12 +73,12 @@ def test_texts_and_probabilities_of_many_are_those_of_each(
     for clip, said in zip(clips, together, strict=True):
         alone = model.transcribe(clip, **rates)
         assert replace(said, log_probs=None) == replace(alone, log_probs=None)
-        assert said.view == view and said.seconds == max(clip.seconds[stream] for stream in model.encode(clip).seconds)
+        assert said.view == view and said.seconds == max(clip.seconds[stream] for stream in streams_read([view]))
         assert said.log_probs is not None and said.confidence == pytest.approx(math.exp(np.mean(said.log_probs)))
         expected = _teacher_forced(model, said, model.encode(clip))
         assert said.log_probs == pytest.approx(expected, abs=1e-4) and min(expected) < -0.1
         assert model.run.sequences.codec.decode(said.token_ids) == said.text == str(said)
-        assert len(said.tokens) == len(said.token_ids) and all(token in said.text for token in said.tokens)
+        assert len(said.tokens) == len(said.token_ids) and said.text.split()[0] in said.tokens
 
 
 def test_one_encoding_serves_every_rate_and_every_kind_of_input(
@@ -180,51 +177,20 @@ def test_mistakes_of_loading(exported: Path, load: Callable[[Path], Any], told: 
         load(exported)
 
 
-_WITHOUT = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
-import mome_dist
-assert not {{"torch", "transformers", "numpy"}} & sys.modules.keys(), "import mome_dist is light"
-said = mome_dist.load(sys.argv[1], device="cpu").transcribe(sys.argv[2], audio_rate=4)
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1])
-model.save_pretrained(sys.argv[3])
-print(said.text, said.log_probs, model.transcribe(sys.argv[2], audio_rate=4).text, sep="|")
-"""
-
-
-def _python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_neither_megatron_nor_deepspeed_is_needed(
-    model: SpeechModel, exported: Path, sound: Path, tmp_path: Path
-) -> None:
-    """Nor any other package that the extra ``infer`` does not bring."""
-    absent = {"megatron", "deepspeed", "webdataset", "submitit", "tensorboard", "matplotlib", "scipy", "wandb", "peft"}
-    done = _python(_WITHOUT.format(absent=absent), exported, sound, tmp_path / "copy")
-    assert done.returncode == 0, done.stderr
-    expected = model.transcribe(sound, audio_rate=4)
-    assert done.stdout.strip() == f"{expected.text}|{expected.log_probs}|{expected.text}"
-    assert (tmp_path / "copy/SHA256SUMS").read_bytes() == (exported / "SHA256SUMS").read_bytes()
-
-
 def test_a_missing_package_is_one_line_that_names_the_extra(exported: Path, sound: Path) -> None:
-    blocked = _WITHOUT.format(absent={"av"})
-    done = _python(blocked, exported, sound)
-    assert done.stderr.splitlines()[-1] == (
-        "mome_dist.errors.UserError: av is not installed: pip install 'mome_dist[infer]' brings it."
-    )
-    command = blocked.partition("import mome_dist")[0] + "from mome_dist.transcribe import main; sys.exit(main())"
-    told = _python(command, exported, sound)
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr == "error: av is not installed: pip install 'mome_dist[infer]' brings it.\n"
+    """In Python and of the command; what the extra ``infer`` does not bring is not missed (test_pretrained.py)."""
+    code = """
+import mome_dist
+try:
+    mome_dist.load(sys.argv[1])
+except mome_dist.errors.UserError as error:
+    print(error)
+from mome_dist.transcribe import main
+sys.exit(main())
+"""
+    told = "torch is not installed: pip install 'mome_dist[infer]' brings it."
+    done = python_without({"torch"}, code, exported, sound, "--audio-rate=4")
+    assert (done.returncode, done.stdout, done.stderr) == (2, f"{told}\n", f"error: {told}\n")
 
 
 def test_the_code_of_the_package(model: SpeechModel, exported: Path, sound: Path) -> None:
