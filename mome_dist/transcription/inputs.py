@@ -106,7 +106,7 @@ def array_clip(given: Array | Clip, name: str, streams: list[str]) -> Clip:
     Raises:
         UserError: an array has another shape or type, holds no numbers, or a stream is missing.
     """
-    clip = given if isinstance(given, Clip) else Clip(**{"video" if given.ndim == 3 else "audio": given})
+    clip = given if isinstance(given, Clip) else Clip(video=given) if given.ndim == 3 else Clip(audio=given)
     for stream in streams:
         if getattr(clip, stream) is None:
             raise UserError(f"{name} has no {stream}: leave out {stream}_rate, or give Clip(audio=..., video=...).")

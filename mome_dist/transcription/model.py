@@ -46,7 +46,9 @@ class Transcriber:
         raise NotImplementedError
 
     @overload
-    def encode(self, inputs: str | Path | Array | Clip, *, streams: Sequence[str] | None = None) -> Features: ...
+    def encode(  # type: ignore[overload-overlap]  # a str is a sequence of str, and one path
+        self, inputs: str | Path | Array | Clip, *, streams: Sequence[str] | None = None
+    ) -> Features: ...
     @overload
     def encode(
         self, inputs: Sequence[str | Path | Array | Clip], *, streams: Sequence[str] | None = None
@@ -75,7 +77,7 @@ class Transcriber:
         return features if many else features[0]
 
     @overload
-    def transcribe(
+    def transcribe(  # type: ignore[overload-overlap]  # as above
         self,
         inputs: Input,
         *,
@@ -128,8 +130,12 @@ class Transcriber:
         """
         view, run = view_of(audio_rate, video_rate), self.run
         check_view(run.config, view, "rates")
-        asked = {"num_beams": num_beams, "batch_size": batch_size}
-        decoding = replace(run.config.decoding, **{key: value for key, value in asked.items() if value is not None})
+        decoding = run.config.decoding
+        decoding = replace(
+            decoding,
+            num_beams=decoding.num_beams if num_beams is None else num_beams,
+            batch_size=decoding.batch_size if batch_size is None else batch_size,
+        )
         check_decoding(decoding)
         given, many = _as_list(inputs)
         features = self._features(given, streams_read([view]), decoding.batch_size)
@@ -188,7 +194,7 @@ class Transcriber:
             scored = token_log_probs(run.model, prefixes, view, heard, seen, [ids[i] for i in batch])
             for index, values in zip(batch, scored, strict=True):
                 likely[index] = tuple(values)
-        untrained = ()
+        untrained: tuple[str, ...] = ()
         if view not in run.views:
             untrained = (f"{view} was not trained; trained: {', '.join(map(str, run.views))}",)
         return [

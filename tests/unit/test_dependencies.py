@@ -49,7 +49,8 @@ def _imported(folder: Path) -> dict[str, set[str]]:
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-                names = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                texts = (each.value for each in node.args if isinstance(each, ast.Constant))
+                names = [text for text in texts if isinstance(text, str)]
             for package in {name.partition(".")[0] for name in names} - OWN - OPTIONAL - sys.stdlib_module_names:
                 found.setdefault(package, set()).add(str(path.relative_to(ROOT)))
     return found

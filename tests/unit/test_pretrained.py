@@ -101,8 +101,8 @@ _LIGHT = "assert not {'torch', 'transformers', 'megatron'} & sys.modules.keys(),
 def test_import_mome_dist_is_all_that_transformers_needs(
     order: list[str], exported: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In both orders, without a network, with the text of the command, and without Megatron-Core, DeepSpeed and all else
-    that the extra ``infer`` does not bring."""
+    """In both orders, without a network, with the text of the command, and without Megatron-Core, DeepSpeed and all
+    else that the extra ``infer`` does not bring."""
     absent = {package for package, extra in EXTRA_OF.items() if extra != "infer"} | {"scipy", "peft", "triton"}
     assert {"megatron", "deepspeed"} < absent
     script = _SCRIPT.format(first=order[0], second=order[1])

@@ -67,7 +67,7 @@ def _teacher_forced(model: SpeechModel, said: Transcription, features: Features)
 def test_texts_and_probabilities_of_many_are_those_of_each(
     model: SpeechModel, clips: list[Clip], view: View, beams: int
 ) -> None:
-    rates = {"audio_rate": view.audio_rate, "video_rate": view.video_rate, "num_beams": beams}
+    rates: dict[str, Any] = {"audio_rate": view.audio_rate, "video_rate": view.video_rate, "num_beams": beams}
     together = model.transcribe(clips, **rates, batch_size=3)
     assert len({said.token_ids for said in together}) > 1, "every clip decodes alike: the test cannot tell them apart"
     for clip, said in zip(clips, together, strict=True):
@@ -155,7 +155,7 @@ MOUTHS = np.zeros((25, 96, 96), np.uint8)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mistakes(model: SpeechModel, given: Any, rates: dict[str, int], told: str) -> None:
+def test_mistakes(model: SpeechModel, given: Any, rates: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told) as caught:
         model.transcribe(given, **rates)
     assert "\n" not in str(caught.value)
