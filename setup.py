@@ -119,10 +119,16 @@ if __name__ == "__main__":
         packages=[
             *find_packages(include=["mome_dist", "mome_dist.*"]),
             "mome_dist.configs",
+            "mome_dist.slurm",
         ],
-        # The Hydra tree stays at the top of a checkout, where users edit it; a wheel carries it as mome_dist/configs.
-        package_dir={"mome_dist.configs": "configs"},
-        package_data={"mome_dist": ["py.typed"], "mome_dist.configs": ["**/*.yaml", "**/*.json"]},
+        # The Hydra tree and the scripts of Slurm stay at the top of a checkout, where users edit them; a wheel carries
+        # them as mome_dist/configs and mome_dist/slurm.
+        package_dir={"mome_dist.configs": "configs", "mome_dist.slurm": "slurm"},
+        package_data={
+            "mome_dist": ["py.typed"],
+            "mome_dist.configs": ["**/*.yaml", "**/*.json"],
+            "mome_dist.slurm": ["*.sh"],
+        },
         entry_points={"console_scripts": ["mome-dist = mome_dist.commands.main:main"]},
         install_requires=REQUIREMENTS,
         extras_require=EXTRAS,

@@ -33,12 +33,21 @@ def configs_dir() -> Path:
     Raises:
         UserError: the installation holds neither.
     """
+    return _carried("configs")
+
+
+def slurm_dir() -> Path:
+    """Return the directory of the scripts for sbatch, found as `configs_dir` is. Raises UserError likewise."""
+    return _carried("slurm")
+
+
+def _carried(name: str) -> Path:
     package = Path(__file__).resolve().parent
-    checkout = package.parent / "configs"
-    # setup.py tells a checkout from a site-packages folder where another project may have left a `configs`.
+    checkout = package.parent / name
+    # setup.py tells a checkout from a site-packages folder where another project may have left a folder of this name.
     if checkout.is_dir() and (package.parent / "setup.py").is_file():
         return checkout
-    packaged = package / "configs"
+    packaged = package / name
     if packaged.is_dir():
         return packaged
-    raise UserError(f"no configs directory in {checkout} or {packaged}: reinstall mome_dist")
+    raise UserError(f"no {name} directory in {checkout} or {packaged}: reinstall mome_dist")

@@ -1,10 +1,10 @@
 """Export a trained run as an adapter: a directory that needs nothing else of the run.
 
     mome-dist export runs/quickstart exports/quickstart
-    mome-dist export runs/quickstart/checkpoints/step-000160 exports/quickstart-160
+    mome-dist export runs/quickstart/checkpoints/step-000160 exports/quickstart-160 --license cc-by-4.0
 
 It holds the trained weights (safetensors), config.json, a model card and SHA256SUMS, and is loaded by
-`mome-dist transcribe DIR FILE`, `mome-dist evaluate DIR output=OUT` and, in Python after
+`mome-dist transcribe DIR FILE`, `mome-dist evaluate DIR output=OUT` and, in Python, `mome_dist.load(DIR)` or, after
 `import mome_dist`, transformers' `AutoModel.from_pretrained(DIR)`. An export of before transformers knew them, in the
 place of a run, is written anew.
 """
@@ -27,6 +27,9 @@ def command_line() -> Parser:
         "run", type=place_argument, help="run directory, one checkpoint of it, or an export in the older form"
     )
     parser.add_argument("target", type=Path, help="directory to make; it must not exist")
+    parser.add_argument(
+        "--license", metavar="ID", help="of the trained weights, for the model card, as the hub names it (apache-2.0)"
+    )
     add_frozen_options(parser)
     return parser
 
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console = Console(highlight=False)
     with stages(console, f"checking and exporting {options.run}"):
-        document = export_adapter(options.run, options.target, frozen_of(options))
+        document = export_adapter(options.run, options.target, frozen_of(options), options.license)
     console.print(
         f"{options.target}: {document['name']}, step {document['step']}, "
         f"{document['parameters']['trained']:,} trained parameters, {', '.join(document['views'])}",

@@ -72,6 +72,7 @@ COMMANDS = (
     Command("verify", BEFORE, "prove that a layout trains what one process trains", "mome_dist.commands.verify"),
     Command("check", BEFORE, "the nodes and links of an allocation", "mome_dist.commands.check", ranks=True),
     Command("drill", BEFORE, "break small runs on purpose, and see that they survive", "mome_dist.commands.drill"),
+    Command("slurm init", BEFORE, "the scripts for sbatch, into a folder", "mome_dist.commands.slurm_init"),
     Command("doctor", HERE, "what works here, and what is missing for which command", "mome_dist.commands.doctor"),
     Command("completion", HERE, "what makes bash or zsh complete commands", "mome_dist.commands.completion"),
 )

@@ -12,6 +12,8 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from collections.abc import Sequence
+from email import message_from_string
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import mome_dist
+from mome_dist.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE_BYTES = 1_000_000
@@ -156,9 +159,9 @@ def test_the_lock_pins_nothing_twice(setup_py: dict[str, Any]) -> None:
     assert "apex" not in extras | set(locked)
 
 
-def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
+def test_a_wheel_carries_configuration_scripts_and_extras(tmp_path: Path) -> None:
     source, out, site = tmp_path / "source", tmp_path / "out", tmp_path / "site"
-    for name in ("mome_dist", "configs"):
+    for name in ("mome_dist", "configs", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -175,24 +178,47 @@ def test_a_wheel_carries_the_configuration_tree(tmp_path: Path) -> None:
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == expected
     entry = next(site.glob("*.dist-info/entry_points.txt")).read_text(encoding="utf-8")
     assert "mome-dist = mome_dist.commands.main:main" in entry
-    located = subprocess.run(
-        [sys.executable, "-c", "from mome_dist.paths import configs_dir; print(configs_dir())"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert Path(located.stdout.strip()) == packaged
-    shown = subprocess.run(
-        [sys.executable, "-m", "mome_dist", "config", "show", "experiment=tiny"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "# configs/llm/tiny.yaml: " in shown.stdout
+    told = message_from_string(next(site.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
+    assert {"infer", "prepare", "train", "gpu"} <= set(told.get_all("Provides-Extra", []))
+    brought = {extra: _brought(told.get_all("Requires-Dist", []), extra) for extra in ("", "infer", "train")}
+    assert brought[""] < brought["infer"] < brought["train"]
+    assert brought["train"] - brought["infer"] >= {"megatron-core", "deepspeed"} and "torch" in brought["infer"]
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert Path(run("-c", "from mome_dist.paths import configs_dir; print(configs_dir())").strip()) == packaged
+    assert "# configs/llm/tiny.yaml: " in run("-m", "mome_dist", "config", "show", "experiment=tiny")
+    (tmp_path / "work").mkdir()
+    listed = run("-m", "mome_dist", "slurm", "init", "work").split()
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "work/slurm").iterdir()}
+    assert sorted(listed) == sorted(f"work/slurm/{name}" for name in scripts)
+    expected_scripts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "slurm").glob("*.sh")}
+    changed = {name for name, text in scripts.items() if text != expected_scripts[name]}
+    assert changed == {"common.sh"} and scripts.keys() == expected_scripts.keys()
+    asked = ["bash", "-c", "source slurm/common.sh; echo $MOME_DIST_PYTHON"]
+    python = subprocess.run(asked, cwd=tmp_path / "work", capture_output=True, text=True, check=True).stdout.strip()
+    assert python == sys.executable
+
+
+def _brought(requirements: Sequence[str], extra: str) -> set[str]:
+    """Names of the packages that an extra of a wheel brings, with those of the base."""
+    found = [Requirement(text) for text in requirements]
+    return {each.name for each in found if each.marker is None or each.marker.evaluate({"extra": extra})}
+
+
+def test_scripts_of_slurm_replace_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "init", str(tmp_path)]) == 0
+    (tmp_path / "slurm/train.sh").write_text("mine")
+    capsys.readouterr()
+    assert main(["slurm", "init", str(tmp_path)]) == 2
+    assert f"{tmp_path}/slurm/common.sh exists, and is not replaced" in capsys.readouterr().err
+    assert (tmp_path / "slurm/train.sh").read_text() == "mine"
+    assert main(["slurm", "init", str(tmp_path / "none")]) == 2
+    assert "none does not exist; make it first" in capsys.readouterr().err
 
 
 def test_a_checkout_uses_its_own_configuration_tree() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from mome_dist import transcribe
 from mome_dist.data.corpus import Corpus
@@ -15,6 +14,10 @@ from mome_dist.data.media import encode_flac, encode_video, write_media_file
 from mome_dist.data.preparation.crops import mouth_crops
 from mome_dist.data.preparation.landmarks import FaceMesh
 from mome_dist.speech.geometry import AVHUBERT, RENDERED
+from mome_dist.speech.views import View
+from mome_dist.transcription.inputs import Clip
+from mome_dist.transcription.model import SpeechModel
+from mome_dist.transcription.results import Transcription
 from tests.evaluation_run import make_run
 from tests.face_films import face_video
 
@@ -85,11 +88,12 @@ def test_mouths_are_as_large_as_the_encoder_of_the_run_knows_them(
     """The run's encoder was trained on drawn mouths, which are larger than those of the published lip readers."""
     seen: dict[str, np.ndarray] = {}
 
-    def keep(run: object, view: object, clips: dict[str, Tensor], num_beams: object) -> str:
-        seen["video"] = clips["video"].numpy()
-        return ""
+    def keep(model: SpeechModel, clip: Clip, **options: object) -> Transcription:
+        assert isinstance(clip.video, np.ndarray)
+        seen["video"] = clip.video
+        return Transcription("", (), (), None, View("vsr", None, 5), 2.0, True)
 
-    monkeypatch.setattr("mome_dist.evaluation.transcription.transcribe", keep)
+    monkeypatch.setattr(SpeechModel, "transcribe", keep)
     assert transcribe.main([str(run), str(files["face.mp4"]), "--video-rate", "5"]) == 0
     film = Film(files["face.mp4"], ["video"])
     (rendered,), (published,) = (
