@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make a virtual environment with mome_dist (editable), its pinned dependencies and the test tools.
 #
-# usage: tools/setup_environment.sh VENV    (run in the root of the checkout)
+# usage: tools/setup_environment.sh VENV [EXTRAS]    (run in the root of the checkout; EXTRAS as pip has them, a,b)
 # environment: PYTHON (python3), TORCH_PIP_ARGS (extra pip arguments for torch alone, such as an index of CPU builds)
 set -euo pipefail
 
@@ -20,9 +20,13 @@ torch_constraint=$(mktemp)
 trap 'rm -f "$torch_constraint"' EXIT
 "${pip[@]}" freeze | grep -E '^torch==' >"$torch_constraint"
 
+extras=${2:-train,prepare,test,docs,espeak}
 # torch's CUDA builds bring the Triton that they are made for, its CPU builds none; the tests need one.
-extras=train,prepare,test,docs,espeak
-"${pip[@]}" show torch | grep '^Requires:.*triton' >/dev/null || extras+=,interpreter
+if "${pip[@]}" show torch | grep '^Requires:.*triton' >/dev/null; then
+    extras+=,gpu
+elif [[ ",$extras," == *,test,* ]]; then
+    extras+=,interpreter
+fi
 
 # DS_BUILD_OPS=0: DeepSpeed compiles no operator ahead of time, so neither a compiler nor CUDA is needed.
 DS_BUILD_OPS=0 "${pip[@]}" install --constraint constraints.txt --constraint "$torch_constraint" \

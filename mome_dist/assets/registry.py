@@ -31,7 +31,8 @@ def _convert_whisper(source: Path, target: Path) -> None:
 FACE_MESH = "face-mesh"
 FACE_VIDEO = "face-video"
 
-# One wheel a version of Python, each with a runner compiled for it.
+# One wheel a version of Python, each with a runner compiled for it. None is for aarch64: the newest of MediaPipe's own
+# there with these models is 0.10.18, built for NumPy 1, whose points nobody has compared.
 _MEDIAPIPE_WHEELS = {
     (3, 10): ("bdfba6d27834b50edb8b14eb002ce7915e20f4f6db4c7bae28917235c8bc1978", 35_597_881),
     (3, 11): ("393b77dfeeccd857e46bcce405b7ed85fa596cc24830b1fa5a2a211a2b2a16e3", 35_597_751),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,8 +70,8 @@ class FaceMesh:
         if FACE_MESH not in ASSETS:
             raise UserError(
                 f"faces are found with MediaPipe 0.10.21, which has no build for Python "
-                f"{sys.version_info.major}.{sys.version_info.minor} on this machine: use Python 3.11 or 3.12 on "
-                "x86-64 Linux, or give 96x96 mouth crops"
+                f"{sys.version_info.major}.{sys.version_info.minor} on {platform.machine()}: use Python 3.11 or 3.12 on "
+                "x86-64 Linux, or give 96x96 mouth crops, made there"
             )
         directory = asset_dir(FACE_MESH)
         with _without_stderr():
