@@ -69,9 +69,9 @@ class FaceMesh:
     def __init__(self) -> None:
         if FACE_MESH not in ASSETS:
             raise UserError(
-                f"faces are found with MediaPipe 0.10.21, which has no build for Python "
-                f"{sys.version_info.major}.{sys.version_info.minor} on {platform.machine()}: use Python 3.11 or 3.12 on "
-                "x86-64 Linux, or give 96x96 mouth crops, made there"
+                "faces are found with MediaPipe 0.10.21, which has no build for Python "
+                f"{sys.version_info.major}.{sys.version_info.minor} on {platform.machine()}: use Python 3.11 or 3.12 "
+                "on x86-64 Linux, or give 96x96 mouth crops that were made there"
             )
         directory = asset_dir(FACE_MESH)
         with _without_stderr():
