@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mome_dist.assets.registry import ASSETS, FACE_MESH
-from mome_dist.diagnosis.facts import CORE, Facts
+from mome_dist.diagnosis.facts import CORE, FURTHER, Facts
+from mome_dist.extras import EXTRA_OF
 from mome_dist.origins import MADE
 
 _ALL = "every command"
@@ -84,7 +85,9 @@ def _found(facts: Facts) -> Iterator[Finding]:
 def _packages(facts: Facts) -> Iterator[Finding]:
     for name, version in facts.packages.items():
         if version is None:
-            yield Finding(name in CORE, f"{name} is not installed", _NEEDS.get(name, _ALL), f"pip install {name}")
+            extra = EXTRA_OF.get(FURTHER.get(name, name))
+            fix = f"pip install {name}" if extra is None else f"pip install 'mome_dist[{extra}]'"
+            yield Finding(name in CORE, f"{name} is not installed", _NEEDS.get(name, _ALL), fix)
     if "error" in facts.torch:
         fix = "install a torch that fits this machine's driver and Python"
         yield Finding(True, f"torch cannot be imported: {facts.torch['error']}", _ALL, fix)

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mome_dist.diagnosis import facts
 from mome_dist.errors import UserError
 from mome_dist.extras import EXTRA_OF, told_if_missing
 
@@ -121,6 +122,16 @@ def test_a_missing_package_names_the_extra_that_brings_it(declared: dict[str, se
         raise ModuleNotFoundError("No module named 'megatron.core'", name="megatron.core")
     with pytest.raises(ModuleNotFoundError), told_if_missing():
         raise ModuleNotFoundError("No module named 'mome_dist.none'", name="mome_dist.none")
+
+
+def test_doctor_looks_for_what_is_declared(setup_py: dict[str, Any], declared: dict[str, set[str]]) -> None:
+    base = {canonicalize_name(Requirement(text).name) for text in setup_py["REQUIREMENTS"]}
+    assert {canonicalize_name(name) for name in facts.CORE} == base - {"argcomplete"}
+    looked = {**facts.CORE, **facts.FURTHER, **facts.OPTIONAL}
+    assert {module: _import_of(name) for name, module in looked.items()} == {
+        module: module for module in looked.values()
+    }
+    assert set(looked.values()) <= declared.keys()
 
 
 def test_infer_brings_neither_megatron_nor_deepspeed(setup_py: dict[str, Any]) -> None:
