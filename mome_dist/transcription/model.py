@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mome_dist.config.derived import streams_of
 from mome_dist.config.schema import DecodingConfig
 from mome_dist.config.values import check_decoding
+from mome_dist.data.films import film_with
 from mome_dist.errors import UserError, first_line
 from mome_dist.evaluation.checks import check_view
 from mome_dist.evaluation.decoding import batches_by_length, decode_tokens, lengths_of, prefixes_of, token_limits
@@ -143,27 +145,31 @@ class Transcriber:
         return written if many else written[0]
 
     def _features(self, inputs: Sequence[Input], streams: list[str], batch_size: int) -> list[Features]:
-        """Features of every input, encoded batch by batch where they are none yet."""
-        widths = self.run.model.projectors.widths
+        """Features of every input, encoded batch by batch where they are none yet; all inputs are looked at first."""
+        checked = [self._checked(given, number, streams) for number, given in enumerate(inputs)]
         found: list[Features] = []
-        for start in range(0, len(inputs), batch_size):
-            batch: list[Features | Clip] = []
-            for number, given in enumerate(inputs[start : start + batch_size], start):
-                name = str(given) if isinstance(given, str | Path) else f"inputs[{number}]"
-                if isinstance(given, Features):
-                    batch.append(checked_features(given, name, streams, widths))
-                elif isinstance(given, str | Path):
-                    batch.append(film_clip(given, streams, self.run.config))
-                elif isinstance(given, Clip) or hasattr(given, "ndim"):
-                    batch.append(array_clip(given, name, streams))
-                else:
-                    raise UserError(
-                        f"{name} is a {type(given).__name__}: give the path of a film or recording, an array, a Clip, "
-                        "or what encode() gave."
-                    )
+        for start in range(0, len(checked), batch_size):
+            batch = [
+                film_clip(each, streams, self.run.config) if isinstance(each, Path) else each
+                for each in checked[start : start + batch_size]
+            ]
             encoded = iter(self._encoded([each for each in batch if isinstance(each, Clip)], streams))
             found += [next(encoded) if isinstance(each, Clip) else each for each in batch]
         return found
+
+    def _checked(self, given: Input, number: int, streams: list[str]) -> Path | Clip | Features:
+        """An input that has all streams; of a film its header says so, and it is read when its turn comes."""
+        name = f"inputs[{number}]"
+        if isinstance(given, Features):
+            return checked_features(given, name, streams, self.run.model.projectors.widths)
+        if isinstance(given, str | Path):
+            return film_with(given, streams).path
+        if isinstance(given, Clip | np.ndarray | Tensor):
+            return array_clip(given, name, streams)
+        raise UserError(
+            f"{name} is a {type(given).__name__}: give the path of a film or recording, an array, a Clip, or what "
+            "encode() gave."
+        )
 
     @torch.no_grad()
     def _encoded(self, clips: Sequence[Clip], streams: list[str]) -> list[Features]:

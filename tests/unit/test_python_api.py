@@ -151,11 +151,14 @@ MOUTHS = np.zeros((25, 96, 96), np.uint8)
         (Features(), {"audio_rate": 4}, r"inputs\[0\] has no features of audio: leave out audio_rate"),
         (Features(audio=torch.zeros(9, 5)), {"audio_rate": 4}, r"float32 \[9, 5\], and this model reads .*, 16\]"),
         (3.5, {"audio_rate": 4}, r"inputs\[0\] is a float: give the path"),
-        ("no.flac", {"audio_rate": 4}, "no.flac does not exist"),
+        ([ZEROS] * 40 + ["no.flac"], {"audio_rate": 4}, "no.flac does not exist"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mistakes(model: SpeechModel, given: Any, rates: dict[str, Any], told: str) -> None:
+def test_mistakes(
+    model: SpeechModel, given: Any, rates: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "frozen_encoders", lambda: pytest.fail("nothing is encoded before all is right"))
     with pytest.raises(UserError, match=told) as caught:
         model.transcribe(given, **rates)
     assert "\n" not in str(caught.value)
