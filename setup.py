@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "tokenizers>=0.23.2,<0.24",
     "rich>=15,<16",
     "argcomplete>=3.7,<4",
+    "PyYAML>=6.0.3,<7",
     "numpy>=2.4,<2.6",
     "soundfile>=0.14,<0.15",
     "av>=18,<19",

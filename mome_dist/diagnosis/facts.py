@@ -29,6 +29,7 @@ from mome_dist.versions import UNKNOWN, version_of
 CORE = {
     "hydra-core": "hydra",
     "omegaconf": "omegaconf",
+    "PyYAML": "yaml",
     "huggingface_hub": "huggingface_hub",
     "tokenizers": "tokenizers",
     "rich": "rich",
