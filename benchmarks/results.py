@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from mome_dist.files import write_json, write_text
 from mome_dist.launchers.local import launch
+from mome_dist.versions import commit_here
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,21 +53,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def commit_here() -> str:
-    """The commit of this checkout, "with changes" if tracked files differ from it; "no known commit" outside of git.
-
-    Tables alone are no change: several are written one after the other.
-    """
-    git = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        asked = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
-        changed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "no known commit"
-    return f"commit {commit.stdout.strip()}" + (" with changes" if changed else "")
-
-
 def write_results(
     name: str, title: str, command: str, machine: Mapping[str, Any], sections: Sequence[str], figures: Any, folder: Path
 ) -> Path:
@@ -79,7 +64,8 @@ def write_results(
         sections: Markdown, put together with blank lines.
         figures: everything measured, JSON-serialisable.
     """
-    words, commit = ", ".join(f"{key} {value}" for key, value in machine.items()), commit_here()
+    words = ", ".join(f"{key} {value}" for key, value in machine.items())
+    commit = commit_here(str(RESULTS.relative_to(ROOT)))  # tables are no change: they are written one after the other
     about = f"`{command}` at {commit}"
     text = "\n\n".join([f"# {title}", about, f"Machine: {words}.", *sections]) + "\n"
     path = folder / f"{name}.md"

@@ -152,6 +152,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     if 0 < steps <= config.optimizer.warmup_steps and not is_rank():
         note = f"optimizer.warmup_steps={config.optimizer.warmup_steps} is no shorter than the run's {steps} steps"
         print(f"note: {note}: its learning rate does not reach optimizer.learning_rate.", file=sys.stderr, flush=True)
+    _note_repeats(config, len(corpus.split(config.data.train_split)))
     for split in (config.data.train_split, config.data.validation_split):
         place = f"{corpus.directory}, split {split!r}, utterance"
         tokens.check_texts((f"{place} {utterance.id!r}", utterance.text) for utterance in corpus.split(split))
@@ -173,6 +174,20 @@ def _check_start(config: RunConfig) -> None:
         raise UserError(
             f"training.init_from={given} is an export; a run starts from a run, a checkpoint, or an adapter of PEFT."
         )
+
+
+def _note_repeats(config: RunConfig, utterances: int) -> None:
+    """Tell of pools that are larger than the split (`mome_dist.data.order.BatchOrder`)."""
+    batch, pool = config.data.batch_size, config.data.bucket_batches
+    if batch is None or pool == 1 or batch * pool <= utterances or is_rank():
+        return
+    print(
+        f"note: data.bucket_batches={pool} batches of {batch} are more than the {utterances} utterances of split "
+        f"{config.data.train_split!r}: a batch may hold an utterance twice, which then counts double in that step; "
+        f"data.bucket_batches={max(1, utterances // batch)} avoids most of it.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def settled_order(config: RunConfig, utterances: Sequence[Utterance], layout: Layout) -> tuple[Order, int]:

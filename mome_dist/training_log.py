@@ -106,6 +106,28 @@ def _task_and_rates(view: str) -> tuple[str, list[int]]:
     return task, [int(rate) for rate in re.findall(r"\d+", rates)]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """How a series began and ended: the mean of its first ``steps`` values, and of its last. One step is a draw of a
+    few utterances in a few views, and says little."""
+
+    first: float
+    last: float
+    steps: int
+
+    @classmethod
+    def of(cls, values: Sequence[float] | Floats) -> Ends:
+        """Of one value at least. The window is a twentieth of the values but 20 at least, and never more than half of
+        them, so that the two means share none where there are two values."""
+        count = min(max(20, len(values) // 20), max(1, len(values) // 2))
+        return cls(float(np.mean(values[:count])), float(np.mean(values[-count:])), count)
+
+    @property
+    def window(self) -> str:
+        """Such as "20 steps"."""
+        return f"{self.steps} step{'s' if self.steps > 1 else ''}"
+
+
 def smoothed(values: Floats, window: int) -> Floats:
     """Centred moving average over ``window`` values (an odd number); near the ends, over those that there are."""
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -7,6 +7,9 @@ are added to.
 
 A parameter of layer N is called ``llm_lora.N.q.TERM.a`` or ``.b``, ``v`` instead of ``q`` for values.
 `mome_dist.adapters.tensor_parallel` is the form of a tensor-parallel rank.
+
+PEFT's layers are not used: they wrap torch's, and these are Megatron-Core's, sliced over ranks, with terms that depend
+on the view. What is exported computes the same in PEFT (`tests/unit/test_peft.py`).
 """
 
 from __future__ import annotations

@@ -211,9 +211,14 @@ def config_of(values: Any, origin: Path) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, whole or not at all; models of the hub are named by their commit."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(portable_config(config))))
+
+
+def portable_config(config: RunConfig) -> RunConfig:
+    """The same with models of the hub named by their commit there, not by the folder that they were fetched to."""
     sections = {name: getattr(config, name) for name in ("llm", "audio_encoder", "video_encoder")}
     named = {name: dataclasses.replace(model, path=portable(model.path)) for name, model in sections.items()}
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, **named))))
+    return dataclasses.replace(config, **named)
 
 
 def resolve_deepspeed_file(config: RunConfig) -> Path:

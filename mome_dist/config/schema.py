@@ -282,6 +282,10 @@ class TrainingConfig:
     log_utterances: bool = False
     log_seconds: float = 60.0
     wandb_project: str | None = None
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_mode: str = one_of("auto", "online", "offline")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
-from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig
+from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
 from mome_dist.speech.views import streams_read
@@ -56,11 +56,42 @@ def check_texts(config: RunConfig) -> None:
         "output_dir": config.output_dir,
         "training.init_from": config.training.init_from,
         "training.wandb_project": config.training.wandb_project,
+        "training.wandb_entity": config.training.wandb_entity,
+        "training.wandb_group": config.training.wandb_group,
+        **{f"training.wandb_tags[{place}]": tag for place, tag in enumerate(config.training.wandb_tags)},
         **{f"task.prompts.{task}": prompt for task, prompt in config.task.prompts.items()},
     }
     for key, text in named.items():
         if text is not None and not text.strip():
             raise UserError(f"{key} is empty: {'give a text' if 'prompts' in key else 'name one'}, or leave it out.")
+    _check_wandb(config.training)
+
+
+def _check_wandb(training: TrainingConfig) -> None:
+    """What Weights & Biases would refuse once the run has started, or nobody would see."""
+    project = training.wandb_project
+    if project is None:
+        given = {
+            "wandb_entity": training.wandb_entity,
+            "wandb_group": training.wandb_group,
+            "wandb_tags": training.wandb_tags,
+            "wandb_mode": "" if training.wandb_mode == "auto" else training.wandb_mode,
+        }
+        for key, value in given.items():
+            if value:
+                raise UserError(
+                    f"training.{key}={value} is of a run on Weights & Biases, and there is none: name its project with "
+                    "training.wandb_project, or leave it out."
+                )
+        return
+    if len(project) > 128 or set(project) & set("/\\#?%:"):
+        raise UserError(
+            f"training.wandb_project={project!r}: a project has at most 128 characters, and none of / \\ # ? % :; its "
+            "user or team is named by training.wandb_entity."
+        )
+    for tag in training.wandb_tags:
+        if len(tag) > 64:
+            raise UserError(f"training.wandb_tags: {tag!r} is longer than 64 characters, which a tag may have.")
 
 
 def _check_numbers(config: RunConfig) -> None:

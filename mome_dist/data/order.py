@@ -59,6 +59,12 @@ class Order(Protocol):
 class BatchOrder:
     """Batches of a fixed number of utterances. The last batch of an epoch is filled from the next one.
 
+    So a pool that reaches into the next epoch, as every one does that is larger than the split, has some utterances
+    twice; sorted by length they are neighbours, and a batch may hold both, which then count double in that step. Over
+    the epochs all count alike. It stays so because a checkpoint holds nothing of the order but the step: another order
+    would have every run that resumes lose some utterances and repeat others. A training of a split that is smaller than
+    a pool is told so beforehand (`mome_dist.preflight`). `FrameOrder` has no batch across epochs.
+
     Attributes:
         lengths: of every utterance of the split, in any unit.
         batch_size: utterances a step, over all ranks.

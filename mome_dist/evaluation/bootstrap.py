@@ -4,6 +4,9 @@ Utterances are drawn with replacement, as many as there are, and the rate of eac
 the whole: 95 % of the resampled rates lie in the interval. All systems and conditions on the same utterances get the
 same resamples, so that their difference can be resampled too: what is hard about an utterance is hard for both and
 drops out. Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
+
+`scipy.stats.bootstrap` gives the same intervals (a test compares them) and is not used: it refuses a single utterance,
+and gives no interval at all where one resample happens to have no word.
 """
 
 from __future__ import annotations

@@ -12,8 +12,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from mome_dist.evaluation.style import INK, TASK_COLORS, grid, line_styles, styled, view_colors
+from mome_dist.evaluation.labels import Labelled, add_labels
+from mome_dist.evaluation.style import (
+    INK,
+    MUTED,
+    RUN_COLORS,
+    TASK_COLORS,
+    grid,
+    legend_beside,
+    line_styles,
+    styled,
+    view_colors,
+)
 
 Entry = Mapping[str, Any]
 
@@ -41,7 +53,7 @@ def noise_figure(views: Sequence[Entry]) -> Figure:
     gap = max(5.0, ratios[-1] - ratios[-2]) if len(ratios) > 1 else 5.0
     clean_at = ratios[-1] + gap
     with styled():
-        figure = Figure(figsize=(1.5 + 5.2 * len(noises), 3.8), layout="constrained")
+        figure = Figure(figsize=(2.5 + 4.8 * len(noises), 3.8), layout="constrained")
         panels = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
         for axes, noise in zip(panels, noises, strict=True):
             for name in names:
@@ -52,7 +64,7 @@ def noise_figure(views: Sequence[Entry]) -> Figure:
             axes.set_ylim(bottom=0)
             grid(axes)
         panels[0].set_ylabel("word error rate [%]")
-        panels[-1].legend(ncols=1 + len(names) // 9)
+        legend_beside(figure)
         return figure
 
 
@@ -96,7 +108,7 @@ def corruption_figure(views: Sequence[Entry]) -> Figure:
             axes.errorbar(at, [entry["wer"] for entry in found], _bars(found), color=INK, linestyle="", linewidth=0.8)
         axes.set_xticks(range(len(kinds)), ["none" if kind is None else kind for kind in kinds])
         axes.set(title="Video as it is, and broken", ylabel="word error rate [%]")
-        figure.legend(loc="outside right upper")
+        legend_beside(figure)
         grid(axes)
         return figure
 
@@ -110,7 +122,9 @@ def cost_figure(views: Sequence[Entry]) -> Figure:
     }
     with styled():
         figure = Figure(figsize=(10, 3.8), layout="constrained")
+        panels = []
         for axes, (label, key) in zip(figure.subplots(1, 2, sharey=True), quantities.items(), strict=True):
+            points: list[Labelled] = []
             for task, color in TASK_COLORS.items():
                 entries = sorted((view for view in views if view["task"] == task), key=lambda view: view[key])
                 if not entries:
@@ -119,13 +133,58 @@ def cost_figure(views: Sequence[Entry]) -> Figure:
                 axes.errorbar(
                     costs, rates, _bars(entries), color=color, marker="o", markersize=4, capsize=2, label=task.upper()
                 )
-                for cost, rate, entry in zip(costs, rates, entries, strict=True):
-                    axes.annotate(
-                        entry["rates"], (cost, rate), xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK
-                    )
+                points += [
+                    Labelled(entry[key], entry["wer"], entry["wer_low"], entry["wer_high"], entry["rates"])
+                    for entry in entries
+                ]
             axes.set(xlabel=label)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room for labels above
+            axes.xaxis.set_major_locator(MaxNLocator(6))  # as many as have room in any number of digits
             grid(axes, "both")
+            panels.append((axes, points))
         figure.axes[0].set_ylabel("word error rate [%]")
-        figure.axes[0].legend()
+        legend_beside(figure)
+        add_labels(figure, panels)
+        return figure
+
+
+def differences_figure(runs: Mapping[str, Sequence[Entry]], first: str) -> Figure:
+    """By how much word error rates of runs differ from those of the run ``first``, with intervals: a row a view and
+    condition.
+
+    Args:
+        runs: entries of `mome_dist.evaluation.comparison.compare`, by name.
+    """
+    rows = list(dict.fromkeys((entry["view"], entry["condition"]) for entries in runs.values() for entry in entries))
+    places = {row: place for place, row in enumerate(rows)}
+    several = any(condition != "clean" for _, condition in rows)
+    step = 0.7 / len(runs)
+    with styled():
+        figure = Figure(figsize=(8, 1.2 + max(0.28, 0.13 * len(runs)) * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for number, (name, entries) in enumerate(runs.items()):
+            at = [
+                places[entry["view"], entry["condition"]] + (number - (len(runs) - 1) / 2) * step for entry in entries
+            ]
+            bars = [
+                [entry["difference"] - entry["low"] for entry in entries],
+                [entry["high"] - entry["difference"] for entry in entries],
+            ]
+            axes.errorbar(
+                [entry["difference"] for entry in entries],
+                at,
+                xerr=np.maximum(0, bars),
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+                color=RUN_COLORS[(number + 1) % len(RUN_COLORS)],
+                label=name,
+            )
+        axes.set_yticks(range(len(rows)), [f"{view}, {condition}" if several else view for view, condition in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(f"word error rate minus that of {first} [percentage points]")
+        legend_beside(figure)
+        grid(axes, "x")
         return figure

@@ -15,7 +15,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from mome_dist.evaluation.style import FAINT, INK, MUTED, TASK_COLORS, grid, line_styles, styled, view_colors
+from mome_dist.evaluation.style import (
+    FAINT,
+    INK,
+    LINE_STYLES,
+    MUTED,
+    RUN_COLORS,
+    TASK_COLORS,
+    grid,
+    legend_beside,
+    line_styles,
+    styled,
+    view_colors,
+)
 from mome_dist.training_log import Floats, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 
 _BASELINES: tuple[tuple[str, Literal["-", ":"], str], ...] = (
@@ -32,13 +44,18 @@ def _loss_axis(axes: Axes, title: str) -> None:
     grid(axes)
 
 
+def _window(losses: Floats) -> int:
+    """Steps that a smoothed loss is the mean of, an odd number."""
+    return max(3, len(losses) // 25 | 1)
+
+
 def loss_figure(log: TrainingLog) -> Figure:
     """Training loss, raw and smoothed, with validation: all views together on the left, one by one on the right."""
     with styled():
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         whole, by_view = figure.subplots(1, 2, sharey=True)
         steps, losses = log.series("loss")
-        window = max(3, len(losses) // 25 | 1)
+        window = _window(losses)
         whole.plot(steps, losses, color=FAINT, linewidth=0.8, label="each step")
         whole.plot(steps, smoothed(losses, window), color=INK, label=f"mean of {window} steps")
         at, validation = log.validation_series(None)
@@ -63,6 +80,22 @@ def loss_figure(log: TrainingLog) -> Figure:
         return figure
 
 
+def losses_figure(logs: Mapping[str, TrainingLog]) -> Figure:
+    """Smoothed training losses of several runs in one panel, by the names of the runs; dots are validation."""
+    with styled():
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, log) in enumerate(logs.items()):
+            color, stroke = RUN_COLORS[number % len(RUN_COLORS)], LINE_STYLES[number // len(RUN_COLORS) % 4]
+            steps, losses = log.series("loss")
+            axes.plot(steps, smoothed(losses, _window(losses)), color=color, linestyle=stroke, label=name)
+            at, validation = log.validation_series(None)
+            axes.plot(at, validation, "o", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+        _loss_axis(axes, "Mean over views (dots: validation)")
+        legend_beside(figure)
+        return figure
+
+
 def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
     """Word error rate of every view with its interval, a panel a task, with the baselines as marks.
 
@@ -76,7 +109,8 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
     # A model that babbles exceeds 100 %; its mark is kept at the edge and its number in the table.
     limit = 1.12 * max(top, min(max(baselines, default=0.0), 110.0))
     with styled():
-        figure = Figure(figsize=(max(5.5, 1.6 + 0.85 * len(views)), 3.8), layout="constrained")
+        width = min(1.6 + 0.85 * len(views), max(12.0, 1.6 + 0.5 * len(views)))
+        figure = Figure(figsize=(max(5.5, width), 3.8), layout="constrained")
         widths = [max(len(by_task[task]), 2) for task in tasks]
         panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False, width_ratios=widths)[0]
         for axes, task in zip(panels, tasks, strict=True):
@@ -97,9 +131,8 @@ def wer_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
                         axes.hlines(height, place - 0.38, place + 0.38, colors=INK, linestyles=style, linewidth=1.4)
                         if view[key] > height:
                             label = f"\u2191 {view[key]:.0f}"
-                            axes.text(
-                                place, height, label, ha="center", va="bottom", fontsize=8, backgroundcolor="white"
-                            )
+                            plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                            axes.text(place, 1.01 * height, label, ha="center", va="bottom", fontsize=8, bbox=plain)
             axes.set_xticks(places, [view["rates"] + ("" if view["trained"] else "*") for view in entries])
             axes.set_xlim(-0.6, max(len(entries), 2) - 0.4)
             axes.set_ylim(0, limit)

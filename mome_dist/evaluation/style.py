@@ -15,6 +15,8 @@ from mome_dist.files import written_aside
 
 TASK_COLORS = {"asr": "#1f6fb4", "vsr": "#d9722b", "avsr": "#2e8b68"}
 MODALITY_COLORS = {"audio": "#1f6fb4", "video": "#d9722b", "text": "#6b6b6b", "audio against video": "#b9a3c9"}
+# Of runs beside each other, from Okabe and Ito's palette, which the colour-blind tell apart.
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 INK, MUTED, FAINT = "#222222", "#777777", "#c9c9c9"
 LINE_STYLES = ("-", "--", "-.", ":")
 
@@ -51,7 +53,14 @@ def styled() -> AbstractContextManager[None]:
 def grid(axes: Axes, axis: str = "y") -> None:
     """Light lines to read values off."""
     axes.grid(True, axis=axis)  # type: ignore[arg-type]
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, pad=5)  # less, and the first labels of the two axes touch
+
+
+def legend_beside(figure: Figure) -> None:
+    """The legend of a figure's first axes at the right of all of them, in as many columns as its height asks for."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    rows = int(figure.get_figheight() / 0.18)
+    figure.legend(handles, labels, loc="outside right upper", ncols=-(-len(labels) // rows))
 
 
 def shades(color: str, count: int) -> list[tuple[float, float, float]]:

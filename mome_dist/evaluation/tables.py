@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -20,6 +20,14 @@ def clean_views(views: Sequence[Entry]) -> list[Entry]:
     """The entries without noise or corruption; where there is none, each view's first."""
     clean = [view for view in views if view["condition"] == "clean"]
     return clean or list({view["view"]: view for view in reversed(views)}.values())[::-1]
+
+
+_MARKS = str.maketrans({"\n": " ", "\r": " ", **{mark: f"\\{mark}" for mark in "\\`*<|"}})
+
+
+def plain(text: str) -> str:
+    """A text as Markdown that shows it as it is, in a line or a cell: no emphasis, HTML, link, image or column."""
+    return text.translate(_MARKS).replace("](", r"]\(")
 
 
 def _percent(value: float | None) -> str:
@@ -100,13 +108,12 @@ def _grid_cell(found: Mapping[tuple[str, str], Entry], condition: Entry, view: s
     return "-"
 
 
-def markdown(columns: Mapping[str, Sequence[str]]) -> str:
-    """Columns as a Markdown table, without a final newline."""
+def markdown(columns: Mapping[str, Sequence[str]], text: Collection[str] = _TEXT_COLUMNS) -> str:
+    """Columns as a Markdown table, without a final newline; those of ``text`` are set from the left."""
     names = list(columns)
-    rules = [" --- " if name in _TEXT_COLUMNS else " ---: " for name in names]
-    lines = ["| " + " | ".join(names) + " |", "|" + "|".join(rules) + "|"]
-    rows = zip(*columns.values(), strict=True)
-    lines += ["| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |" for row in rows]
+    rules = [" --- " if name in text else " ---: " for name in names]
+    lines = ["| " + " | ".join(map(plain, names)) + " |", "|" + "|".join(rules) + "|"]
+    lines += ["| " + " | ".join(map(plain, row)) + " |" for row in zip(*columns.values(), strict=True)]
     return "\n".join(lines)
 
 
@@ -202,13 +209,14 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     """All tables of an evaluation in Markdown, without a title."""
     views = results["views"]
     clean = clean_views(views)
-    parts = [markdown(table_columns(views)), "\n".join(line.replace("*", r"\*") for line in notes(views))]
+    parts = [markdown(table_columns(views)), "\n".join(map(plain, notes(views)))]
     if len({view["condition"] for view in views}) > 1:
         parts += ["WER % by condition.", markdown(grid_columns(views, intervals=True)), GRID_NOTE]
     parts += [markdown(cost_columns(clean)), COST_NOTE]
     comparison = results.get("comparison")
     if comparison:
-        parts += [f"Against {comparison['with']}, on the same utterances.", markdown(comparison_columns(comparison))]
+        heading = f"Against {plain(comparison['with'])}, on the same utterances."
+        parts += [heading, markdown(comparison_columns(comparison))]
     published = published_section(results)
     return "\n\n".join([*parts, *([published] if published else [])]) + "\n"
 

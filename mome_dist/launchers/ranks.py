@@ -3,6 +3,9 @@
 The rules: the first rank that fails ends the others; signals to the launcher reach every rank once; when the launcher
 itself is killed, the kernel kills the ranks (``PR_SET_PDEATHSIG``). Every rank leads a process group of its own, so
 that its own children, such as data workers, end with it.
+
+torchrun ends with code 1 whatever a rank ended with, so that nobody could tell a mistake, which no restart mends, from
+a preemption or a lost rank (`mome_dist.exit_codes`). A training runs under it all the same: it sets what ranks read.
 """
 
 from __future__ import annotations

@@ -152,6 +152,7 @@ class FrozenLLM(GPTModel):
         load: PassLoad | None,
         labels: Labels,
         sink_weight: float = 0.0,
+        sink_terms: list[Tensor] | None = None,
     ) -> Tensor:
         """Run this pipeline stage.
 
@@ -160,12 +161,14 @@ class FrozenLLM(GPTModel):
             load: where the stage's routers count; None where nobody asks.
             labels: what is to be predicted.
             sink_weight: of the sink loss of one sequence (`mome_dist.llm.sinks`), summed over layers.
+            sink_terms: gets the sink loss of the pass in its backward pass, in parts: fp32 scalars.
 
         Returns:
             Hidden states [N, 1, H] (of this rank's tokens under sequence parallelism); on the last stage the sum of the
             cross-entropy over the labels of each view, fp32 [V].
         """
-        hidden_N1H = self._decode(embedded_NH, context, load, sink_weight)
+        sinks = None if sink_terms is None else self._sinks(context, sink_weight, sink_terms)
+        hidden_N1H = self._decode(embedded_NH, context, load, sinks)
         if not self.post_process:
             return hidden_N1H
         selected_L1H = self._whole(hidden_N1H).index_select(0, labels.index_L)
@@ -188,7 +191,7 @@ class FrozenLLM(GPTModel):
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_N1H, tensor_parallel_output_grad=False)
 
     def _decode(
-        self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None, sink_weight: float = 0.0
+        self, embedded_NH: Tensor | None, context: TokenContext, load: PassLoad | None, sinks: PrefixSinks | None = None
     ) -> Tensor:
         embedded_N1H = None if embedded_NH is None else embedded_NH[:, None]
         own = context
@@ -203,18 +206,18 @@ class FrozenLLM(GPTModel):
         return self.decoder(
             hidden_states=embedded_N1H,
             attention_mask=None,
-            packed_seq_params=LayerContext(context, own, rotation, load, self._sinks(context, sink_weight)),
+            packed_seq_params=LayerContext(context, own, rotation, load, sinks),
         )
 
-    def _sinks(self, context: TokenContext, weight: float) -> PrefixSinks | None:
+    def _sinks(self, context: TokenContext, weight: float, terms: list[Tensor]) -> PrefixSinks | None:
         """The sink loss of a pass, on the tokens that this rank holds between layers; None without a weight."""
         if not weight:
             return None
         weight /= self.config.num_layers - 1
         if not self.config.sequence_parallel:
-            return PrefixSinks.of(context, weight)
+            return PrefixSinks.of(context, weight, terms)
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
-        return PrefixSinks.of(context, weight, rank, group)
+        return PrefixSinks.of(context, weight, terms, rank, group)
 
 
 def _layer_spec() -> ModuleSpec:

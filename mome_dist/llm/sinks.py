@@ -3,8 +3,9 @@
 ``mean over sequences, layers but the last, and tokens i >= 1 before the text of cos(h_0, h_i)^2``, on the hidden states
 that a layer gives. h_0 is the first token's, ``<bos>`` where the LLM has one. The tokens before the text are ``<bos>``,
 speech with its tags, and the prompt. Gradients join the backward pass, as those of the balance loss do
-(`mome_dist.moe.balance`), and nobody computes the loss's value: each layer's term is of that layer's output alone, so
-pipeline stages need nothing of each other. Tensor-parallel ranks with parts of the tokens exchange first tokens.
+(`mome_dist.moe.balance`): each layer's term is of that layer's output alone, so pipeline stages need nothing of each
+other. Tensor-parallel ranks with parts of the tokens exchange first tokens. The terms themselves are left to whoever
+adds up the losses of a step (`mome_dist.training.step`).
 
 Shape suffixes: N a rank's tokens, B sequences of the pass, F first tokens that the rank has, H hidden size.
 Source: "Mitigating Attention Sinks and Massive Activations in Audio-Visual Speech Recognition with LLMs" (arXiv
@@ -38,6 +39,7 @@ class PrefixSinks:
         sequences_F: int64, the sequences that these begin.
         sequences: B.
         group: the ranks that have the other tokens of the pass; None if this one has all.
+        terms: gets the term of every layer in the backward pass, over all ranks of the group: fp32 scalars.
     """
 
     def __init__(
@@ -48,17 +50,26 @@ class PrefixSinks:
         sequences_F: Tensor,
         sequences: int,
         group: dist.ProcessGroup | None,
+        terms: list[Tensor],
     ) -> None:
-        self._weight_N, self._sequence_N, self._group = weight_N, sequence_N, group
+        self._weight_N, self._sequence_N, self._group, self._terms = weight_N, sequence_N, group, terms
         self._rows_F, self._sequences_F, self._sequences = rows_F, sequences_F, sequences
 
     @classmethod
-    def of(cls, context: TokenContext, weight: float, rank: int = 0, group: dist.ProcessGroup | None = None) -> Self:
+    def of(
+        cls,
+        context: TokenContext,
+        weight: float,
+        terms: list[Tensor],
+        rank: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> Self:
         """The sinks of a pass.
 
         Args:
             context: of the whole pass; it knows how long prefixes are.
             weight: of the mean over a prefix's tokens after the first, in one layer.
+            terms: where the terms go, each ``sum of weight * cos(h_0, h_i)^2`` of a layer.
             rank, group: which consecutive part of the tokens this rank has, of how many ranks.
         """
         assert context.prefixes is not None, "whoever packs sequences says where their text begins"
@@ -80,6 +91,7 @@ class PrefixSinks:
             sent_to(torch.tensor(here, dtype=torch.int64), device),
             len(starts),
             group,
+            terms,
         )
 
     def __call__(self, hidden_N1H: Tensor) -> Tensor:
@@ -87,7 +99,10 @@ class PrefixSinks:
         return _AddSink.apply(hidden_N1H, self)
 
     def gradient(self, hidden_NH: Tensor) -> Tensor:
-        """The gradient of ``sum of weight * cos(h_0, h_i)^2`` by the rank's hidden states of any dtype, fp32 [N, H]."""
+        """The gradient of ``sum of weight * cos(h_0, h_i)^2`` by the rank's hidden states of any dtype, fp32 [N, H].
+
+        That sum joins the terms.
+        """
         hidden_NH = hidden_NH.float()
         norms_N1 = hidden_NH.norm(dim=1, keepdim=True).clamp(min=TINY)
         units_NH = hidden_NH / norms_N1
@@ -96,9 +111,12 @@ class PrefixSinks:
         cosine_N1 = (units_NH * partner_NH).sum(dim=1, keepdim=True)
         factor_N1 = 2 * self._weight_N[:, None] * cosine_N1
         gradient_NH = (partner_NH - cosine_N1 * units_NH) * (factor_N1 / norms_N1)
-        # What the others of its sequence, on any rank, pull at a first token with.
+        # What the others of its sequence, on any rank, pull at a first token with; the term goes along in a last row.
         pull_NH = factor_N1 * (units_NH - cosine_N1 * partner_NH)
-        pull_BH = self._summed(torch.zeros_like(firsts_BH).index_add(0, self._sequence_N, pull_NH))
+        pull_BH = firsts_BH.new_zeros(self._sequences + 1, firsts_BH.shape[1]).index_add_(0, self._sequence_N, pull_NH)
+        pull_BH[-1, 0] = (factor_N1 * cosine_N1).sum() / 2
+        pull_BH = self._summed(pull_BH)
+        self._terms.append(pull_BH[-1, 0].clone())
         pull_FH = pull_BH.index_select(0, self._sequences_F) / norms_N1.index_select(0, self._rows_F)
         return gradient_NH.index_add_(0, self._rows_F, pull_FH)
 

@@ -75,6 +75,7 @@ class Chunk(nn.Module):
         self.config, self.model_type = llm.config, llm.model_type  # the schedules look for them here
         self.vp_stage = llm.vp_stage
         self.sink_loss = sink_loss
+        self._sink_terms: list[Tensor] = []
         self.projectors = projectors
         self.projector_balance: ProjectorBalance | None = None
         if projectors is not None and projectors.mixture is not None:
@@ -116,7 +117,9 @@ class Chunk(nn.Module):
         if not self.training:
             return self.llm(embedded_NH, context, None, batch.tokens.labels)
         load = PassLoad(context.view_names, self.token_group, share)
-        output = self.llm(embedded_NH, context, load, batch.tokens.labels, self.sink_loss * sequence_share)
+        output = self.llm(
+            embedded_NH, context, load, batch.tokens.labels, self.sink_loss * sequence_share, self._sink_terms
+        )
         if self.momes:
             load.reduce()
             self.statistics.expect(load)
@@ -127,6 +130,12 @@ class Chunk(nn.Module):
         self.statistics.settle()
         if self.projector_balance is not None:
             self.projector_balance.settle()
+
+    def take_sink_loss(self) -> Tensor | None:
+        """The weighted sink loss of the rank's tokens in the chunk's layers, over the backward passes since the last
+        call, fp32 scalar on the device; None without any. Tensor-parallel ranks have the same."""
+        terms, self._sink_terms = self._sink_terms, []
+        return torch.stack(terms).sum() if terms else None
 
 
 class DistributedMoME(nn.Module):

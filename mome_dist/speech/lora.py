@@ -8,7 +8,8 @@ A and B are fp32 and so are their gradients, which add up over the clips of a st
 precision of the frozen weights, as they are. In fp32 it would take a GPU longer than the layer that it is added to.
 
 Omni-AVSR (arXiv 2511.07253) adapts the query and value projections of AV-HuBERT so. `mome_dist.training.adaptation`
-trains the terms.
+trains the terms. PEFT's layers compute the same (`tests/unit/test_lora.py`) and are not used: they rename the frozen
+weights, by whose names encoders are saved and merged.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from mome_dist.training.precision import settle_precision
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
+from mome_dist.training.step_progress import SHOWN_STEPS
+from mome_dist.training_log import Ends
 
 ROUTING_EVERY = 10  # steps between lines of routing.jsonl
 
@@ -72,8 +75,24 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
         without = f"; without {trainer.left_out} damaged utterances" if trainer.left_out else ""
-        console.print(f"done: {config.training.steps} steps, checkpoints in {config.output_dir}/checkpoints{without}")
+        console.print(
+            f"done: {config.training.steps} steps{_told_losses(losses)}, checkpoints in "
+            f"{config.output_dir}/checkpoints{without}"
+        )
         return losses
+
+
+def _told_losses(losses: Sequence[float]) -> str:
+    """How the losses of a call's steps ended, for a line about them; nothing of none."""
+    if not losses:
+        return ""
+    ends = Ends.of(losses)
+    return f", loss {ends.last:.3f} (mean of the last {ends.window})"
+
+
+def _over(losses: Sequence[float]) -> str:
+    """Of how many steps a line of progress has the mean loss; nothing for one."""
+    return f" over {min(len(losses), SHOWN_STEPS)} steps" if len(losses) > 1 else ""
 
 
 def _describe(trainer: Trainer, console: Console) -> None:
@@ -107,7 +126,7 @@ def _run(
     console: Console,
 ) -> list[float]:
     settings, schedule, losses, skipped = config.training, schedule_of(config), [], 0
-    pace: deque[float] = deque(maxlen=20)
+    pace: deque[float] = deque(maxlen=SHOWN_STEPS)
     trainer.model.train()
     with progress(
         console, "training", settings.steps, start=trainer.start, unit="steps", every=settings.log_seconds
@@ -158,13 +177,14 @@ def _run(
                         "seconds": seconds,
                         "data_wait_seconds": found.data_wait,
                         "views": {str(view): loss for view, loss in result.by_view.items()},
+                        **({} if result.sink_loss is None else {"sink_loss": result.sink_loss}),
                         **shares,
                         **names,
                     }
                 )
                 shown.update(
                     done,
-                    f"loss {result.loss:.3f}",
+                    f"loss {fmean(losses[-SHOWN_STEPS:]):.3f}{_over(losses)}",
                     f"{sum(pace) / len(pace):,.0f} tokens/s",
                     f"{found.data_wait:.2f} s waited for data",
                 )

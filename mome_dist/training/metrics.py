@@ -31,6 +31,7 @@ from mome_dist.files import write_text
 from mome_dist.model.distributed import DistributedMoME
 from mome_dist.moe.statistics import RoutingCounts
 from mome_dist.text_files import split_lines
+from mome_dist.training.wandb_log import WandbRun
 
 
 class Metrics:
@@ -38,7 +39,7 @@ class Metrics:
 
     def __init__(self, config: RunConfig, start: int) -> None:
         self._board: SummaryWriter | None = None
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._since_checkpoint: RoutingCounts | None = None
         if dist.get_rank() != 0:
             return
@@ -47,13 +48,14 @@ class Metrics:
             keep_until(self._folder / name, start)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
         if config.training.wandb_project:
-            self._wandb = _start_wandb(config)
+            self._wandb = WandbRun(config)
 
     def step(self, record: dict[str, Any]) -> None:
         """Log one step (``step``, ``loss``, ``views``, ...) or one validation (``step``, ``validation``).
 
         ``loss`` is the mean over the views of the step, each times the weight of its task; ``views`` and ``validation``
-        have the loss of each view without weights.
+        have the loss of each view without weights. ``sink_loss``, where it is part of the objective, is the mean
+        squared cosine without its coefficient.
         """
         if self._board is None:
             return
@@ -101,7 +103,7 @@ class Metrics:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(values, step)
 
 
 def gather_routing(model: DistributedMoME, config: RunConfig) -> RoutingCounts:
@@ -162,14 +164,3 @@ def keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number} is no record ({error}): remove the line, or the file.") from error
     write_text(path, "".join(f"{line}\n" for line in kept) if step else "")
-
-
-def _start_wandb(config: RunConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "training.wandb_project is set, but wandb is not installed: pip install 'mome_dist[wandb]', or set it to "
-            "null."
-        ) from error
-    return wandb.init(project=config.training.wandb_project, name=config.name, dir=config.output_dir, resume="allow")

@@ -31,10 +31,13 @@ class StepLosses:
     Attributes:
         loss: mean over views of the weighted mean token cross-entropy; with a weight of 1 each, their mean.
         by_view: mean token cross-entropy of each view, without weights.
+        sink_loss: the mean squared cosine of `mome_dist.llm.sinks`, without its coefficient; None where it is no part
+            of the objective, and without a backward pass.
     """
 
     loss: float
     by_view: dict[View, float]
+    sink_loss: float | None = None
 
 
 def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = False) -> StepLosses:
@@ -72,19 +75,29 @@ def forward_backward(model: DistributedMoME, step: Step, forward_only: bool = Fa
     )
     for chunk in model.parts():
         chunk.settle()
-    return _reduce(parts, step, context.members_VN.device)
+    coefficient = 0.0 if forward_only else model.parts()[0].sink_loss
+    return _reduce(parts, [chunk.take_sink_loss() for chunk in model.parts()], coefficient, step)
 
 
-def _reduce(parts: Sequence[Tensor], step: Step, device: torch.device) -> StepLosses:
-    """Add up the parts of all ranks, [V] each, unweighted; only the last pipeline stage has any."""
+def _reduce(parts: Sequence[Tensor], sinks: Sequence[Tensor | None], coefficient: float, step: Step) -> StepLosses:
+    """Add up the parts of all ranks in one exchange: of the views, [V] each and unweighted, which only the last
+    pipeline stage has, and of the sink loss, weighted by its coefficient and by what the engine divides by."""
     views = step.views
-    sums_V = torch.zeros(len(views), dtype=torch.float64, device=device)
+    device = step.microbatches[0].tokens.context.members_VN.device
+    sums_X = torch.zeros(len(views) + 1, dtype=torch.float64, device=device)
     for part_V in parts:
-        sums_V += part_V
-    dist.all_reduce(sums_V, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(sums_V, group=parallel_state.get_pipeline_model_parallel_group())
-    losses = sums_V.tolist()
+        sums_X[:-1] += part_V
+    for sink in sinks:
+        if sink is not None:
+            sums_X[-1] += sink
+    dist.all_reduce(sums_X, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums_X, group=parallel_state.get_pipeline_model_parallel_group())
+    *losses, sink_loss = sums_X.tolist()
     by_view: dict[View, float] = {}
     for view, loss in zip(views, losses, strict=True):  # a view may come twice
         by_view[view] = by_view.get(view, 0.0) + loss * len(views) / views.count(view)
-    return StepLosses(sum(weight * loss for weight, loss in zip(step.weights, losses, strict=True)), by_view)
+    return StepLosses(
+        sum(weight * loss for weight, loss in zip(step.weights, losses, strict=True)),
+        by_view,
+        sink_loss / (coefficient * parallel_state.get_data_parallel_world_size()) if coefficient else None,
+    )

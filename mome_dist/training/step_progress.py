@@ -1,13 +1,17 @@
-"""How far pre-training has come, with the loss and accuracy of the last step."""
+"""How far pre-training has come, with the mean loss and accuracy of the last steps."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import fmean
 
 from rich.console import Console
 
 from mome_dist.progress import progress
+
+SHOWN_STEPS = 20  # of which the means of a line of progress are
 
 StepReport = Callable[[int, float, float], None]
 """Told (step, loss, accuracy) after each step."""
@@ -20,9 +24,13 @@ def ignore(step: int, loss: float, accuracy: float) -> None:
 @contextmanager
 def step_progress(title: str, steps: int, console: Console) -> Iterator[StepReport]:
     """Show how many of ``steps`` steps are done on ``console`` (a quiet one on ranks that should be silent)."""
+    losses, accuracies = deque[float](maxlen=SHOWN_STEPS), deque[float](maxlen=SHOWN_STEPS)
     with progress(console, title, steps, unit="steps") as shown:
 
         def report(step: int, loss: float, accuracy: float) -> None:
-            shown.update(step + 1, f"loss {loss:.3f}", f"accuracy {accuracy:.3f}")
+            losses.append(loss)
+            accuracies.append(accuracy)
+            over = f" over {len(losses)} steps" if len(losses) > 1 else ""
+            shown.update(step + 1, f"loss {fmean(losses):.3f}", f"accuracy {fmean(accuracies):.3f}{over}")
 
         yield report

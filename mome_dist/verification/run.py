@@ -73,12 +73,14 @@ class Outcome:
 
     Attributes:
         losses, norms: of each step; the norm is that of the gradient before clipping.
+        sinks: the sink loss of each step, where it is part of the objective.
         gradients: of the first step, by layout-free name.
         weights: after the last step.
     """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    sinks: list[float] = field(default_factory=list)
     gradients: Arrays = field(default_factory=dict)
     weights: Arrays = field(default_factory=dict)
 
@@ -129,8 +131,10 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
         for number in range(probe.steps):
             step = online.load(probe.step(number, at.dp, case.layout))
             with engine.accumulate():
-                outcome.losses.append(forward_backward(model, step).loss)
+                result = forward_backward(model, step)
                 online.backward()
+            outcome.losses.append(result.loss)
+            outcome.sinks += [] if result.sink_loss is None else [result.sink_loss]
             if number == 0:
                 outcome.gradients = _named(model, lambda p: engine.gradient(p))
             engine.step(settings.learning_rate)
@@ -160,7 +164,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     if sink_loss:
         model.keep_states()
     for number in range(probe.steps):
-        step, total = encoded(probe.step(number, 0, Layout.for_world(1)), encoders), 0.0
+        step, total, sinks = encoded(probe.step(number, 0, Layout.for_world(1)), encoders), 0.0, 0.0
         for batch in step.microbatches:
             loss = model.loss(batch.tokens, batch.features, step.weights)
             loss = loss / (step.label_tokens * len(step.views))
@@ -168,7 +172,9 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
             auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)
             auxiliary = auxiliary / len(step.microbatches)
             if sink_loss:
-                auxiliary = auxiliary + sink_loss * model.sink_loss() / (step.utterances * len(step.views))
+                sink = model.sink_loss() / (step.utterances * len(step.views))
+                sinks += sink.item()
+                auxiliary = auxiliary + sink_loss * sink
             (loss + auxiliary).backward()
         for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -179,6 +185,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         stepper.step()
         stepper.zero_grad()
         outcome.losses.append(total)
+        outcome.sinks += [sinks] if sink_loss else []
     outcome.weights = {each.name: _array(each.of(each.parameter)) for each in tensors}
     return outcome
 
@@ -189,9 +196,13 @@ def merged(parts: list[Outcome]) -> Outcome:
     Raises:
         ValueError: naming a value of which ranks hold different copies.
     """
-    whole = Outcome(parts[0].losses, parts[0].norms)
+    whole = Outcome(parts[0].losses, parts[0].norms, parts[0].sinks)
     for part in parts:
-        for what, mine, first in (("loss", part.losses, whole.losses), ("gradient norm", part.norms, whole.norms)):
+        for what, mine, first in (
+            ("loss", part.losses, whole.losses),
+            ("gradient norm", part.norms, whole.norms),
+            ("sink loss", part.sinks, whole.sinks),
+        ):
             if not np.allclose(mine, first, rtol=1e-6, atol=0):
                 raise ValueError(f"ranks disagree on the {what}: {mine} and {first}")
     whole.gradients = _merge([part.gradients for part in parts])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,7 +95,13 @@ def test_beside_experts_too(with_experts: Verifier, name: str, optimizer: str) -
 
 
 def _first_tokens_of_a_rank_alone() -> None:
-    PrefixSinks._summed = lambda self, rows_BH: rows_BH  # type: ignore[method-assign]
+    summed = PrefixSinks._summed
+
+    def alone(self: PrefixSinks, rows_BH: Tensor) -> Tensor:
+        # What is pulled at first tokens, and the loss itself, go around as they should: ranks agree on the wrong ones.
+        return rows_BH if len(rows_BH) == self._sequences else summed(self, rows_BH)
+
+    PrefixSinks._summed = alone  # type: ignore[method-assign]
 
 
 def _mean_of_a_microbatch() -> None:
@@ -106,10 +113,29 @@ def _mean_of_a_microbatch() -> None:
     Chunk.forward = doubled  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("fault", "name"), [(_first_tokens_of_a_rank_alone, "tp2 sp"), (_mean_of_a_microbatch, "dp2")])
-def test_the_verification_catches(adapted: Verifier, fault: Callable[[], None], name: str) -> None:
+def _loss_of_a_rank_alone() -> None:
+    take = Chunk.take_sink_loss
+
+    def taken(self: Chunk) -> Tensor | None:
+        loss = take(self)
+        return loss if parallel_state.get_data_parallel_rank() == 0 else None
+
+    Chunk.take_sink_loss = taken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "kinds"),
+    [
+        (_first_tokens_of_a_rank_alone, "tp2 sp", {"sink loss", "gradient"}),
+        (_mean_of_a_microbatch, "dp2", {"sink loss", "gradient"}),
+        (_loss_of_a_rank_alone, "dp2", {"sink loss"}),
+    ],
+)
+def test_the_verification_catches(adapted: Verifier, fault: Callable[[], None], name: str, kinds: set[str]) -> None:
     verdict = adapted.check(CASES[name], "sgd", plant=fault)
-    assert not verdict.passed and verdict.failure is None
+    assert not verdict.passed and verdict.failure is None and verdict.comparison is not None
+    found = {mismatch.what for mismatch in verdict.comparison.mismatches}
+    assert kinds <= found and ("gradient" in kinds) == ("gradient" in found)
 
 
 def test_the_gradient_is_that_of_the_equation() -> None:
@@ -124,8 +150,10 @@ def test_the_gradient_is_that_of_the_equation() -> None:
             terms.append(F.cosine_similarity(rows[:1], rows[1:]).square().mean())
     loss = 0.7 * torch.stack(terms).sum()
     (expected,) = torch.autograd.grad(loss, hidden_NH)
-    sinks = PrefixSinks.of(context, 0.7)
+    found: list[Tensor] = []
+    sinks = PrefixSinks.of(context, 0.7, found)
     torch.testing.assert_close(sinks.gradient(hidden_NH.detach()), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, [loss.detach()], rtol=1e-5, atol=0)
     output = sinks(hidden_NH[:, None])
     output.sum().backward()
     torch.testing.assert_close(hidden_NH.grad, expected + 1, rtol=1e-5, atol=1e-6)

@@ -31,7 +31,8 @@ def test_a_log_says_how_far_training_is(tiny_corpus_dir: Path, tmp_path: Path, i
     log = (tmp_path / "rank-0.log").read_text()
     assert re.search(r"^encoding train: \d+ of \d+ batches \(100 %\), ", log, re.MULTILINE)
     lines = re.findall(
-        r"^training: (\d) of 4 steps \(\d+ %\), loss \d+\.\d{3}, [\d,]+ tokens/s, \d+\.\d\d s waited for data, "
+        r"^training: (\d) of 4 steps \(\d+ %\), loss \d+\.\d{3}(?: over \d steps)?, [\d,]+ tokens/s, "
+        r"\d+\.\d\d s waited for data, "
         r"\d:\d\d:\d\d so far(?:, \d:\d\d:\d\d left)?$",
         log,
         re.MULTILINE,

@@ -100,6 +100,7 @@ def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 # Half of the projectors have no view in a step.
 RUN = ["task=omni", "mome=none", "projector.per_rate=true", "training.validate_every=6", "optimizer.final_fraction=1"]
+RUN += ["llm.sink_loss=0.1"]
 
 
 def test_whole_runs_of_drawn_rates(lab: Lab, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_whole_runs_of_drawn_rates(lab: Lab, tmp_path: Path) -> None:
         assert list(record["views"]) == [str(view) for view in schedule.of_step(number)]
         weighted = [weights[name.partition("(")[0]] * loss for name, loss in record["views"].items()]
         assert record["loss"] == pytest.approx(sum(weighted) / 3, rel=1e-6)
+        assert 0 < record["sink_loss"] < 1, "a mean of squared cosines"
     (validation,) = (record for record in lines(tmp_path / "one/metrics.jsonl") if "validation" in record)
     assert len(validation["validation"]) == 8, "validation sees every view"
     for name, tp, pp in (("dp2", 1, 1), ("pp2", 1, 2), ("tp2", 2, 1)):

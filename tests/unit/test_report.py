@@ -21,7 +21,8 @@ from mome_dist.evaluation.consistency import (
     agreement_of_views,
     profiles,
 )
-from mome_dist.evaluation.report import RunFiles, write_report
+from mome_dist.evaluation.report import write_report
+from mome_dist.evaluation.run_files import RunFiles
 from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 from tests.evaluation_run import make_run
 
@@ -154,7 +155,7 @@ def test_report_before_and_after_evaluation(
     assert evaluate.main([f"checkpoint={run}", "baselines=[chance]"]) == 0
     capsys.readouterr()
     assert report.main([f"run={run}"]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report" / "report.md")
+    assert capsys.readouterr().out.split() == [str(run / "report" / name) for name in ("report.md", "report.html")]
     page = (run / "report" / "report.md").read_text()
     figures = ["loss", "wer", "activations_asr", "activations_vsr", "activations_avsr", "consistency", "load"]
     for name in [*figures, "load_views", "view_agreement"]:
@@ -166,10 +167,18 @@ def test_report_before_and_after_evaluation(
     # 2 layers of H 32: (2 + 1) experts of 2*32*3 + 3 + 32 and a router of 32*6; all 7 experts are trained.
     assert "1,746 active per token, 3,562 trained" in page
     assert "step 40 of 100" in page
+    losses = [record["loss"] for record in TrainingLog.read(run / "metrics.jsonl").steps]
+    means = [
+        f"{np.mean(part):.3f} (mean of the {end} 20 steps)"
+        for part, end in ((losses[:20], "first"), (losses[20:], "last"))
+    ]
+    assert f"| training loss | {' to '.join(means)} |" in page
     assert "| router | softmax scores, renormalised; balance loss 0.01, z-loss 0 |" in page
     assert "Training routed 3,000 tokens in every layer; 25.0 % of all positions were padding" in page
     assert "| avsr(4,5) | 1,500 | 25.0 |" in page
-    assert {path.suffix for path in (run / "report").iterdir()} == {".md", ".png"}
+    assert {path.suffix for path in (run / "report").iterdir()} == {".md", ".html", ".png"}
+    html = (run / "report" / "report.html").read_text()
+    assert html.count('src="data:image/png;base64,') == html.count("<img") == len(list((run / "report").glob("*.png")))
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,5 +200,5 @@ def test_damaged_results_are_named(tmp_path: Path, tiny_corpus_dir: Path) -> Non
 def test_the_evaluation_that_a_report_names_can_be_run(tmp_path: Path, method: str, baselines: str) -> None:
     """An encoder that trains leaves no features of an untrained model, and evaluation refuses that baseline."""
     save_config(load_config(["experiment=tiny", f"method={method}"]), tmp_path / "config.yaml")
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path)[0].read_text()
     assert f"mome-dist evaluate {tmp_path} baselines=[{baselines}]`" in page

@@ -4,6 +4,9 @@ The clock starts where the earlier of the streams that are read starts, so that 
 nothing that is said is cut off; where pictures start later, the first one stands for what is missing. A stream that is
 not asked for is not decoded, and no more than a picture is held at a time: a film of an hour takes the memory of its
 sound.
+
+PyAV decodes, whose wheels bring FFmpeg: torchcodec wants one of the system, and has no side data and no packets, from
+which the clock and the pictures' orientation are read here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Mixing at a signal-to-noise ratio, and measuring the ratio of a mixture.
 
-The ratio is of mean powers over the whole clip, pauses included.
+The ratio is of mean powers over the whole clip, pauses included. torchaudio has the sum alone (``add_noise``), without
+what is done here about silence and about sums beyond full scale: a dependency for one line.
 """
 
 from __future__ import annotations

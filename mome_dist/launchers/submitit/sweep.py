@@ -6,13 +6,11 @@ hydra-submitit-launcher submits the array; every rank of every job calls `train_
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +23,7 @@ from mome_dist.config.load import register_resolvers, unreadable
 from mome_dist.errors import UserError
 from mome_dist.launchers.options import DEFAULT_MODULE, SubmititOptions
 from mome_dist.paths import configs_dir
-from mome_dist.text_files import lines_of
+from mome_dist.training_log import Ends, TrainingLog
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
@@ -136,7 +134,7 @@ def train_one(config: DictConfig) -> None:
 
 
 def table(folder: Path, combined: Sequence[Sequence[str]]) -> str:
-    """The last loss of every run of a sweep, with the values that tell them apart."""
+    """The mean loss of the last steps of every run of a sweep, with the values that tell them apart."""
     shared = set.intersection(*map(set, combined))
     rows = []
     for number, overrides in enumerate(combined):
@@ -145,6 +143,9 @@ def table(folder: Path, combined: Sequence[Sequence[str]]) -> str:
     return "\n".join(rows)
 
 
-def _last_loss(run: Path) -> Any:
-    records = [record for record in map(json.loads, lines_of(run / "metrics.jsonl")) if "loss" in record]
-    return f"step {records[-1]['step']}: loss {records[-1]['loss']:.4f}" if records else "no step"
+def _last_loss(run: Path) -> str:
+    steps, losses = TrainingLog.read(run / "metrics.jsonl").series("loss")
+    if not len(losses):
+        return "no step"
+    ends = Ends.of(losses)
+    return f"step {int(steps[-1])}: loss {ends.last:.4f} (mean of the last {ends.window})"
