@@ -63,6 +63,7 @@ TRAIN = [
     "webdataset>=1.0.2,<1.1",
     "tensorboard>=2.21,<3",  # no import here: torch.utils.tensorboard writes with it
     "matplotlib>=3.11,<4",
+    "markdown-it-py>=4,<5",  # rich brings it, too
 ]
 
 EXTRAS = {
