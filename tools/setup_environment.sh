@@ -20,7 +20,8 @@ torch_constraint=$(mktemp)
 trap 'rm -f "$torch_constraint"' EXIT
 "${pip[@]}" freeze | grep -E '^torch==' >"$torch_constraint"
 
-extras=${2:-train,prepare,test,docs,espeak}
+# wandb is what a new version breaks without a word: seconds to install, and a test runs it offline.
+extras=${2:-train,prepare,test,docs,espeak,wandb}
 # torch's CUDA builds bring the Triton that they are made for, its CPU builds none; the tests need one.
 if "${pip[@]}" show torch | grep '^Requires:.*triton' >/dev/null; then
     extras+=,gpu

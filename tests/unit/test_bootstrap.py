@@ -50,6 +50,13 @@ def test_the_interval_is_the_one_of_scipy() -> None:
     assert interval.high == pytest.approx(found.confidence_interval.high, abs=slack)
 
 
+def test_a_single_utterance_has_an_interval_which_scipy_refuses() -> None:
+    with pytest.raises(ValueError, match="two or more"):
+        stats.bootstrap((np.array([1]), np.array([4])), lambda wrong, words: wrong / words, paired=True)
+    interval = Bootstrap(1).interval([WordErrors(4, 1)])
+    assert (interval.low, interval.high) == (25, 25)
+
+
 def test_it_is_the_loop_over_utterances_that_it_stands_for() -> None:
     errors = drawn(np.random.default_rng(5), 17)
     drawn_BU = np.random.default_rng(9).integers(17, size=(50, 17))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from mome_dist.errors import UserError
@@ -66,6 +67,21 @@ def test_closed_form() -> None:
     assert layer.merged().weight.tolist() == [[1 + 6, 6], [18, 1 + 18]]
     half = layer.to(torch.bfloat16).merged()
     assert half.weight.dtype == torch.bfloat16 and half.weight.tolist() == [[7, 6], [18, 19]]
+
+
+def test_peft_computes_the_same() -> None:
+    ours, theirs = make(), make()
+    names = attach_lora(ours, rank=4, alpha=8)
+    moved(ours)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), theirs)
+    with torch.no_grad():
+        for name, layer in lora_layers(ours).items():
+            other = theirs.get_submodule(name)
+            other.lora_A["default"].weight.copy_(layer.lora_a)
+            other.lora_B["default"].weight.copy_(layer.lora_b)
+        torch.testing.assert_close(theirs([CLIP])[0], ours([CLIP])[0], rtol=1e-5, atol=1e-5)
+    frozen = {f"{name}.weight" for name in names}
+    assert frozen < set(ours.state_dict()) and not frozen & set(theirs.state_dict()), "PEFT renames what is frozen"
 
 
 def test_merged_model_computes_the_same() -> None:

@@ -96,6 +96,8 @@ MISTAKES: list[tuple[str, str]] = [
     (f"{TINY} task.prompts.asr=", "task.prompts.asr is empty"),
     (f"{TINY} output_dir=", "output_dir is empty"),
     (f"{OWN} training.wandb_project=mine", "training.wandb_project='mine': wandb is not installed|mome_dist[wandb]"),
+    (f"{TINY} training.wandb_group=seeds", "training.wandb_group=seeds|training.wandb_project"),
+    (f"{TINY} training.wandb_project=us/mine", "training.wandb_project='us/mine'|training.wandb_entity"),
     (f"{OWN} training.init_from=runs/none", "training.init_from|runs/none: there is no such folder"),
     (f"{OWN} training.init_from={{export}}", "training.init_from={export} is an export"),
     # Layouts.
@@ -141,6 +143,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("evaluate {run} baselines=[random]", "'random' is unknown; choose from chance, untrained"),
     ("report", "runs/NAME"),
     ("report {export}", "is an export|name the run"),
+    ("report compare {run}", "two runs or more"),
+    ("report compare {run} {runs}/smal", "did you mean {run}?"),
     ("report {runs}/none", "there is no such folder"),
     ("local --module mome_dist.evaluate {runs}/smal", "did you mean {run}?"),
     # Transcribing.
@@ -233,6 +237,7 @@ def test_a_mistake_is_told_with_its_fix(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOME_DIST_CACHE", str(places["cache"]))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where the extra is not installed
     named = {name: str(path) for name, path in places.items()}
     command, *arguments = shlex.split(row.replace("(", "'('").replace(")", "')'").format(**named))
     monkeypatch.setattr("sys.argv", [command, *arguments])

@@ -68,7 +68,7 @@ def test_every_requirement_has_a_range_and_is_installed_at_the_pin_in_it(setup_p
         # A local suffix (2.13.0+cpu) does not matter to ==.
         if requirement.name not in NOT_HERE:
             assert pin.specifier.contains(version(requirement.name)), (pin, version(requirement.name))
-    extras = [Requirement(text) for name in ("test", "espeak") for text in setup_py["EXTRAS"][name]]
+    extras = [Requirement(text) for name in ("test", "espeak", "wandb") for text in setup_py["EXTRAS"][name]]
     for pin in [*pins.values(), *extras]:
         assert [bound.operator for bound in pin.specifier] == ["=="], pin
     for pin in extras:
