@@ -61,7 +61,8 @@ def _reported(arguments: Sequence[str]) -> list[Path]:
 
 
 def _compared(arguments: Sequence[str]) -> list[Path]:
-    places, others = [], []
+    places: list[str] = []
+    others: list[str] = []
     for word in arguments:
         place = None if word.startswith("-") else place_of(word)
         (others if place is None else places).append(word if place is None else place)

@@ -113,7 +113,7 @@ def _plan(
     """Places of all labels, by number: in an order, each the nearest free one, or the cheapest where none is free."""
     plan: dict[int, _Place] = {}
     for number in order:
-        at = axes.transData.transform((points[number].x, points[number].y))
+        at = axes.transData.transform((points[number].x, points[number].y)).tolist()
         taken = [place.box.padded(_MARGIN * pixels) for place in plan.values()]
         found: list[_Place] = []
         for distance, (right, up) in product(_DISTANCES, _DIRECTIONS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_peft_computes_the_same() -> None:
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), theirs)
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():
-            other = theirs.get_submodule(name)
+            other: Any = theirs.get_submodule(name)
             other.lora_A["default"].weight.copy_(layer.lora_a)
             other.lora_B["default"].weight.copy_(layer.lora_b)
         torch.testing.assert_close(theirs([CLIP])[0], ours([CLIP])[0], rtol=1e-5, atol=1e-5)

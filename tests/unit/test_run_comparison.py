@@ -145,7 +145,7 @@ def test_html_shows_what_markdown_says_and_loads_nothing(tmp_path: Path) -> None
 
 def evaluations() -> dict[str, Sequence[Mapping[str, Any]]]:
     """Views of all evaluations that the benchmarks have results of."""
-    found = {}
+    found: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name in ("learning", "methods"):
         figures = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["figures"]
         found |= {f"{name} {method}": results["views"] for method, results in figures["evaluations"].items()}
@@ -188,7 +188,13 @@ def crowded(count: int = 24) -> list[dict[str, Any]]:
     for number in range(count):
         task, wer = ("asr", "vsr", "avsr")[number % 3], float(20 + rng.uniform(0, 1))
         rates = f"({number + 1},{number % 5 + 1})" if task == "avsr" else f"({number + 1})"
-        known = {"view": f"{task}{rates}", "task": task, "rates": rates, "trained": True, "condition": "clean"}
+        known: dict[str, Any] = {
+            "view": f"{task}{rates}",
+            "task": task,
+            "rates": rates,
+            "trained": True,
+            "condition": "clean",
+        }
         known |= {"audio_rate": 4, "video_rate": 2, "noise": None, "snr": None, "video_corruption": None}
         costs = {"llm_tokens": 40 + rng.uniform(0, 2), "real_time_factor": 0.02 + rng.uniform(0, 0.001)}
         baselines = {"chance_wer": 130.0, "untrained_wer": 21.0}

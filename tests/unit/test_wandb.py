@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +95,26 @@ def test_a_directory_is_one_run_however_often_it_starts(tmp_path: Path, monkeypa
     assert runs_of(written(tmp_path)[-1]).run_id == (tmp_path / ID).read_text() != about.run_id, "another run"
 
 
-def test_without_an_account_a_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where netrc would be
-    with pytest.raises(UserError, match=r"training\.wandb_project=lips: W&B did not start .*`wandb login`"):
-        WandbRun(config_of(tmp_path, "training.wandb_mode=online"))
-    wandb.teardown()
+def test_without_an_account_a_line_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own: this one has a key by now."""
+    code = (
+        "import sys; from tests.unit.test_wandb import *\n"
+        "try: WandbRun(config_of(Path(sys.argv[1]), 'training.wandb_mode=online'))\n"
+        "except UserError as error: print('told:', error)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path)}  # where a key would be
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert re.search(
+        r"^told: training\.wandb_project=lips: W&B did not start .*`wandb login`", done.stdout, re.M | re.S
+    ), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
