@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from wandb.proto import wandb_internal_pb2
 
 from mome_dist.config.load import load_config
