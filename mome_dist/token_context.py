@@ -25,6 +25,11 @@ ALIGNMENT = 8
 """N is a multiple of it: kernels of matrix products are chosen by the number of rows."""
 
 
+def aligned(tokens: int, multiple: int = ALIGNMENT) -> int:
+    """A number of tokens, rounded up."""
+    return tokens + -tokens % multiple
+
+
 class Modality(IntEnum):
     """What a token is: text, its tags and dead tokens; speech that was heard; speech that was seen."""
 
@@ -116,8 +121,7 @@ class TokenContext(_Once):
         """
         lengths = tuple(itertools.chain.from_iterable(each for _, each in views))
         alive = sum(lengths)
-        tokens = max(alive, least)
-        tokens += -tokens % multiple
+        tokens = aligned(max(alive, least), multiple)
         sizes = torch.tensor([sum(each) for _, each in views])
         members_VN = torch.zeros(len(views), tokens)
         for row, start, size in zip(members_VN, (sizes.cumsum(0) - sizes).tolist(), sizes.tolist(), strict=True):
@@ -184,10 +188,54 @@ class TokenContext(_Once):
         starts_B1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return sent_to(starts_B1, self.modality_N.device)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of `starts_B1`."""
+        return max(*self.lengths, self.tokens - self.alive)
+
     @cached_property
     def padding(self) -> Padding:
         """How sequences are padded where a product wants batches."""
         return Padding.of(self.lengths, self.view_sequences, self.modality_N.device)
+
+
+@dataclass(frozen=True)
+class FixedTokens(_Once):
+    """Tokens of layers that are captured (`mome_dist.llm.graphed_stack`): the host knows how many, and nothing more.
+
+    Attributes:
+        members_VN, modality_N, positions_N: as in `TokenContext`.
+        alive_N: bool [N].
+        starts_B1: as in `TokenContext`; any number of empty sequences follows.
+        longest: tokens that no sequence has more of.
+    """
+
+    members_VN: Tensor
+    modality_N: Tensor
+    alive_N: Tensor
+    positions_N: Tensor
+    starts_B1: Tensor
+    longest: int
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """Not known."""
+        raise NotImplementedError("captured layers know no views by name")
+
+    @property
+    def sizes_V2(self) -> Tensor:
+        """Not known."""
+        raise NotImplementedError("captured layers count nothing")
+
+    @property
+    def unseen_NN(self) -> Tensor:
+        """bool [N, N], what a token (first axis) does not attend to: later tokens and those of other sequences."""
+        return self.once("unseen", self._find_unseen)
+
+    def _find_unseen(self) -> Tensor:
+        index_N = torch.arange(self.positions_N.numel(), device=self.positions_N.device)
+        sequence_N = torch.searchsorted(self.starts_B1, index_N.int(), right=True)
+        return (sequence_N[:, None] != sequence_N) | (index_N[:, None] < index_N)
 
 
 @dataclass(frozen=True)

@@ -104,22 +104,23 @@ def _benchmark(name: str, seconds: float, what: str) -> Check:
 
 
 CHECKS = (
-    _tests("environment", 40, "device, versions, ceilings of products and copies"),
+    _tests("environment", 30, "device, versions, ceilings of products and copies"),
     _tests("dispatch", 25, "every dispatch of a MoME layer against the CPU in fp32, with gradients"),
     _tests("kernel", 20, "the Triton kernels of a MoME layer against PyTorch's form, with gradients"),
     _tests("synchronisation", 20, "waits of the host in a layer and in a step"),
-    _tests("engine", 40, "ZeRO 0, 1 and 2 for five steps against the CPU"),
+    _tests("engine", 35, "ZeRO 0, 1 and 2 for five steps against the CPU"),
     _benchmark("step", 75, "a step at the shapes of the paper's job: time, memory, share of the peak"),
     _benchmark("layer", 40, "the layer against DeepSpeed's, Megatron-Core's and two products"),
     _benchmark("profile", 30, "kernels that take most of a step, and idle time"),
     _benchmark("encoders", 25, "encoders in fp32, TF32 and bf16: error and speed"),
-    _tests("llm", 30, "Megatron-Core against Hugging Face; the flash kernel by name"),
+    _tests("llm", 25, "Megatron-Core against Hugging Face; the flash kernel by name"),
     _tests("decoding", 25, "greedy and beam search against the CPU, token by token"),
     _benchmark("decode", 20, "speed of decoding"),
     _tests("layouts", 80, "2 and 4 ranks that share the device against one process"),
     _tests("checkpoint", 25, "a checkpoint comes back bit for bit"),
     _tests("precision", 20, "a layer in bf16 against float64"),
     _tests("repeats", 20, "the same bits in 20 repeats"),
+    _tests("graphs", 20, "training with its layers in CUDA graphs against one process on the CPU"),
     _tests("nccl", 120, "a GPU for each rank: every exchange over NCCL, layouts", gpus=2),
 )
 

@@ -31,13 +31,13 @@ LEAST_MFU, MOST_MOME = 0.25, 0.06
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = parser_of(NAME, __doc__, rounds=5, warm_up=0)  # each form has had its first steps by then
+    parser.add_argument("--graphs", action="store_true", help="also with MoME and llm.graphs=cuda")
     parser.add_argument("--predict", action="store_true", help="only predict anew, for what --results holds measured")
     return parser.parse_args(arguments)
 
 
-def utilisation(figures: Mapping[str, Any], form: str) -> float | None:
+def utilisation(figures: Mapping[str, Any], case: Mapping[str, Any]) -> float | None:
     """Model FLOPs utilisation: FLOPs that a step needs over those of the GPU's published bf16 peak in its time."""
-    case = figures["cases"][form]
     peak, needed = figures["peak flops"], sum(case["predicted"]["flops"].values())
     return None if peak is None else needed / (case["step"] / 1e3) / peak
 
@@ -50,7 +50,7 @@ def added_by_mome(figures: Mapping[str, Any]) -> float:
 
 def summary(figures: Mapping[str, Any]) -> list[str]:
     """The aims, judged, and the error of the plan."""
-    *_, whole = figures["cases"]
+    *_, whole = figures["cases"].values()
     on_gpu = figures["cluster"]["device"] == "cuda"
     mfu, mome = utilisation(figures, whole), added_by_mome(figures)
     return [
@@ -68,8 +68,8 @@ def render(figures: Mapping[str, Any]) -> list[str]:
     """Sections of the result file."""
     job = figures["job"]
     rows, parts = [], []
-    for form, case in figures["cases"].items():
-        used = utilisation(figures, form)
+    for form, case in {**figures["cases"], **figures["graphed"]}.items():
+        used = utilisation(figures, case)
         rows.append(
             [
                 form,
@@ -131,6 +131,8 @@ def _predict(options: argparse.Namespace) -> None:
         found = predictions(sizes, figures["cluster"], Path(folder))
     for form, case in figures["cases"].items():
         case["predicted"] = found[form]
+    for case in figures["graphed"].values():
+        case["predicted"] = found["with MoME"]
     figures["planned"] = step_checks(figures["cases"])
     publish(NAME, TITLE, stored["command"], stored["machine"], figures, summary, render, options)
 

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from benchmarks.gpu.predictions import FORMS, peak_flops, predictions, step_chec
 from benchmarks.gpu.trace import traced
 from benchmarks.gpu.training import PARTS, Training, build_model, engine_of
 from benchmarks.measuring import Timing, median_milliseconds, total
+from mome_dist.config.schema import RunConfig
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 
 FIRST_STEPS = 2  # that make the optimiser's state and reach the peak of memory
+GRAPHED = "with MoME, layers in CUDA graphs"
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -50,7 +52,14 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             opened.callback(forms[whole].close)
             _first_steps(forms[whole])
         peaks[whole] = with_encoders()
-        rounds: dict[str, list[list[Timing]]] = {form: [] for form in FORMS}
+        if options.graphs:
+            in_graphs = _in_graphs(config, forms[mome].tokens, device)
+            with _peak(device) as found:
+                model = build_model(in_graphs, True, device)
+                forms[GRAPHED] = Training(in_graphs, sizes, model, engine_of(in_graphs, model), {}, device)
+                _first_steps(forms[GRAPHED])
+            peaks[GRAPHED], expected[GRAPHED] = found(), expected[mome]
+        rounds: dict[str, list[list[Timing]]] = {form: [] for form in forms}
         for turn in range(options.warm_up + options.rounds):
             for form, training in forms.items():
                 parts = training.step(turn)
@@ -75,12 +84,14 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
                 "bytes": peaks[form],
                 "predicted": expected[form],
             }
+    graphed = {GRAPHED: cases.pop(GRAPHED)} if options.graphs else {}
     return {
         "cluster": cluster,
         "peak flops": peak_flops(cluster),
         "sizes": "tiny" if options.tiny else "paper",
         "job": asdict(sizes),
         "cases": cases,
+        "graphed": graphed,
         "planned": step_checks(cases),
     }
 
@@ -89,6 +100,13 @@ def _folder(scratch: str, name: str) -> Path:
     folder = Path(scratch) / name
     folder.mkdir()
     return folder
+
+
+def _in_graphs(config: RunConfig, tokens: int, device: torch.device) -> RunConfig:
+    """The configuration with the layers in graphs, for passes of so many tokens."""
+    kind = "cuda" if device.type == "cuda" else "rehearsal"
+    llm = replace(config.llm, graphs=kind)
+    return replace(config, llm=llm, data=replace(config.data, microbatch_tokens=tokens))
 
 
 def _first_steps(training: Training) -> None:

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from benchmarks.gpu.models import Sizes, configuration, random_encoders, random_llm, random_projectors, text_of
 from benchmarks.measuring import Stopwatch, Timing
 from mome_dist.config.derived import streams_of, views_of
+from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import RunConfig
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder
@@ -23,6 +24,7 @@ from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine
+from mome_dist.graphs.capture import graphs_of
 from mome_dist.llm.precision import dtype_of
 from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
 from mome_dist.model.shared import build_sequences, mome_arguments
@@ -67,6 +69,8 @@ def build_model(config: RunConfig, with_mome: bool, device: torch.device) -> Dis
         momes = attach_mome(
             llm, config.mome.placement, config.seed, ep_size=1, dispatch="local", **losses, **mome_arguments(config)
         )
+    if tokens := filled_tokens(config):
+        llm.capture_layers(graphs_of(config.llm.graphs, device), tokens)
     return DistributedMoME([Chunk(llm, random_projectors(config).to(device), momes)], 1 if momes else None).train()
 
 
@@ -106,6 +110,7 @@ class Training:
             1,
             device,
             Layout.for_world(1),
+            least_tokens=filled_tokens(config),
         )
         self._online = self._encoding(encoders) if encoders else None
 

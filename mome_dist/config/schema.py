@@ -59,6 +59,7 @@ class LLMConfig:
     cache_slices: bool = False
     lora: LLMLoRAConfig | None = None
     sink_loss: float = 0.0
+    graphs: str = one_of("none", "cuda", "rehearsal")
     tags: SpeechTags = field(default_factory=SpeechTags)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
+from mome_dist.config.graphs import check_graphs
 from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
@@ -32,6 +33,7 @@ def check_values(config: RunConfig) -> None:
     _check_lora(config)
     _check_llm_lora(config)
     _check_projector(config)
+    check_graphs(config)
 
 
 def _check_choices(section: Any, prefix: str) -> None:

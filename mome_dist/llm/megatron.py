@@ -27,15 +27,17 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.graphs.capture import Graphs
 from mome_dist.llm.attention import CausalAttention
+from mome_dist.llm.graphed_stack import GraphedStack
 from mome_dist.llm.norm import RMSNorm
 from mome_dist.llm.rope import Rotation, inverse_frequencies
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.sinks import PrefixSinks
 from mome_dist.llm.swiglu import swiglu
-from mome_dist.moe.load import PassLoad
+from mome_dist.moe.load import PassLoad, StackLoad
 from mome_dist.parallel.layout import Layout
-from mome_dist.token_context import Labels, TokenContext
+from mome_dist.token_context import FixedTokens, Labels, TokenContext
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class LayerContext:
         sinks: of the sink loss; None without one.
     """
 
-    tokens: TokenContext
-    own: TokenContext
+    tokens: TokenContext | FixedTokens
+    own: TokenContext | FixedTokens
     rotation: Rotation
-    load: PassLoad | None
+    load: PassLoad | StackLoad | None
     sinks: PrefixSinks | None = None
 
 
@@ -139,7 +141,21 @@ class FrozenLLM(GPTModel):
     """A `GPTModel` that takes embeddings of packed tokens, and gives the token cross-entropy at label positions only.
 
     The output layer is by far the widest product of a small LLM; here it sees only positions that have a label.
+
+    Attributes:
+        graphed: the layers in graphs, for passes of training that it takes; None without any.
     """
+
+    graphed: GraphedStack | None = None
+
+    def capture_layers(self, graphs: Graphs, tokens: int) -> None:
+        """Run passes of training of so many tokens as graphs from now on; once everything that trains in the layers is
+        there. The layers are whole on this rank, and nothing is computed again for the backward pass."""
+
+        def layers(hidden_N1H: Tensor, context: FixedTokens, load: StackLoad) -> Tensor:
+            return self._run_layers(hidden_N1H, context, context, load)
+
+        self.graphed = GraphedStack(layers, list(self.decoder.parameters()), graphs, tokens)
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Token ids int64 [N] -> embeddings [N, H]; first pipeline stage only."""
@@ -200,11 +216,25 @@ class FrozenLLM(GPTModel):
             own = context.part(parallel_state.get_tensor_model_parallel_rank(), ranks)
             if embedded_N1H is not None:
                 embedded_N1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_N1H)
+        training = load is not None and torch.is_grad_enabled()
+        if self.graphed is not None and training and self.graphed.takes(context):
+            return self.graphed(embedded_N1H, context, load)
+        return self._run_layers(embedded_N1H, context, own, load, self._sinks(context, sink_weight))
+
+    def _run_layers(
+        self,
+        hidden_N1H: Tensor | None,
+        context: TokenContext | FixedTokens,
+        own: TokenContext | FixedTokens,
+        load: PassLoad | StackLoad | None,
+        sinks: PrefixSinks | None = None,
+    ) -> Tensor:
+        """This stage's layers; what the arguments are is said in `LayerContext`."""
         queries = self.config.num_attention_heads // self.config.num_query_groups
         frequencies, dtype = self.rotary_pos_emb.inv_freq, self.config.params_dtype
         rotation = Rotation.of(context.positions_N, frequencies, queries, dtype)
         return self.decoder(
-            hidden_states=embedded_N1H,
+            hidden_states=hidden_N1H,
             attention_mask=None,
             packed_seq_params=LayerContext(context, own, rotation, load, sinks),
         )

@@ -10,7 +10,9 @@ from torch import nn
 from mome_dist.adapters.lora import PREFIX
 from mome_dist.adapters.tensor_parallel import TensorParallelLoRA, TermsOfTokens
 from mome_dist.config.derived import llm_terms_of
+from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import RunConfig
+from mome_dist.graphs.capture import graphs_of
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
@@ -51,6 +53,8 @@ def build_distributed(
         momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
         others = _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)
+        if tokens := filled_tokens(config):
+            llm.capture_layers(graphs_of(config.llm.graphs, device), tokens)
         chunks.append(Chunk(llm, projectors, momes, others, config.llm.sink_loss))
     return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mome_dist.moe.load import PassLoad
+from mome_dist.moe.load import BalanceSettings, PassLoad, StackLoad
 from mome_dist.moe.routing import Routed, Routing
 
 
@@ -78,7 +78,7 @@ def add_balance(
     output_TH: Tensor,
     routed: Routed,
     members_VT: Tensor,
-    load: PassLoad,
+    load: PassLoad | StackLoad,
     place: int,
     balance: float,
     z: float,
@@ -101,7 +101,28 @@ def add_balance(
         sums_VX = torch.cat([sums_VX, own_VO], dim=1)
     coefficients = (z, *(loss.coefficient for loss in losses))
     top_k = routed.experts_TK.shape[1] if routed.chosen_TK is None else None
-    return _AddBalance.apply(output_TH, sums_VX, load, place, top_k, balance, coefficients)
+    if isinstance(load, StackLoad):
+        load.leave(place, sums_VX, (top_k, balance, coefficients))
+        return output_TH
+    return join_balance(output_TH, sums_VX, load, place, (top_k, balance, coefficients))
+
+
+def join_balance(
+    output: Tensor,
+    sums: Tensor,
+    load: PassLoad,
+    place: int | slice,
+    settings: BalanceSettings,
+) -> Tensor:
+    """The same output, whose backward pass gives the sums their gradients.
+
+    Args:
+        output: of a module, or of layers with all modules.
+        sums: of the module [V, X], or of all of them, [L, V, X]; see `add_balance`.
+        place: of the module, or ``slice(None)``.
+        settings: of the modules, which have the same.
+    """
+    return _AddBalance.apply(output, sums, load, place, *settings)
 
 
 class _AddBalance(torch.autograd.Function):
@@ -111,12 +132,12 @@ class _AddBalance(torch.autograd.Function):
         output_TH: Tensor,
         sums_VX: Tensor,
         load: PassLoad,
-        place: int,
+        place: int | slice,
         top_k: int | None,
         balance: float,
         coefficients: tuple[float, ...],
     ) -> Tensor:
-        ctx.load, ctx.place, ctx.settings, ctx.columns = load, place, (top_k, balance, coefficients), sums_VX.shape[1]
+        ctx.load, ctx.place, ctx.settings, ctx.columns = load, place, (top_k, balance, coefficients), sums_VX.shape[-1]
         return output_TH.view_as(output_TH)
 
     @staticmethod
@@ -124,7 +145,7 @@ class _AddBalance(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         load: PassLoad = ctx.load
         grad_LVX = load.once(ctx.settings, lambda counts_LVX: _sum_gradients(counts_LVX, load.share, *ctx.settings))
-        return gradients[0], grad_LVX[ctx.place, :, : ctx.columns], None, None, None, None, None
+        return gradients[0], grad_LVX[ctx.place, ..., : ctx.columns], None, None, None, None, None
 
 
 def _sum_gradients(

@@ -28,13 +28,13 @@ from mome_dist.moe.dispatch.base import Gate
 from mome_dist.moe.dispatch.gather import GatherDispatch
 from mome_dist.moe.experts import ExpertStack, initial_value
 from mome_dist.moe.forms.registry import DEFAULT
-from mome_dist.moe.load import PassLoad
+from mome_dist.moe.load import PassLoad, StackLoad
 from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.moe.routing import Routing
-from mome_dist.token_context import TokenContext
+from mome_dist.token_context import FixedTokens, TokenContext
 
 
 class ExpertParallelMoME(MoE):
@@ -115,7 +115,9 @@ class ExpertParallelMoME(MoE):
         if self.shared is not None:
             self.shared.initialize(f"{prefix}.shared", seed)
 
-    def forward(self, hidden: Tensor, tokens: TokenContext, load: PassLoad | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, tokens: TokenContext | FixedTokens, load: PassLoad | StackLoad | None = None
+    ) -> Tensor:
         """[..., H] -> [..., H] in the same dtype; dead tokens get the shared experts only.
 
         Args:

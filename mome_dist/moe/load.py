@@ -30,6 +30,51 @@ class CountedTokens(Protocol):
         """int64 [V, 2], tokens of each view, and positions."""
 
 
+BalanceSettings = tuple[int | None, float, tuple[float, ...]]
+"""Experts of every token, or None where their number differs; the coefficient of the balance loss; those of the z-loss
+and of further losses."""
+
+
+class StackLoad:
+    """What the modules of captured layers leave in place of counting: tensors, which leave the layers beside the hidden
+    states (`mome_dist.llm.graphed_stack`).
+
+    Attributes:
+        counting: always; as in `PassLoad`.
+        experts: E, the same for all modules.
+        settings: of all modules; None where nothing is balanced.
+    """
+
+    counting = True
+
+    def __init__(self) -> None:
+        self.experts = 0
+        self.settings: BalanceSettings | None = None
+        self._asked: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+
+    def put(
+        self,
+        place: int,
+        tokens: CountedTokens,
+        experts: int,
+        experts_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        chosen_TK: Tensor | None = None,
+    ) -> None:
+        """As `PassLoad.put`, where nothing is dropped and every token has K experts."""
+        assert kept_TK is None and chosen_TK is None, "captured layers have K experts for every token"
+        self.experts, self._asked[place] = experts, experts_TK
+
+    def leave(self, place: int, sums_VX: Tensor, settings: BalanceSettings) -> None:
+        """Leave what a module's balance losses are made of, with gradients."""
+        self._sums[place], self.settings = sums_VX, settings
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """int64 [L, T, K], the experts of each token, and fp32 [L, V, ...], the sums; as far as there are any."""
+        return tuple(torch.stack([each[place] for place in sorted(each)]) for each in (self._asked, self._sums) if each)
+
+
 class PassLoad:
     """Counts of one pass.
 

@@ -76,6 +76,7 @@ class BatchBuilder:
         layout: whose sequence parallelism wants numbers of tokens that tp divides, and whose interleaved schedule wants
             one number of tokens for all microbatches of a step.
         task_weights: of the steps.
+        least_tokens: of every microbatch, which dead ones fill up.
     """
 
     def __init__(
@@ -90,12 +91,14 @@ class BatchBuilder:
         layout: Layout,
         attention: float = 0.0,
         task_weights: Mapping[str, float] | None = None,
+        least_tokens: int = 0,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
         self._left_out: LeftOut | None = None
         self._task_weights = task_weights or {}
         self._parts, self._dp_rank, self._dp_size = parts, dp_rank, dp_size
         self._device, self._layout, self._attention = device, layout, attention
+        self._least_tokens = least_tokens
         self._overhead = lru_cache(maxsize=None)(sequences.overhead)
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
 
@@ -108,7 +111,7 @@ class BatchBuilder:
         parts = self._share(batch, views, self._dp_rank)
         laid_out = [[(view, self._examples(part, view)) for view in views] for part in parts]
         multiple = token_multiple(self._layout)
-        least = max(map(input_tokens, laid_out)) if self._layout.virtual > 1 else 0
+        least = max(map(input_tokens, laid_out)) if self._layout.virtual > 1 else self._least_tokens
         microbatches = [
             MicroBatch(
                 pack(each, self._absent(part), multiple, least).to(self._device), self._read_features(part, views)

@@ -33,6 +33,7 @@ from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import llm_terms_of, lora_of, schedule_of, streams_of, views_of
+from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
@@ -44,6 +45,7 @@ from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine, check_settings
 from mome_dist.errors import UserError
+from mome_dist.graphs.capture import graphs_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.model.build import build_distributed
@@ -113,8 +115,10 @@ def prepare(
     deepspeed = deepspeed_of(config, layout.dp)
     check_settings(deepspeed.acts, config.optimizer)
     console.print(f"{deepspeed.describe()} ({config.deepspeed.file})", highlight=False)
-    report("reading the features", patient=True)
     device = current_device()
+    if filled_tokens(config):
+        graphs_of(config.llm.graphs, device)
+    report("reading the features", patient=True)
     corpus = Corpus.open(config.data.corpus)
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}
     found = _features(config, corpus, device, console, keep_encoders=at.pp == 0)
@@ -140,6 +144,7 @@ def prepare(
             layout,
             shape.attention_share,
             dataclasses.asdict(config.task.weights),
+            filled_tokens(config) if purpose == "train" else 0,
         )
         for purpose in splits
     }

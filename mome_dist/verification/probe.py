@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
+from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
@@ -72,7 +73,9 @@ class Probe:
         views, task = self.views, self.config.task
         if task.sampling == "rates":  # all tasks are there in every step
             views = schedule_of(self.config).of_step(number)
-        least = max(input_tokens(self._laid_out(chunk, views)) for chunk in chunks) if layout.virtual > 1 else 0
+        least = filled_tokens(self.config)
+        if layout.virtual > 1:
+            least = max(input_tokens(self._laid_out(chunk, views)) for chunk in chunks)
         microbatches = [self.microbatch(chunk, token_multiple(layout), least, views) for chunk in chunks]
         labels = sum(len(_text(i, self._vocabulary)) + 1 for i in batch)
         return Step(microbatches, views, labels, size, dataclasses.asdict(task.weights))

@@ -100,8 +100,11 @@ def test_the_layer_is_measured_beside_its_peers_and_its_floors(tmp_path: Path) -
 
 
 def test_a_step_is_measured_in_three_forms_and_predicted(tmp_path: Path) -> None:
-    figures = _figures("step", tmp_path)
+    figures = _figures("step", tmp_path, "--graphs")
     _check_step(figures)
+    (graphed,) = figures["graphed"].values()
+    assert graphed["tokens"] == figures["cases"]["with MoME"]["tokens"] and graphed["step"] > 0
+    assert "layers in CUDA graphs" in (tmp_path / "gpu_step.md").read_text()
     # Predictions are made anew from what is stored.
     stored = json.loads((tmp_path / "gpu_step.json").read_text())
     for case in stored["figures"]["cases"].values():
@@ -135,10 +138,10 @@ def _check_step(figures: dict[str, Any]) -> None:
     needed = [case["predicted"]["flops"] for case in (plain, mome, whole)]
     assert [bool(each["experts"]) for each in needed] == [False, True, True]
     assert [bool(each["encoders"]) for each in needed] == [False, False, True]
-    assert step.utilisation(figures, "with MoME") is None, "no CPU has a published peak"
+    assert step.utilisation(figures, mome) is None, "no CPU has a published peak"
     # A step that takes a second and needs half of what the GPU does in one.
     figures["peak flops"], whole["step"] = 2 * sum(needed[2].values()), 1000.0
-    assert step.utilisation(figures, "with MoME and encoders") == 0.5
+    assert step.utilisation(figures, whole) == 0.5
 
 
 def _counted(folder: Path) -> tuple[list[dict[str, int]], list[Job]]:
