@@ -24,7 +24,7 @@ from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine
-from mome_dist.graphs.capture import graphs_of
+from mome_dist.graphs.kinds import graphs_of
 from mome_dist.llm.precision import dtype_of
 from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
 from mome_dist.model.shared import build_sequences, mome_arguments

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.graphs.capture import Graphs, Replayed, Turn
+from mome_dist.graphs.replay import Graphs, Replayed, Turn
 from mome_dist.moe.balance import join_balance
 from mome_dist.moe.load import PassLoad, StackLoad
 from mome_dist.token_context import FixedTokens, TokenContext, aligned
@@ -93,9 +93,11 @@ class GraphedStack:
         told = StackLoad()
 
         def run(hidden_N1H: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+            members_VN, modality_N, alive_N, positions_N, starts_B1 = of_tokens
             # Made anew for every run: what the layers find out of the tokens is part of the graph.
+            tokens = FixedTokens(members_VN, modality_N, alive_N, positions_N, starts_B1, sizes.longest)
             load = StackLoad()
-            output_N1H = self._layers(hidden_N1H, FixedTokens(*of_tokens, longest=sizes.longest), load)
+            output_N1H = self._layers(hidden_N1H, tokens, load)
             told.experts, told.settings = load.experts, load.settings
             return output_N1H, *load.tensors()
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.graphs.capture import Graphs
+from mome_dist.graphs.replay import Graphs
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.graphed_stack import GraphedStack
 from mome_dist.llm.norm import RMSNorm
@@ -216,9 +216,9 @@ class FrozenLLM(GPTModel):
             own = context.part(parallel_state.get_tensor_model_parallel_rank(), ranks)
             if embedded_N1H is not None:
                 embedded_N1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_N1H)
-        training = load is not None and torch.is_grad_enabled()
-        if self.graphed is not None and training and self.graphed.takes(context):
-            return self.graphed(embedded_N1H, context, load)
+        graphed = self.graphed if torch.is_grad_enabled() else None
+        if graphed is not None and embedded_N1H is not None and load is not None and graphed.takes(context):
+            return graphed(embedded_N1H, context, load)
         return self._run_layers(embedded_N1H, context, own, load, self._sinks(context, sink_weight))
 
     def _run_layers(

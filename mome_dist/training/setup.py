@@ -45,7 +45,7 @@ from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine, check_settings
 from mome_dist.errors import UserError
-from mome_dist.graphs.capture import graphs_of
+from mome_dist.graphs.kinds import graphs_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.model.build import build_distributed

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.graphs.capture import Function
+from mome_dist.graphs.replay import Function
 from mome_dist.llm.graphed_stack import GraphedStack
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.verification.probe import Probe

@@ -12,8 +12,9 @@ from torch import Tensor
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
-from mome_dist.graphs.capture import CudaGraphs, Replayed, Turn, graphs_of
+from mome_dist.graphs.kinds import CudaGraphs, graphs_of
 from mome_dist.graphs.rehearsal import RehearsedGraphs
+from mome_dist.graphs.replay import Replayed, Turn
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.token_context import FixedTokens, TokenContext
 
@@ -43,12 +44,17 @@ def _layer(weight: Tensor) -> Run:
     return run
 
 
-def _pass(run: Callable[..., Any], seed: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs, and the gradient of the hidden states, which adds to the weight's."""
+def _pass(run: Callable[..., Any], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, and the gradient of the hidden states; the weight's is added up."""
     hidden, mask = _values(5, 4, seed=seed).requires_grad_(), torch.arange(5) != seed
     output, chosen = run(hidden, mask)
     (output * _values(5, 3, seed=seed + 1)).sum().backward()
-    return output, chosen, hidden.grad
+    return output, chosen, _gradient(hidden)
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def _like_a_pass() -> tuple[Tensor, Tensor]:
@@ -57,26 +63,26 @@ def _like_a_pass() -> tuple[Tensor, Tensor]:
 
 def test_passes_equal_those_without_a_graph_and_stay_apart(weight: Tensor) -> None:
     plain = _layer(weight)
-    expected = [_pass(plain, seed, weight) for seed in range(3)]
-    total, weight.grad = weight.grad, None
+    expected = [_pass(plain, seed) for seed in range(3)]
+    total, weight.grad = _gradient(weight), None
     graph = _captured(plain, *_like_a_pass(), parameters=(weight,))
     assert weight.grad is None, "a capture leaves no gradient"
-    found = [_pass(graph, seed, weight) for seed in range(3)]
+    found = [_pass(graph, seed) for seed in range(3)]
     for mine, theirs in zip(found, expected, strict=True):  # also the first pass, after two more replays
         assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
-    assert torch.equal(weight.grad, total)
+    assert torch.equal(_gradient(weight), total)
     assert not torch.equal(found[0][0], found[1][0])
 
 
 def test_the_rehearsal_gives_out_its_buffers_as_torch_does(weight: Tensor) -> None:
     """Why what leaves a graph is copied: autograd takes the first gradient as it is, and the next replay is on it."""
     plain = _layer(weight)
-    expected = [_pass(plain, seed, weight)[0] for seed in (0, 1)]
-    total, weight.grad = weight.grad, None
+    expected = [_pass(plain, seed)[0] for seed in (0, 1)]
+    total, weight.grad = _gradient(weight), None
     graph = RehearsedGraphs()(lambda *given: plain(*given[:2]), (*_like_a_pass(), weight))
-    found = [_pass(lambda *inputs: graph(*inputs, weight), seed, weight)[0] for seed in (0, 1)]
+    found = [_pass(lambda *inputs: graph(*inputs, weight), seed)[0] for seed in (0, 1)]
     assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[1])
-    assert not torch.allclose(weight.grad, total)
+    assert not torch.allclose(_gradient(weight), total)
 
 
 def test_new_values_of_parameters_are_seen(weight: Tensor) -> None:
@@ -160,8 +166,8 @@ def test_attention_without_lengths_is_that_with_them(kernel: str) -> None:
     assert [bool(each.any()) for each in parts] == [False, True, False, False]
 
 
-GRAPHS = ("experiment=tiny", "parallel=single", "llm.graphs=rehearsal", "mome.dispatch=local")
-GRAPHS += ("data.microbatch_tokens=512",)
+GRAPHS = ["experiment=tiny", "parallel=single", "llm.graphs=rehearsal", "mome.dispatch=local"]
+GRAPHS += ["data.microbatch_tokens=512"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ GRAPHS += ("data.microbatch_tokens=512",)
     ],
 )
 def test_what_graphs_do_not_go_with_is_named(override: str, words: str) -> None:
-    check_values(load_config(list(GRAPHS)))
+    check_values(load_config(GRAPHS))
     with pytest.raises(UserError, match=rf"llm.graphs=rehearsal .*{words}"):
         check_values(load_config([*GRAPHS, override]))
     check_values(load_config([*GRAPHS, override, "llm.graphs=none"]))

@@ -2,8 +2,8 @@
 
 A graph does on every replay what was done at its capture: the same kernels, on the same addresses, with every number
 that the host gave at the time. So inputs are copied into fixed buffers, shapes never change, and parameters stay where
-they are. Capture and replay are torch's own (`torch.cuda.make_graphed_callables`), or their rehearsal on any device
-(`mome_dist.graphs.rehearsal`); what surrounds them here is the same for both.
+they are. Capture and replay are torch's own, or their rehearsal on any device (`mome_dist.graphs.kinds`); what surrounds
+them here is the same for both.
 
 Torch's callables give out their buffers themselves, which the next replay overwrites: autograd keeps the gradient of a
 parameter that comes first as it is, and a second microbatch would write over it (pytorch/pytorch issue 181723). Here
@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from mome_dist.errors import UserError
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -38,42 +36,6 @@ class Graphs(Protocol):
             A function of as many tensors. It copies them into the buffers, unless they are there, and gives the fixed
             outputs; in the backward pass, the fixed gradients.
         """
-
-
-class CudaGraphs:
-    """`Graphs` of torch, on a GPU."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, function: Function, samples: tuple[Tensor, ...]) -> Function:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        captured: Function = torch.cuda.make_graphed_callables(
-            function, samples, allow_unused_input=True, pool=self._pool
-        )
-        return captured
-
-
-def graphs_of(kind: str, device: torch.device) -> Graphs:
-    """What makes graphs under a value of ``llm.graphs``.
-
-    Args:
-        kind: "cuda" or "rehearsal".
-
-    Raises:
-        UserError: for CUDA graphs without a GPU.
-    """
-    if kind == "rehearsal":
-        from mome_dist.graphs.rehearsal import RehearsedGraphs
-
-        return RehearsedGraphs()
-    if device.type != "cuda":
-        raise UserError(
-            "llm.graphs=cuda needs a GPU, and this run has none: set llm.graphs=none (llm.graphs=rehearsal checks on "
-            "any device what a graph needs, and is slower)."
-        )
-    return CudaGraphs()
 
 
 class Turn:
