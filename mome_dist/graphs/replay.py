@@ -2,8 +2,8 @@
 
 A graph does on every replay what was done at its capture: the same kernels, on the same addresses, with every number
 that the host gave at the time. So inputs are copied into fixed buffers, shapes never change, and parameters stay where
-they are. Capture and replay are torch's own, or their rehearsal on any device (`mome_dist.graphs.kinds`); what surrounds
-them here is the same for both.
+they are. Capture and replay are torch's own, or on any device their rehearsal (`mome_dist.graphs.kinds`); what
+surrounds them here is the same for both.
 
 Torch's callables give out their buffers themselves, which the next replay overwrites: autograd keeps the gradient of a
 parameter that comes first as it is, and a second microbatch would write over it (pytorch/pytorch issue 181723). Here

@@ -49,23 +49,33 @@ class GraphedStack:
         tokens: of a pass, which is rounded up as those of passes are.
 
     Attributes:
-        captured: graphs so far.
-        replayed: passes so far; `takes` says which ones come here at all.
+        replayed: passes so far.
+        larger: passes so far that were not taken.
     """
 
     def __init__(self, layers: Layers, parameters: Sequence[Tensor], graphs: Graphs, tokens: int) -> None:
         self._layers, self._graphs, self._turn = layers, graphs, Turn()
         self._parameters = [each for each in parameters if each.requires_grad]
-        self._tokens, self.replayed = aligned(tokens), 0
+        self._tokens, self.replayed, self.larger = aligned(tokens), 0, 0
         self._captured: dict[_Sizes, tuple[Replayed, StackLoad]] = {}
 
     @property
     def captured(self) -> int:
+        """Graphs so far."""
         return len(self._captured)
 
+    def describe(self) -> str:
+        """One line on what was done so far."""
+        return (
+            f"layers in graphs: {self.replayed:,} microbatches of {self._tokens:,} tokens, {self.captured} captured; "
+            f"{self.larger:,} microbatches had more tokens and were run without"
+        )
+
     def takes(self, context: TokenContext) -> bool:
-        """Whether a pass has the number of tokens: one that needs more is run layer by layer."""
-        return context.tokens == self._tokens
+        """Whether a pass has the number of tokens; one that needs more is counted, to be run layer by layer."""
+        taken = context.tokens == self._tokens
+        self.larger += not taken
+        return taken
 
     def __call__(self, hidden_N1H: Tensor, context: TokenContext, load: PassLoad) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; leaves in ``load`` what the layers' routers did, and joins its gradients."""

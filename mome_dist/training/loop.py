@@ -74,6 +74,9 @@ def train(config: RunConfig, layout: Layout) -> list[float]:
         checkpoint = newest_checkpoint(config.output_dir)
         if checkpoint is not None:
             console.print(ledger.finish(checkpoint), highlight=False)
+        for chunk in trainer.model.parts():
+            if chunk.llm.graphed is not None:
+                console.print(chunk.llm.graphed.describe(), highlight=False)
         without = f"; without {trainer.left_out} damaged utterances" if trainer.left_out else ""
         console.print(
             f"done: {config.training.steps} steps{_told_losses(losses)}, checkpoints in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def test_losses_equal_one_process(
     losses = lab.train(world, tmp_path, f"deepspeed={zero}", tp=tp, pp=pp, ep=ep)
     np.testing.assert_allclose(losses, one_process, rtol=1e-5)
     assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_layers_in_graphs_train_alike(lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rehearsed, on two data-parallel ranks."""
+    settings = ["mome.dispatch=local", "data.accumulation=auto", "data.microbatch_tokens=400", "training.steps=3"]
+    losses = lab.train(2, tmp_path / "without", *settings)
+    capfd.readouterr()
+    np.testing.assert_allclose(lab.train(2, tmp_path / "with", *settings, "llm.graphs=rehearsal"), losses, rtol=1e-5)
+    found = re.search(
+        r"layers in graphs: (\d+) microbatches .* (\d+) captured; (\d+) microbatches", capfd.readouterr().err
+    )
+    assert found is not None
+    replayed, captured, larger = map(int, found.groups())
+    assert replayed > captured > 0 == larger
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_does_not(lab: Lab, tmp_path: Path) -> None:

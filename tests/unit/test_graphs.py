@@ -15,8 +15,6 @@ from mome_dist.errors import UserError
 from mome_dist.graphs.kinds import CudaGraphs, graphs_of
 from mome_dist.graphs.rehearsal import RehearsedGraphs
 from mome_dist.graphs.replay import Replayed, Turn
-from mome_dist.llm.attention import CausalAttention
-from mome_dist.token_context import FixedTokens, TokenContext
 
 Run = Callable[..., tuple[Tensor, ...]]
 
@@ -139,31 +137,6 @@ def test_other_tensors_moved_parameters_and_passes_out_of_turn_are_refused(weigh
     weight.data = weight.data.clone()
     with pytest.raises(RuntimeError, match="a parameter has moved"):
         graph(hidden, mask)
-
-
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-def test_attention_without_lengths_is_that_with_them(kernel: str) -> None:
-    context = TokenContext.of([("a", [3, 5]), ("b", [4])], least=19)
-    fixed = FixedTokens(
-        context.members_VN,
-        context.modality_N,
-        context.positions_N >= 0,
-        context.positions_N,
-        torch.nn.functional.pad(context.starts_B1, (0, 3), value=context.tokens),
-        longest=32,
-    )
-    attention, found = CausalAttention(kernel, 8), []
-    for tokens in (context, fixed):
-        qkv_NGXd = _values(context.tokens, 2, 4, 8).requires_grad_()
-        output_NZ = attention(qkv_NGXd, tokens)[: context.alive]
-        output_NZ.square().sum().backward()
-        found.append((output_NZ, qkv_NGXd.grad))
-    torch.testing.assert_close(found[1], found[0])
-    alone = attention(_values(context.tokens, 2, 4, 8), fixed)
-    changed = _values(context.tokens, 2, 4, 8)
-    changed[3:8] += 1  # the second of three sequences, behind which dead tokens are
-    parts = (attention(changed, fixed) - alone).split([3, 5, 4, 12])
-    assert [bool(each.any()) for each in parts] == [False, True, False, False]
 
 
 GRAPHS = ["experiment=tiny", "parallel=single", "llm.graphs=rehearsal", "mome.dispatch=local"]
