@@ -85,7 +85,11 @@ class Replayed:
             raise RuntimeError("a parameter has moved in memory since it was captured in a graph, which reads the old")
         if self._turn.taken:
             raise RuntimeError("a graph was to be replayed before the backward pass of the one before")
-        given = [_OwnGradient.apply(each) if each.requires_grad else each for each in (*inputs, *self._parameters)]
+        given = [*inputs, *self._parameters]
+        wanted = [number for number, each in enumerate(given) if each.requires_grad]
+        own = _OwnGradients.apply(*(given[number] for number in wanted)) if wanted else ()
+        for number, each in zip(wanted, own, strict=True):
+            given[number] = each
         return list(_OwnValues.apply(self._turn, *self._run(*given)))
 
 
@@ -97,18 +101,22 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-class _OwnGradient(torch.autograd.Function):
-    """The same tensor, whose gradient is a copy."""
+class _OwnGradients(torch.autograd.Function):
+    """The same tensors, whose gradients are copies; all at once, for a host that was to be spared."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
+    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return values.view_as(values)
+        return tuple(each.view_as(each) for each in values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
-        return None if gradients[0] is None else gradients[0].clone()
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = [each for each in gradients if each is not None]
+        copies = [torch.empty_like(each) for each in present]
+        torch._foreach_copy_(copies, present)
+        own = iter(copies)
+        return tuple(None if each is None else next(own) for each in gradients)
 
 
 class _OwnValues(torch.autograd.Function):
