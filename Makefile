@@ -34,12 +34,13 @@ assets: setup  ## fetch the pretrained models into the cache (a second run does 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(PY) -m mypy --python-version 3.12
+	printf '%s\n' 3.11 3.12 | xargs --max-procs 2 --replace=VERSION $(PY) -m mypy --python-version VERSION
 
 # The tests of GPUs are rehearsed on the CPU; tools/gpu_suite.py runs them on a GPU.
 test: export CUDA_VISIBLE_DEVICES :=
 test: export MOME_DIST_TEST_DEVICE := cpu
+# Hundreds of processes import the package: only the first of them compiles it, wherever Python is told to write nothing.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup lint  ## lint and all tests, on the CPU
 	$(MOME_DIST) fetch --for-tests
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

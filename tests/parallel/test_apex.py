@@ -25,11 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "apex_stand_in"
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("apex"))
-
-
 def _take_stand_in() -> None:
     sys.path.insert(0, str(STAND_IN))
     nvidia_apex._find.cache_clear()  # the process that this one was forked from may have looked before

@@ -159,11 +159,6 @@ def test_biases_and_counts_equal_a_plain_recount(llama: Path, expected: dict[str
         assert result["total"]["tokens"] == sum(expected["tokens"].values())
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
 BIAS = ("mome.score=sigmoid", "mome.bias_rate=0.01", "training.steps=6", "training.save_every=3")
 
 

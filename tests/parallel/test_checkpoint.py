@@ -27,11 +27,6 @@ from tests.parallel.worlds import run_world
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
 def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks with checkpoints after steps 2 and 4."""
     path = tmp_path_factory.mktemp("run")

@@ -162,11 +162,6 @@ def test_the_tuner_drops_what_trains_differently(tmp_path: Path) -> None:
     assert told.count(wrong) == 2, "once when it ran, once when it was compared"
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
 def test_moments_are_found_again_where_settings_put_them(
     lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

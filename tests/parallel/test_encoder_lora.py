@@ -60,11 +60,10 @@ Reference = Callable[[str, int], Outcome]
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    made = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
+def lab(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lively = tmp_path_factory.mktemp("lively")
-    save_lively_encoder(Corpus.open(tiny_corpus_dir), lively)
-    return dataclasses.replace(made, video_encoder=lively)
+    save_lively_encoder(Corpus.open(lab.corpus), lively)
+    return dataclasses.replace(lab, video_encoder=lively)
 
 
 @pytest.fixture(scope="module")

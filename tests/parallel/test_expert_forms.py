@@ -83,11 +83,6 @@ def test_engines_load_what_is_written_for_them(tmp_path: Path, settings: str) ->
     assert_engines_go_on(probe, canonical, tmp_path, (layout, 1), there, losses)
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("forms"))
-
-
 @pytest.mark.parametrize("settings", OTHERS)
 def test_each_trains_resumes_elsewhere_and_decodes(lab: Lab, tmp_path: Path, settings: str) -> None:
     more = [settings, "training.save_every=2", "optimizer.final_fraction=1", "mome.dispatch=auto"]

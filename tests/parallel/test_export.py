@@ -19,11 +19,6 @@ from tests.parallel.worlds import run_world
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
 def _label_logits(run: LoadedRun, dp_rank: int, dp_size: int) -> np.ndarray:
     """As `trained_logits` of that data-parallel rank, from transformers' model in this process."""
     with torch.no_grad():

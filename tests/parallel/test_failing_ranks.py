@@ -174,8 +174,7 @@ def _train(folder: Path, overrides: list[str], cache: Path, fault: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    lab = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("failing"))
+def lab(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab.train(2, tmp_path_factory.mktemp("features"), "training.steps=1", ep=2)  # fills the cache of features
     return lab
 

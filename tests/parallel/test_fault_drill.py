@@ -96,10 +96,7 @@ def test_an_unknown_fault_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.timeout(500)
-def test_real_processes_are_started_again_by_the_launcher(
-    tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    lab = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("real"))
+def test_real_processes_are_started_again_by_the_launcher(lab: Lab, tmp_path: Path) -> None:
     overrides = ("training.steps=16", "training.save_every=3", "training.log_utterances=true", "task=vsr")
     expected = lab.train(2, tmp_path / "unbroken", *overrides, ep=2)
     arguments = lab.overrides(tmp_path / "broken", "parallel.ep=2", *overrides)

@@ -20,11 +20,6 @@ from tests.parallel.worlds import run_world
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return lab.train(2, tmp_path_factory.mktemp("unbroken"), "training.steps=6", ep=2)
 

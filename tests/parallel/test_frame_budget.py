@@ -26,11 +26,6 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
 def one_process(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
     """Losses of two epochs, and the run's directory with a checkpoint after three steps."""
     output = tmp_path_factory.mktemp("one")

@@ -23,11 +23,6 @@ from tests.parallel.runs import Lab
 from tests.parallel.worlds import run_world
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("ledger"))
-
-
 def _left_out_of_the_optimiser() -> None:
     groups = engine_module._parameter_groups
 

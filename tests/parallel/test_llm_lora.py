@@ -245,11 +245,6 @@ def test_checkpoints_move_between_layouts(tmp_path: Path, source: str, experts: 
     assert all(torch.equal(mean[name], value) for name, value in saved.weights.items())
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("terms"))
-
-
 TERMS = "llm.lora={reduction: 16, scale: 0.5, terms: [shared, rates]}"
 STEADY = [TERMS, "optimizer.epsilon=1e-2", "optimizer.final_fraction=1", "task.views_per_step=null"]
 

@@ -20,11 +20,6 @@ from tests.unit.test_methods import METHODS
 EQUALLY_WIDE = ("llama_smop/jejr", "llama_smop/dejr")  # which these encoders are not
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("methods"))
-
-
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(EQUALLY_WIDE)))
 def test_each_trains_resumes_and_decodes(lab: Lab, tmp_path: Path, method: str) -> None:
     settings = [f"method={method}", "training.save_every=2", "optimizer.final_fraction=1"]

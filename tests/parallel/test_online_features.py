@@ -42,11 +42,6 @@ AUGMENTED = [
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
 def augmented(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
     """Losses and directory of a run in one process, with a checkpoint halfway."""
     output = tmp_path_factory.mktemp("augmented")

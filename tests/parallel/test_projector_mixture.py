@@ -78,11 +78,6 @@ def test_counts_of_a_rank_alone_are_seen_to_be_wrong(tmp_path: Path) -> None:
     assert "routers" in verdict.comparison.mismatches[0].name
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("smop"))
-
-
 def test_a_shared_router_of_unequal_encoders_is_refused_before_anything_starts(lab: Lab, tmp_path: Path) -> None:
     config = load_config(lab.overrides(tmp_path, "mome=none", "parallel=single", "projector=smop", JEJR))
     with pytest.raises(UserError, match=r"form=jejr .*\(384 of audio, 128 of video\): set projector.mixture.form=dedr"):

@@ -129,11 +129,6 @@ def test_an_average_is_of_whole_tensors(trained: Trained, tmp_path: Path) -> Non
             }
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("sliced"))
-
-
 def test_a_run_resumes_at_other_sizes(lab: Lab, tmp_path: Path) -> None:
     """The ledger watches every run: each slice trains, moves, and is whole in the checkpoint."""
     more = ["llm.pad_heads=true", "mome.dispatch=local", "optimizer.epsilon=1e-2", "task.views_per_step=null"]

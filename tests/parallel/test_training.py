@@ -23,11 +23,6 @@ from tests.parallel.worlds import run_world
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture(scope="module")
 def one_process(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return lab.train(1, tmp_path_factory.mktemp("one"))
 

@@ -55,8 +55,7 @@ def test_a_search_with_trials_that_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-def test_trials_as_jobs_of_their_own(tiny_corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = Lab.make(tiny_corpus_dir, tmp_path)
+def test_trials_as_jobs_of_their_own(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [each for each in lab.overrides(tmp_path) if not each.startswith(("output_dir", "training."))]
     monkeypatch.setenv("MOME_DIST_CACHE", str(lab.cache))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -93,11 +93,6 @@ def test_omni_avsr_of_one_pair_of_rates_and_one_task_of_weight_is_llama_avsr(tmp
     assert compare(unweighted, alone).errors["gradient"] > 0.1
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("lab"))
-
-
 # Half of the projectors have no view in a step.
 RUN = ["task=omni", "mome=none", "projector.per_rate=true", "training.validate_every=6", "optimizer.final_fraction=1"]
 RUN += ["llm.sink_loss=0.1"]

@@ -51,10 +51,7 @@ def _timeouts_of_a_run(overrides: list[str], cache: Path) -> list[float]:
     return found
 
 
-def test_every_group_of_a_run_has_the_configured_timeout(
-    tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    lab = Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("timeouts"))
+def test_every_group_of_a_run_has_the_configured_timeout(lab: Lab, tmp_path: Path) -> None:
     overrides = lab.overrides(
         tmp_path, "training.steps=1", "parallel.ep=2", "parallel.tp=2", "parallel.timeout_seconds=77"
     )

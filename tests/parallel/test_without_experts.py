@@ -92,11 +92,6 @@ def test_engines_load_what_is_written_for_them(tmp_path: Path, source: str) -> N
     assert_engines_go_on(probe, canonical, tmp_path, (layout, zero), MOVED_TO, losses)
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.make(tiny_corpus_dir, tmp_path_factory.mktemp("plain"))
-
-
 def _from_there_on(run: Path, folder: Path, sound: Path, cache: Path) -> str:
     """Export a run in two ways, report on it, and write down a file with the export."""
     os.environ["MOME_DIST_CACHE"] = str(cache)
