@@ -6,20 +6,35 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from mome_dist.assets import assets_root
 from tests.patience import patience
+from tests.quickstart import forked
 
 ROOT = Path(__file__).resolve().parents[2]
+# Commands that import all of the training stack, which takes longer than what many of them do afterwards.
+HEAVY = (
+    "launchers.local",
+    "mome_dist.train",
+    "mome_dist.evaluate",
+    "tools/verify_layouts.py",
+    "tools/export_adapter.py",
+)
 
 
 @dataclass(frozen=True)
 class Newcomer:
-    """Runs commands in ``folder``; artefacts go into ``folder/cache``."""
+    """Runs commands in ``folder``; artefacts go into ``folder/cache``.
+
+    The first of each heavy program has interpreters of its own, as a newcomer's; the next ones, with other arguments,
+    are forks of this process, which has imported the same.
+    """
 
     folder: Path
+    _known: set[tuple[str, ...]] = field(default_factory=set, init=False)
 
     @classmethod
     def arrive(cls, folder: Path) -> Newcomer:
@@ -37,14 +52,20 @@ class Newcomer:
         """
         arguments = shlex.split(command) if isinstance(command, str) else command
         environment = {**os.environ, "MOME_DIST_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, *arguments[1:]],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=patience(timeout),
-        )
+        program = _program(arguments)
+        if program in self._known:
+            done = forked.run(arguments[1:], self.folder, environment, patience(timeout))
+        else:
+            done = subprocess.run(
+                [sys.executable, *arguments[1:]],
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=patience(timeout),
+            )
+        if set(HEAVY) & set(program):
+            self._known.add(program)
         shown = shlex.join(arguments)
         assert done.returncode == 0, f"{shown} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -53,3 +74,9 @@ class Newcomer:
         """Where the configuration expects the corpus of `tools/make_corpus.py`."""
         code = "from mome_dist.config import load_config; print(load_config([]).data.corpus)"
         return Path(self.run(["python", "-c", code]).strip())
+
+
+def _program(arguments: list[str]) -> tuple[str, ...]:
+    """What a command runs: a script or a module, and the module that a launcher starts."""
+    names = [arguments[2] if arguments[1] == "-m" else arguments[1]]
+    return (*names, *(module for option, module in pairwise(arguments) if option == "--module"))
