@@ -10,18 +10,21 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from launchers.options import DEFAULT_MODULE
 from mome_dist.assets import assets_root
 from tests.patience import patience
 from tests.quickstart import forked
 
 ROOT = Path(__file__).resolve().parents[2]
-# Commands that import all of the training stack, which takes longer than what many of them do afterwards.
+# Programs that import the training stack, which takes longer than what most of the commands do afterwards.
 HEAVY = (
-    "launchers.local",
     "mome_dist.train",
     "mome_dist.evaluate",
-    "tools/verify_layouts.py",
+    "mome_dist.pretrain_llm",
+    "mome_dist.transcribe",
     "tools/export_adapter.py",
+    "tools/reshard_checkpoint.py",
+    "tools/verify_layouts.py",
 )
 
 
@@ -29,21 +32,22 @@ HEAVY = (
 class Newcomer:
     """Runs commands in ``folder``; artefacts go into ``folder/cache``.
 
-    The first of each heavy program has interpreters of its own, as a newcomer's; the next ones, with other arguments,
-    are forks of this process, which has imported the same.
+    The first of each heavy program has interpreters of its own, as a newcomer's, unless ``forks``; the next ones, with
+    other arguments, are forks of this process, which has imported the same.
     """
 
     folder: Path
-    _known: set[tuple[str, ...]] = field(default_factory=set, init=False)
+    forks: bool = False
+    _known: set[str] = field(default_factory=set, init=False)
 
     @classmethod
-    def arrive(cls, folder: Path) -> Newcomer:
+    def arrive(cls, folder: Path, forks: bool = False) -> Newcomer:
         """Lay out the folder."""
         for name in ("launchers", "tools", "configs"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "cache").mkdir()
         (folder / "cache/assets").symlink_to(assets_root())
-        return cls(folder)
+        return cls(folder, forks)
 
     def run(self, command: str | list[str], timeout: float = 300) -> str:
         """Run ``python ...`` with this Python and return its standard output; any other exit code than 0 fails.
@@ -53,7 +57,7 @@ class Newcomer:
         arguments = shlex.split(command) if isinstance(command, str) else command
         environment = {**os.environ, "MOME_DIST_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         program = _program(arguments)
-        if program in self._known:
+        if program in HEAVY and (self.forks or program in self._known):
             done = forked.run(arguments[1:], self.folder, environment, patience(timeout))
         else:
             done = subprocess.run(
@@ -64,8 +68,7 @@ class Newcomer:
                 text=True,
                 timeout=patience(timeout),
             )
-        if set(HEAVY) & set(program):
-            self._known.add(program)
+        self._known.add(program)
         shown = shlex.join(arguments)
         assert done.returncode == 0, f"{shown} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -76,7 +79,8 @@ class Newcomer:
         return Path(self.run(["python", "-c", code]).strip())
 
 
-def _program(arguments: list[str]) -> tuple[str, ...]:
-    """What a command runs: a script or a module, and the module that a launcher starts."""
-    names = [arguments[2] if arguments[1] == "-m" else arguments[1]]
-    return (*names, *(module for option, module in pairwise(arguments) if option == "--module"))
+def _program(arguments: list[str]) -> str:
+    """What a command runs, alone or on every rank: a module, or the path of a script."""
+    name = arguments[2] if arguments[1] == "-m" else arguments[1]
+    launched = [module for option, module in pairwise(arguments) if option == "--module"]
+    return (*launched, DEFAULT_MODULE)[0] if name == "launchers.local" else name

@@ -15,7 +15,7 @@ LOCAL = "python -m launchers.local --nproc 2"
 @pytest.mark.quickstart
 @pytest.mark.timeout(1200)
 def test_asr_learns_unseen_sentences_of_unseen_speakers(tmp_path: Path) -> None:
-    newcomer = Newcomer.arrive(tmp_path)
+    newcomer = Newcomer.arrive(tmp_path, forks=True)  # that they start by themselves is what test_commands shows
     corpus = newcomer.default_corpus()
     newcomer.run(f"python tools/make_corpus.py --train 288 --validation 16 --test 24 --out {corpus}")
     newcomer.run(f"{LOCAL} --module mome_dist.pretrain_llm")
