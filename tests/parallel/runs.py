@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from mome_dist import evaluate
 from mome_dist.assets import asset_dir
-from mome_dist.config import load_config
+from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import streams_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.encoding import load_encoder, split_features
@@ -86,14 +87,15 @@ class Lab:
     ) -> list[float]:
         """Train in a forked world; return the losses of the steps done."""
         overrides = self.overrides(output, f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.ep={ep}", *more)
-        losses = run_world(_train, world, overrides, self.cache, timeout=timeout)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOME_DIST_CACHE", str(self.cache))
+            config = load_config(overrides)  # once for all ranks: it is a fifth of what a short run computes
+            losses = run_world(_train, world, config, timeout=timeout)
         assert all(rank == losses[0] for rank in losses), "ranks disagree on the losses"
         return losses[0]
 
 
-def _train(overrides: list[str], cache: Path) -> list[float]:
-    os.environ["MOME_DIST_CACHE"] = str(cache)
-    config = load_config(overrides)
+def _train(config: RunConfig) -> list[float]:
     return train(config, validate(config, int(os.environ["WORLD_SIZE"])))
 
 
