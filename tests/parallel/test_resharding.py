@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from mome_dist.config import load_config
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.probe import Probe, shrunk
+from tests import forked_commands
 from tests.parallel.resharding import (
     STEPS,
     TAG,
@@ -32,6 +33,7 @@ from tests.parallel.resharding import (
 )
 from tests.parallel.same_checkpoints import assert_same_checkpoint, assert_same_files, facts_and_tensors
 from tests.parallel.worlds import run_world
+from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,9 +213,9 @@ def test_an_optimiser_without_moments(bench: Bench, tmp_path: Path) -> None:
 def test_the_command_line(bench: Bench, tmp_path: Path) -> None:
     saved = bench.saved["ep2 zero1"]
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "tools/reshard_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    def run(*arguments: object) -> CompletedProcess[str]:
+        command = ["tools/reshard_checkpoint.py", *map(str, arguments)]
+        return forked_commands.run(command, ROOT, os.environ, patience(120))
 
     done = run(saved.native, tmp_path / "there", "--pp", 2, "--ep", 4, "--dp", 4, "--config", saved.canonical / CONFIG)
     assert done.returncode == 0, done.stderr

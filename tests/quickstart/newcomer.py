@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launchers.options import DEFAULT_MODULE
 from mome_dist.assets import assets_root
+from tests import forked_commands
 from tests.patience import patience
-from tests.quickstart import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 # Programs that import the training stack, which takes longer than what most of the commands do afterwards.
@@ -58,7 +58,7 @@ class Newcomer:
         environment = {**os.environ, "MOME_DIST_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         program = _program(arguments)
         if program in HEAVY and (self.forks or program in self._known):
-            done = forked.run(arguments[1:], self.folder, environment, patience(timeout))
+            done = forked_commands.run(arguments[1:], self.folder, environment, patience(timeout))
         else:
             done = subprocess.run(
                 [sys.executable, *arguments[1:]],

@@ -1,7 +1,7 @@
-"""Commands in forks of this process, which has imported what they import: a start takes milliseconds.
+"""Commands in forks of this process, which has imported what they import: a start takes milliseconds, not seconds.
 
-Ranks of ``launchers.local`` are forks too. All else is as in an interpreter of its own: the folder, the environment,
-the arguments, what is written where, and the exit code.
+Ranks of ``launchers.local`` are forks too. All else is as in interpreters of their own: the folder, the environment,
+the arguments, what is written where, the exit code. That a program starts by itself is for other tests to show.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -26,24 +28,23 @@ cv2.setNumThreads(1)
 
 
 def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float) -> CompletedProcess[str]:
-    """Run ``python words...`` in a folder; `CompletedProcess` has what it wrote.
+    """Run ``python words...`` in a folder; return its exit code and what it wrote.
 
     Args:
-        timeout: seconds; after them the command and its ranks are killed, and the code is 124.
+        timeout: seconds; after them the command and its ranks are ended, and the code is 124.
     """
-    said = [folder / f"command.{name}" for name in ("out", "err")]
 
     def command() -> None:
         os.chdir(folder)
-        # This process writes nothing more, and ends as its caller would wish for: only its own ranks follow it.
-        RankGroup.start = _start_forks  # type: ignore[method-assign]
+        RankGroup.start = _start_forks  # type: ignore[method-assign]  # in the fork alone
         _become(words, environment)
 
-    with RankGroup() as group:
-        group.follow([_fork(command, *(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in said))])
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, RankGroup() as group:
+        group.follow([_fork(command, out.fileno(), err.fileno())])
         code = group.wait(timeout).code
-    out, err = (path.read_text(errors="replace") for path in said)
-    return CompletedProcess(list(words), code, out, err)
+        for file in (out, err):
+            file.seek(0)
+        return CompletedProcess(list(words), code, *(file.read().decode(errors="replace") for file in (out, err)))
 
 
 def _start_forks(
@@ -53,19 +54,21 @@ def _start_forks(
     logs: Sequence[Path],
     cores: Sequence[frozenset[int]] | None = None,
 ) -> None:
-    """`RankGroup.start` with forks; without GPUs no rank is bound to cores."""
-    assert cores is None
+    """`RankGroup.start` with forks, which are bound to no cores."""
+    assert cores is None, "a GPU is for processes that have not been forked"
     started = []
     for rank, environment in enumerate(environments):
-        logged = [] if rank == 0 else [os.open(logs[rank - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)] * 2
-        started.append(_fork(lambda: _become(command[1:], environment), *logged))  # noqa: B023  called in this turn
+        with ExitStack() as stack:
+            outputs = (1, 2) if rank == 0 else [stack.enter_context(logs[rank - 1].open("wb")).fileno()] * 2
+            started.append(_fork(lambda its=environment: _become(command[1:], its), *outputs))  # type: ignore[misc]
     self.follow(started)
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Do what ``python words...`` does; ends with SystemExit, or returns for a code of 0."""
+    """Do what ``python words...`` does; returns for a code of 0, or ends with SystemExit."""
+    variables = dict(environment)  # which may be those of this process
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(variables)
     module = words[0] == "-m"
     sys.argv[:] = words[module:]
     if module:
@@ -74,26 +77,24 @@ def _become(words: Sequence[str], environment: Mapping[str, str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _fork(main: Callable[[], None], *outputs: int) -> ForkedRank:
+def _fork(main: Callable[[], None], out: int, err: int) -> ForkedRank:
     """A fork that runs ``main`` and ends as an interpreter does, in a session of its own; it dies with this process.
 
     Args:
-        outputs: files for standard output and error, which are closed here; none for those of this process.
+        out, err: file descriptors of what are to be its standard output and error.
     """
     parent = os.getpid()
     pid = os.fork()
     if pid:
-        for file in set(outputs):
-            os.close(file)
         return ForkedRank(pid)
     code = 1
     try:
         os.setsid()
         ranks._die_with(parent)
         for number in ranks.FORWARDED_SIGNALS:  # which the group of the parent handles
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-        for file, stream in zip(outputs, (1, 2), strict=False):
-            os.dup2(file, stream)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
         # Where output is captured, there are other objects in their place.
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
         try:
