@@ -1,7 +1,8 @@
 """Commands in forks of this process, which has imported what they import: a start takes milliseconds, not seconds.
 
-Ranks of ``launchers.local`` are forks too. All else is as in interpreters of their own: the folder, the environment,
-the arguments, what is written where, the exit code. That a program starts by itself is for other tests to show.
+Ranks of ``launchers.local`` are forks too, and the tuner's trials. All else is as in interpreters of their own: the
+folder, the environment, the arguments, what is written where, the exit code. That a program starts by itself is for
+other tests to show.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import cv2
 from launchers import ranks
 from launchers.ranks import RankGroup
 from mome_dist.parallel.forked import ForkedRank
+from mome_dist.tuning import trial
 from tests.parallel import worlds  # noqa: F401  imports what commands import, and no library starts threads
 
 cv2.setNumThreads(1)
@@ -36,7 +38,9 @@ def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], time
 
     def command() -> None:
         os.chdir(folder)
-        RankGroup.start = _start_forks  # type: ignore[method-assign]  # in the fork alone
+        # In the fork alone: what commands start are forks as well.
+        RankGroup.start = _start_forks  # type: ignore[method-assign]
+        trial._run = _run_trial
         _become(words, environment)
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, RankGroup() as group:
@@ -62,6 +66,12 @@ def _start_forks(
             outputs = (1, 2) if rank == 0 else [stack.enter_context(logs[rank - 1].open("wb")).fileno()] * 2
             started.append(_fork(lambda its=environment: _become(command[1:], its), *outputs))  # type: ignore[misc]
     self.follow(started)
+
+
+def _run_trial(command: Sequence[str], timeout: float) -> tuple[int, str]:
+    """How the tuner starts the launcher."""
+    done = run(command[1:], Path.cwd(), os.environ, timeout)
+    return done.returncode, done.stdout + done.stderr
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str]) -> None:

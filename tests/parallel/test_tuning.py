@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,7 @@ import pytest
 
 from mome_dist.tuning.space import Trial, zero_settings
 from mome_dist.tuning.trial import LaunchedRunner
-from tests import forked_commands
 from tests.parallel.runs import Lab
-from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["task.tasks=[asr]", "task.asr_audio_rates=[4]", "task.views_per_step=null", "data.batch_size=8"]
@@ -28,9 +28,16 @@ def test_a_search_with_trials_that_fail(tmp_path: Path) -> None:
         {"deepspeed": {"zero_optimization": {"stage": 1}}, "overrides": {"parallel.ep": "3"}},
     ]
     (tmp_path / "trials.json").write_text(json.dumps(trials))
-    command = ["tools/tune_deepspeed.py", "--shrink", "--nproc", "2", "--steps", "3", "--rounds", "1"]
+    command = [sys.executable, "tools/tune_deepspeed.py", "--shrink", "--nproc", "2", "--steps", "3", "--rounds", "1"]
     command += ["--most", "18", "--trials", str(tmp_path / "trials.json"), "--out", str(tmp_path / "out")]
-    done = forked_commands.run([*command, "experiment=tiny", *SMALL], ROOT, os.environ, patience(240))
+    done = subprocess.run(
+        [*command, "experiment=tiny", *SMALL],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out/tuning.json").read_text())
     by_failure = {trial["failure"].split(":")[0]: trial for trial in record["trials"] if trial["failure"]}

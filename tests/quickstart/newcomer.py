@@ -24,8 +24,10 @@ HEAVY = (
     "mome_dist.transcribe",
     "tools/export_adapter.py",
     "tools/reshard_checkpoint.py",
+    "tools/tune_deepspeed.py",
     "tools/verify_layouts.py",
 )
+SHOWN_TO_START = {"tools/tune_deepspeed.py"}  # in interpreters of their own, by tests/parallel/test_tuning.py
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Newcomer:
 
     folder: Path
     forks: bool = False
-    _known: set[str] = field(default_factory=set, init=False)
+    _known: set[str] = field(default_factory=SHOWN_TO_START.copy, init=False)
 
     @classmethod
     def arrive(cls, folder: Path, forks: bool = False) -> Newcomer:
