@@ -112,6 +112,8 @@ def _fork(main: Callable[[], None], out: int, err: int) -> ForkedRank:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
