@@ -40,8 +40,6 @@ lint: setup  ## ruff and mypy
 test: export CUDA_VISIBLE_DEVICES :=
 test: export MOME_DIST_TEST_DEVICE := cpu
 # One process more than CONTRIBUTING.md's two cores: that of the cluster waits for jobs most of the time.
-# Hundreds of processes import the package: only the first of them compiles it, wherever Python is told to write nothing.
-test: export PYTHONDONTWRITEBYTECODE :=
 test: setup lint  ## lint and all tests, on the CPU
 	$(MOME_DIST) fetch --for-tests
 	$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
