@@ -28,9 +28,10 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
 from mome_dist.token_context import Modality, TokenContext
+from mome_dist.verification.compare import TOLERANCE, compare
 from mome_dist.verification.probe import Probe, shrunk, wake, wake_reference
-from mome_dist.verification.run import Case
-from mome_dist.verification.verify import OPTIMIZERS, Verifier
+from mome_dist.verification.run import Case, Outcome, merged, run_case, run_reference
+from mome_dist.verification.verify import OPTIMIZERS
 from tests.parallel.resharding import STEPS, train_and_save
 from tests.parallel.same_checkpoints import assert_engines_go_on
 from tests.parallel.worlds import run_world
@@ -59,6 +60,12 @@ def forms(name: str) -> Iterator[list[str]]:
     ]
     common = [f"mome/router={name}", f"mome.score={kind.scores[0]}", f"mome.renormalize={kind.renormalizes[0]}"]
     return ([*common, *own] for own in itertools.product(*chosen))
+
+
+def saved(form: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of what a router of a small run saves."""
+    router = build_router(router_of(configured(form)), HIDDEN, EXPERTS, TOP_K)
+    return tuple((tensor.name, tensor.shape) for tensor in router.tensors())
 
 
 ALL = {" ".join([name, *form[3:]]): form for name in ROUTERS for form in forms(name)}
@@ -140,14 +147,17 @@ def shards_add_up(form: list[str]) -> None:
     counts_VE = whole.members_VN @ router(rows_NH, whole).selected_TE().float()
     totals, gradients = [], []
     for ranks in (1, 3):
-        losses: list[Tensor] = []
+        losses, sums = list[Tensor](), list[Tensor]()
         for rank, own_TH in enumerate(rows_NH.chunk(ranks)):
             tokens = whole.part(rank, ranks)
             routing = router(own_TH, tokens)
             losses.append((routing.gates_TK * own_TH[:, :TOP_K]).sum())
             losses += _view_losses(router.losses, routing, tokens, counts_VE, whole.sizes_V2[:, 0])
+            sums += _own_sums(router, routing, tokens)
+        losses += _batch_loss(router, sums, whole.sizes_V2[:, 0])
         totals.append(torch.stack(losses).sum())
-        gradients.append(torch.autograd.grad(totals[-1], list(router.parameters())))
+        parameters = list(router.parameters())
+        gradients.append(torch.autograd.grad(totals[-1], parameters) if parameters else ())
     torch.testing.assert_close(*totals)
     for whole_gradient, summed in zip(*gradients, strict=True):
         torch.testing.assert_close(whole_gradient, summed)
@@ -166,6 +176,18 @@ def _view_losses(
     return losses
 
 
+def _own_sums(router: Router, routing: Routing, tokens: TokenContext) -> list[Tensor]:
+    """Of a rank's tokens, fp32 [V, S], what the router has a loss of the whole batch of; none without one."""
+    if not router.has_batch_loss:
+        return []
+    assert routing.values_TS is not None
+    return [tokens.members_VN @ routing.values_TS]
+
+
+def _batch_loss(router: Router, sums: list[Tensor], sizes_V: Tensor) -> list[Tensor]:
+    return [router.batch_loss(torch.stack(sums).sum(0), sizes_V.float())] if sums else []
+
+
 def evaluation_chooses_what_training_does(form: list[str]) -> None:
     """Packed weights, one token or many, give what the form with gradients gives."""
     module, tokens, rows_NH = local_form(form), context((8, 6, 7), 0), hidden(21, 3)
@@ -178,61 +200,69 @@ def evaluation_chooses_what_training_does(form: list[str]) -> None:
             torch.testing.assert_close(alone_1H, trained_NH[number : number + 1], rtol=1e-5, atol=1e-6)
 
 
-def _in_world(form: list[str]) -> dict[str, float]:
-    """On one of two ranks: how far every dispatch is from the one-process form on the tokens of both, and in how many
-    numbers the output of some tokens changes with all other tokens."""
+def _in_world(chosen: list[list[str]]) -> list[dict[str, float]]:
+    """On one of two ranks: `_distances` of routers, one after the other in one world."""
+    with parallel_world(Layout.for_world(2, ep=2), SEED, 60) as at:
+        return [_distances(form, at.dp) for form in chosen]
+
+
+def _distances(form: list[str], rank: int) -> dict[str, float]:
+    """How far every dispatch is from the one-process form on the tokens of both ranks, and in how many numbers the
+    output of some tokens changes with all other tokens."""
     from megatron.core import parallel_state
 
     config, found = configured(form), dict[str, float]()
     kind = router_of(config).settings
-    with parallel_world(Layout.for_world(2, ep=2), SEED, 60) as at:
-        group = parallel_state.get_data_parallel_group()
-        contexts, rows = [context((8, 6, 7), 3), context((5, 9, 4), 0)], [hidden(24, 4), hidden(18, 5)]
-        local = local_form(form).train()
-        outputs = [local(rows_NH, None, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
-        routings = [local.router(rows_NH, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
-        pairs = list(zip(routings, contexts, strict=True))
-        counts_VE = torch.stack([each.members_VN @ routing.selected_TE().float() for routing, each in pairs]).sum(0)
-        sizes_V = torch.stack([each.sizes_V2[:, 0] for each in contexts]).sum(0)
-        losses = [_alive(output_NH, tokens).square().sum() for output_NH, tokens in zip(outputs, contexts, strict=True)]
-        for routing, tokens in pairs:
-            losses += _view_losses(local.router.losses, routing, tokens, counts_VE, sizes_V)
-        torch.stack(losses).sum().backward()
-        tokens, rows_NH = contexts[at.dp], rows[at.dp]
-        for dispatch in kind.dispatches:
-            ep = EXPERT_PARALLEL[dispatch]
-            module = ExpertParallelMoME(
-                HIDDEN,
-                EXPERTS,
-                TOP_K,
-                1,
-                BOTTLENECK,
-                router_of(config),
-                ep_size=ep,
-                dispatch=dispatch,
-                balance_loss=BALANCE,
-                z_loss=Z_LOSS,
-            ).train()
-            module.set_deepspeed_parallelism()
-            module.set_token_group(group)
-            module.initialize("mome.0", SEED)
-            spread(module.router)
-            wake(mome_parts("mome.0", 0, module), SEED)
-            load = PassLoad(tokens.view_names, group)
-            output_NH = module(rows_NH, tokens, load)
-            load.reduce()
-            _alive(output_NH, tokens).square().sum().backward()
-            found[f"{dispatch}: output"] = _distance(_alive(output_NH, tokens), _alive(outputs[at.dp], tokens))
-            asked_VE = load.of(0)[:, :EXPERTS]
-            found[f"{dispatch}: counts"] = float((asked_VE - counts_VE).abs().max())
-            for mine, theirs in zip(module.router.trained(), local.router.trained(), strict=True):
-                assert mine.parameter.grad is not None and theirs.parameter.grad is not None
-                summed = mine.of(mine.parameter.grad).clone()
-                torch.distributed.all_reduce(summed)
-                name = f"{dispatch}: gradient of {mine.name}"
-                found[name] = _distance(summed, theirs.of(theirs.parameter.grad))
-            if kind.batch_invariant:
-                found[f"{dispatch}: neighbours"] = _changed(module.eval(), rows_NH, tokens)
+    group = parallel_state.get_data_parallel_group()
+    contexts, rows = [context((8, 6, 7), 3), context((5, 9, 4), 0)], [hidden(24, 4), hidden(18, 5)]
+    local = local_form(form).train()
+    outputs = [local(rows_NH, None, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
+    routings = [local.router(rows_NH, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
+    pairs = list(zip(routings, contexts, strict=True))
+    counts_VE = torch.stack([each.members_VN @ routing.selected_TE().float() for routing, each in pairs]).sum(0)
+    sizes_V = torch.stack([each.sizes_V2[:, 0] for each in contexts]).sum(0)
+    losses = [_alive(output_NH, tokens).square().sum() for output_NH, tokens in zip(outputs, contexts, strict=True)]
+    sums = list[Tensor]()
+    for routing, tokens in pairs:
+        losses += _view_losses(local.router.losses, routing, tokens, counts_VE, sizes_V)
+        sums += _own_sums(local.router, routing, tokens)
+    losses += _batch_loss(local.router, sums, sizes_V)
+    torch.stack(losses).sum().backward()
+    tokens, rows_NH = contexts[rank], rows[rank]
+    for dispatch in kind.dispatches:
+        ep = EXPERT_PARALLEL[dispatch]
+        module = ExpertParallelMoME(
+            HIDDEN,
+            EXPERTS,
+            TOP_K,
+            1,
+            BOTTLENECK,
+            router_of(config),
+            ep_size=ep,
+            dispatch=dispatch,
+            balance_loss=BALANCE,
+            z_loss=Z_LOSS,
+        ).train()
+        module.set_deepspeed_parallelism()
+        module.set_token_group(group)
+        module.initialize("mome.0", SEED)
+        spread(module.router)
+        wake(mome_parts("mome.0", 0, module), SEED)
+        load = PassLoad(tokens.view_names, group)
+        output_NH = module(rows_NH, tokens, load)
+        load.reduce()
+        _alive(output_NH, tokens).square().sum().backward()
+        found[f"{dispatch}: output"] = _distance(_alive(output_NH, tokens), _alive(outputs[rank], tokens))
+        asked_VE = load.of(0)[:, :EXPERTS]
+        found[f"{dispatch}: counts"] = float((asked_VE - counts_VE).abs().max())
+        for mine, theirs in zip(module.router.trained(), local.router.trained(), strict=True):
+            assert mine.parameter.grad is not None and theirs.parameter.grad is not None
+            summed = mine.of(mine.parameter.grad).clone()
+            torch.distributed.all_reduce(summed)
+            name = f"{dispatch}: gradient of {mine.name}"
+            found[name] = _distance(summed, theirs.of(theirs.parameter.grad))
+        if kind.batch_invariant:
+            found[f"{dispatch}: neighbours"] = _changed(module.eval(), rows_NH, tokens)
     return found
 
 
@@ -252,27 +282,44 @@ def _changed(module: ExpertParallelMoME, rows_NH: Tensor, tokens: TokenContext) 
     return float((module(others_NH, tokens)[:5] != module(rows_NH, tokens)[:5]).sum())
 
 
-def every_dispatch_is_the_local_form(form: list[str]) -> None:
-    """Outputs, counts and gradients of every dispatch that the router works with are those of one process; and where
+def every_dispatch_is_the_local_form(chosen: list[list[str]]) -> None:
+    """Outputs, counts and gradients of every dispatch that a router works with are those of one process; and where
     the router is batch-invariant, neighbours and padding change no bit."""
-    for rank in run_world(_in_world, 2, form):
-        assert len(rank) > 3
-        for name, value in rank.items():
-            assert value == 0 if "counts" in name or "neighbours" in name else value < 1e-5, (name, value)
+    for rank in run_world(_in_world, 2, chosen):
+        for form, found in zip(chosen, rank, strict=True):
+            assert len(found) > 3
+            for name, value in found.items():
+                exact = "counts" in name or "neighbours" in name
+                assert value == 0 if exact else value < 1e-5, (form, name, value)
 
 
-def layouts_are_one_process(form: list[str], folder: Path) -> None:
-    """Losses, gradients, their norm and weights of training steps on several layouts, with either optimiser."""
-    config = configured(form)
-    verifier = Verifier(Probe(shrunk(config, folder), 3))
-    dispatches = router_of(config).settings.dispatches
-    for number, (name, layout) in enumerate(LAYOUTS.items()):
-        across = [each for each in ("alltoall", "gather") if each in dispatches]
-        case = Case(name, layout, dispatch=across[number % len(across)])
-        for optimizer in OPTIMIZERS:
-            verdict = verifier.check(case, optimizer)
-            assert verdict.failure is None, verdict.failure
-            assert verdict.passed, (name, optimizer, verdict.comparison)
+def _in_layout(probes: list[Probe], cases: list[Case], optimizer: str) -> list[Outcome]:
+    return [run_case(probe, case, optimizer, None) for probe, case in zip(probes, cases, strict=True)]
+
+
+def _in_one_process(probes: list[Probe], case: Case, optimizer: str) -> list[Outcome]:
+    return [run_reference(probe, case, optimizer) for probe in probes]
+
+
+def layouts_are_one_process(chosen: list[list[str]], folder: Path) -> None:
+    """Losses, gradients, their norm and weights of training steps on several layouts, with either optimiser; all routers
+    one after the other in the same processes."""
+    configs = [configured(form) for form in chosen]
+    probes = [Probe(shrunk(config, folder / str(number)), 3) for number, config in enumerate(configs)]
+    for optimizer in OPTIMIZERS:
+        references = run_world(_in_one_process, 1, probes, Case("", Layout.for_world(1)), optimizer)[0]
+        for number, (name, layout) in enumerate(LAYOUTS.items()):
+            cases = [Case(name, layout, dispatch=_across(config, number)) for config in configs]
+            ranks = run_world(_in_layout, layout.world_size, probes, cases, optimizer)
+            for form, parts, reference in zip(chosen, zip(*ranks, strict=True), references, strict=True):
+                comparison = compare(merged(list(parts)), reference, TOLERANCE)
+                assert not comparison.mismatches, (form, name, optimizer, comparison)
+
+
+def _across(config: RunConfig, number: int) -> str:
+    """One of the dispatches of a router that work across ranks."""
+    across = [each for each in ("alltoall", "gather") if each in router_of(config).settings.dispatches]
+    return across[number % len(across)]
 
 
 def checkpoints_go_anywhere(form: list[str], folder: Path) -> None:
@@ -306,9 +353,6 @@ ALONE = [
     shards_add_up,
     evaluation_chooses_what_training_does,
     parameters_are_as_planned,
-    every_dispatch_is_the_local_form,
 ]
-"""Checks of a router by itself."""
-
-WHOLE = [layouts_are_one_process, checkpoints_go_anywhere]
-"""Checks of a whole model, which write into a folder."""
+"""Checks of a router by itself; beside them, what needs several processes: `every_dispatch_is_the_local_form` and
+`layouts_are_one_process`, of any number of routers, and `checkpoints_go_anywhere`."""

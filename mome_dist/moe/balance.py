@@ -15,7 +15,7 @@ Wang et al. (arXiv 2408.15664) algorithm 1 for the bias.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +169,50 @@ def _sum_gradients(
         of_asked_LV1 = share_LV1 * (balance * experts) / counts_LVX[..., :experts].sum(-1, keepdim=True).clamp(min=1)
     grad_LVE = counts_LVX[..., :experts] * of_asked_LV1
     return torch.cat([grad_LVE, *(share_LV1 * each for each in coefficients)], dim=2)
+
+
+BatchLoss = Callable[[Tensor, Tensor], Tensor]
+"""Of sums over the tokens of each view, fp32 [V, S], and their numbers, fp32 [V] (`mome_dist.moe.routers.base.Router`)."""
+
+
+def batch_sums(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
+    """What a `BatchLoss` is of, from the routes of a whole batch: those of each view, with its tokens marked valid."""
+    sums_VS, tokens_V = [], []
+    for routing in routings:
+        assert routing.values_TS is not None and routing.valid_T is not None
+        sums_VS.append(_masked_sum(routing.values_TS, routing.valid_T))
+        tokens_V.append(routing.valid_T.sum())
+    return torch.stack(sums_VS), torch.stack(tokens_V).clamp(min=1).float()
+
+
+def add_batch_loss(output_TH: Tensor, sums_VS: Tensor, load: PassLoad, place: int, batch_loss: BatchLoss) -> Tensor:
+    """The output of a module, whose backward pass adds the gradients of a loss of the global batch that is no mean over
+    tokens, times ``load.share``.
+
+    Args:
+        sums_VS: fp32 [V, S], of this rank's tokens, with gradients.
+        load: of the pass, where these sums were put; summed over ranks by the time of the backward pass.
+    """
+    return _AddBatchLoss.apply(output_TH, sums_VS, load, place, batch_loss)
+
+
+class _AddBatchLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output_TH: Tensor, sums_VS: Tensor, load: PassLoad, place: int, batch_loss: BatchLoss
+    ) -> Tensor:
+        ctx.load, ctx.place, ctx.batch_loss = load, place, batch_loss
+        return output_TH.view_as(output_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        load: PassLoad = ctx.load
+        tokens_V = load.of(ctx.place)[:, -2].clamp(min=1).float()
+        with torch.enable_grad():
+            sums_VS = load.sums_of(ctx.place).detach().requires_grad_()
+            (grad_VS,) = torch.autograd.grad(ctx.batch_loss(sums_VS, tokens_V), sums_VS)
+        return gradients[0], load.share * grad_VS, None, None, None
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

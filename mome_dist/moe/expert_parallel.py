@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from mome_dist.moe.balance import add_balance
+from mome_dist.moe.balance import add_balance, add_batch_loss
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import Gate
 from mome_dist.moe.dispatch.gather import GatherDispatch
@@ -130,13 +130,17 @@ class ExpertParallelMoME(MoE):
         if load is not None:
             routing = dispatch.routing
             assert routing is not None
+            values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
+            sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
             if load.counting:
                 asked = routing.experts_TK, dispatch.kept(), routing.chosen_TK
-                load.put(self.place, tokens, self.num_experts, *asked)
+                load.put(self.place, tokens, self.num_experts, *asked, sums_VS)
             own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
             if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
                 losses = self.balance_loss, self.z_loss, own
                 output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
+            if sums_VS is not None and torch.is_grad_enabled():
+                output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
         return output_TH.view(hidden.shape)
 
     @property

@@ -91,6 +91,9 @@ class PassLoad:
         self._experts = 0
         self._sum_LVX: Tensor | None = None
         self._work: dist.Work | None = None
+        self._sums: dict[int, Tensor] = {}
+        self._summed: dict[int, Tensor] = {}
+        self._sums_work: dist.Work | None = None
         self._computed: dict[Hashable, Tensor] = {}
 
     @property
@@ -106,6 +109,7 @@ class PassLoad:
         experts_TK: Tensor,
         kept_TK: Tensor | None = None,
         chosen_TK: Tensor | None = None,
+        sums_VS: Tensor | None = None,
     ) -> None:
         """Leave what one module did; nothing is computed yet.
 
@@ -116,9 +120,12 @@ class PassLoad:
             experts_TK: int64 [T, K], the experts that each token asked for.
             kept_TK: bool [T, K], whether they took it; None if nothing can be dropped.
             chosen_TK: bool [T, K], which of them count, for all modules or for none; None if all do.
+            sums_VS: fp32 [V, S], to be summed over ranks beside the counts, for all modules or for none.
         """
         self._tokens, self._experts = tokens, experts
         self._put[place] = experts_TK, kept_TK, chosen_TK
+        if sums_VS is not None:
+            self._sums[place] = sums_VS.detach()
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -146,6 +153,24 @@ class PassLoad:
         self._sum_LVX = torch.cat([asked_LVE.long(), dropped_LVE.long(), sizes_LV2], dim=2)
         if self.group is not None and dist.get_world_size(self.group) > 1:
             self._work = dist.all_reduce(self._sum_LVX, group=self.group, async_op=True)
+        self._sum_values()
+
+    def _sum_values(self) -> None:
+        """Begin to sum what is no count."""
+        if not self._sums:
+            return
+        places = sorted(self._sums)
+        sums_LVS = torch.stack([self._sums.pop(place) for place in places])
+        if self.group is not None and dist.get_world_size(self.group) > 1:
+            self._sums_work = dist.all_reduce(sums_LVS, group=self.group, async_op=True)
+        self._summed = dict(zip(places, sums_LVS, strict=True))
+
+    def sums_of(self, place: int) -> Tensor:
+        """fp32 [V, S], what one module put beside its routes, over all ranks."""
+        if self._sums_work is not None:
+            self._sums_work.wait()
+            self._sums_work = None
+        return self._summed[place]
 
     def all(self) -> Tensor:
         """int64 [L, V, X], over all ranks."""

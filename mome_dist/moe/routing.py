@@ -50,11 +50,14 @@ class Routing:
     Attributes:
         experts_TK: int64 [T, K], the chosen experts, highest score (plus bias) first.
         gates_TK: fp32 [T, K], their weights; zero for tokens that are padding.
-        probs_TE: fp32 [T, E], the scores of all routed experts as probabilities: they add up to one.
+        probs_TE: fp32 [T, E], the scores of all routed experts as probabilities: they add up to one, with those of
+            null experts where there are any.
         logits_TE: fp32 [T, E].
         valid_T: bool [T], False for padding; None if every token counts.
         chosen_TK: bool [T, K], where tokens may use less than K experts: which of the columns count. The others name
             any expert, with a gate of zero. None if all count.
+        values_TS: fp32 [T, S], of which the router has a loss (`mome_dist.moe.routers.base.Router.batch_loss`); None
+            without one.
     """
 
     experts_TK: Tensor
@@ -63,6 +66,7 @@ class Routing:
     logits_TE: Tensor
     valid_T: Tensor | None
     chosen_TK: Tensor | None = None
+    values_TS: Tensor | None = None
 
     def selected_TE(self) -> Tensor:
         """Bool [T, E]: the (token, expert) pairs that count, padding excluded."""
@@ -140,3 +144,15 @@ def choose_experts(
         return best.indices, best.values.sigmoid()
     strength_TK = best.values if score == "softmax" else F.logsigmoid(best.values)
     return best.indices, strength_TK.softmax(dim=-1)
+
+
+def entropy(logits_TE: Tensor) -> Tensor:
+    """fp32 [T], ``-sum_e P_e ln P_e`` of the softmax over the experts, in nats."""
+    logs_TE = logits_TE.log_softmax(dim=-1)
+    return -(logs_TE.exp() * logs_TE).sum(dim=-1)
+
+
+def masked_gates(logits_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+    """fp32 [T, K]: a softmax over those that count, zero for the others; all zero where none does."""
+    lowest = torch.finfo(logits_TK.dtype).min  # not -inf: of it alone, a softmax is not a number
+    return logits_TK.masked_fill(~chosen_TK, lowest).softmax(dim=-1) * chosen_TK

@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 
 from mome_dist.adapters.lora import PREFIX, OneProcessLoRA
 from mome_dist.adapters.terms import LowRankTerms
-from mome_dist.moe.balance import load_balance_loss, router_z_loss
+from mome_dist.moe.balance import batch_sums, load_balance_loss, router_z_loss
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routing import Routing
@@ -268,6 +268,9 @@ class MoMESpeechLM(nn.Module):
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
             losses += [own.part(routing.valid_T, tokens) for own in mome.router.losses(routing)]
         loss = torch.stack(losses).sum() / len(self._routings)
+        for mome, routings in zip(self.momes, zip(*self._routings, strict=True), strict=True):
+            if mome.router.has_batch_loss:
+                loss = loss + mome.router.batch_loss(*batch_sums(routings))
         mixture = self.projectors.mixture
         return loss if mixture is None else loss + balance_losses(mixture, self._speech_routes)
 

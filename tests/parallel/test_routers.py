@@ -22,14 +22,25 @@ def test_every_router(form: list[str], check: Callable[[list[str]], None]) -> No
     check(form)
 
 
+def test_every_dispatch_of_every_router() -> None:
+    conformance.every_dispatch_is_the_local_form(list(conformance.ALL.values()))
+
+
 # What MoME has is what all other tests of layouts and checkpoints are about.
 OTHERS = {name: form for name, form in conformance.ALL.items() if name != "top_k"}
 
 
-@pytest.mark.parametrize("check", conformance.WHOLE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("form", OTHERS.values(), ids=OTHERS)
-def test_every_router_in_a_model(form: list[str], check: Callable[[list[str], Path], None], tmp_path: Path) -> None:
-    check(form, tmp_path)
+def test_every_router_in_a_model(tmp_path: Path) -> None:
+    conformance.layouts_are_one_process(list(OTHERS.values()), tmp_path)
+
+
+# One router of all that save the same tensors: nothing else of it is in a checkpoint.
+SAVED = {conformance.saved(form): name for name, form in reversed(conformance.ALL.items())}
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name in SAVED.values()])
+def test_checkpoints_of_every_router(name: str, tmp_path: Path) -> None:
+    conformance.checkpoints_go_anywhere(OTHERS[name], tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +67,13 @@ def test_the_router_of_the_page(added: list[str], check: Callable[[list[str]], N
     check(added)
 
 
-@pytest.mark.parametrize("check", conformance.WHOLE, ids=lambda check: check.__name__)
-def test_the_router_of_the_page_in_a_model(
-    added: list[str], check: Callable[[list[str], Path], None], tmp_path: Path
-) -> None:
-    check(added, tmp_path)
+def test_the_router_of_the_page_in_every_layout(added: list[str], tmp_path: Path) -> None:
+    conformance.every_dispatch_is_the_local_form([added])
+    conformance.layouts_are_one_process([added], tmp_path)
+
+
+def test_checkpoints_of_the_router_of_the_page(added: list[str], tmp_path: Path) -> None:
+    conformance.checkpoints_go_anywhere(added, tmp_path)
 
 
 def test_the_router_of_the_page_refuses_what_it_does_not_have(added: list[str]) -> None:

@@ -122,7 +122,7 @@ class AllToAllDispatch(Dispatch):
         if factor is None:
             return None
         tokens = max(counts_X[-1] for counts_X in counts_RX)
-        share = tokens * self.router.top_k / self.num_experts
+        share = tokens * self.router.mean_top_k / self.num_experts
         return max(math.ceil(share * factor), self.min_capacity)
 
     def _rows_of_ranks(self, counts_RX: list[list[int]]) -> list[list[int]]:

@@ -124,6 +124,16 @@ class Router(PackedModule):
         global batch. Always as many, with the same coefficients."""
         return ()
 
+    def batch_loss(self, sums_VS: Tensor, tokens_V: Tensor) -> Tensor:
+        """A loss of the global batch that is no mean over tokens, fp32 scalar, with its coefficient in it: of means over
+        tokens, for example. `route` then gives `Routing.values_TS`.
+
+        Args:
+            sums_VS: fp32 [V, S], sums of these values over the tokens of each view, with gradients.
+            tokens_V: fp32 [V], how many these are, at least one.
+        """
+        raise NotImplementedError
+
     def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Routing:
         return self.route(self.logits(hidden_TH, tokens), tokens)
 
@@ -157,9 +167,19 @@ class Router(PackedModule):
         return type(self).losses is not Router.losses
 
     @property
+    def has_batch_loss(self) -> bool:
+        """Whether it has a loss of the whole batch."""
+        return type(self).batch_loss is not Router.batch_loss
+
+    @property
+    def mean_top_k(self) -> float:
+        """Experts that a token uses in the mean, where loads are balanced: what a capacity factor multiplies."""
+        return self.top_k
+
+    @property
     def kernel_form(self) -> TopKForm | None:
         """The choice, if the fused kernel can make it."""
-        return None if self.decides or self.has_losses else self._form()
+        return None if self.decides or self.has_losses or self.has_batch_loss else self._form()
 
     def _form(self) -> TopKForm:
         return TopKForm(self.top_k, self.spec.renormalize, self.spec.score, self.bias)

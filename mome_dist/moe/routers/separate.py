@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe.routers.base import RoutedTokens, Router
-from mome_dist.moe.routers.registry import MODALITIES, SeparateSettings
+from mome_dist.moe.routers.registry import SeparateSettings
 from mome_dist.moe.routers.spec import RouterSpec
+from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.packed_module import PackedTensor
-from mome_dist.transfer import sent_to
 
 
 class SeparateRouter(Router):
@@ -38,16 +38,9 @@ class SeparateRouter(Router):
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__(spec, hidden_size, experts, top_k)
         assert isinstance(spec.settings, SeparateSettings)
-        self.groups = spec.settings.groups(spec.views)
+        self._groups = TokenGroups(spec.settings, spec.views)
+        self.groups = self._groups.names
         self.packed = nn.Parameter(torch.empty(len(self.groups) * experts * hidden_size))
-        self._by_modality = spec.settings.by == "modality"
-        if self._by_modality:
-            # Tokens of a modality that the run does not have are none.
-            names = [name if name in self.groups else "text" for name in MODALITIES]
-            self._of_modality = tuple(map(self.groups.index, names))
-        else:
-            group_of = spec.settings.group_of
-            self._of_view = {str(view): self.groups.index(group_of(view)) for view in spec.views}
 
     def tensors(self) -> Iterator[PackedTensor]:
         size = self.experts * self.hidden_size
@@ -68,7 +61,7 @@ class SeparateRouter(Router):
     def logits_of(self, products_TR: Tensor, tokens: RoutedTokens | None) -> Tensor:
         if products_TR.shape[1] == self.experts:
             return products_TR
-        products_TGE, group = products_TR.unflatten(1, (-1, self.experts)), self._group(tokens)
+        products_TGE, group = products_TR.unflatten(1, (-1, self.experts)), self._groups.of(tokens)
         if isinstance(group, int):
             return products_TGE[:, group]
         index_T1E = group.to(products_TR.device)[:, None, None].expand(-1, 1, self.experts)
@@ -77,20 +70,5 @@ class SeparateRouter(Router):
     def used(self, tokens: RoutedTokens | None) -> int | None:
         """The group of all tokens of a view; None where they may differ. By modality rows stay laid out: the tokens of
         a prefix differ, those that follow do not."""
-        group: Hashable = None if self._by_modality else self._group(tokens)
+        group: Hashable = None if self._groups.by_modality else self._groups.of(tokens)
         return group if isinstance(group, int) else None
-
-    def _group(self, tokens: RoutedTokens | None) -> int | Tensor:
-        """The group of every token, int64 [T], or of all; the first one of tokens that are dead."""
-        assert tokens is not None, "which router a token has is a matter of its view or modality"
-        if self._by_modality:
-            modality_N, of_modality = tokens.modality_N, self._of_modality
-            if modality_N is None:
-                return of_modality[MODALITIES.index("text")]
-            table = torch.tensor(of_modality)
-            return tokens.once(of_modality, lambda: sent_to(table, modality_N.device)[modality_N.long()])
-        numbers = tuple(self._of_view[name] for name in tokens.view_names)
-        if len(set(numbers)) == 1:
-            return numbers[0]
-        members_VN, table = tokens.members_VN, torch.tensor(numbers, dtype=torch.float32)
-        return tokens.once(numbers, lambda: (sent_to(table, members_VN.device) @ members_VN).long())
