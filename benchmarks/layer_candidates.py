@@ -26,6 +26,7 @@ from transformers.integrations.moe import use_experts_implementation
 from benchmarks.layer_options import STOCK
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
+from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.token_context import TokenContext
 
 BALANCE_LOSS = 0.01
@@ -134,20 +135,33 @@ class TransformersLayer(nn.Module):
 class MoMELayer(nn.Module):
     """Our layer with one of its dispatches.
 
+    Args:
+        router: of the layer.
+        tokens: of every pass; None for text of any length.
+
     Attributes:
         load: of the latest pass.
     """
 
     load: PassLoad
 
-    def __init__(self, shape: LayerShape, ep: int, dispatch: str) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        ep: int,
+        dispatch: str,
+        router: RouterSpec = PLAIN,
+        tokens: TokenContext | None = None,
+    ) -> None:
         super().__init__()
+        self._tokens = tokens
         self.mome = ExpertParallelMoME(
             shape.hidden_size,
             shape.experts,
             shape.top_k,
             shared_experts=1,
             bottleneck=shape.bottleneck,
+            router=router,
             ep_size=ep,
             dispatch=dispatch,
             balance_loss=BALANCE_LOSS,
@@ -157,8 +171,8 @@ class MoMELayer(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, None]:
         """[T, H] -> [T, H], whose backward pass adds the gradients of the weighted balance loss."""
-        context, group = TokenContext.of([("text", [len(hidden_TH)])], multiple=1), self.mome.deepspeed_moe.token_group
-        self.load = PassLoad(context.view_names, group)
+        context = self._tokens or TokenContext.of([("text", [len(hidden_TH)])], multiple=1)
+        self.load = PassLoad(context.view_names, self.mome.deepspeed_moe.token_group)
         self.mome.prefetch(hidden_TH.dtype)
         output_TH = self.mome(hidden_TH, context, self.load)
         self.load.reduce()

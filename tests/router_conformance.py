@@ -140,9 +140,7 @@ def initial_values_are_those_of_names(form: list[str]) -> None:
 
 def shards_add_up(form: list[str]) -> None:
     """Gradients of a router, of gates and of all losses, summed over shards of the tokens, are those of all tokens."""
-    router = build_router(router_of(configured(form)), HIDDEN, EXPERTS, TOP_K)
-    router.initialize("mome.0", SEED)
-    spread(router)
+    router = local_form(form).router
     whole, rows_NH = context((8, 6, 7), 3), hidden(24, 2)
     counts_VE = whole.members_VN @ router(rows_NH, whole).selected_TE().float()
     totals, gradients = [], []
@@ -302,24 +300,26 @@ def _in_one_process(probes: list[Probe], case: Case, optimizer: str) -> list[Out
 
 
 def layouts_are_one_process(chosen: list[list[str]], folder: Path) -> None:
-    """Losses, gradients, their norm and weights of training steps on several layouts, with either optimiser; all routers
-    one after the other in the same processes."""
+    """Losses, gradients, their norm and weights of training steps on several layouts, with either optimiser; all
+    routers one after the other in the same processes."""
     configs = [configured(form) for form in chosen]
     probes = [Probe(shrunk(config, folder / str(number)), 3) for number, config in enumerate(configs)]
     for optimizer in OPTIMIZERS:
         references = run_world(_in_one_process, 1, probes, Case("", Layout.for_world(1)), optimizer)[0]
         for number, (name, layout) in enumerate(LAYOUTS.items()):
-            cases = [Case(name, layout, dispatch=_across(config, number)) for config in configs]
+            cases = [_case(name, layout, config, number) for config in configs]
             ranks = run_world(_in_layout, layout.world_size, probes, cases, optimizer)
             for form, parts, reference in zip(chosen, zip(*ranks, strict=True), references, strict=True):
                 comparison = compare(merged(list(parts)), reference, TOLERANCE)
                 assert not comparison.mismatches, (form, name, optimizer, comparison)
 
 
-def _across(config: RunConfig, number: int) -> str:
-    """One of the dispatches of a router that work across ranks."""
+def _case(name: str, layout: Layout, config: RunConfig, number: int) -> Case:
+    """With one of the dispatches of the router that work across ranks; without any, on one expert-parallel rank."""
     across = [each for each in ("alltoall", "gather") if each in router_of(config).settings.dispatches]
-    return across[number % len(across)]
+    if not across:
+        return Case(name, dataclasses.replace(layout, ep=1), dispatch="local")
+    return Case(name, layout, dispatch=across[number % len(across)])
 
 
 def checkpoints_go_anywhere(form: list[str], folder: Path) -> None:

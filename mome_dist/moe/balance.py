@@ -172,7 +172,8 @@ def _sum_gradients(
 
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
-"""Of sums over the tokens of each view, fp32 [V, S], and their numbers, fp32 [V] (`mome_dist.moe.routers.base.Router`)."""
+"""Of sums over the tokens of each view, fp32 [V, S], and their numbers, fp32 [V]
+(`mome_dist.moe.routers.base.Router`)."""
 
 
 def batch_sums(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:

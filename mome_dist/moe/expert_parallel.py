@@ -89,6 +89,7 @@ class ExpertParallelMoME(MoE):
         else:
             assert dispatch == "gather" or ep_size == 1, "local dispatch has every expert on every rank"
             self.deepspeed_moe = GatherDispatch(self, gate, experts)
+        self.router.read_experts(experts)
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.balance_loss, self.z_loss = balance_loss, z_loss

@@ -42,6 +42,10 @@ class ExpertStack(nn.Module):
         """The parameters of all experts, in the order of the form's parts."""
         return tuple(cast(dict[str, Tensor], self._parameters).values())
 
+    def first_part(self) -> Tensor:
+        """As in `mome_dist.moe.routers.base.ReadableExperts`."""
+        return self.weights()[0]
+
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
         """Set the initial values that every layout starts from; experts are called ``prefix`` and their number."""

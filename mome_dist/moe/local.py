@@ -79,6 +79,7 @@ class LocalMoME(nn.Module):
         self.router = build_router(router, hidden_size, routed_experts, top_k)
         saved_under(self, "router.", "router_")
         self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert)
+        self.router.read_experts(self.routed)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
         self.last_routing: Routing | None = None

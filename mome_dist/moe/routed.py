@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mome_dist.moe.columns import columns
 from mome_dist.moe.forms.base import Part
 from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.moe.ragged import Groups
@@ -61,6 +62,10 @@ class RoutedExperts(PackedModule):
     def laid_out(self, dtype: torch.dtype) -> Any:
         """The weights of all experts as `ragged` wants them, in a dtype."""
         return self.form.lay_out(self.packed, self.shapes, dtype)
+
+    def first_part(self) -> Tensor:
+        """As in `mome_dist.moe.routers.base.ReadableExperts`, of this rank's experts."""
+        return columns(self.packed, self.shapes)[0]
 
     def ragged(self, rows_PH: Tensor, gates_P: Tensor, laid_out: Any, groups: Groups) -> Tensor:
         """Each row through the expert of its group, times its gate (`ExpertForm.ragged`); gradients come back in

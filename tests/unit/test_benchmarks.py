@@ -32,6 +32,7 @@ from benchmarks import (
     plan_layout,
     reshard,
     results,
+    routers,
     save_stall,
     step_parts,
     train_step,
@@ -46,6 +47,7 @@ from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.model.distributed import MicroBatch
+from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
@@ -110,6 +112,22 @@ def test_the_layer_benchmark_measures_and_predicts_every_candidate(run: Run) -> 
     predicted = {name: each["predicted"] for name, each in layer_case["candidates"].items() if each["predicted"]}
     assert layer_case["auto"] == min(predicted, key=lambda name: predicted[name])
     _check_bytes(layer_case)
+
+
+def test_the_router_benchmark_measures_every_router_with_every_dispatch_that_it_knows(run: Run) -> None:
+    cases = run(routers, *f"--tokens 24 --shape {HIDDEN}x{BOTTLENECK}x5 --processes 1 2".split(), *ROUNDS)["figures"]
+    assert [(case["processes"], case["dispatch"]) for case in cases] == [
+        (1, "alltoall"),
+        (1, "local"),
+        (2, "alltoall"),
+        (2, "gather"),
+    ]
+    for case in cases:
+        found = {name for name, kind in ROUTERS.items() if case["dispatch"] in kind.settings.dispatches}
+        assert set(case["routers"]) == found
+        for router in case["routers"].values():
+            assert 0 < router["least"] <= router["milliseconds"] <= router["most"] and 0 < router["used"] <= 8
+        assert case["routers"]["top_k"]["used"] == 4
 
 
 def test_the_layer_benchmark_measures_peers_in_one_process(run: Run) -> None:
@@ -332,7 +350,7 @@ def test_documented_commands_are_understood() -> None:
         "data_speed": data_speed,
     }
     scripts |= {"decode": decode, "encoder_padding": encoder_padding, "padding_wer": padding_wer, "launches": launches}
-    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film}
+    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film, "routers": routers}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:

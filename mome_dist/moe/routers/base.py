@@ -47,6 +47,13 @@ class RoutedTokens(Protocol):
         """What is computed of the tokens, without gradients, for all layers when the first of them asks."""
 
 
+class ReadableExperts(Protocol):
+    """The routed experts of a module, all of them on this rank."""
+
+    def first_part(self) -> Tensor:
+        """fp32 [E, b, H], what each expert multiplies hidden states with first, with gradients."""
+
+
 class TopKForm(NamedTuple):
     """A choice that the fused kernel makes: `mome_dist.moe.routing.route` of the logits."""
 
@@ -78,6 +85,9 @@ class Router(PackedModule):
         super().__init__()
         self.spec, self.hidden_size, self.experts, self.top_k = spec, hidden_size, experts, top_k
         self.register_buffer("bias", torch.zeros(experts) if spec.bias_rate > 0 else None)
+
+    def read_experts(self, experts: ReadableExperts) -> None:
+        """Told once, before anything else, whose choice it is; most routers do not ask."""
 
     # -- what a router computes
 
@@ -125,8 +135,8 @@ class Router(PackedModule):
         return ()
 
     def batch_loss(self, sums_VS: Tensor, tokens_V: Tensor) -> Tensor:
-        """A loss of the global batch that is no mean over tokens, fp32 scalar, with its coefficient in it: of means over
-        tokens, for example. `route` then gives `Routing.values_TS`.
+        """A loss of the global batch that is no mean over tokens, fp32 scalar, with its coefficient in it: of means
+        over tokens, for example. `route` then gives `Routing.values_TS`.
 
         Args:
             sums_VS: fp32 [V, S], sums of these values over the tokens of each view, with gradients.

@@ -1,12 +1,12 @@
 """Cosines between a narrow projection of a token and a direction of each expert: how long a token is plays no part.
 
-``logits_e = cos(W h, v_e) / tau``, W [D, H] without a bias, tau learned and at least 0.01; choice and gates are those of
-all routers with scores. Frozen LLMs have a few channels a hundred times as large as others, which a linear router
+``logits_e = cos(W h, v_e) / tau``, W [D, H] without a bias, tau learned and at least 0.01; choice and gates are those
+of all routers with scores. Frozen LLMs have a few channels a hundred times as large as others, which a linear router
 mostly sees; here they count for no more than their direction.
 
-Source: X-MoE (arXiv 2204.09179). D of half the experts and tau = 0.3 are recalled from the paper, not checked; that tau is
-learned as a logarithm and 1 / tau is at most 100 are Tutel's, whose cosine router begins with tau = 0.5, D = 256 and a
-bias. No bias is this project's choice: with one, length counts again.
+Source: X-MoE (arXiv 2204.09179). D of half the experts and tau = 0.3 are recalled from the paper, not checked; that tau
+is learned as a logarithm and 1 / tau is at most 100 are Tutel's, whose cosine router begins with tau = 0.5, D = 256 and
+a bias. No bias is this project's choice: with one, length counts again.
 Shape suffixes: as in `mome_dist.moe.routers.base`; D width of the projection.
 """
 

@@ -7,8 +7,8 @@ With ``visible``, groups are not disjoint: each sees so many experts, drawn from
 
 Source: MoMa (arXiv 2407.21770) for modality groups, with sigmoid scores and expert choice inside of a group; this
 project chooses by token, so that nothing depends on neighbours (`mome.score=sigmoid` is its score). MaskMoE (arXiv
-2407.09816) for fixed masks, by how often a word occurs; here by what a group is of. EVE (arXiv 2308.11971) has a router of
-its own for each modality and all experts: that is `separate`. Mechanics of all three are recalled, not checked.
+2407.09816) for fixed masks, by how often a word occurs; here by what a group is of. EVE (arXiv 2308.11971) has a router
+of its own for each modality and all experts: that is `separate`. Mechanics of all three are recalled, not checked.
 Shape suffixes: as in `mome_dist.moe.routers.base`; G groups.
 """
 

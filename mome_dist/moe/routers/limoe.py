@@ -1,11 +1,11 @@
 """One router for all modalities, each of which is to be sure by token and to use several experts in the whole.
 
 Beside the K best of ``P = softmax(W h)``, the loss is, summed over modalities m with tokens t of the global batch,
-``a * mean_t H(P_t) + b * max(0, ln S - H(mean_t P_t))`` with the entropy H in nats: the first makes each token sure, the
-second spreads each modality over at least S experts.
+``a * mean_t H(P_t) + b * max(0, ln S - H(mean_t P_t))`` with the entropy H in nats: the first makes each token sure,
+the second spreads each modality over at least S experts.
 
-Source: LIMoE (arXiv 2206.02770), local and thresholded global entropy; its formulas are recalled, not checked, and so is
-the coefficient 0.04 that both have here. S = K is this project's choice, and so is that text is a modality beside
+Source: LIMoE (arXiv 2206.02770), local and thresholded global entropy; its formulas are recalled, not checked, and so
+is the coefficient 0.04 that both have here. S = K is this project's choice, and so is that text is a modality beside
 audio and video. LIMoE drops tokens by priority over the batch; here none is dropped.
 Shape suffixes: as in `mome_dist.moe.routers.base`; G modalities, V views, S sums.
 """

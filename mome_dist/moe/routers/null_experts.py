@@ -3,13 +3,13 @@
 Of E real and M null experts, a token chooses the K best logits (`mome.top_k`); gates are a softmax over the real ones
 among them. A token that chose nulls alone gets the shared expert alone. The load-balance loss holds the mean number of
 real experts near ``K E / (E + M)``: ``(E + M) (sum over real e of f_e P_e + f_0 sum over nulls of P_n)``, where f are
-shares of all K choices, P mean probabilities among all E + M, and f_0 is the nulls' mean share, so that it tells none of
-them apart. The first part is the balance loss of every router, whose shares are of the real choices: equal where their
-mean number is as above. The second part is a loss of its own.
+shares of all K choices, P mean probabilities among all E + M, and f_0 is the nulls' mean share, so that it tells none
+of them apart. The first part is the balance loss of every router, whose shares are of the real choices: equal where
+their mean number is as above. The second part is a loss of its own.
 
 Source: AdaMoE (arXiv 2406.13233): nulls, larger K and gates as in the released code; its loss is recalled, not checked
-(the code averages the nulls' shares over tokens, which changes nothing, and counts 8 experts whatever there are). That the
-two parts have a coefficient each is this project's; equal ones are published.
+(the code averages the nulls' shares over tokens, which changes nothing, and counts 8 experts whatever there are). That
+the two parts have a coefficient each is this project's; equal ones are published.
 Shape suffixes: as in `mome_dist.moe.routers.base`; M null experts.
 """
 

@@ -4,8 +4,8 @@ A random linear map, drawn once from the seed and never trained, ranks the exper
 gate of 1 / K. So the choice is a fixed function of the token's hidden state: equal in every layout, in evaluation as in
 training, alike for like tokens. A bias that follows the load (`mome.bias_rate`) still balances it; no loss does.
 
-Source: random routing as a control is that of THOR (arXiv 2110.04260), which draws anew for every pass and penalises what
-two passes differ in; a fixed map is this project's choice, since a draw would differ between layouts.
+Source: random routing as a control is that of THOR (arXiv 2110.04260), which draws anew for every pass and penalises
+what two passes differ in; a fixed map is this project's choice, since a draw would differ between layouts.
 Shape suffixes: as in `mome_dist.moe.routers.base`.
 """
 

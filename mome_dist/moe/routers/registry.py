@@ -265,6 +265,49 @@ class SmarSettings(GroupedSettings):
         return f"{of} {self.least:g} to {self.most:g} nats apart"
 
 
+@dataclass(frozen=True)
+class ThresholdSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.threshold.ThresholdRouter`.
+
+    Attributes:
+        loss: coefficient of what keeps directions apart and short.
+    """
+
+    scores = ("softmax",)
+    renormalizes = (False,)
+    takes_bias = False
+    loss: float = 0.01
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        return negative("loss", self.loss)
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return experts * (hidden_size + 1) + 1
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.parameters(hidden_size, experts, views)
+
+    def __str__(self) -> str:
+        return "experts above their own thresholds"
+
+
+@dataclass(frozen=True)
+class AutonomySettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.autonomy.AutonomyRouter`."""
+
+    scores = ("softmax",)
+    dispatches = ("local",)
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return 0
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return 0
+
+    def __str__(self) -> str:
+        return "experts by how strongly they answer"
+
+
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -287,5 +330,7 @@ ROUTERS: dict[str, Kind] = {
     "hash": Kind(HashSettings, "mome_dist.moe.routers.hashed:HashRouter"),
     "groups": Kind(GroupsSettings, "mome_dist.moe.routers.groups:GroupsRouter"),
     "limoe": Kind(LimoeSettings, "mome_dist.moe.routers.limoe:LimoeRouter"),
+    "autonomy": Kind(AutonomySettings, "mome_dist.moe.routers.autonomy:AutonomyRouter"),
     "smar": Kind(SmarSettings, "mome_dist.moe.routers.smar:SmarRouter"),
+    "threshold": Kind(ThresholdSettings, "mome_dist.moe.routers.threshold:ThresholdRouter"),
 }

@@ -1,9 +1,10 @@
 """One router for all, with a loss that holds the groups' mean probabilities a wanted distance apart.
 
 For every two groups a, b (modalities, or rates) with mean probabilities over the tokens of the global batch,
-``J = KL(P_a || P_b) + KL(P_b || P_a)``, and the loss is ``c (max(0, least - J) + max(0, J - most))``, in the mean over pairs
-of which the batch has tokens: zero, with its gradient, inside of the band. Over modalities it asks for experts that
-specialise, but not too far. Over rates with ``least = 0`` it aligns the rates, which MoME leaves to its shared router.
+``J = KL(P_a || P_b) + KL(P_b || P_a)``, and the loss is ``c (max(0, least - J) + max(0, J - most))``, in the mean over
+pairs of which the batch has tokens: zero, with its gradient, inside of the band. Over modalities it asks for experts
+that specialise, but not too far. Over rates with ``least = 0`` it aligns the rates, which MoME leaves to its shared
+router.
 
 Source: SMAR (arXiv 2506.06406): a regulariser on the divergence of the modalities' mean routing distributions. The form
 of its band and its coefficients were not seen: those here are this project's, and so is that rates may be groups.

@@ -58,14 +58,14 @@ class TokenGroups:
         return table_GX[group][None] if isinstance(group, int) else table_GX.index_select(0, group.to(table_GX.device))
 
     def columns(self, values_TX: Tensor, tokens: RoutedTokens | None) -> Tensor:
-        """fp32 [T, G X + G]: the values in the columns of the token's group, zero in those of others; then a one for its
-        group. Their sums over tokens are what `means` takes."""
+        """fp32 [T, G X + G]: the values in the columns of the token's group, zero in those of others; then a one for
+        its group. Their sums over tokens are what `means` takes."""
         one_hot_TG = self.rows(torch.eye(len(self.names), device=values_TX.device), tokens).expand(len(values_TX), -1)
         return torch.cat([(one_hot_TG[:, :, None] * values_TX[:, None]).flatten(1), one_hot_TG], dim=1)
 
     def means(self, sums_VS: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [G, X], the mean of each group over the tokens of all views, zero without any; and [G], 1 for groups that
-        have tokens, else 0.
+        """fp32 [G, X], the mean of each group over the tokens of all views, zero without any; and [G], 1 for groups
+        that have tokens, else 0.
 
         Args:
             sums_VS: sums of `columns` over the tokens of each view.
