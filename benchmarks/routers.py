@@ -43,8 +43,8 @@ def render(cases: Sequence[dict[str, Any]]) -> list[str]:
     hidden_size, bottleneck, experts = first["shape"]
     return [
         f"One layer forward and backward, hidden states {first['precision']} of {hidden_size}, {first['tokens']} "
-        f"tokens a process, {experts} routed experts of {bottleneck} units and a shared one, at most {TOP_K} a token (of "
-        "`null_experts` twice as many choices, of which half are real in the mean). In brackets the time beside "
+        f"tokens a process, {experts} routed experts of {bottleneck} units and a shared one, at most {TOP_K} a token "
+        "(of `null_experts` twice as many choices, of which half are real in the mean). In brackets the time beside "
         f"`{OURS}`'s. Columns are the dispatch and the number of processes.",
         "## Milliseconds",
         table(columns, rows),

@@ -59,6 +59,7 @@ def forms(name: str) -> Iterator[list[str]]:
         if "choices" in field.metadata
     ]
     common = [f"mome/router={name}", f"mome.score={kind.scores[0]}", f"mome.renormalize={kind.renormalizes[0]}"]
+    common.append("mome.dispatch=auto")
     return ([*common, *own] for own in itertools.product(*chosen))
 
 
@@ -68,7 +69,7 @@ def saved(form: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((tensor.name, tensor.shape) for tensor in router.tensors())
 
 
-ALL = {" ".join([name, *form[3:]]): form for name in ROUTERS for form in forms(name)}
+ALL = {" ".join([name, *form[4:]]): form for name in ROUTERS for form in forms(name)}
 
 
 def configured(form: list[str], *more: str) -> RunConfig:
