@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mome_dist.moe.balance import add_balance, load_balance_loss, router_z_loss
+from mome_dist.moe.balance import add_balance, add_batch_loss, load_balance_loss, router_z_loss
 from mome_dist.moe.load import PassLoad
 from mome_dist.moe.routing import Routing, route
 from mome_dist.token_context import TokenContext
@@ -77,6 +77,40 @@ def test_gradients_are_those_of_the_losses(score: str, balance: float, z: float,
     # Sums over some twenty tokens, taken in another order.
     torch.testing.assert_close(of_logits_TE, expected_TE, rtol=1e-5, atol=1e-7)
     assert expected_TE[: CONTEXT.alive].abs().max() > 1e-4 and not of_logits_TE[CONTEXT.alive :].any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_of_the_whole_batch_joins_the_backward_pass(ranks: int) -> None:
+    def batch_loss(sums_VS: Tensor, tokens_V: Tensor) -> Tensor:
+        return (sums_VS / tokens_V[:, None]).prod(dim=1).square().sum()
+
+    all_logits = [_logits(seed).requires_grad_() for seed in range(ranks)]
+    sums = [CONTEXT.members_VN @ logits_TE.softmax(dim=1)[:, :2] for logits_TE in all_logits]
+    tokens_V = ranks * CONTEXT.sizes_V2[:, 0].float()
+    (expected_TE,) = torch.autograd.grad(SHARE * batch_loss(torch.stack(sums).sum(0), tokens_V), all_logits[:1])
+
+    class Summed(PassLoad):
+        """What two ranks sum up."""
+
+        def sums_of(self, place: int) -> Tensor:
+            return super().sums_of(place) + sum(each.detach() for each in sums[1:])
+
+        def of(self, place: int) -> Tensor:
+            return ranks * super().of(place)
+
+    load = Summed(CONTEXT.view_names, None, SHARE)
+    logits_TE = _logits().requires_grad_()
+    own_VS = CONTEXT.members_VN @ logits_TE.softmax(dim=1)[:, :2]
+    output_TH = torch.randn(CONTEXT.tokens, 3, requires_grad=True)
+    added_TH = add_batch_loss(output_TH, own_VS, load, 0, batch_loss)
+    assert torch.equal(added_TH, output_TH), "the output is what it was"
+    load.put(0, CONTEXT, EXPERTS, _routing(logits_TE).experts_TK, sums_VS=own_VS)
+    load.reduce()
+    gradient_TH = torch.randn_like(output_TH)
+    of_logits_TE, of_output_TH = torch.autograd.grad(added_TH, (logits_TE, output_TH), gradient_TH)
+    assert torch.equal(of_output_TH, gradient_TH), "and so is its gradient"
+    torch.testing.assert_close(of_logits_TE, expected_TE, rtol=1e-5, atol=1e-9)
+    assert expected_TE.abs().max() > 1e-5
 
 
 def test_counts_are_those_of_each_view() -> None:
