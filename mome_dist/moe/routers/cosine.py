@@ -4,9 +4,10 @@
 of all routers with scores. Frozen LLMs have a few channels a hundred times as large as others, which a linear router
 mostly sees; here they count for no more than their direction.
 
-Source: X-MoE (arXiv 2204.09179). D of half the experts and tau = 0.3 are recalled from the paper, not checked; that tau
-is learned as a logarithm and 1 / tau is at most 100 are Tutel's, whose cosine router begins with tau = 0.5, D = 256 and
-a bias. No bias is this project's choice: with one, length counts again.
+Source: X-MoE (arXiv 2204.09179). D of half the experts and tau = 0.3 are recalled from the paper, not checked. Its
+authors' code (torchscale) has D = 16 whatever the experts, no bias, and divides by no length of the token; Tutel's has
+D = 256, a bias, tau = 0.5 at first, learned as a logarithm, and 1 / tau at most 100, as here. No bias is this project's
+choice: with one, a token's length counts again.
 Shape suffixes: as in `mome_dist.moe.routers.base`; D width of the projection.
 """
 

@@ -7,9 +7,10 @@ shares of all K choices, P mean probabilities among all E + M, and f_0 is the nu
 of them apart. The first part is the balance loss of every router, whose shares are of the real choices: equal where
 their mean number is as above. The second part is a loss of its own.
 
-Source: AdaMoE (arXiv 2406.13233): nulls, larger K and gates as in the released code; its loss is recalled, not checked
-(the code averages the nulls' shares over tokens, which changes nothing, and counts 8 experts whatever there are). That
-the two parts have a coefficient each is this project's; equal ones are published.
+Source: AdaMoE (arXiv 2406.13233): nulls, larger K and gates as in the released code, and so is the loss over all E + M,
+up to a factor K: it has shares of tokens. The mean over nulls is recalled from the paper; the code takes a mean over
+tokens in its place, which changes nothing, and counts 8 real experts whatever there are. That the two parts have a
+coefficient each is this project's; equal ones are published.
 Shape suffixes: as in `mome_dist.moe.routers.base`; M null experts.
 """
 
