@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
+from mome_dist.ports import free_port
 from mome_dist.token_context import Modality, TokenContext
 from mome_dist.verification.compare import TOLERANCE, compare
 from mome_dist.verification.probe import Probe, shrunk, wake, wake_reference
@@ -74,7 +78,12 @@ ALL = {" ".join([name, *form[4:]]): form for name in ROUTERS for form in forms(n
 
 def configured(form: list[str], *more: str) -> RunConfig:
     """A small run with a router, of one view of each task."""
-    config = load_config([*OVERRIDES, *form, *more])
+    return copy.deepcopy(_composed(*OVERRIDES, *form, *more))
+
+
+@functools.cache
+def _composed(*overrides: str) -> RunConfig:
+    config = load_config(overrides)
     check_values(config)
     return config
 
@@ -286,14 +295,18 @@ def every_dispatch_is_the_local_form(chosen: list[list[str]]) -> None:
     the router is batch-invariant, neighbours and padding change no bit."""
     for rank in run_world(_in_world, 2, chosen):
         for form, found in zip(chosen, rank, strict=True):
-            assert len(found) > 3
+            assert len(found) >= 3
             for name, value in found.items():
                 exact = "counts" in name or "neighbours" in name
                 assert value == 0 if exact else value < 1e-5, (form, name, value)
 
 
-def _in_layout(probes: list[Probe], cases: list[Case], optimizer: str) -> list[Outcome]:
-    return [run_case(probe, case, optimizer, None) for probe, case in zip(probes, cases, strict=True)]
+def _in_layout(probes: list[Probe], cases: list[Case], optimizer: str, ports: list[int]) -> list[Outcome]:
+    outcomes = []
+    for probe, case, port in zip(probes, cases, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # the ranks of the world before may still be closing theirs
+        outcomes.append(run_case(probe, case, optimizer, None))
+    return outcomes
 
 
 def _in_one_process(probes: list[Probe], case: Case, optimizer: str) -> list[Outcome]:
@@ -309,7 +322,8 @@ def layouts_are_one_process(chosen: list[list[str]], folder: Path) -> None:
         references = run_world(_in_one_process, 1, probes, Case("", Layout.for_world(1)), optimizer)[0]
         for number, (name, layout) in enumerate(LAYOUTS.items()):
             cases = [_case(name, layout, config, number) for config in configs]
-            ranks = run_world(_in_layout, layout.world_size, probes, cases, optimizer)
+            ports = [free_port() for _ in cases]
+            ranks = run_world(_in_layout, layout.world_size, probes, cases, optimizer, ports)
             for form, parts, reference in zip(chosen, zip(*ranks, strict=True), references, strict=True):
                 comparison = compare(merged(list(parts)), reference, TOLERANCE)
                 assert not comparison.mismatches, (form, name, optimizer, comparison)

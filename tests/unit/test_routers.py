@@ -336,7 +336,7 @@ def test_the_loss_of_directions_in_closed_form(alike: bool) -> None:
         router.directions.copy_(torch.eye(EXPERTS)[0].expand(EXPERTS, -1) if alike else torch.eye(EXPERTS))
     (loss,) = router.losses(router(_normal(7, HIDDEN), None))
     expected = 1.0 + (math.sqrt(EXPERTS * (EXPERTS - 1)) if alike else 0)
-    torch.testing.assert_close(float(loss.part(None, torch.tensor(7))), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.part(None, torch.tensor(7)).item(), expected, rtol=1e-5, atol=1e-5)
     assert all(each.isfinite().all() for each in torch.autograd.grad(loss.values_T.mean(), [router.directions]))
 
 
