@@ -6,8 +6,9 @@ k small and experts in use: ``mean over tokens of -sum_e P_e ln P_e``, without w
 probabilities until all experts are used, and the balance loss that every router has.
 
 Source: Harder Tasks Need More Experts (arXiv 2403.07652). The choice, with the expert that crosses p, and p = 0.4 are
-those of the released code, which has no training in it; the loss and its coefficient 1e-4 are recalled from the paper
-and not checked. The bound K is this project's: it is what buffers and plans are sized for.
+those of the released code, which has no training in it; the loss has the form that a survey of dynamic routing quotes,
+its coefficient 1e-4 is recalled from the paper and not checked. The bound K is this project's: it is what buffers and
+plans are sized for.
 Shape suffixes: as in `mome_dist.moe.routers.base`.
 """
 
