@@ -141,6 +141,8 @@ def initial_values_are_those_of_names(form: list[str]) -> None:
     first, again, other = (build_router(spec, HIDDEN, EXPERTS, TOP_K) for _ in range(3))
     for router, layer in ((first, 0), (again, 0), (other, 1)):
         router.initialize(f"mome.{layer}", SEED)
+    names = [name for name, _ in first.named_parameters()]
+    assert names == sorted(names), "an engine's checkpoint has them in another order"
     for one, two, three in zip(first.trained(), again.trained(), other.trained(), strict=True):
         value = one.of(one.parameter)
         assert value.equal(two.of(two.parameter))

@@ -297,49 +297,6 @@ def test_smar_aligns_rates_over_views() -> None:
     assert float(router.batch_loss(*batch_sums(routings))) == pytest.approx(0.01 * divergence, rel=1e-5)
 
 
-# -- threshold
-
-
-@torch.no_grad()
-def test_half_of_the_experts_pass_a_threshold_of_zero() -> None:
-    router, tokens = _router("threshold", EXPERTS, "mome.renormalize=false"), 4000
-    assert torch.equal(router.thresholds, torch.zeros(EXPERTS))
-    used_T = _used(router(_normal(tokens, HIDDEN), None)).float()
-    # Signs of orthogonal projections of a normal vector are independent.
-    assert abs(float(used_T.mean()) - EXPERTS / 2) < 5 * math.sqrt(EXPERTS / 4 / tokens)
-    router.thresholds.fill_(1.0)
-    assert _used(router(_normal(50, HIDDEN), None)).eq(1).all()  # the nearest one
-
-
-def test_active_experts_have_even_gates_whose_gradient_passes_through() -> None:
-    router, hidden_TH = _router("threshold", 5, "mome.renormalize=false"), _normal(30, HIDDEN)
-    routing = router(hidden_TH, None)
-    cosines_TE = torch.nn.functional.cosine_similarity(hidden_TH[:, None], router.directions, dim=-1)
-    for gates_E, cosines_E in zip(routing.gates_TE(), cosines_TE, strict=True):
-        best = [expert for expert in cosines_E.argsort(descending=True)[:5].tolist() if cosines_E[expert] > 0]
-        assert gates_E.nonzero().flatten().tolist() == sorted(best)
-        torch.testing.assert_close(gates_E[best], torch.full((len(best),), 1 / len(best)))
-    assert torch.equal(routing.gates_TE() > 0, router(99 * hidden_TH, None).gates_TE() > 0)
-    weights_TK = _normal(30, 5, seed=4)
-    found = torch.autograd.grad((routing.gates_TK * weights_TK).sum(), [router.thresholds, router.directions])
-    margins_TE = (10 * cosines_TE).sigmoid() - (10 * router.thresholds).sigmoid()
-    through_TK = margins_TE.gather(1, routing.experts_TK).relu() / routing.chosen_TK.sum(dim=1, keepdim=True)
-    expected = torch.autograd.grad((through_TK * weights_TK).sum(), [router.thresholds, router.directions])
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_the_loss_of_directions_in_closed_form(alike: bool) -> None:
-    router = _router("threshold", 4, "mome.renormalize=false", loss=1.0)
-    with torch.no_grad():
-        router.directions.copy_(torch.eye(EXPERTS)[0].expand(EXPERTS, -1) if alike else torch.eye(EXPERTS))
-    (loss,) = router.losses(router(_normal(7, HIDDEN), None))
-    expected = 1.0 + (math.sqrt(EXPERTS * (EXPERTS - 1)) if alike else 0)
-    torch.testing.assert_close(loss.part(None, torch.tensor(7)).item(), expected, rtol=1e-5, atol=1e-5)
-    assert all(each.isfinite().all() for each in torch.autograd.grad(loss.values_T.mean(), [router.directions]))
-
-
 # -- autonomy
 
 

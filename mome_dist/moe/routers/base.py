@@ -68,7 +68,9 @@ class Router(PackedModule):
     Where it also chooses by itself, it overrides `route`.
 
     Its parameters are saved as ``mome.LAYER.router_NAME``, and so are its buffers, which are state that no gradient
-    trains. No name may have "expert" in it: DeepSpeed takes such parameters for those of experts.
+    trains. No name may have "expert" in it: DeepSpeed takes such parameters for those of experts. ``weight`` is a map
+    with a row for each expert. Parameters are made in the order of their names, which is theirs in an engine's
+    checkpoints.
 
     Args:
         spec: what is configured.

@@ -30,8 +30,8 @@ class CosineRouter(Router):
     """As in `Router`.
 
     Attributes:
-        projection: fp32 [D, H].
         directions: fp32 [E, D]; their lengths play no part.
+        projection: fp32 [D, H].
         scale_change: fp32 [1], the logarithm of how many times 1 / tau is what it was at first.
     """
 
@@ -40,8 +40,8 @@ class CosineRouter(Router):
         assert isinstance(spec.settings, CosineSettings)
         width = spec.settings.width_for(experts)
         self._first_scale = 1 / spec.settings.temperature
-        self.projection = nn.Parameter(torch.empty(width, hidden_size))
         self.directions = nn.Parameter(torch.empty(experts, width))
+        self.projection = nn.Parameter(torch.empty(width, hidden_size))
         self.scale_change = nn.Parameter(torch.empty(1))
 
     def maps(self, tokens: RoutedTokens | None) -> Tensor:

@@ -29,21 +29,21 @@ class NullRouter(Router):
     """As in `Router`; its logits are [T, E + M].
 
     Attributes:
-        weight: fp32 [E + M, H], of the real experts first.
+        rows: fp32 [E + M, H], of the real experts first. Not called weight: that has as many rows as there are experts.
     """
 
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__(spec, hidden_size, experts, top_k)
         assert isinstance(spec.settings, NullSettings)
         self.settings = spec.settings
-        self.weight = nn.Parameter(torch.empty(experts + spec.settings.nulls, hidden_size))
+        self.rows = nn.Parameter(torch.empty(experts + spec.settings.nulls, hidden_size))
 
     @property
     def mean_top_k(self) -> float:
         return self.top_k * self.experts / (self.experts + self.settings.nulls)
 
     def maps(self, tokens: RoutedTokens | None) -> Tensor:
-        return self.weight
+        return self.rows
 
     def route(self, logits_TE: Tensor, tokens: RoutedTokens | None) -> Routing:
         best_TK = logits_TE.topk(self.top_k, dim=-1)

@@ -197,10 +197,12 @@ class GroupsSettings(GroupedSettings):
     """Settings of `mome_dist.moe.routers.groups.GroupsRouter`.
 
     Attributes:
+        by: as in `GroupedSettings`.
         visible: experts that each group sees; None shares them out, so that none is seen by two groups.
     """
 
     takes_bias = False
+    by: str = field(default="modality", metadata={"choices": ("modality", "rate", "task")})
     visible: int | None = None
 
     def problem(self, experts: int, top_k: int) -> str | None:
@@ -266,32 +268,6 @@ class SmarSettings(GroupedSettings):
 
 
 @dataclass(frozen=True)
-class ThresholdSettings(RouterSettings):
-    """Settings of `mome_dist.moe.routers.threshold.ThresholdRouter`.
-
-    Attributes:
-        loss: coefficient of what keeps directions apart and short.
-    """
-
-    scores = ("softmax",)
-    renormalizes = (False,)
-    takes_bias = False
-    loss: float = 0.01
-
-    def problem(self, experts: int, top_k: int) -> str | None:
-        return negative("loss", self.loss)
-
-    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
-        return experts * (hidden_size + 1) + 1
-
-    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
-        return self.parameters(hidden_size, experts, views)
-
-    def __str__(self) -> str:
-        return "experts above their own thresholds"
-
-
-@dataclass(frozen=True)
 class AutonomySettings(RouterSettings):
     """Settings of `mome_dist.moe.routers.autonomy.AutonomyRouter`."""
 
@@ -332,5 +308,4 @@ ROUTERS: dict[str, Kind] = {
     "limoe": Kind(LimoeSettings, "mome_dist.moe.routers.limoe:LimoeRouter"),
     "autonomy": Kind(AutonomySettings, "mome_dist.moe.routers.autonomy:AutonomyRouter"),
     "smar": Kind(SmarSettings, "mome_dist.moe.routers.smar:SmarRouter"),
-    "threshold": Kind(ThresholdSettings, "mome_dist.moe.routers.threshold:ThresholdRouter"),
 }
