@@ -20,8 +20,8 @@ from subprocess import CompletedProcess
 
 import cv2
 
-from launchers import ranks
-from launchers.ranks import RankGroup
+from mome_dist.launchers import ranks
+from mome_dist.launchers.ranks import RankGroup
 from mome_dist.parallel.forked import ForkedRank
 from mome_dist.tuning import trial
 from tests.parallel import worlds  # noqa: F401  imports what commands import, and no library starts threads

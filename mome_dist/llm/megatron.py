@@ -219,7 +219,7 @@ class FrozenLLM(GPTModel):
         graphed = self.graphed if torch.is_grad_enabled() else None
         if graphed is not None and embedded_N1H is not None and load is not None and graphed.takes(context):
             return graphed(embedded_N1H, context, load)
-        return self._run_layers(embedded_N1H, context, own, load, self._sinks(context, sink_weight))
+        return self._run_layers(embedded_N1H, context, own, load, sinks)
 
     def _run_layers(
         self,

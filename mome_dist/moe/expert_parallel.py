@@ -141,6 +141,7 @@ class ExpertParallelMoME(MoE):
                 losses = self.balance_loss, self.z_loss, own
                 output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
             if sums_VS is not None and torch.is_grad_enabled():
+                assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"
                 output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
         return output_TH.view(hidden.shape)
 

@@ -61,9 +61,11 @@ class StackLoad:
         experts_TK: Tensor,
         kept_TK: Tensor | None = None,
         chosen_TK: Tensor | None = None,
+        sums_VS: Tensor | None = None,
     ) -> None:
-        """As `PassLoad.put`, where nothing is dropped and every token has K experts."""
+        """As `PassLoad.put`, where nothing is dropped, every token has K experts and losses are means over tokens."""
         assert kept_TK is None and chosen_TK is None, "captured layers have K experts for every token"
+        assert sums_VS is None, "captured layers have no loss of the whole batch"
         self.experts, self._asked[place] = experts, experts_TK
 
     def leave(self, place: int, sums_VX: Tensor, settings: BalanceSettings) -> None:

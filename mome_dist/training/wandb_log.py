@@ -12,6 +12,7 @@ import dataclasses
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from mome_dist.config.load import portable_config
 from mome_dist.config.schema import RunConfig
@@ -19,6 +20,7 @@ from mome_dist.errors import UserError
 from mome_dist.files import write_once, write_text
 from mome_dist.versions import commit_here, version_of
 
+_MODES: dict[str, Literal["online", "offline"] | None] = {"auto": None, "online": "online", "offline": "offline"}
 ID = "wandb_id"
 PACKAGES = ("mome_dist", "torch", "megatron-core", "deepspeed", "transformers")
 
@@ -48,7 +50,7 @@ class WandbRun:
                 entity=settings.wandb_entity,
                 group=settings.wandb_group,
                 tags=settings.wandb_tags or None,
-                mode=None if settings.wandb_mode == "auto" else settings.wandb_mode,
+                mode=_MODES[settings.wandb_mode],
                 name=config.name,
                 id=_own_id(folder / ID, settings.resume),
                 resume="allow",

@@ -79,7 +79,7 @@ def _train_and_suffer(fault: str, victim: int, size: int, folder: Path) -> int:
         (folder / f"looked-{rank}").touch()
         return seen
 
-    whereabouts.Whereabouts._look_up = looking  # type: ignore[method-assign]
+    whereabouts.Whereabouts._look_up = looking  # type: ignore[method-assign,assignment]
     try:
         with parallel_world(Layout.for_world(size), 0, TIMEOUT):
             for step in range(6):

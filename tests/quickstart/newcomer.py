@@ -7,27 +7,28 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
-from launchers.options import DEFAULT_MODULE
 from mome_dist.assets import assets_root
+from mome_dist.commands.launch import divide
+from mome_dist.commands.registry import find_command
 from tests import forked_commands
+from tests.documentation import words_of
 from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 # Programs that import the training stack, which takes longer than what most of the commands do afterwards.
-HEAVY = (
+HEAVY = {
     "mome_dist.train",
     "mome_dist.evaluate",
     "mome_dist.pretrain_llm",
     "mome_dist.transcribe",
-    "tools/export_adapter.py",
-    "tools/reshard_checkpoint.py",
-    "tools/tune_deepspeed.py",
-    "tools/verify_layouts.py",
-)
-SHOWN_TO_START = {"tools/tune_deepspeed.py"}  # in interpreters of their own, by tests/parallel/test_tuning.py
+    "mome_dist.commands.export",
+    "mome_dist.commands.reshard",
+    "mome_dist.commands.tune",
+    "mome_dist.commands.verify",
+}
+SHOWN_TO_START = {"mome_dist.commands.tune"}  # in interpreters of their own, by tests/parallel/test_tuning.py
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Newcomer:
         return cls(folder, forks)
 
     def run(self, command: str | list[str], timeout: float = 300) -> str:
-        """Run ``python ...`` with this Python and return its standard output; any other exit code than 0 fails.
+        """Run ``mome-dist ...`` or ``python ...`` with this Python; return its standard output.
 
+        Any other exit code than 0 fails.
         ``timeout`` is that of an idle machine.
         """
-        arguments = shlex.split(command) if isinstance(command, str) else command
+        arguments = words_of(command) if isinstance(command, str) else command
         environment = {**os.environ, "MOME_DIST_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         program = _program(arguments)
         if program in HEAVY and (self.forks or program in self._known):
@@ -82,7 +84,10 @@ class Newcomer:
 
 
 def _program(arguments: list[str]) -> str:
-    """What a command runs, alone or on every rank: a module, or the path of a script."""
-    name = arguments[2] if arguments[1] == "-m" else arguments[1]
-    launched = [module for option, module in pairwise(arguments) if option == "--module"]
-    return (*launched, DEFAULT_MODULE)[0] if name == "launchers.local" else name
+    """The module that a command of mome-dist runs, alone or on every rank; another command's own first word."""
+    if arguments[1:3] != ["-m", "mome_dist"]:
+        return arguments[0]
+    command, words = find_command(arguments[3:])
+    if command.name == "launch":
+        command = divide("local", words)[1] or command
+    return command.module

@@ -9,7 +9,7 @@ import pytest
 
 from tests.quickstart.newcomer import Newcomer
 
-LOCAL = "python -m launchers.local --nproc 2"
+LOCAL = "mome-dist launch --nproc 2"
 
 
 @pytest.mark.quickstart
@@ -17,10 +17,10 @@ LOCAL = "python -m launchers.local --nproc 2"
 def test_asr_learns_unseen_sentences_of_unseen_speakers(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path, forks=True)  # that they start by themselves is what test_commands shows
     corpus = newcomer.default_corpus()
-    newcomer.run(f"python tools/make_corpus.py --train 288 --validation 16 --test 24 --out {corpus}")
-    newcomer.run(f"{LOCAL} --module mome_dist.pretrain_llm")
-    newcomer.run(f"{LOCAL} experiment=tiny task=asr task.asr_audio_rates=[4,16] training.steps=120")
-    newcomer.run(f"{LOCAL} --module mome_dist.evaluate checkpoint=runs/tiny baselines=[chance,untrained]")
+    newcomer.run(f"mome-dist prepare synthetic --train 288 --validation 16 --test 24 --out {corpus}")
+    newcomer.run(f"{LOCAL} pretrain llm")
+    newcomer.run(f"{LOCAL} train experiment=tiny task=asr task.asr_audio_rates=[4,16] training.steps=120")
+    newcomer.run(f"{LOCAL} evaluate runs/tiny baselines=[chance,untrained]")
     results = json.loads((tmp_path / "runs/tiny/evaluation/results.json").read_text())
     wer = {row["view"]: row for row in results["views"]}
     # Whisper hears nearly every word; what is left is what 288 sentences of training do not cover.

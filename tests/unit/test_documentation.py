@@ -130,9 +130,9 @@ def test_every_key_has_a_row_with_its_meaning(site: Path) -> None:
         parent = key.rpartition(".")[0]
         known = key in described or any(name.startswith(f"{key}.") for name in described)
         assert known or re.search(rf"\b{key.rpartition('.')[2]}\b", described[parent].comment), key
-    for key in described.values():
-        assert key.comment or key.name.startswith("task.prompts."), f"{key.name} has no comment in its YAML file"
-        assert f"<code>{key.name}</code>" in text, key.name
+    for each in described.values():
+        assert each.comment or each.name.startswith("task.prompts."), f"{each.name} has no comment in its YAML file"
+        assert f"<code>{each.name}</code>" in text, each.name
     assert described["training.steps"].default == "1000" and described["training.steps"].values == "whole number"
     assert described["data.batch_size"].default == "16" and described["mome.dispatch"].values.startswith("auto, ")
     rows = list(_cells(generated.configuration()))

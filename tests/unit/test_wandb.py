@@ -43,7 +43,7 @@ def records_of(path: Path) -> list[Any]:
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (FULL, LAST):
-            found.append(wandb_internal_pb2.Record.FromString(part))
+            found.append(wandb_internal_pb2.Record.FromString(part))  # type: ignore[attr-defined]
             part = b""
     return found
 
