@@ -14,14 +14,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mome_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 SCHEME = "hf://"
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -210,6 +213,19 @@ def upload(
     return api.upload_folder(
         repo_id=repository, folder_path=directory, delete_patterns=list(replaced), revision=revision, **commit
     )
+
+
+def model_card_data(results: Sequence[Mapping[str, Any]], **metadata: Any) -> ModelCardData:
+    """The front matter of a model card, as the library of the hub writes and checks it; it asks no hub.
+
+    Args:
+        results: arguments of huggingface_hub's ``EvalResult``, of each result.
+        metadata: the others of its ``ModelCardData``; None leaves one out.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    evaluated = [EvalResult(**result) for result in results]
+    return ModelCardData(**metadata, eval_results=evaluated or None)
 
 
 def with_tags(card: str, tags: Sequence[str]) -> str:

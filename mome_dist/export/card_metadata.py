@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import EvalResult, ModelCardData
+from typing import TYPE_CHECKING, Any
 
 from mome_dist.assets import ASSETS
 from mome_dist.evaluation.published import corpus_of
 from mome_dist.evaluation.tables import clean_views
-from mome_dist.hub import model_at
+from mome_dist.hub import model_at, model_card_data
 from mome_dist.inference.load import LoadedRun
+
+if TYPE_CHECKING:
+    from mome_dist.hub import ModelCardData
 
 TASK = "automatic-speech-recognition"
 UNKNOWN_LICENCE = "unknown"  # the hub's word; whoever publishes an export gives it one
@@ -32,7 +33,8 @@ def card_data(
     """
     corpus = _dataset(Path(run.config.data.corpus).name)
     bases = _base_models(run, document)
-    return ModelCardData(
+    return model_card_data(
+        [] if results is None else _eval_results(results),
         library_name="mome_dist",
         pipeline_tag=TASK,
         license=licence or UNKNOWN_LICENCE,
@@ -42,7 +44,6 @@ def card_data(
         datasets=[corpus] if corpus is not None else None,
         metrics=None if results is None else ["wer"],
         model_name=None if results is None else str(document["name"]),
-        eval_results=None if results is None else _eval_results(results),
     )
 
 
@@ -64,19 +65,19 @@ def _dataset(corpus: str) -> str | None:
     return corpus.lower() if corpus_of(corpus) is not None else None
 
 
-def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The word error rate of every view, without noise where it was measured without."""
     corpus = str(results["corpus"])
     return [
-        EvalResult(
-            task_type=TASK,
-            task_name=f"{TASKS[view['task']]}, {view['view']}",
-            dataset_type=_dataset(corpus) or corpus,
-            dataset_name=corpus_of(corpus) or corpus,
-            dataset_split=str(results["split"]),
-            metric_type="wer",
-            metric_name="word error rate, %" + ("" if view["condition"] == "clean" else f", {view['condition']}"),
-            metric_value=round(float(view["wer"]), 2),
-        )
+        {
+            "task_type": TASK,
+            "task_name": f"{TASKS[view['task']]}, {view['view']}",
+            "dataset_type": _dataset(corpus) or corpus,
+            "dataset_name": corpus_of(corpus) or corpus,
+            "dataset_split": str(results["split"]),
+            "metric_type": "wer",
+            "metric_name": "word error rate, %" + ("" if view["condition"] == "clean" else f", {view['condition']}"),
+            "metric_value": round(float(view["wer"]), 2),
+        }
         for view in clean_views(results["views"])
     ]

@@ -351,7 +351,10 @@ def test_an_old_run_is_evaluated_with_the_files_it_was_trained_with(
     export_adapter(run, tmp_path / "export")
     card = (tmp_path / "export/README.md").read_text(encoding="utf-8")
     assert str(tmp_path / "home") not in card and "https://huggingface.co/owner/llm, of which this is commit" in card
-    assert "base_model: [owner/llm, owner/whisper, owner/lips]\nbase_model_relation: adapter\n" in card
+    assert (
+        "base_model:\n- owner/llm\n- owner/whisper\n- owner/lips\n" in card
+        and "\nbase_model_relation: adapter\n" in card
+    )
     shutil.rmtree(cache_directory())
     again = load_run(tmp_path / "export")
     assert again.config.llm.path == trained.config.llm.path
