@@ -91,7 +91,8 @@ def test_a_directory_is_one_run_however_often_it_starts(tmp_path: Path, monkeypa
 
     again = WandbRun(config_of(tmp_path, "training.resume=false"))
     again.finish()
-    assert runs_of(written(tmp_path)[-1]).run_id == (tmp_path / ID).read_text() != about.run_id, "another run"
+    new = (tmp_path / ID).read_text()
+    assert new != about.run_id and list((tmp_path / "wandb").glob(f"offline-run-*-{new}")), "another run"
 
 
 def test_without_an_account_a_line_says_what_to_do(tmp_path: Path) -> None:
