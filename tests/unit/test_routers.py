@@ -274,7 +274,7 @@ def test_smar_in_closed_form() -> None:
     (gradient,) = torch.autograd.grad(inside, apart)
     assert inside == 0 and not gradient.any()
     aligning = _router("smar", 4, least=0, most=0)
-    assert float(_batch_loss(aligning, apart, tokens)) == pytest.approx(0.01 * divergence, rel=1e-4)
+    assert _batch_loss(aligning, apart, tokens).item() == pytest.approx(0.01 * divergence, rel=1e-4)
     disjoint = torch.full((6, EXPERTS), -99.0)
     disjoint[:2, 0] = disjoint[2:4, 1] = 99.0
     far = 2 * (1 - 1e-6) * math.log(1e6)  # probabilities below 1e-6 count as that
