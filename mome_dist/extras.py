@@ -22,6 +22,7 @@ EXTRA_OF = {
     "hydra_plugins": "train",
     "tensorboard": "train",
     "matplotlib": "train",
+    "markdown_it": "train",
     "wandb": "wandb",
     "espeakng_loader": "espeak",
 }

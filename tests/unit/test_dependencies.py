@@ -32,11 +32,12 @@ IMPORTS = {
     "nvidia-ml-py": "pynvml",
     "types-pyyaml": "yaml",
     "pyyaml": "yaml",
+    "markdown-it-py": "markdown_it",
 }
 # Imported where it is installed, and never asked for: built from source, or another project's code to compare with.
 OPTIONAL = {"apex", "amp_C", "avhubert", "fairseq"}
 # Own folders, and what tests put on the path themselves.
-OWN = {"mome_dist", "launchers", "tools", "benchmarks", "tests", "fused_layer_norm_cuda", "setuptools"}
+OWN = {"mome_dist", "launchers", "tools", "benchmarks", "tests", "docs", "fused_layer_norm_cuda", "setuptools"}
 
 
 @cache
@@ -102,7 +103,9 @@ def test_what_is_declared_is_imported_or_says_why_not(declared: dict[str, set[st
     assert len(explained) == len(reasons) >= 5
     assert not explained & code, "imported after all: the reason is old"
     for package, extras in declared.items():
-        if extras == {"test"}:
+        if extras == {"docs"}:
+            assert package in {"mkdocs", "mkdocs_material", "pymdown_extensions"}, f"{package}: no part of mkdocs"
+        elif extras == {"test"}:
             assert package in tests | {"ruff", "mypy", "pytest_timeout"}, f"{package}: run as no program either"
         else:
             assert (package in code) != (package in explained), f"{package}: nothing imports it, and no reason is given"
