@@ -374,7 +374,7 @@ def test_a_launcher_gives_commits_to_its_processes(
     variables = use_hub(hub.address, tmp_path / "home", monkeypatch)
     command = [sys.executable, "-X", "importtime", "-m", "launchers.local", "--nproc", "2", "--dry-run"]
     command += ["experiment=tiny", "task=vsr", "parallel=single", f"data.corpus={tiny_corpus_dir}"]
-    command += ["training.validate_every=0", "mome.routed_experts=4", "mome.top_k=2"]
+    command += ["data.bucket_batches=1", "training.validate_every=0", "mome.routed_experts=4", "mome.top_k=2"]
     command += [
         f"video_encoder.path={tmp_path / 'made/lips'}",
         f"output_dir={tmp_path / 'run'}",

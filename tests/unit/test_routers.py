@@ -25,7 +25,8 @@ VIEWS = ["task.asr_audio_rates=[4,16]", "task.vsr_video_rates=[2]", "task.avsr_a
 VIEWS += ["task.avsr_video_rates=[2]"]
 
 
-def _router(name: str, top_k: int, *more: str, **settings: Any) -> Router:
+def _router(name: str, top_k: int, *more: str, **settings: Any) -> Any:
+    """A router of a registered kind, with the parameters that its kind has."""
     own = [f"mome.router.{key}={'null' if value is None else value}" for key, value in settings.items()]
     sizes = [f"mome.routed_experts={EXPERTS}", f"mome.top_k={top_k}"]
     config = load_config(["experiment=tiny", f"mome/router={name}", *VIEWS, *sizes, *own, *more])

@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mome_dist.config.values import check_texts
 from mome_dist.errors import UserError
 from mome_dist.training.wandb_log import ID, WandbRun
 from mome_dist.versions import commit_here
+from tests.patience import patience
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form that an account has
 BLOCK, FULL, LAST = 32768, 1, 4  # of LevelDB's log
@@ -39,7 +41,11 @@ def records_of(path: Path) -> list[Any]:
         if (left := BLOCK - at % BLOCK) < 7:
             at += left  # what is too short for a header is left empty
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)  # after a checksum
+        length, kind = (
+            struct.unpack_from("<HB", data, at + 4) if at + 7 <= len(data) else (BLOCK, 0)
+        )  # after a checksum
+        if at + 7 + length > len(data):
+            break  # it is being written
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (FULL, LAST):
@@ -49,9 +55,12 @@ def records_of(path: Path) -> list[Any]:
 
 
 def written(folder: Path) -> list[list[Any]]:
-    """The records of every start, in their order."""
-    files = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    return [records_of(path) for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)]
+    """The records of every start, in their order. A process of wandb's own writes them, and may come after `finish`."""
+    files, deadline = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")), time.monotonic() + patience(30)
+    while not all(any(record.HasField("exit") for record in records_of(path)) for path in files):
+        assert time.monotonic() < deadline, files
+        time.sleep(0.1)
+    return [records_of(path) for path in files]
 
 
 def runs_of(records: list[Any]) -> Any:
