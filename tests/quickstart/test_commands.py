@@ -47,6 +47,7 @@ SHRINK = {
     "mome-dist evaluate runs/tiny select": ["limit=2", "noise=clean"],
     "mome-dist average runs/quickstart": ["--last", "1"],
     "mome-dist report runs/quickstart": [],
+    "mome-dist report compare runs/tiny runs/tiny_noise": [],
     "mome-dist transcribe runs/quickstart": [],
     "mome-dist export runs/quickstart": [],
     "mome-dist export runs/tiny_mss": [],
