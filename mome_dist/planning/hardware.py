@@ -18,8 +18,8 @@ KERNEL_CALL = 6e-6  # seconds from Python to a kernel
 # Of a GPU's memory: context, libraries and NCCL's buffers; and the share that fragmentation may waste.
 GPU_RUNTIME_BYTES, USABLE_SHARE = 3.0e9, 0.92
 # Of a process on a CPU, beyond what it occupies with a model of nothing: kernels compiled for the model's shapes, heaps
-# that are partly used. The one constant of the memory model that was fitted: runs of benchmarks.plan_layout on two processors
-# are within 10 % with it.
+# that are partly used. The one constant of the memory model that was fitted: runs of benchmarks.plan_layout on two
+# processors are within 10 % with it.
 CPU_KERNEL_BYTES = 9e6
 CPU_PROCESS_BYTES = 0.5e9  # Python, torch, Megatron-Core, DeepSpeed and process groups, as that benchmark found them
 
