@@ -303,7 +303,7 @@ def test_smar_aligns_rates_over_views() -> None:
 
 def _autonomy(top_k: int, renormalize: bool = False) -> Any:  # a LocalMoME, with the parts that its experts have
     sizes = [f"mome.routed_experts={EXPERTS}", f"mome.top_k={top_k}", f"mome.renormalize={renormalize}"]
-    module = LocalMoME(HIDDEN, EXPERTS, top_k, 0, 3, router_of(load_config(["mome/router=autonomy", *sizes])))
+    module: Any = LocalMoME(HIDDEN, EXPERTS, top_k, 0, 3, router_of(load_config(["mome/router=autonomy", *sizes])))
     module.initialize("mome.0", 3)
     with torch.no_grad():
         module.routed.up_weight.normal_(generator=torch.Generator().manual_seed(1))
