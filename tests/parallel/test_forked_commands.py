@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,14 @@ def own(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[in
     """Code, output and the last line of errors of a command that has an interpreter of its own."""
     command = [sys.executable, *words]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=patience(60), check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in a script's background ignore
     )
     code = done.returncode if done.returncode >= 0 else 128 - done.returncode
     return code, done.stdout, done.stderr.splitlines()[-1:]

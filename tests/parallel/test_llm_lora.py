@@ -288,7 +288,7 @@ def test_the_whole_pipeline(lab: Lab, tiny_corpus: Corpus, tmp_path: Path, capfd
     # 4 layers, 64 wide with values 32 wide, of rank 64 / 16, for all views and for each of 8 pairs.
     one = 4 * 4 * (3 * 64 + 32)
     card = (tmp_path / "export/README.md").read_text()
-    assert "MoME" not in card and "\ntags: [adapter]\n" in card and "Projectors and LoRA from frozen encoders" in card
+    assert "MoME" not in card and "\ntags:\n- adapter\n" in card and "Projectors and LoRA from frozen encoders" in card
     cited = card.partition("## Citation")[2]
     assert "Llama-MTSK" in cited and "Llama-AVSR" in cited and "Omni-AVSR" not in cited
     assert f"{9 * one:,} LoRA of the language model" in card and f"active a token | {2 * one:,} |" in card
