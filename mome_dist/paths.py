@@ -24,6 +24,15 @@ def cache_root() -> Path:
         ) from error
 
 
+def has_home() -> bool:
+    """Whether this user has a home directory, by HOME or in the system's list of users."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
+
+
 def configs_dir() -> Path:
     """Return the directory of the Hydra configuration tree.
 

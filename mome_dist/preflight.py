@@ -5,6 +5,7 @@ No torch here: a launcher runs this before it starts anything, in a second.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from mome_dist.llm.tokens import TokenTable
 from mome_dist.moe.forms.registry import find_form
 from mome_dist.origins import origin_of
 from mome_dist.parallel.layout import Layout
+from mome_dist.paths import has_home
 from mome_dist.planning.encoder_shapes import encoder_shape
 from mome_dist.planning.job import dispatches
 from mome_dist.speech.geometry import expected_geometry
@@ -130,11 +132,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     check_llm_terms(config, layout, shape)
     _check_batches(config, layout)
     _check_start(config)
-    if config.training.wandb_project is not None and find_spec("wandb") is None:
-        raise UserError(
-            f"training.wandb_project={config.training.wandb_project!r}: wandb is not installed here: run "
-            "`pip install 'mome_dist[wandb]'`, or set training.wandb_project=null."
-        )
+    check_wandb(config.training.wandb_project)
     deepspeed_of(config, layout.dp)
     check_encoders(config)
     if streams_joined(config):
@@ -278,3 +276,23 @@ def check_geometry(encoder: str | Path, corpus: Corpus) -> None:
         f"{corpus.directory}: the geometry of its crops is {found}, but video_encoder.path={str(encoder)!r} expects "
         f"{expected!r}: prepare it again with --geometry {expected} (mome-dist prepare), or choose another encoder."
     )
+
+
+def check_wandb(project: str | None) -> None:
+    """Refuse to log to Weights & Biases where wandb could not start.
+
+    Raises:
+        UserError: wandb is not installed, or this user has no home directory.
+    """
+    if project is None:
+        return
+    if find_spec("wandb") is None:
+        raise UserError(
+            f"training.wandb_project={project!r}: wandb is not installed here: run `pip install "
+            "'mome_dist[wandb]'`, or set training.wandb_project=null."
+        )
+    if not has_home():
+        raise UserError(
+            f"training.wandb_project={project!r}: wandb reads settings from the home directory, but HOME is not "
+            f"set and user {os.getuid()} has none: set HOME, or training.wandb_project=null."
+        )

@@ -219,9 +219,11 @@ def test_config_keys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
-    """Those of this machine."""
-    return find_facts({"HF_TOKEN": "hf_abc", "WANDB_API_KEY": "0123", "CUDA_VISIBLE_DEVICES": "", "PASSWORD": "pw"})
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    """Those of this machine, with a cache that can be written to: that of whoever runs the tests need not be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOME_DIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return find_facts({"HF_TOKEN": "hf_abc", "WANDB_API_KEY": "0123", "CUDA_VISIBLE_DEVICES": "", "PASSWORD": "pw"})
 
 
 def test_doctor_tells_no_secret(facts: Facts) -> None:
@@ -265,6 +267,7 @@ def test_doctor_ends_with_1_where_something_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOME_DIST_CACHE", str(tmp_path / "cache"))
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.endswith("Nothing is broken.\n")
     (tmp_path / "file").touch()

@@ -140,7 +140,8 @@ def test_what_is_advised_where_there_is_no_network_fills_the_cache(
         advised = re.search(r"`hf (.*?)`", str(error.value))
         assert advised is not None
         program = Path(sys.executable).with_name("hf")
-        environment = {**os.environ, **variables, "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        own = {"HOME": str(tmp_path), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}  # hf does not start without a home
+        environment = {**os.environ, **variables, **own}
         subprocess.run([program, *shlex.split(advised[1])], env=environment, capture_output=True, check=True)
         check_directory(fetch("llm.path", model, local=True))
         assert "pytorch_model.bin" not in hub.files

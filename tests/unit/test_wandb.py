@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from mome_dist.config.load import load_config
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.values import check_texts
 from mome_dist.errors import UserError
+from mome_dist.preflight import check_wandb
 from mome_dist.training.wandb_log import ID, WandbRun
 from mome_dist.versions import commit_here
 from tests.patience import patience
@@ -75,6 +77,7 @@ def history_of(records: list[Any]) -> list[dict[str, Any]]:
 
 def test_a_directory_is_one_run_however_often_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HOME", str(tmp_path))  # which whoever runs the tests need not have
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for steps in ((1, 2), (2, 3)):  # the second start goes on from a checkpoint of step 1
         run = WandbRun(config_of(tmp_path))
@@ -124,6 +127,17 @@ def test_without_an_account_a_line_says_what_to_do(tmp_path: Path) -> None:
     assert re.search(
         r"^told: training\.wandb_project=lips: W&B did not start .*`wandb login`", done.stdout, re.M | re.S
     ), done.stdout + done.stderr
+
+
+def test_a_user_without_a_home_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container that runs under a number
+    with pytest.raises(UserError, match=r"wandb_project='lips': .* HOME is not set and user \d+ has none: set HOME"):
+        check_wandb("lips")
+    check_wandb(None)
 
 
 @pytest.mark.parametrize(
