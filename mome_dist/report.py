@@ -68,7 +68,7 @@ def _compared(arguments: Sequence[str]) -> list[Path]:
         (others if place is None else places).append(word if place is None else place)
     request = parse_request(CompareRequest, others)
     if len(places) < 2:
-        raise UserError("compare takes two runs or more: python -m mome_dist.report compare runs/A runs/B.")
+        raise UserError("compare takes two runs or more: mome-dist report compare runs/A runs/B.")
     runs = [run_of(place) for place in places]
     from mome_dist.evaluation.run_comparison import write_comparison  # slow: torch
 

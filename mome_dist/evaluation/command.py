@@ -1,4 +1,4 @@
-"""What ``python -m mome_dist.evaluate`` does: from a request to result files and a table."""
+"""What ``mome-dist evaluate`` does: from a request to result files and a table."""
 
 from __future__ import annotations
 

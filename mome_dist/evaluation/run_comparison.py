@@ -98,7 +98,7 @@ def _recognition(files: Mapping[str, RunFiles], out: Path) -> list[str]:
         if (each.directory / "evaluation" / HYPOTHESES).is_file():
             texts[name] = read_texts(each.directory)
     missing = [
-        f"{plain(name)} is not evaluated yet: run `python -m mome_dist.evaluate checkpoint={each.directory}`.\n"
+        f"{plain(name)} is not evaluated yet: run `mome-dist evaluate {each.directory}`.\n"
         for name, each in files.items()
         if name not in texts
     ]

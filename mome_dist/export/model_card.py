@@ -170,7 +170,7 @@ def usage(view: View) -> str:
     return f"""Text of one file, in this directory:
 
 ```bash
-python -m mome_dist.transcribe . {file} {options}
+mome-dist transcribe . {file} {options}
 ```
 
 The same in Python:

@@ -95,7 +95,7 @@ def test_three_runs_of_which_one_is_not_evaluated(tmp_path: Path, capsys: pytest
     (runs[1] / "evaluation" / "hypotheses.jsonl").unlink()
     assert report.main(["compare", *map(str, runs), f"output={tmp_path / 'page'}"]) == 0
     page = (tmp_path / "page/report.md").read_text()
-    assert f"{runs[1]} is not evaluated yet: run `python -m mome_dist.evaluate checkpoint={runs[1]}`" in page
+    assert f"{runs[1]} is not evaluated yet: run `mome-dist evaluate {runs[1]}`" in page
     assert f"### {runs[2]}" in page and f"| key | {runs[0]} | {runs[1]} | {runs[2]} |" in page, "folders of one name"
     lines = (runs[2] / "evaluation" / "hypotheses.jsonl").read_text().splitlines()
     (runs[2] / "evaluation" / "hypotheses.jsonl").write_text("\n".join(lines[1:]))
