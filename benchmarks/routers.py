@@ -37,9 +37,9 @@ def render(cases: Sequence[dict[str, Any]]) -> list[str]:
     first = cases[0]
     columns = ["router", "experts a token", *(f"{case['dispatch']}, {case['processes']}" for case in cases)]
     rows = []
-    for name in first["routers"]:
-        cells = [_cell(case["routers"], name) for case in cases]
-        rows.append([f"`{name}`", f"{first['routers'][name]['used']:.2f}", *cells])
+    used = {name: found["used"] for case in cases for name, found in case["routers"].items()}
+    for name in used:  # not every dispatch serves every router
+        rows.append([f"`{name}`", f"{used[name]:.2f}", *(_cell(case["routers"], name) for case in cases)])
     hidden_size, bottleneck, experts = first["shape"]
     return [
         f"One layer forward and backward, hidden states {first['precision']} of {hidden_size}, {first['tokens']} "
