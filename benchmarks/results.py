@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ def measure_worlds(
             machine = machine or measured["machine"]
             cases += measured["cases"]
     return machine, cases
+
+
+def rank_arguments(
+    what: str | None, add_options: Callable[[argparse.ArgumentParser], None], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The command line of a module that `measure_worlds` runs: its options, and ``figures``, where they go."""
+    parser = argparse.ArgumentParser(description=(what or "").strip())
+    add_options(parser)
+    parser.add_argument("--figures", type=Path, required=True, help="JSON file that rank 0 writes")
+    return parser.parse_args(arguments)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

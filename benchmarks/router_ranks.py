@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.results import rank_arguments
 from benchmarks.router_options import OURS, TOP_K, add_case_options
 from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.quiet import quiet_libraries
@@ -15,10 +15,7 @@ from mome_dist.quiet import quiet_libraries
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every dispatch and let rank 0 write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
-    add_case_options(parser)
-    parser.add_argument("--figures", type=Path, required=True, help="JSON file that rank 0 writes")
-    options = parser.parse_args(arguments)
+    options = rank_arguments(__doc__, add_case_options, arguments)
     quiet_libraries()
     import torch
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import rank_arguments
 from benchmarks.step_ranks import add_step_options
 from mome_dist.quiet import quiet_libraries
 
@@ -19,10 +20,7 @@ FORMS = ("no checkpoint", "written between steps", "written beside training")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and let rank 0 write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
-    add_step_options(parser)
-    parser.add_argument("--figures", type=Path, required=True, help="JSON file that rank 0 writes")
-    options = parser.parse_args(arguments)
+    options = rank_arguments(__doc__, add_step_options, arguments)
     quiet_libraries()
     import torch
 

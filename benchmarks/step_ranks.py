@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.results import rank_arguments
 from mome_dist.quiet import quiet_libraries
 
 
@@ -23,10 +24,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both forms and let rank 0 write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
-    add_step_options(parser)
-    parser.add_argument("--figures", type=Path, required=True, help="JSON file that rank 0 writes")
-    options = parser.parse_args(arguments)
+    options = rank_arguments(__doc__, add_step_options, arguments)
     quiet_libraries()
     import torch
 

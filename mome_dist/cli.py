@@ -153,6 +153,11 @@ def command_parser(command: str, text: str | None) -> Parser:
     return Parser(prog=f"mome-dist {command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add ``overrides``: all words that are no options. Such a line is read by ``parse_intermixed_args``."""
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+
+
 _FROZEN = ("llm", "audio_encoder", "video_encoder")
 
 

@@ -44,15 +44,12 @@ def load(
     """
     find_trained(directory)  # what is missing is told before torch is imported
     with told_if_missing():
-        from mome_dist.transcription.model import SpeechModel
+        from mome_dist.inference.load import load_run
+        from mome_dist.transcription.model import SpeechModel, device_of
 
-        return SpeechModel.load(
-            directory,
-            device=device,
-            precision=precision,
-            select=select,
-            llm=llm,
-            audio_encoder=audio_encoder,
-            video_encoder=video_encoder,
-            device_map=device_map,
+        given = {"llm": llm, "audio_encoder": audio_encoder, "video_encoder": video_encoder}
+        frozen = {section: place for section, place in given.items() if place is not None}
+        run = load_run(
+            directory, device_of(device), frozen=frozen, select=select, device_map=device_map, precision=precision
         )
+        return SpeechModel(run)

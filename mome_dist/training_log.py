@@ -117,8 +117,11 @@ class Ends:
 
     @classmethod
     def of(cls, values: Sequence[float] | Floats) -> Ends:
-        """Of one value at least. The window is a twentieth of the values but 20 at least, and never more than half of
-        them, so that the two means share none where there are two values."""
+        """Average the ends of a series of one value at least.
+
+        The window is a twentieth of the values but 20 at least, and never more than half of them, so that the two means
+        share none where there are two values.
+        """
         count = min(max(20, len(values) // 20), max(1, len(values) // 2))
         return cls(float(np.mean(values[:count])), float(np.mean(values[-count:])), count)
 

@@ -187,7 +187,7 @@ def _view_losses(
 
 
 def _own_sums(router: Router, routing: Routing, tokens: TokenContext) -> list[Tensor]:
-    """Of a rank's tokens, fp32 [V, S], what the router has a loss of the whole batch of; none without one."""
+    """The sums over a rank's tokens, fp32 [V, S], of which the router has a loss of the whole batch, if it has one."""
     if not router.has_batch_loss:
         return []
     assert routing.values_TS is not None

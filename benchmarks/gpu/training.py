@@ -17,6 +17,7 @@ from benchmarks.measuring import Stopwatch, Timing
 from mome_dist.config.derived import streams_of, views_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import RunConfig
+from mome_dist.cuda_graphs.kinds import graphs_of
 from mome_dist.data.corpus import Corpus, Utterance
 from mome_dist.data.encoding import Encoder
 from mome_dist.data.media import FPS, SAMPLE_RATE
@@ -24,7 +25,6 @@ from mome_dist.data.parts import Parts
 from mome_dist.data.prefetch import Clip, ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine
-from mome_dist.graphs.kinds import graphs_of
 from mome_dist.llm.precision import dtype_of
 from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
 from mome_dist.model.shared import build_sequences, mome_arguments

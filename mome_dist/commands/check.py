@@ -8,7 +8,6 @@ Every rank of the allocation runs it. What differs between nodes is named, and t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +27,10 @@ def command_line() -> Parser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    return command_line().parse_args(arguments)
-
-
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print and write; 1 if anything is wrong."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_args(arguments)
     from mome_dist.cluster.command import check_command
 
     return check_command(options)

@@ -108,7 +108,7 @@ def _complete(action: argparse.Action, completer: Completer) -> None:
 
 
 def _keys_only(name: str) -> argparse.ArgumentParser:
-    """Of a command that takes no options but keys."""
+    """The command line of a command that takes no options but keys."""
     parser = argparse.ArgumentParser(prog=f"mome-dist {name}")
     if name == "train":
         parser.add_argument("overrides", nargs="*")

@@ -11,14 +11,13 @@ utterances of every step: nothing lost, nothing repeated. The exit code is 1 if 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
@@ -33,19 +32,14 @@ def command_line() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of these kills")
     parser.add_argument("--list", action="store_true", help="print the names of the faults and end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+    add_overrides(parser)
     return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    return command_line().parse_intermixed_args(arguments)
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the drill and print a table; 1 if anything was lost."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     compute_on_cpu()
     os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     os.environ.update(GLOO_SOCKET_IFNAME="lo", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

@@ -10,12 +10,11 @@ not encoded again, and an interrupted command goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.config import load_config
 from mome_dist.config.derived import encoder_sections, refuse_lora
 from mome_dist.config.models import settle_models
@@ -31,19 +30,14 @@ def command_line() -> Parser:
     parser = command_parser("prepare features", __doc__)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where features go (data.features_dir, the cache)")
     parser.add_argument("--split", action="append", metavar="NAME", help="a split (those that training reads)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+    add_overrides(parser)
     return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    return command_line().parse_intermixed_args(arguments)
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check the configuration, then encode with all ranks."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     config = load_config(options.overrides)
     check_values(config)
     settle_models(config, encoder_sections(config))

@@ -10,7 +10,6 @@ The cache is $MOME_DIST_CACHE, or ~/.cache/mome_dist.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -32,15 +31,10 @@ def command_line() -> Parser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    return command_line().parse_args(arguments)
-
-
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_args(arguments)
     # Conversion runs on the CPU; saying so keeps DeepSpeed (imported by Transformers) from warning about its guess,
     # and Transformers' own bars would tear the status line.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,12 +11,11 @@ winner's memory and time consist of, and why other layouts are out.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.planning.command import add_cluster_options, add_job_options, plan_command
 
 
@@ -29,19 +28,14 @@ def command_line() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write-parallel", type=Path, metavar="YAML", help="write the winner for configs/parallel")
     parser.add_argument("--write-deepspeed", type=Path, metavar="JSON", help="write its DeepSpeed configuration")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+    add_overrides(parser)
     return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    return command_line().parse_intermixed_args(arguments)
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    plan_command(parse_arguments(arguments))
+    plan_command(command_line().parse_intermixed_args(arguments))
 
 
 if __name__ == "__main__":

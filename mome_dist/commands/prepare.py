@@ -53,11 +53,6 @@ def command_line() -> Parser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    return command_line().parse_args(arguments)
-
-
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory of the corpus")
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
@@ -85,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_args(arguments)
     settings = PreparationSettings(**{field.name: getattr(options, field.name) for field in fields(DEFAULTS)})
     lists = {split: path for split in SPLITS if (path := getattr(options, split, None)) is not None}
     if settings.source == "manifests" and not lists:

@@ -12,7 +12,6 @@ DeepSpeed's zero_to_fp32 and ds_to_universal stop at checkpoints with experts; `
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -38,15 +37,10 @@ def command_line() -> Parser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    return command_line().parse_args(arguments)
-
-
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reshard and say what was done."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quiet_libraries()
     logging.disable(logging.WARNING)

@@ -9,7 +9,6 @@ the corpus at once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -37,11 +36,6 @@ def command_line() -> Parser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    return command_line().parse_args(arguments)
-
-
 def print_figures(corpus: Corpus) -> int:
     """Print a line a split; return the number of utterances."""
     total = 0
@@ -56,7 +50,7 @@ def print_figures(corpus: Corpus) -> int:
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_args(arguments)
     settings = SyntheticSettings(
         train=options.train,
         validation=options.validation,

@@ -12,14 +12,13 @@ JSON file.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.planning.command import add_cluster_options, add_job_options
 from mome_dist.quiet import quiet_libraries
@@ -42,19 +41,14 @@ def command_line() -> Parser:
     parser.add_argument("--write", type=Path, metavar="JSON", help="write the best settings there instead")
     add_cluster_options(parser)
     add_job_options(parser)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+    add_overrides(parser)
     return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    return command_line().parse_intermixed_args(arguments)
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     if options.shrink:
         compute_on_cpu()
         os.environ["HF_HUB_OFFLINE"] = "1"

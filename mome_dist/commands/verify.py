@@ -12,14 +12,13 @@ anything differs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.quiet import quiet_libraries
 
@@ -32,19 +31,14 @@ def command_line() -> Parser:
     parser.add_argument("--only", action="append", default=[], help="cases whose name contains this text")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), help="one optimiser instead of both")
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps of each run")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for mome-dist train")
+    add_overrides(parser)
     return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line; what is no option is a Hydra override."""
-    return command_line().parse_intermixed_args(arguments)
 
 
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify and print a table; 1 if anything differs."""
-    options = parse_arguments(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     compute_on_cpu()
     os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     quiet_libraries()

@@ -14,9 +14,10 @@ from pathlib import Path
 import yaml
 
 from mome_dist.config.load import files_of
+from mome_dist.config.yaml_files import read_yaml
 from mome_dist.paths import configs_dir
+from mome_dist.text_files import lines_of
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML was built with it
 Comment = tuple[str, ...]
 """Its lines, without the sign before them."""
 
@@ -67,9 +68,9 @@ def comments_of(overrides: Sequence[str]) -> Comments:
 
 def read_comments(path: Path) -> tuple[Comment, dict[str, Comment]]:
     """The comment at the top of a YAML file, and those of its keys."""
-    text = path.read_text(encoding="utf-8")
+    text, node = read_yaml(path)
     lines = text.splitlines()
-    places = dict(_keys(yaml.compose(text, Loader=_LOADER), ""))
+    places = dict(_keys(node, ""))
     first = min(places.values(), default=(len(lines), 0, 0))[0]
     top = [line.lstrip("#")[1:] for line in lines[:first] if line.startswith("#") and not line.startswith("# @package")]
     return tuple(top), {
@@ -116,6 +117,6 @@ def _all_files() -> Iterator[tuple[str, str]]:
     root = configs_dir()
     files = [path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml")]
     for file in sorted(files, key=lambda file: (file.name != "base", file)):
-        text = (root / f"{file}.yaml").read_text(encoding="utf-8")
-        if "# @package _global_" not in text and file.parts[0] not in ("launcher", "published") and file.parent.name:
+        section = file.parts[0] not in ("launcher", "published") and file.parent.name
+        if section and "# @package _global_" not in lines_of(root / f"{file}.yaml"):
             yield file.as_posix(), ".".join(file.parts[:-1])

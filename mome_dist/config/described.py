@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
 from mome_dist.config.comments import comments_of, read_comments
-from mome_dist.config.load import options_of
+from mome_dist.config.load import hydra_on_configs, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.paths import configs_dir
 
@@ -58,8 +57,7 @@ def options(group: str) -> dict[str, str]:
 
 def of_run() -> list[Described]:
     """All keys of a run, section by section."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+    with hydra_on_configs():
         values = dict(_flat(OmegaConf.to_container(compose("config")), ""))  # ${cache:...} stays as it is written
     comments = {key: " ".join(map(str.strip, lines)) for key, lines in comments_of([]).of_key.items()}
     kinds = dict(_kinds(RunConfig, ""))

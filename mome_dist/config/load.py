@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mome_dist.config.schema import RunConfig
 from mome_dist.config.synthetic import SyntheticSettings, default_corpus_dir
+from mome_dist.config.yaml_files import told_by_file
 from mome_dist.errors import UserError
 from mome_dist.files import write_text
 from mome_dist.hints import SWEEP, did_you_mean, hint, near
@@ -61,12 +63,19 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
+@contextmanager
+def hydra_on_configs() -> Iterator[None]:
+    """Hydra on the files of ``configs/``. Raises UserError for one that is no YAML."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"), told_by_file(configs_dir().rglob("*.yaml")):
+        yield
+
+
 def _composed(overrides: Sequence[str]) -> DictConfig:
     """The YAML files that overrides choose, and after them what a method's authors set in the experiment: the file of
     ``configs/published/EXPERIMENT`` that is named after the method's family, and perhaps the task. It may replace
     groups; the command line still has the last word."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+    with hydra_on_configs():
         composed = compose("config", list(overrides), return_hydra_config=True)
         if published := _published(composed):
             return compose("config", [*overrides, published])
@@ -90,8 +99,7 @@ def files_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
     Returns:
         Of each, its place in ``configs`` without the suffix, and the key that its own keys are below ("" for none).
     """
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+    with hydra_on_configs():
         composed = compose("config", list(overrides), return_hydra_config=True)
         words = [*overrides, *filter(None, [_published(composed)])]
         chosen = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
@@ -177,8 +185,7 @@ def load_group(group: str, option: str, overrides: Sequence[str], schema: type[S
         UserError: for an unknown key or a value of the wrong type.
     """
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        with hydra_on_configs():
             composed = compose(f"{group}/{option}", list(overrides))
         plain = OmegaConf.to_container(composed[group], resolve=True)
         return cast(Section, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))
@@ -193,7 +200,9 @@ def load_saved_config(path: Path) -> RunConfig:
         raise UserError(
             f"{path} does not exist; give the directory of a run, of one of its checkpoints, or of an export."
         )
-    return config_of(OmegaConf.load(path), path)
+    with told_by_file([path]):
+        values = OmegaConf.load(path)
+    return config_of(values, path)
 
 
 def config_of(values: Any, origin: Path) -> RunConfig:

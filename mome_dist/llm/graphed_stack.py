@@ -1,4 +1,4 @@
-"""The layers of the LLM as a graph forward and one backward (`mome_dist.graphs`), for passes of one number of tokens.
+"""The LLM's layers as one graph forward and one backward (`mome_dist.cuda_graphs`), for passes of one number of tokens.
 
 A pass of a few hundred tokens asks for thousands of kernels that take less time than asking does. Here the host asks
 for two graphs. Embeddings, projectors, the output layer, the counts of the routers and all collectives stay outside,
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.graphs.replay import Graphs, Replayed, Turn
+from mome_dist.cuda_graphs.replay import Graphs, Replayed, Turn
 from mome_dist.moe.balance import join_balance
 from mome_dist.moe.load import PassLoad, StackLoad
 from mome_dist.token_context import FixedTokens, TokenContext, aligned

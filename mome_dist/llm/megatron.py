@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
-from mome_dist.graphs.replay import Graphs
+from mome_dist.cuda_graphs.replay import Graphs
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.graphed_stack import GraphedStack
 from mome_dist.llm.norm import RMSNorm

@@ -12,7 +12,7 @@ from mome_dist.adapters.tensor_parallel import TensorParallelLoRA, TermsOfTokens
 from mome_dist.config.derived import llm_terms_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import RunConfig
-from mome_dist.graphs.kinds import graphs_of
+from mome_dist.cuda_graphs.kinds import graphs_of
 from mome_dist.llm.megatron import FrozenLLM, build_frozen_llm
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache

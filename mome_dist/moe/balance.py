@@ -172,8 +172,8 @@ def _sum_gradients(
 
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
-"""Of sums over the tokens of each view, fp32 [V, S], and their numbers, fp32 [V]
-(`mome_dist.moe.routers.base.Router`)."""
+"""A loss of the sums over the tokens of each view, fp32 [V, S], and of their numbers, fp32 [V]
+(`mome_dist.moe.routers.base.Router.batch_loss`)."""
 
 
 def batch_sums(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from mome_dist.training.precision import settle_precision
 from mome_dist.training.run_directory import owned_run
 from mome_dist.training.setup import Trainer, prepare, rank_console
 from mome_dist.training.step import StepLosses, forward_backward
-from mome_dist.training.step_progress import SHOWN_STEPS
+from mome_dist.training.step_progress import SHOWN_STEPS, over
 from mome_dist.training_log import Ends
 
 ROUTING_EVERY = 10  # steps between lines of routing.jsonl
@@ -91,11 +91,6 @@ def _told_losses(losses: Sequence[float]) -> str:
         return ""
     ends = Ends.of(losses)
     return f", loss {ends.last:.3f} (mean of the last {ends.window})"
-
-
-def _over(losses: Sequence[float]) -> str:
-    """Of how many steps a line of progress has the mean loss; nothing for one."""
-    return f" over {min(len(losses), SHOWN_STEPS)} steps" if len(losses) > 1 else ""
 
 
 def _describe(trainer: Trainer, console: Console) -> None:
@@ -187,7 +182,7 @@ def _run(
                 )
                 shown.update(
                     done,
-                    f"loss {fmean(losses[-SHOWN_STEPS:]):.3f}{_over(losses)}",
+                    f"loss {fmean(losses[-SHOWN_STEPS:]):.3f}{over(len(losses))}",
                     f"{sum(pace) / len(pace):,.0f} tokens/s",
                     f"{found.data_wait:.2f} s waited for data",
                 )

@@ -35,6 +35,7 @@ from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import llm_terms_of, lora_of, schedule_of, streams_of, views_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import AugmentationConfig
+from mome_dist.cuda_graphs.kinds import graphs_of
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.damage import check_damage, find_damage, forget_damage
 from mome_dist.data.encoding import Encoder, load_encoder, split_features
@@ -45,7 +46,6 @@ from mome_dist.data.prefetch import ClipLoader
 from mome_dist.data.transforms import Augmentation, ModalityDropout
 from mome_dist.engine.engine import Engine, check_settings
 from mome_dist.errors import UserError
-from mome_dist.graphs.kinds import graphs_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.llm.slice_cache import SliceCache
 from mome_dist.model.build import build_distributed
@@ -117,7 +117,7 @@ def prepare(
     console.print(f"{deepspeed.describe()} ({config.deepspeed.file})", highlight=False)
     device = current_device()
     if filled_tokens(config):
-        graphs_of(config.llm.graphs, device)
+        graphs_of(config.llm.graphs, device)  # refuses a device without them before anything is read
     report("reading the features", patient=True)
     corpus = Corpus.open(config.data.corpus)
     splits = {"train": config.data.train_split, "validation": config.data.validation_split}

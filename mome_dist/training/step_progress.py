@@ -21,6 +21,11 @@ def ignore(step: int, loss: float, accuracy: float) -> None:
     """The report that shows nothing."""
 
 
+def over(steps: int) -> str:
+    """Say of how many steps the numbers before it are means, of ``SHOWN_STEPS`` at most; nothing for one."""
+    return f" over {min(steps, SHOWN_STEPS)} steps" if steps > 1 else ""
+
+
 @contextmanager
 def step_progress(title: str, steps: int, console: Console) -> Iterator[StepReport]:
     """Show how many of ``steps`` steps are done on ``console`` (a quiet one on ranks that should be silent)."""
@@ -30,7 +35,6 @@ def step_progress(title: str, steps: int, console: Console) -> Iterator[StepRepo
         def report(step: int, loss: float, accuracy: float) -> None:
             losses.append(loss)
             accuracies.append(accuracy)
-            over = f" over {len(losses)} steps" if len(losses) > 1 else ""
-            shown.update(step + 1, f"loss {fmean(losses):.3f}", f"accuracy {fmean(accuracies):.3f}{over}")
+            shown.update(step + 1, f"loss {fmean(losses):.3f}", f"accuracy {fmean(accuracies):.3f}{over(len(losses))}")
 
         yield report

@@ -18,8 +18,7 @@ from mome_dist.data.films import film_with
 from mome_dist.errors import UserError, first_line
 from mome_dist.evaluation.checks import check_view
 from mome_dist.evaluation.decoding import batches_by_length, decode_tokens, lengths_of, prefixes_of, token_limits
-from mome_dist.inference.load import Encoder, LoadedRun, load_run
-from mome_dist.llm.hugging_face import DeviceMap
+from mome_dist.inference.load import Encoder, LoadedRun
 from mome_dist.speech.scoring import token_log_probs
 from mome_dist.speech.views import View, streams_read, view_of
 from mome_dist.transcription.inputs import (
@@ -228,28 +227,6 @@ class SpeechModel(Transcriber):
     def __init__(self, run: LoadedRun) -> None:
         self._run = run
         self._encoders: Mapping[str, Encoder] = {}
-
-    @classmethod
-    def load(
-        cls,
-        directory: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        precision: str | None = None,
-        select: str = "latest",
-        llm: str | Path | None = None,
-        audio_encoder: str | Path | None = None,
-        video_encoder: str | Path | None = None,
-        device_map: DeviceMap | None = None,
-    ) -> SpeechModel:
-        """Load a run, a checkpoint or an export; see `mome_dist.load`."""
-        given = {"llm": llm, "audio_encoder": audio_encoder, "video_encoder": video_encoder}
-        frozen = {section: place for section, place in given.items() if place is not None}
-        return cls(
-            load_run(
-                directory, device_of(device), frozen=frozen, select=select, device_map=device_map, precision=precision
-            )
-        )
 
     @property
     def run(self) -> LoadedRun:

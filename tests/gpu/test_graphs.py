@@ -1,6 +1,6 @@
 """The layers of training in graphs: they train what one process trains, and give the bits of the same layers outside.
 
-On a CPU the graphs are rehearsed (`mome_dist.graphs.rehearsal`).
+On a CPU the graphs are rehearsed (`mome_dist.cuda_graphs.rehearsal`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mome_dist.graphs.replay import Function
+from mome_dist.cuda_graphs.replay import Function
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.graphed_stack import GraphedStack
 from mome_dist.parallel.initialize import parallel_world

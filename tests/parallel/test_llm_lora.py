@@ -217,7 +217,7 @@ MOVED_TO = {
 @pytest.mark.parametrize("source", TRAINED_ON)
 @pytest.mark.parametrize("experts", [False, True], ids=["plain", "experts"])
 def test_checkpoints_move_between_layouts(tmp_path: Path, source: str, experts: bool) -> None:
-    """And engines load what is written for them, whose order of parameters follows from names alone."""
+    """Engines load what is written for them, since the order of their parameters follows from names alone."""
     mome = "mome.capacity_factor=null" if experts else "mome=none"
     probe = _probe(tmp_path / "llm", RATES, mome, "optimizer.epsilon=1e-2", "task.avsr_audio_rates=[4,16,10]")
     probe.config.optimizer = dataclasses.replace(probe.config.optimizer, warmup_steps=0)

@@ -31,7 +31,7 @@ def _rows() -> dict[str, list[str]]:
 
 
 def _losses(probes: list[Probe]) -> list[list[float]]:
-    """Of two steps of each, in one process."""
+    """The losses of two steps of each, trained in one process."""
     return [run_case(probe, Case("", Layout.for_world(1), dispatch="local"), "sgd", None).losses for probe in probes]
 
 

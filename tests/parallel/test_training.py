@@ -71,7 +71,7 @@ def _train_where(overrides: list[str], cache: Path, with_bf16: list[int]) -> lis
 def test_all_ranks_train_in_what_all_have_hardware_for(
     lab: Lab, tmp_path: Path, with_bf16: list[int], precision: str
 ) -> None:
-    """And go on in it, wherever the run is resumed."""
+    """A run goes on in the precision that it began with, wherever it is resumed."""
     steps, run = ["training.steps=4", "training.save_every=2"], tmp_path / "auto"
     told, open_ones = ([f"{frozen}.precision={way}" for frozen in FROZEN] for way in (precision, "auto"))
     explicit = lab.train(2, tmp_path / "explicit", *steps, *told, ep=2)

@@ -303,7 +303,7 @@ def test_nothing_in_the_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
         file = read_fairseq(inert)
         assert touch in torch.serialization.get_safe_globals(), "what others allow stays allowed"
     assert file.ignored == [f"{__name__}.touch"] and not witness.exists()
-    torch.load(inert, weights_only=False)
+    torch.load(inert, weights_only=False)  # unsafe on purpose, of a file that this test made
     assert witness.exists(), "the file would have done it"
     method = save(tmp_path / "method.pt", state, task_state=Attack(Path.touch, witness))  # by way of getattr
     with pytest.raises(UserError, match=r"method\.pt cannot be read .*<object that is not loaded>"):

@@ -319,6 +319,26 @@ def test_ratios_of_zero_and_clean_survive_the_configuration(overrides: list[str]
     assert load_saved_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"path: caf\xe9\n", r"odd\.yaml:1: column 10: byte 0xe9 is not UTF-8"),
+        (b"path: x\ntags: [1,\n", r"odd\.yaml:\d: not YAML: .*node"),
+        (b"path: x\npath: y\n", r"odd\.yaml:2: not YAML: found duplicate key path"),
+        (b"path: a\x0cb\n", r"odd\.yaml: not YAML: .*(?:control|special) characters"),
+    ],
+    ids=["latin-1", "unfinished", "twice", "form feed"],
+)
+def test_a_file_that_is_no_yaml_is_named(configs: Path, tmp_path: Path, content: bytes, told: str) -> None:
+    (configs / "llm/odd.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        load_config(["experiment=tiny", "llm=odd"])
+    (tmp_path / "odd.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        load_saved_config(tmp_path / "odd.yaml")
+    assert load_config(["experiment=tiny"]).name == "tiny", "a file that is not chosen stops nobody"
+
+
 YAML_FILES = sorted(configs_dir().rglob("*.yaml"))
 
 

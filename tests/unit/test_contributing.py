@@ -64,5 +64,5 @@ def test_what_every_form_must_do_the_example_does(form: str, check: Callable[...
 
 def test_its_command_is_understood() -> None:
     (command,) = re.findall(r"^mome-dist verify (.*)$", PAGE, re.M)
-    options = verify_layouts.parse_arguments(shlex.split(command))
+    options = verify_layouts.command_line().parse_intermixed_args(shlex.split(command))
     check_values(load_config(options.overrides))

@@ -309,7 +309,7 @@ def test_a_pickled_corpus_reads(tmp_path: Path) -> None:
     corpus = Corpus.open(small_corpus(tmp_path / "c"))
     first = corpus.split("train")[0]
     expected = corpus.audio(first)
-    copy = pickle.loads(pickle.dumps(corpus))
+    copy = pickle.loads(pickle.dumps(corpus))  # of this process, as multiprocessing does it
     np.testing.assert_array_equal(copy.audio(first), expected)
     corpus.close()
     np.testing.assert_array_equal(corpus.audio(first), expected)

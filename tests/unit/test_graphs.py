@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
+from mome_dist.cuda_graphs.kinds import CudaGraphs, graphs_of
+from mome_dist.cuda_graphs.rehearsal import RehearsedGraphs
+from mome_dist.cuda_graphs.replay import Replayed, Turn
 from mome_dist.errors import UserError
-from mome_dist.graphs.kinds import CudaGraphs, graphs_of
-from mome_dist.graphs.rehearsal import RehearsedGraphs
-from mome_dist.graphs.replay import Replayed, Turn
 
 Run = Callable[..., tuple[Tensor, ...]]
 

@@ -72,6 +72,7 @@ def test_submitit_gives_ranks_their_cores_interface_and_options() -> None:
         *("--kill-on-bad-exit=1", "--distribution=block", "--cpus-per-task=6", "--mpi=none")
     ]
     assert parameters(given, "x")["cpus_per_task"] == 6
+    # Submitit pickles what it starts; these bytes are of this process.
     task = pickle.loads(pickle.dumps(RankTask("this_module_says_nothing", (), 3, given.variables)))
     assert task.variables == {"MOME_DIST_INTERFACE": "ib0"}
 

@@ -211,7 +211,7 @@ def test_every_name_of_another_framework_leads_to_a_key() -> None:
 
 @pytest.mark.parametrize("section", ["llm", "audio_encoder", "video_encoder"])
 def test_every_model_that_a_group_names_has_an_origin(section: str) -> None:
-    """And its file names the same command or the same model of the hub."""
+    """The file of the option names the same command, or the same model of the hub."""
     for path in (configs_dir() / section).glob("*.yaml"):
         text = path.read_text()
         for name in re.findall(r"^path: \$\{cache:\w+/([\w.-]+)\}", text, re.MULTILINE):

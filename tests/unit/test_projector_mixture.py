@@ -265,7 +265,7 @@ def test_gradients_in_training_are_those_of_the_losses_of_all_ranks(form: str, m
     monkeypatch.setattr("mome_dist.moe.load.dist", network)
 
     def gradients(features: Mapping[str, Sequence[Tensor]]) -> tuple[dict[str, Any], dict[str, float]]:
-        """Of a rank's part, and of the routes of both ranks."""
+        """The losses of a rank's part, and those of the routes of both ranks."""
         projectors = _projectors(form)
         assert projectors.mixture is not None
         balance = ProjectorBalance(projectors.mixture, network)  # type: ignore[arg-type]

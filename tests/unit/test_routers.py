@@ -135,8 +135,8 @@ def test_a_token_of_null_experts_alone_has_gates_and_gradients_of_zero() -> None
 
 
 def test_both_parts_of_the_null_balance_are_the_published_loss_where_loads_are_even() -> None:
-    """Of even probabilities, all choices of which half are null: (E + M) (sum of f P) is 1, of which the nulls' part is
-    a half."""
+    """Where probabilities are even and half of the choices are null, (E + M) (sum of f P) is 1, and the nulls' part is
+    a half of it."""
     router = _router("null_experts", 8, nulls=24, null_loss=1.0)
     logits_TE = 1e-4 * _normal(64, 48)
     routing = router.route(logits_TE, None)

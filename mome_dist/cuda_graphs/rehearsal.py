@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mome_dist.graphs.replay import Function
+from mome_dist.cuda_graphs.replay import Function
 
 _UNWRITTEN = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
 _INDEXING = {"index", "index_put", "index_put_"}
@@ -26,7 +26,7 @@ _COPYING = {"tolist", "cpu", "numpy", "tensor", "as_tensor", "from_numpy"}
 
 
 class RehearsedGraphs:
-    """A `mome_dist.graphs.replay.Graphs`, to the letter of `torch.cuda.make_graphed_callables`."""
+    """A `mome_dist.cuda_graphs.replay.Graphs`, to the letter of `torch.cuda.make_graphed_callables`."""
 
     def __call__(self, function: Function, samples: tuple[Tensor, ...]) -> Function:
         wanted = [each for each in samples if each.requires_grad]

@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mome_dist.cuda_graphs.rehearsal import RehearsedGraphs
+from mome_dist.cuda_graphs.replay import Function, Graphs
 from mome_dist.errors import UserError
-from mome_dist.graphs.rehearsal import RehearsedGraphs
-from mome_dist.graphs.replay import Function, Graphs
 
 
 class CudaGraphs:

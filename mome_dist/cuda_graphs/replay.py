@@ -2,7 +2,7 @@
 
 A graph does on every replay what was done at its capture: the same kernels, on the same addresses, with every number
 that the host gave at the time. So inputs are copied into fixed buffers, shapes never change, and parameters stay where
-they are. Capture and replay are torch's own, or on any device their rehearsal (`mome_dist.graphs.kinds`); what
+they are. Capture and replay are torch's own, or on any device their rehearsal (`mome_dist.cuda_graphs.kinds`); what
 surrounds them here is the same for both.
 
 Torch's callables give out their buffers themselves, which the next replay overwrites: autograd keeps the gradient of a
