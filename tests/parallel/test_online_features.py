@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import data_wait
 from mome_dist.assets import asset_dir
 from mome_dist.config import load_config
 from mome_dist.config.schema import AugmentationConfig, NoiseConfig, RunConfig
@@ -56,6 +58,27 @@ def test_without_augmentation_training_is_that_of_the_cache(lab: Lab, tmp_path: 
     # over the thousands of independent features of a step that is sqrt(1 / 500) * 2^-11 / sqrt(1000) < 1e-6.
     np.testing.assert_allclose(losses, cached, rtol=5e-6)
     assert len(losses) == 5
+
+
+def test_the_benchmark_of_waiting_trains_every_way_and_reads_its_log(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(module: str, processes: int, arguments: list[str]) -> int:
+        """As the launcher, in forks that have imported what a new process takes ten seconds for."""
+        output = Path(arguments[-1].removeprefix("output_dir="))
+        return 0 if module == "mome_dist.train" and lab.train(processes, output, *arguments[1:]) else 1
+
+    monkeypatch.setattr(data_wait, "launch", launch)
+    monkeypatch.setattr(data_wait, "FIRST_STEPS", 1)
+    results = tmp_path / "results"
+    assert data_wait.main(["--nproc", "1", "--steps", "2", "--rounds", "1", "--results", str(results)]) == 0
+    figures = json.loads((results / "data_wait.json").read_text())["figures"]
+    assert set(figures) == set(data_wait.CASES)
+    for case in figures.values():
+        assert len(case["seconds"]) == 2
+        assert all(0 < wait < step for wait, step in zip(case["data_wait_seconds"], case["seconds"], strict=True))
+    rows = [line for line in (results / "data_wait.md").read_text().splitlines() if "in the step" in line]
+    assert len(rows) == 2
 
 
 def test_augmentation_is_felt(augmented: tuple[list[float], Path], lab: Lab, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 
 from benchmarks import (
     data_speed,
+    data_wait,
     decode,
     encoder_padding,
     encoder_sound,
@@ -348,6 +349,7 @@ def test_documented_commands_are_understood() -> None:
         "save_stall": save_stall,
         "train_step": train_step,
         "data_speed": data_speed,
+        "data_wait": data_wait,
     }
     scripts |= {"decode": decode, "encoder_padding": encoder_padding, "padding_wer": padding_wer, "launches": launches}
     scripts |= {"encoder_sound": encoder_sound, "long_film": long_film, "routers": routers}
