@@ -93,6 +93,8 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
         raise UserError("no command is named; mome-dist --help lists them.")
     if family := family_of(words[0]):
         names = [command.name.partition(" ")[2] for command in family]
+        if len(words) == 1:
+            raise UserError(f"mome-dist {words[0]} is half a command: there are {', '.join(names)}.")
         meant = did_you_mean([f"mome-dist {words[0]} {name}" for name in near(words[1], names)])
         raise UserError(
             f"unknown command mome-dist {words[0]} {words[1]}{meant or ': there are ' + ', '.join(names) + '.'}"

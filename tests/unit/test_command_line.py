@@ -93,6 +93,7 @@ def test_tools_and_launchers_of_a_checkout_are_doors() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
+        ("launch --dry-run slurm", "mome-dist slurm is half a command: there are init."),
         ("evalute runs/x", "unknown command mome-dist evalute; did you mean mome-dist evaluate?"),
         ("zzz", "mome-dist --help lists the commands"),
         ("prepare lrs4 x", "did you mean mome-dist prepare lrs3"),
