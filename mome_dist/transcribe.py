@@ -42,8 +42,10 @@ from mome_dist.transcription.subtitles import FORMATS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mome_dist.config import RunConfig
     from mome_dist.inference.load import LoadedRun
     from mome_dist.transcription.model import SpeechModel
+    from mome_dist.transcription.reading import FilmReading
     from mome_dist.transcription.results import Transcript
     from mome_dist.transcription.words import WordAligner
 
@@ -87,8 +89,8 @@ def command_line() -> Parser:
     return parser
 
 
-def _check(options: argparse.Namespace, view: View) -> list[Place]:
-    """What a glance finds wrong, before anything is loaded; the films otherwise."""
+def _films(options: argparse.Namespace) -> list[Place]:
+    """The films that are named, after a glance at the options."""
     if options.num_beams is not None and options.num_beams < 1:
         raise UserError(f"--num-beams {options.num_beams} must be at least 1.")
     if not 1 <= options.longest <= ENCODER_SECONDS:
@@ -99,7 +101,6 @@ def _check(options: argparse.Namespace, view: View) -> list[Place]:
             raise UserError(f"{len(places)} films are named: give --output DIR for their texts.")
         if len(options.format) > 1:
             raise UserError(f"--format {','.join(options.format)} is more than one text: give --output DIR.")
-        film_with(places[0].film, streams_read([view]))
     return places
 
 
@@ -107,10 +108,12 @@ def _check(options: argparse.Namespace, view: View) -> list[Place]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and write the texts."""
     options = command_line().parse_args(arguments)
+    places = _films(options)
     view = view_of(options.audio_rate, options.video_rate)
     config = config_of_trained(find_trained(options.run))
     check_view(config, view, "rates")
-    places = _check(options, view)
+    if options.output is None:
+        film_with(places[0].film, streams_read([view]))  # says what is wrong before anything heavy is imported
     if view not in (trained := views_of(config)):
         print(f"note: {view} was not trained; trained: {', '.join(map(str, trained))}.", file=sys.stderr, flush=True)
 
@@ -119,15 +122,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from mome_dist.inference.load import load_run
     from mome_dist.transcription.model import SpeechModel, device_of
+    from mome_dist.transcription.reading import FilmReading
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    run = load_run(options.run, device_of(None), frozen=frozen_of(options))
+    begun: list[FilmReading] = []
+
+    def read_film(config: RunConfig) -> None:
+        """Read the film before any model is loaded: it is quick."""
+        if options.output is None:
+            begun.append(FilmReading(config, places[0].film, view, options.longest).begin())
+
+    run = load_run(options.run, device_of(None), frozen=frozen_of(options), check=read_film)
     named = f"{run.config.name}, step {run.step}, {view}{'' if view in trained else ' (not trained)'}"
     aligner = _aligner(run, view, console) if set(options.format) - {"txt"} else None
     work = _Work(options, view, SpeechModel(run), aligner, console)
     started = time.perf_counter()
     if options.output is None:
-        found = work.transcribe(places[0].film, shown=console.is_terminal)
+        found = work.transcribe(begun[0], shown=console.is_terminal)
         console.print(f"{named}: {found.seconds:.2f} s of film, {time.perf_counter() - started:.2f} s", markup=False)
         print(FORMATS[options.format[0]](found), end="", flush=True)
         return 0
@@ -164,7 +175,7 @@ class _Work:
     aligner: WordAligner | None
     console: Console
 
-    def transcribe(self, film: Path, shown: bool) -> Transcript:
+    def transcribe(self, film: Path | FilmReading, shown: bool) -> Transcript:
         """What is said in one film; ``shown`` draws how far it has come."""
         from mome_dist.progress import progress
         from mome_dist.transcription.films import transcribe_film
@@ -182,7 +193,7 @@ class _Work:
                 heard=lambda done, seconds: bar.update(round(done), total=round(seconds)),
             )
         for note in found.notes:
-            self.console.print(f"{film}: {note}", markup=False)
+            self.console.print(f"{found.path}: {note}", markup=False)
         return found
 
     def write(self, places: Sequence[Place]) -> tuple[float, list[Path]]:

@@ -17,7 +17,7 @@ from mome_dist.data.media import FPS, SAMPLE_RATE, Audio
 CHUNK_SECONDS = 512 / SAMPLE_RATE  # the detector knows no other length
 SPEAKS, SILENT = 0.5, 0.35  # speech begins above the first and ends below the second; both are Silero's own values
 PAUSE = 0.5  # seconds; a shorter silence lies between words, not between sentences
-MARGIN = 0.25  # seconds that are kept before and after speech, at most half of the pause
+MARGIN = PAUSE / 2  # seconds that are kept before and after speech: stretches never overlap
 
 Probabilities = NDArray[np.float32]
 """That somebody speaks, for every chunk of `CHUNK_SECONDS`."""
@@ -51,7 +51,8 @@ def stretches_of_speech(probabilities: Probabilities, seconds: float, longest: f
         longest: in seconds.
     """
     found: list[Stretch] = []
-    for first, last in _widened(_runs(probabilities), seconds):
+    for start, end in _runs(probabilities):
+        first, last = _whole(max(start - MARGIN, 0.0)), _whole(min(end + MARGIN, seconds))
         while last - first > longest:
             early, late = (round((first + part * longest) / CHUNK_SECONDS) for part in (0.5, 1.0))
             quietest = early + int(np.argmin(probabilities[early:late]))
@@ -83,15 +84,6 @@ def _runs(probabilities: Probabilities) -> list[tuple[float, float]]:
         else:
             runs.append((start, end))
     return runs
-
-
-def _widened(runs: list[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
-    """Runs with `MARGIN` on both sides, inside of the recording and apart from each other."""
-    edges = [0.0, *((before[1] + after[0]) / 2 for before, after in pairwise(runs)), seconds]
-    return [
-        (_whole(max(start - MARGIN, edges[number])), _whole(min(end + MARGIN, edges[number + 1])))
-        for number, (start, end) in enumerate(runs)
-    ]
 
 
 def whole_pictures(seconds: float) -> int:

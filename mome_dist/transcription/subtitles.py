@@ -1,7 +1,12 @@
-"""Transcripts as files: text, JSON, subtitles (SubRip and WebVTT, written by pysubs2) and NIST's CTM."""
+"""Transcripts as files: text, JSON, subtitles (SubRip and WebVTT) and NIST's CTM.
+
+Subtitles are written here: pysubs2 takes braces in a text for styling and drops what is in them, and webvtt-py does so
+with angle brackets. Tests read them with parsers of others.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -74,17 +79,22 @@ def _cue(words: Sequence[Word]) -> tuple[float, float, str]:
     return words[0].start, words[-1].end, "\n".join(_wrapped(words))
 
 
-def _subtitles(transcript: Transcript, form: str) -> str:
-    from pysubs2 import SSAEvent, SSAFile
+def _blocks(transcript: Transcript, point: str, written: Callable[[str], str] = str) -> Iterator[str]:
+    shown = [cue for segment in transcript.segments for cue in cues(segment.words)]
+    for number, (start, end, text) in enumerate(shown, 1):
+        first = round(start * 1000)
+        last = max(round(end * 1000), first + 1)  # a cue of no length would never be seen
+        yield f"{number}\n{_clock(first, point)} --> {_clock(last, point)}\n{written(text)}\n"
 
-    file = SSAFile()
-    for segment in transcript.segments:
-        for start, end, text in cues(segment.words):
-            # A cue of no length would never be seen.
-            event = SSAEvent(start=round(start * 1000), end=max(round(end * 1000), round(start * 1000) + 1))
-            event.plaintext = text
-            file.append(event)
-    return file.to_string(form)
+
+def _clock(milliseconds: int, point: str) -> str:
+    seconds, thousandths = divmod(milliseconds, 1000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{thousandths:03}"
+
+
+def _webvtt(transcript: Transcript) -> str:
+    # What a cue says is markup, and a line with an arrow would be a time.
+    return "\n".join(["WEBVTT\n", *_blocks(transcript, ".", lambda text: html.escape(text, quote=False))])
 
 
 def _ctm(transcript: Transcript) -> str:
@@ -103,8 +113,8 @@ FORMATS: dict[str, Callable[[Transcript], str]] = {
     "jsonl": lambda transcript: "".join(
         json.dumps(_segment(segment), ensure_ascii=False) + "\n" for segment in transcript.segments
     ),
-    "srt": lambda transcript: _subtitles(transcript, "srt"),
-    "vtt": lambda transcript: _subtitles(transcript, "vtt"),
+    "srt": lambda transcript: "\n".join(_blocks(transcript, ",")),
+    "vtt": _webvtt,
     "ctm": _ctm,
 }
 """What writes a transcript, by the ending of its file."""

@@ -25,6 +25,9 @@ from mome_dist.transcription.results import Word
 
 FRAMES_PER_SECOND = 50
 _MEDIAN = 7  # frames; OpenAI's width
+# Seconds by which attention comes after a word's start: 0.068 with a standard deviation of 0.045, of 70 words of
+# synthetic speech, whose times are known, with tiny.en. Left in, words would be no closer than by their letters.
+_LAG = 0.06
 
 
 class WordAligner:
@@ -59,7 +62,8 @@ class WordAligner:
         self._spectrogram = WhisperFeatureExtractor.from_pretrained(directory, **place)
         self._tokenizer = AutoTokenizer.from_pretrained(directory, **place)
         settings = self._model.generation_config
-        self._heads: list[tuple[int, int]] = [tuple(each) for each in settings.alignment_heads or self._late_heads()]
+        named = getattr(settings, "alignment_heads", None) or self._late_heads()
+        self._heads: list[tuple[int, int]] = [(layer, head) for layer, head in named]
         begin = ["<|startoftranscript|>"]
         if getattr(settings, "is_multilingual", False):
             begin += ["<|en|>", "<|transcribe|>"]
@@ -93,7 +97,7 @@ class WordAligner:
         looks_HTF = torch.stack(
             [attention[layer][0, head, len(self._begin) - 1 : -1, :frames] for layer, head in self._heads]
         )
-        starts = warped(_cost(looks_HTF)) / FRAMES_PER_SECOND
+        starts = (warped(_cost(looks_HTF)) / FRAMES_PER_SECOND - _LAG).clip(min=0)
         edges = [0, *accumulate(len(piece) for piece in pieces)]
         return tuple(
             Word(word, float(starts[first]), float(starts[last]) if last < len(starts) else frames / FRAMES_PER_SECOND)

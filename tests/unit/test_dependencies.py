@@ -21,6 +21,7 @@ from mome_dist.extras import EXTRA_OF, told_if_missing
 ROOT = Path(__file__).resolve().parents[2]
 # Packages whose import has another name than the package.
 IMPORTS = {
+    "webvtt-py": "webvtt",
     "hydra-core": "hydra",
     "opencv-python-headless": "cv2",
     "megatron-core": "megatron",

@@ -148,11 +148,11 @@ MISTAKES: list[tuple[str, str]] = [
     ("report {runs}/none", "there is no such folder"),
     ("local --module mome_dist.evaluate {runs}/smal", "did you mean {run}?"),
     # Transcribing.
-    ("transcribe {run}", "required: file"),
+    ("transcribe {run}", "no film is named: give files, folders or patterns"),
     ("transcribe {run} {sound}", "add --audio-rate A to listen"),
     ("transcribe {run} {sound} --rate 4", "unknown option --rate; did you mean --audio-rate or --video-rate?"),
     ("transcribe {run} {text} --audio-rate 4", "notes.txt"),
-    ("transcribe {run} {empty} --audio-rate 4", "{empty} is a folder, not a file"),
+    ("transcribe {run} {empty} --audio-rate 4", "{empty}: no film in this folder or below it"),
     ("transcribe {run} none.mp4 --audio-rate 4", "none.mp4 does not exist"),
     ("transcribe {run} {film} --audio-rate 4", "has no audio stream: leave out --audio-rate"),
     ("transcribe {run} {sound} --audio-rate 4 --video-rate 2", "has no video stream: leave out --video-rate"),
