@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mome_dist.transfer import sent_to
@@ -57,11 +58,13 @@ class OneView(_Once):
         view: its name.
         modality_N: int8 [N], see `Modality`; None if all are text.
         tokens: N.
+        rows: utterances, which have as many tokens each, padding included.
     """
 
     view: str
     modality_N: Tensor | None
     tokens: int
+    rows: int = 1
     alive_N: None = None
 
     @property
@@ -73,6 +76,18 @@ class OneView(_Once):
         """fp32 [1, N]: all of them."""
         device = None if self.modality_N is None else self.modality_N.device
         return torch.ones(1, self.tokens, device=device)
+
+    def speech_means(self, values_NX: Tensor) -> Tensor | None:
+        """As in `mome_dist.moe.routers.base.RoutedTokens`."""
+        if self.modality_N is None:
+            return None
+        speech_BS1 = (self.modality_N != Modality.TEXT).view(self.rows, -1, 1).float()
+        sums_BX = (values_NX.unflatten(0, (self.rows, -1)) * speech_BS1).sum(dim=1)
+        return sums_BX / speech_BS1.sum(dim=1).clamp(min=1)
+
+    def of_utterances(self, values_BX: Tensor, tokens: int) -> Tensor:
+        """As in `mome_dist.moe.routers.base.RoutedTokens`; rows of beams lie beside each other."""
+        return values_BX.repeat_interleave(tokens // len(values_BX), dim=0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,8 @@ class TokenContext(_Once):
         alive_N: bool [N]; None if no token is dead.
         positions_N: int64 [N], of each token in its sequence; zero for dead tokens.
         prefixes: tokens of each sequence before its text, like ``lengths``; None where nobody said.
+        sequence_N: int64 [N], the number of each token's sequence; dead tokens are one more.
+        group: the ranks that have the other parts, if this is one; None where nobody said.
     """
 
     lengths: tuple[int, ...]
@@ -99,7 +116,9 @@ class TokenContext(_Once):
     modality_N: Tensor
     alive_N: Tensor | None
     positions_N: Tensor
+    sequence_N: Tensor
     prefixes: tuple[int, ...] | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(
@@ -133,6 +152,7 @@ class TokenContext(_Once):
             modality_N[:alive] = torch.as_tensor(modality, dtype=torch.int8)
         positions_N = torch.zeros(tokens, dtype=torch.int64)
         positions_N[:alive] = torch.cat([torch.arange(length) for length in lengths])
+        repeats = torch.tensor([*lengths, tokens - alive])
         return cls(
             lengths=lengths,
             view_names=tuple(name for name, _ in views),
@@ -142,6 +162,7 @@ class TokenContext(_Once):
             modality_N=modality_N,
             alive_N=torch.arange(tokens) < alive if tokens > alive else None,
             positions_N=positions_N,
+            sequence_N=torch.arange(len(repeats)).repeat_interleave(repeats),
             prefixes=None if prefixes is None else tuple(prefixes),
         )
 
@@ -161,8 +182,12 @@ class TokenContext(_Once):
         moved = {n: sent_to(v, device) for n, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **(values | moved))
 
-    def part(self, rank: int, ranks: int) -> Self:
-        """The ``rank``-th of ``ranks`` equal consecutive parts, for what looks at tokens one by one."""
+    def part(self, rank: int, ranks: int, group: dist.ProcessGroup | None = None) -> Self:
+        """The ``rank``-th of ``ranks`` equal consecutive parts, for what looks at tokens one by one.
+
+        Args:
+            group: the ranks, for what looks at whole sequences.
+        """
         if ranks == 1:
             return self
         size = self.tokens // ranks
@@ -179,7 +204,28 @@ class TokenContext(_Once):
             modality_N=self.modality_N[own],
             alive_N=alive_N,
             positions_N=self.positions_N[own],
+            sequence_N=self.sequence_N[own],
+            group=group,
         )
+
+    def speech_means(self, values_NX: Tensor) -> Tensor:
+        """As in `mome_dist.moe.routers.base.RoutedTokens`."""
+        # One product and not a scattered sum: the same bits every time, forward and backward.
+        of_speech_BN = self.once("speech of sequences", lambda: (self._members_BN * (self.modality_N != Modality.TEXT)))
+        sums_BX = torch.cat([of_speech_BN @ values_NX, of_speech_BN.sum(dim=1, keepdim=True)], dim=1)
+        if self.group is not None:
+            sums_BX = _SumOfRanks.apply(sums_BX, self.group)
+        return sums_BX[:, :-1] / sums_BX[:, -1:].detach().clamp(min=1)
+
+    def of_utterances(self, values_BX: Tensor, tokens: int) -> Tensor:
+        """As in `mome_dist.moe.routers.base.RoutedTokens`."""
+        return self._members_BN.t() @ values_BX
+
+    @property
+    def _members_BN(self) -> Tensor:
+        """fp32 [B, N], 1 where a token belongs to a sequence, else 0."""
+        numbers_B1 = torch.arange(len(self.lengths), device=self.sequence_N.device)[:, None]
+        return self.once("sequences", lambda: (self.sequence_N == numbers_B1).float())
 
     @cached_property
     def starts_B1(self) -> Tensor:
@@ -197,6 +243,25 @@ class TokenContext(_Once):
     def padding(self) -> Padding:
         """How sequences are padded where a product wants batches."""
         return Padding.of(self.lengths, self.view_sequences, self.modality_N.device)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """A sum over ranks that all of them use, each for tokens of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.group), None
+
+
+def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,18 @@ def forms(name: str) -> Iterator[list[str]]:
     """Overrides that choose a router, with every choice that its settings have."""
     kind = ROUTERS[name].settings
     chosen = [
-        [f"mome.router.{field.name}={value}" for value in field.metadata["choices"]]
+        [f"mome.router.{field.name}={_given(field, value)}" for value in field.metadata["choices"]]
         for field in dataclasses.fields(kind)
         if "choices" in field.metadata
     ]
     common = [f"mome/router={name}", f"mome.score={kind.scores[0]}", f"mome.renormalize={kind.renormalizes[0]}"]
     common.append("mome.dispatch=auto")
     return ([*common, *own] for own in itertools.product(*chosen))
+
+
+def _given(field: dataclasses.Field[Any], value: str) -> str:
+    """A choice as a configuration has it: of a list, one alone."""
+    return value if field.default_factory is dataclasses.MISSING else f"[{value}]"
 
 
 def saved(form: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -119,9 +124,12 @@ def local_form(form: list[str]) -> LocalMoME:
 
 @torch.no_grad()
 def spread(router: Router) -> None:
-    """Take tokens' experts apart: the initial values of maps give all nearly the same score."""
+    """Take tokens' experts apart: the initial values of maps give all nearly the same score, and what starts at zero
+    says nothing."""
     for parameter in router.parameters():
         parameter.mul_(10)
+        if not parameter.any():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
 
 
 def starts_as_a_no_op(form: list[str]) -> None:
@@ -156,7 +164,8 @@ def shards_add_up(form: list[str]) -> None:
     whole, rows_NH = context((8, 6, 7), 3), hidden(24, 2)
     counts_VE = whole.members_VN @ router(rows_NH, whole).selected_TE().float()
     totals, gradients = [], []
-    for ranks in (1, 3):
+    # Parts of an utterance that need each other's sums have a group of ranks: layouts are about it.
+    for ranks in (1, 1 if router.spec.settings.of_utterance else 3):
         losses, sums = list[Tensor](), list[Tensor]()
         for rank, own_TH in enumerate(rows_NH.chunk(ranks)):
             tokens = whole.part(rank, ranks)
@@ -204,7 +213,7 @@ def evaluation_chooses_what_training_does(form: list[str]) -> None:
     trained_NH = module(rows_NH, None, tokens).detach()
     with torch.no_grad():
         torch.testing.assert_close(module.eval()(rows_NH, None, tokens), trained_NH, rtol=1e-5, atol=1e-6)
-        for number in (0, 7, 20):
+        for number in () if module.router.spec.settings.of_utterance else (0, 7, 20):
             own = tokens.part(number, tokens.tokens)
             alone_1H = module(rows_NH[number : number + 1], None, own)
             torch.testing.assert_close(alone_1H, trained_NH[number : number + 1], rtol=1e-5, atol=1e-6)
@@ -218,7 +227,7 @@ def _in_world(chosen: list[list[str]]) -> list[dict[str, float]]:
 
 def _distances(form: list[str], rank: int) -> dict[str, float]:
     """How far every dispatch is from the one-process form on the tokens of both ranks, and in how many numbers the
-    output of some tokens changes with all other tokens."""
+    output of an utterance changes with all other tokens."""
     from megatron.core import parallel_state
 
     config, found = configured(form), dict[str, float]()
@@ -286,10 +295,10 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _changed(module: ExpertParallelMoME, rows_NH: Tensor, tokens: TokenContext) -> float:
-    """In how many numbers the first five tokens' output differs when all others, and the dead ones, are something
-    else."""
-    others_NH = torch.cat([rows_NH[:5], 9 * hidden(len(rows_NH), 6)[5:]])
-    return float((module(others_NH, tokens)[:5] != module(rows_NH, tokens)[:5]).sum())
+    """In how many numbers the first utterance's output differs when all others, and dead tokens, are something else."""
+    own = tokens.lengths[0]
+    others_NH = torch.cat([rows_NH[:own], 9 * hidden(len(rows_NH), 6)[own:]])
+    return float((module(others_NH, tokens)[:own] != module(rows_NH, tokens)[:own]).sum())
 
 
 def every_dispatch_is_the_local_form(chosen: list[list[str]]) -> None:

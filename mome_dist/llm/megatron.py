@@ -213,7 +213,8 @@ class FrozenLLM(GPTModel):
         own = context
         if self.config.sequence_parallel:
             ranks = parallel_state.get_tensor_model_parallel_world_size()
-            own = context.part(parallel_state.get_tensor_model_parallel_rank(), ranks)
+            group = parallel_state.get_tensor_model_parallel_group()
+            own = context.part(parallel_state.get_tensor_model_parallel_rank(), ranks, group)
             if embedded_N1H is not None:
                 embedded_N1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_N1H)
         graphed = self.graphed if torch.is_grad_enabled() else None

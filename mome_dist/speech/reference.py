@@ -188,7 +188,7 @@ class MoMESpeechLM(nn.Module):
     def _begin(self, view: View, modality_BS: Tensor) -> None:
         """Say what the next pass is of; tokens after those of ``modality_BS`` are text."""
         self._view, self._prefix_shape = view, (modality_BS.shape[0], modality_BS.shape[1])
-        self._prefix = OneView(str(view), modality_BS.flatten(), modality_BS.numel())
+        self._prefix = OneView(str(view), modality_BS.flatten(), modality_BS.numel(), modality_BS.shape[0])
         self._text = OneView(str(view), None, 0)
 
     def _tokens_of(self, hidden_BSH: Tensor) -> OneView:
@@ -200,7 +200,7 @@ class MoMESpeechLM(nn.Module):
             modality_BS = self._prefix.modality_N.view(self._prefix_shape)
             modality_N = modality_BS.repeat_interleave(rows // self._prefix_shape[0], dim=0).flatten()
             self._prefix_shape = rows, length
-            self._prefix = OneView(self._prefix.view, modality_N, rows * length)
+            self._prefix = OneView(self._prefix.view, modality_N, rows * length, rows)
         return self._prefix
 
     def part_sizes(self) -> dict[str, int]:

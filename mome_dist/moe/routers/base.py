@@ -46,6 +46,17 @@ class RoutedTokens(Protocol):
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What is computed of the tokens, without gradients, for all layers when the first of them asks."""
 
+    def speech_means(self, values_NX: Tensor) -> Tensor | None:
+        """fp32 [B, X], the mean of each utterance over its speech tokens, on whichever ranks they are; zero without
+        any. None for text that is written after utterances, whose means those of the pass before are."""
+
+    def of_utterances(self, values_BX: Tensor, tokens: int) -> Tensor:
+        """[N, X], each token's row of what `speech_means` gave; zero for dead tokens.
+
+        Args:
+            tokens: N.
+        """
+
 
 class ReadableExperts(Protocol):
     """The routed experts of a module, all of them on this rank."""

@@ -284,6 +284,60 @@ class AutonomySettings(RouterSettings):
         return "experts by how strongly they answer"
 
 
+@dataclass(frozen=True)
+class ConditionSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.condition.ConditionRouter`.
+
+    Attributes:
+        by: what shifts a token's scores beside its hidden state.
+        width: D of an embedding.
+        sparsity_loss, importance_loss: coefficients.
+    """
+
+    scores = ("softmax",)
+    by: list[str] = field(
+        default_factory=lambda: ["rate"], metadata={"choices": ("rate", "task", "modality", "utterance")}
+    )
+    width: int = 16
+    sparsity_loss: float = 0.0
+    importance_loss: float = 0.0
+
+    @property
+    def embedded(self) -> dict[str, GroupedSettings]:
+        """What makes the groups that have embeddings, by name, in order."""
+        return {by: GroupedSettings(by) for by in sorted(set(self.by) - {"utterance"})}
+
+    @property
+    def of_utterance(self) -> bool:
+        return "utterance" in self.by
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        if not self.by or len(set(self.by)) < len(self.by):
+            return f"by={self.by}: name at least one of rate, task, modality, utterance, and none twice."
+        if self.width < 1:
+            return f"width={self.width}: set 1 or more."
+        return negative("sparsity_loss", self.sparsity_loss) or negative("importance_loss", self.importance_loss)
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        groups = sum(len(each.groups(views)) for each in self.embedded.values())
+        return self._maps(hidden_size, experts) + groups * self.width
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self._maps(hidden_size, experts) + len(self.embedded) * self.width
+
+    def _maps(self, hidden_size: int, experts: int) -> int:
+        return self.outputs(experts, ()) * hidden_size + len(self.embedded) * experts * self.width
+
+    def outputs(self, experts: int, views: Sequence[View]) -> int:
+        return experts * (2 if self.of_utterance else 1)
+
+    def covers(self, view: View, views: Sequence[View]) -> bool:
+        return all(each.covers(view, views) for each in self.embedded.values())
+
+    def __str__(self) -> str:
+        return f"scores shifted by {', '.join(self.by)}"
+
+
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -308,4 +362,5 @@ ROUTERS: dict[str, Kind] = {
     "limoe": Kind(LimoeSettings, "mome_dist.moe.routers.limoe:LimoeRouter"),
     "autonomy": Kind(AutonomySettings, "mome_dist.moe.routers.autonomy:AutonomyRouter"),
     "smar": Kind(SmarSettings, "mome_dist.moe.routers.smar:SmarRouter"),
+    "condition": Kind(ConditionSettings, "mome_dist.moe.routers.condition:ConditionRouter"),
 }

@@ -23,8 +23,8 @@ class RouterSettings:
         renormalizes: what ``mome.renormalize`` may be.
         takes_bias: whether ``mome.bias_rate`` may be above 0.
         dispatches: that ``mome.dispatch`` may name.
-        batch_invariant: whether a token's experts depend on nothing but the token. Without it clips are decoded one by
-            one.
+        batch_invariant: whether a token's experts depend on nothing but the token, or its utterance. Without it clips
+            are decoded one by one.
     """
 
     scores: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
@@ -49,6 +49,11 @@ class RouterSettings:
     def outputs(self, experts: int, views: Sequence[View]) -> int:
         """Products of a token with hidden-size vectors in training, used or not."""
         return experts
+
+    @property
+    def of_utterance(self) -> bool:
+        """Whether a token's experts depend on other tokens of its utterance."""
+        return False
 
     def covers(self, view: View, views: Sequence[View]) -> bool:
         """Whether a router that was trained on ``views`` knows a view."""
