@@ -87,6 +87,12 @@ def check_experts(config: RunConfig, layout: Layout) -> None:
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
             "parallel.ep=1, or mome.dispatch=gather."
         )
+    if mome.alltoall_nodes > 1 and (layout.ep % mome.alltoall_nodes or mome.dispatch in ("gather", "local")):
+        raise UserError(
+            f"mome.alltoall_nodes={mome.alltoall_nodes} nodes have as many of the expert-parallel ranks each, which "
+            f"tokens travel between, but parallel.ep={layout.ep} and mome.dispatch={mome.dispatch}: set "
+            "mome.alltoall_nodes=1, or a divisor of parallel.ep with mome.dispatch=alltoall."
+        )
     router, form = router_of(config), find_form(mome.expert)
     able = [name for name in form.dispatches if name in router.settings.dispatches]
     if not dispatches(layout, mome.experts, router, mome.expert) or mome.dispatch not in ("auto", *able):

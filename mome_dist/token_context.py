@@ -211,7 +211,7 @@ class TokenContext(_Once):
     def speech_means(self, values_NX: Tensor) -> Tensor:
         """As in `mome_dist.moe.routers.base.RoutedTokens`."""
         # One product and not a scattered sum: the same bits every time, forward and backward.
-        of_speech_BN = self.once("speech of sequences", lambda: (self._members_BN * (self.modality_N != Modality.TEXT)))
+        of_speech_BN = self.once("speech of sequences", lambda: self._members_BN * (self.modality_N != Modality.TEXT))
         sums_BX = torch.cat([of_speech_BN @ values_NX, of_speech_BN.sum(dim=1, keepdim=True)], dim=1)
         if self.group is not None:
             sums_BX = _SumOfRanks.apply(sums_BX, self.group)

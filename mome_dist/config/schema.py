@@ -136,7 +136,9 @@ class MoMEConfig:
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     min_capacity: int = 4
-    drop_policy: str = one_of("probs", "position")
+    drop_policy: str = one_of("probs", "position", "reroute")
+    reroute_candidates: int | None = None
+    alltoall_nodes: int = 1
 
     @property
     def experts(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.graphs import check_graphs
-from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig, TrainingConfig
+from mome_dist.config.schema import DecodingConfig, MoMEConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
 from mome_dist.speech.views import streams_read
@@ -107,6 +107,8 @@ def _check_numbers(config: RunConfig) -> None:
         "mome.bias_rate": (config.mome.bias_rate, 0),
         "llm.sink_loss": (config.llm.sink_loss, 0),
         "mome.min_capacity": (config.mome.min_capacity, 1),
+        "mome.reroute_candidates": (config.mome.reroute_candidates, 1),
+        "mome.alltoall_nodes": (config.mome.alltoall_nodes, 1),
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
         "data.max_frames": (config.data.max_frames, 1),
@@ -277,11 +279,31 @@ def _check_router(config: RunConfig) -> None:
             raise UserError(f"mome.{key}={str(getattr(mome, key)).lower()} does not go with {router}: set {names}.")
     if mome.bias_rate > 0 and not kind.takes_bias:
         raise UserError(f"mome.bias_rate={mome.bias_rate} does not go with {router}, which takes no bias: set 0.")
+    if mome.drop_policy == "reroute":
+        _check_reroute(mome, kind.reroutes, router)
     if not kind.batch_invariant and config.decoding.batch_size > 1:
         raise UserError(
             f"decoding.batch_size={config.decoding.batch_size} does not go with {router}, whose choice for a clip "
             "depends on those beside it: set 1."
         )
+
+
+def _check_reroute(mome: MoMEConfig, reroutes: bool, router: str) -> None:
+    key = "mome.drop_policy=reroute"
+    if not reroutes:
+        raise UserError(f"{key} does not go with {router}, whose gates are of its own choice alone: set probs.")
+    if mome.eval_capacity_factor is not None:
+        raise UserError(
+            f"{key} is of training alone, since a clip would depend on its neighbours, but "
+            f"mome.eval_capacity_factor={mome.eval_capacity_factor}: set that to null."
+        )
+    if mome.capacity_factor is None:
+        raise UserError(
+            f"{key} sends on what a full expert does not take, and with mome.capacity_factor=null none is ever full: "
+            "set a factor such as 1.0, or mome.drop_policy=probs."
+        )
+    if mome.dispatch in ("gather", "local"):
+        raise UserError(f"{key} has no effect with mome.dispatch={mome.dispatch}, which drops nothing: set alltoall.")
 
 
 def check_learning(config: RunConfig) -> None:
@@ -291,10 +313,16 @@ def check_learning(config: RunConfig) -> None:
         UserError: naming the keys.
     """
     mome = config.mome
-    if mome.experts and mome.top_k == 1 and mome.renormalize:
+    if not mome.experts or not mome.renormalize:
+        return
+    kind = router_of(config).settings
+    least = min(mome.top_k, kind.choices(mome.routed_experts, views_of(config)))
+    if kind.learns and least == 1:
+        without = "mome.renormalize=false, or " if False in kind.renormalizes else ""
+        more = "mome.top_k=2" if mome.top_k == 1 else "experts enough that each group has two"
         raise UserError(
-            "mome.top_k=1 and mome.renormalize=true: the gate of one expert, divided by itself, is always 1, so that "
-            "its router learns nothing from the task. Set mome.renormalize=false, or mome.top_k=2."
+            f"mome.top_k={mome.top_k} and mome.renormalize=true: the gate of one expert, divided by itself, is always "
+            f"1, so that its router learns nothing from the task. Set {without}{more}."
         )
 
 

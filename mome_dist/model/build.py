@@ -71,6 +71,8 @@ def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch:
         eval_capacity_factor=config.mome.eval_capacity_factor,
         min_capacity=config.mome.min_capacity,
         drop_policy=config.mome.drop_policy,
+        reroute_candidates=config.mome.reroute_candidates,
+        alltoall_nodes=config.mome.alltoall_nodes,
         balance_loss=config.mome.balance_loss,
         z_loss=config.mome.z_loss,
         **mome_arguments(config),

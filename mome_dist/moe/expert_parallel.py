@@ -45,7 +45,8 @@ class ExpertParallelMoME(MoE):
         ep_size: expert-parallel ranks; divides ``routed_experts`` and the data-parallel size.
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
-        capacity_factor, eval_capacity_factor, min_capacity, drop_policy: see `AllToAllDispatch`.
+        capacity_factor, eval_capacity_factor, min_capacity, drop_policy, reroute_candidates, alltoall_nodes: see
+            `AllToAllDispatch`.
         balance_loss, z_loss: coefficients of the auxiliary losses.
 
     Attributes:
@@ -68,6 +69,8 @@ class ExpertParallelMoME(MoE):
         eval_capacity_factor: float | None = None,
         min_capacity: int = 4,
         drop_policy: str = "probs",
+        reroute_candidates: int | None = None,
+        alltoall_nodes: int = 1,
         balance_loss: float = 0.01,
         z_loss: float = 0.0,
     ) -> None:
@@ -83,9 +86,8 @@ class ExpertParallelMoME(MoE):
         gate = Gate(build_router(router, hidden_size, routed_experts, top_k))
         experts = RoutedExperts(self.num_local_experts, hidden_size, bottleneck, self.expert_group_name, expert)
         if dispatch == "alltoall":
-            self.deepspeed_moe = AllToAllDispatch(
-                self, gate, experts, capacity_factor, eval_capacity_factor, min_capacity, drop_policy
-            )
+            dropped = capacity_factor, eval_capacity_factor, min_capacity, drop_policy, reroute_candidates
+            self.deepspeed_moe = AllToAllDispatch(self, gate, experts, *dropped, alltoall_nodes)
         else:
             assert dispatch == "gather" or ep_size == 1, "local dispatch has every expert on every rank"
             self.deepspeed_moe = GatherDispatch(self, gate, experts)

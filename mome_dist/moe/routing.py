@@ -122,10 +122,27 @@ def route(
     # Scores rise with logits, which do not saturate.
     choice_TE = logits_TE if bias_E is None else scores_TE + bias_E
     experts_TK = choice_TE.topk(top_k, dim=-1).indices
-    gates_TK = strength_TE.gather(1, experts_TK).softmax(dim=-1) if renormalize else scores_TE.gather(1, experts_TK)
+    gates_TK = gates_of(experts_TK, strength_TE if renormalize else scores_TE, renormalize)
     if valid_T is not None:
         gates_TK = gates_TK * valid_T[:, None]
     return Routing(experts_TK, gates_TK, probs_TE, logits_TE, valid_T)
+
+
+def gates_of(experts_TK: Tensor, strength_TE: Tensor, renormalize: bool) -> Tensor:
+    """fp32 [T, K]: the gates of experts from scores, or from their logarithms where gates are divided by their sum."""
+    strength_TK = strength_TE.gather(1, experts_TK)
+    return strength_TK.softmax(dim=-1) if renormalize else strength_TK
+
+
+def gates_again(routing: Routing, experts_TK: Tensor, renormalize: bool, score: str) -> Tensor:
+    """fp32 [T, K]: the gates that `route` gives where tokens use other experts than it chose."""
+    logits_TE = routing.logits_TE
+    if score == "softmax":
+        strength_TE = logits_TE if renormalize else routing.probs_TE
+    else:
+        strength_TE = F.logsigmoid(logits_TE) if renormalize else logits_TE.sigmoid()
+    gates_TK = gates_of(experts_TK, strength_TE, renormalize)
+    return gates_TK if routing.valid_T is None else gates_TK * routing.valid_T[:, None]
 
 
 def choose_experts(

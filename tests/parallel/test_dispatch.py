@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from mome_dist.config import load_config
+from mome_dist.config.derived import router_of
 from mome_dist.moe.dispatch import gather
+from mome_dist.moe.dispatch.drops import kept, rerouted
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.experts import initial_value
 from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.routing import gates_again
 from mome_dist.moe.triton.experts import KernelRouting
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.token_context import TokenContext
 from tests.packed import counted, one_view
 from tests.parallel.worlds import run_world
 
@@ -239,3 +244,93 @@ def test_loads_and_drops_are_those_of_all_ranks() -> None:
     assert loads[0][EXPERTS:] == [7 + 26, 10 + 35]
     assert dropped[0] == np.bincount(np.concatenate(lost), minlength=EXPERTS).tolist()
     assert sum(dropped[0]) > 0
+
+
+ROUTED = {"separate": {}, "null_experts": {}, "condition": {}, "top_k": {"drop_policy": "reroute"}}
+VIEWS = ("asr(4)", "vsr(2)", "avsr(16,5)")
+
+
+def _several_views(rank: int) -> TokenContext:
+    """Of each view an utterance, with dead tokens behind; ranks have different numbers of them."""
+    lengths = [8 + 3 * rank, 6, 9]
+    return TokenContext.of([(view, [n]) for view, n in zip(VIEWS, lengths, strict=True)], multiple=1, least=26 + rank)
+
+
+def _with_capacity(ep: int, rank: int) -> dict[str, tuple[float, int, int]]:
+    """Of routers with a capacity: how far outputs and gradients are from the one-process form whose gates are zero
+    where a route has no slot; routes of this rank without one; the most of its rows that an expert takes."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for name, settings in ROUTED.items():
+        words = ["mome.routed_experts=6", "mome.top_k=2", "task.asr_audio_rates=[4]", "task.vsr_video_rates=[2]"]
+        words += ["task.avsr_audio_rates=[16]", "task.avsr_video_rates=[5]", f"mome/router={name}"]
+        spec = router_of(load_config(["experiment=tiny", *words]))
+        local = LocalMoME(*SHAPE, spec)
+        parallel = ExpertParallelMoME(*SHAPE, spec, ep_size=ep, capacity_factor=0.6, min_capacity=2, **settings)
+        parallel.set_deepspeed_parallelism()
+        parallel.set_token_group(parallel_state.get_data_parallel_group())
+        for module in (local, parallel):
+            module.initialize("mome.0", 3)
+            for parameter in module.router.parameters():
+                parameter.data.mul_(20)
+        with torch.no_grad():
+            local.routed.up_weight.normal_(generator=torch.Generator().manual_seed(1))
+            for number, kind, value in _experts(parallel, parallel.deepspeed_moe.experts.packed):
+                value.copy_(getattr(local.routed, kind)[parallel.ep_rank * (EXPERTS // ep) + number])
+        context = _several_views(rank)
+        hidden = _hidden(rank, context.tokens).requires_grad_()
+        output = parallel.train()(hidden, context)
+        (gradient,) = torch.autograd.grad(output.square().sum(), hidden)
+        again = hidden.detach().requires_grad_()
+        routing, dispatch = local.router(again, context), parallel.deepspeed_moe
+        experts_TK, taken_TK = routing.experts_TK, kept(routing, dispatch.capacity, dispatch.drop_policy)
+        gates_TK = routing.gates_TK
+        assert dispatch.kept_TK.equal(taken_TK)
+        if dispatch.drop_policy == "reroute":
+            experts_TK, taken_TK = rerouted(routing, taken_TK, dispatch.capacity, None)
+            gates_TK = gates_again(routing, experts_TK, spec.renormalize, spec.score)
+        gates_TE = torch.zeros(context.tokens, EXPERTS).scatter_add(1, experts_TK, gates_TK * taken_TK)
+        assert local.shared is not None
+        weights = local.routed.weights(), gates_TE, local.shared.weights()
+        expected = local.routed.form.dense(again, *weights)
+        (expected_gradient,) = torch.autograd.grad(expected.square().sum(), again)
+        pairs = ((output, expected), (gradient, expected_gradient))
+        error = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+        alive = slice(0, context.alive)
+        chosen_TK = torch.ones_like(taken_TK) if routing.chosen_TK is None else routing.chosen_TK
+        lost = int((chosen_TK[alive] & ~taken_TK[alive]).sum())
+        most = int(torch.bincount(experts_TK[taken_TK], minlength=EXPERTS).max())
+        found[name] = error, lost, most - dispatch.capacity
+    return found
+
+
+def test_full_experts_of_other_routers_and_policies_are_the_local_form_without_what_they_drop() -> None:
+    for found in _in_world(2, _with_capacity):
+        for name, (error, lost, over) in found.items():
+            assert error < 1e-6 and lost > 0 and over <= 0, (name, error, lost, over)
+
+
+def _by_nodes(ep: int, rank: int) -> list[list[torch.Tensor]]:
+    """Output, gradients of the input and of this rank's experts, without a capacity and with one, in one step and in
+    two."""
+    found = []
+    for settings in ({}, {"capacity_factor": 0.5, "min_capacity": 2}):
+        for nodes in (1, 2, 4):
+            module = _parallel(ep, dispatch="alltoall", alltoall_nodes=nodes, **settings)
+            gradients = _gradients(module, rank)
+            experts = module.deepspeed_moe.experts.packed.grad
+            assert experts is not None
+            found.append([*gradients.values(), experts])
+    return found
+
+
+def test_tokens_that_travel_in_two_steps_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks as one, two and four nodes; ranks have different numbers of tokens."""
+    monkeypatch.setitem(globals(), "EXPERTS", 8)
+    monkeypatch.setitem(globals(), "SHAPE", (HIDDEN, 8, TOP_K, 1, BOTTLENECK))
+    for found in _in_world(4, _by_nodes):
+        for whole, *others in (found[:3], found[3:]):
+            for other in others:
+                assert all(one.equal(two) for one, two in zip(whole, other, strict=True))
+        assert not found[0][0].equal(found[3][0]), "nothing was dropped"

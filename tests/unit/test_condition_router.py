@@ -129,7 +129,7 @@ def test_written_text_has_the_means_of_its_prefix(beams: int) -> None:
     module.routed.up_weight.normal_(generator=torch.Generator().manual_seed(1))
     lengths, before = (1 + SPEECH, SPEECH - 1), 1 + SPEECH
     kinds = [[Modality.TEXT, *[Modality.AUDIO] * (length - 1), *[Modality.TEXT] * TEXT] for length in lengths]
-    whole = TokenContext.of([("asr(4)", [length + TEXT for length in lengths])], sum(kinds, []), multiple=1)
+    whole = TokenContext.of([("asr(4)", [length + TEXT for length in lengths])], [*kinds[0], *kinds[1]], multiple=1)
     hidden_NH = _hidden(whole.tokens)
     expected = module.train()(hidden_NH, None, whole).split(whole.lengths)
     module.eval()

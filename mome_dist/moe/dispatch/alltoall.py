@@ -9,18 +9,21 @@ Source: GShard (arXiv 2006.16668) algorithm 2 for capacity; MegaBlocks (arXiv 22
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
+from mome_dist.moe.dispatch import drops
 from mome_dist.moe.dispatch.base import Dispatch, Gate
-from mome_dist.moe.dispatch.exchange import Flight, all_to_all, gathered
+from mome_dist.moe.dispatch.exchange import Exchange, Flight, all_to_all, gathered
+from mome_dist.moe.dispatch.two_steps import all_to_all_in_two_steps
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.ragged import Groups, by_expert
 from mome_dist.moe.routed import RoutedExperts
-from mome_dist.moe.routing import Routing
+from mome_dist.moe.routing import Routing, gates_again
 from mome_dist.token_context import TokenContext
 
 
@@ -32,7 +35,11 @@ class AllToAllDispatch(Dispatch):
             nothing.
         eval_capacity_factor: the same in evaluation.
         min_capacity: the least number of tokens.
-        drop_policy: "probs" keeps the most probable tokens of a full expert, "position" the first ones.
+        drop_policy: "probs" keeps the most probable tokens of a full expert, "position" the first ones; "reroute" does
+            as "probs", and sends the others where there is room (`mome_dist.moe.dispatch.drops`).
+        reroute_candidates: the most probable experts of a token that it may be sent to; None for all.
+        nodes: that the expert-parallel ranks are on, as many on each and one after another: tokens travel within nodes,
+            then between them. One for any.
     """
 
     def __init__(
@@ -44,11 +51,15 @@ class AllToAllDispatch(Dispatch):
         eval_capacity_factor: float | None,
         min_capacity: int,
         drop_policy: str,
+        reroute_candidates: int | None = None,
+        nodes: int = 1,
     ) -> None:
         super().__init__(moe, gate, experts)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.drop_policy = min_capacity, drop_policy
-        self.kept_TK: Tensor | None = None  # bool, which routes of the latest forward pass an expert took
+        self.reroute_candidates, self.nodes = reroute_candidates, nodes
+        # Bool, which routes of the latest forward pass the expert took that the router chose.
+        self.kept_TK: Tensor | None = None
         # Slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
         self.capacity: int | None = None
 
@@ -60,12 +71,15 @@ class AllToAllDispatch(Dispatch):
         counts_RX = counting.land().view(-1, self.num_experts + 1).tolist()
         self.capacity = self._capacity(counts_RX)
         self.kept_TK = self._keep(routing, self.capacity)
+        experts_TK, gates_TK, taken_TK = routing.experts_TK, routing.gates_TK, self.kept_TK
+        if self.capacity is not None and self.drop_policy == "reroute":
+            experts_TK, gates_TK, taken_TK, counting = self._reroute(routing, self.capacity)
+            counts_RX = counting.land().view(-1, self.num_experts + 1).tolist()
         sent_SE = self._rows_of_ranks(counts_RX)
         mine = dist.get_rank(self.ep_group) if self.ep_size > 1 else 0
-        order_R, tokens = by_expert(
-            routing.experts_TK.flatten(), self.kept_TK.flatten(), routing.experts_TK.shape[1], sum(sent_SE[mine])
-        )
-        gates_R = routing.gates_TK.flatten().index_select(0, order_R)
+        routes = sum(sent_SE[mine])
+        order_R, tokens = by_expert(experts_TK.flatten(), taken_TK.flatten(), experts_TK.shape[1], routes)
+        gates_R = gates_TK.flatten().index_select(0, order_R)
         local = slice(mine * self.num_local_experts, (mine + 1) * self.num_local_experts)
         received_SL = [row[local] for row in sent_SE]
         groups = Groups.of(received_SL, self.training, hidden_TH.device)
@@ -75,19 +89,25 @@ class AllToAllDispatch(Dispatch):
             output_TH = rows.collect(results_PH)
             return output_TH if shared is None else output_TH + shared(hidden_TH)
         held = self.num_local_experts
-        parts = [sum(sent_SE[mine][first : first + held]) for first in range(0, self.num_experts, held)]
-        rows_there = [sum(row) for row in received_SL]
-        there = [all_to_all(self.ep_group, parts, rows_there) for _ in range(2)]
+        firsts = range(0, self.num_experts, held)
+        rows_SD = [[sum(row[first : first + held]) for first in firsts] for row in sent_SE]
+        there = [self._exchange(rows_SD, mine) for _ in range(2)]
         there[0].start(gates_R)
         there[1].start(tokens.spread(hidden_TH))
         shared_TH = None if shared is None else shared(hidden_TH)
         gates_P = groups.gates(there[0].finish())
         rows_PH = groups.placement.spread(there[1].finish())
         results_PH = self.experts.ragged(rows_PH, gates_P, laid_out, groups)
-        back = all_to_all(self.ep_group, rows_there, parts)
+        back = self._exchange([list(column) for column in zip(*rows_SD, strict=True)], mine)
         back.start(groups.placement.collect(results_PH))
         output_TH = tokens.collect(back.finish())
         return output_TH if shared_TH is None else output_TH + shared_TH
+
+    def _exchange(self, rows_SD: list[list[int]], mine: int) -> Exchange:
+        """Of so many rows from each rank (first axis) to each (second axis)."""
+        if self.nodes > 1:
+            return all_to_all_in_two_steps(self.ep_group, rows_SD, mine, self.nodes)
+        return all_to_all(self.ep_group, rows_SD[mine], [row[mine] for row in rows_SD])
 
     def kept(self) -> Tensor | None:
         return None if self.capacity is None else self.kept_TK
@@ -122,8 +142,7 @@ class AllToAllDispatch(Dispatch):
         if factor is None:
             return None
         tokens = max(counts_X[-1] for counts_X in counts_RX)
-        share = tokens * self.router.mean_top_k / self.num_experts
-        return max(math.ceil(share * factor), self.min_capacity)
+        return drops.slots(tokens, self.router.mean_top_k, self.num_experts, factor, self.min_capacity)
 
     def _rows_of_ranks(self, counts_RX: list[list[int]]) -> list[list[int]]:
         """Routes that are kept, of every expert-parallel rank (first axis) to every expert (second axis): whatever the
@@ -137,17 +156,19 @@ class AllToAllDispatch(Dispatch):
 
     def _keep(self, routing: Routing, capacity: int | None) -> Tensor:
         """Bool [T, K]: the routes of tokens, not of padding, that their experts take."""
-        if capacity is None:
-            kept_TK = routing.chosen_TK
-            if kept_TK is None:
-                kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
-            return kept_TK if routing.valid_T is None else kept_TK & routing.valid_T[:, None]
-        selected_TE = routing.selected_TE()
-        if self.drop_policy == "position":
-            kept_TE = selected_TE & (selected_TE.cumsum(dim=0) <= capacity)
-        else:
-            strength_TE = torch.where(selected_TE, routing.probs_TE, -1.0)
-            strongest_CE = strength_TE.topk(min(capacity, strength_TE.shape[0]), dim=0).indices
-            kept_TE = selected_TE & torch.zeros_like(selected_TE).scatter_(0, strongest_CE, True)
-        kept_TK = kept_TE.gather(1, routing.experts_TK)
-        return kept_TK if routing.chosen_TK is None else kept_TK & routing.chosen_TK
+        if capacity is not None:
+            return drops.kept(routing, capacity, self.drop_policy)
+        kept_TK = routing.chosen_TK
+        if kept_TK is None:
+            kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+        return kept_TK if routing.valid_T is None else kept_TK & routing.valid_T[:, None]
+
+    def _reroute(self, routing: Routing, capacity: int) -> tuple[Tensor, Tensor, Tensor, Flight]:
+        """Experts, gates and which of them count, [T, K] each, after routes without a slot went to others; and how many
+        rows of each rank then travel, as `_count` has them."""
+        assert self.kept_TK is not None
+        experts_TK, taken_TK = drops.rerouted(routing, self.kept_TK, capacity, self.reroute_candidates)
+        form = self.router.spec
+        gates_TK = gates_again(routing, experts_TK, form.renormalize, form.score)
+        moved = replace(routing, experts_TK=experts_TK, chosen_TK=taken_TK)
+        return experts_TK, gates_TK, taken_TK, self._count(moved)

@@ -6,8 +6,8 @@ modality, or the mean of the utterance's speech tokens at this layer's input. V_
 that its mean looks at nothing that is still to be written, and text has the same one in training and in decoding.
 
 Two losses, with P of a token and its mean P' over the tokens of a view in the global batch: the mean over tokens of
-``||P||_1 / ||P||_2``, 1 where a token is sure and the root of E where it is not; and ``E sum_e P'_e^2``, 1 where experts
-are used evenly and E where one is used alone, in the mean over views.
+``||P||_1 / ||P||_2``, 1 where a token is sure and the root of E where it is not; and ``E sum_e P'_e^2``, 1 where
+experts are used evenly and E where one is used alone, in the mean over views.
 
 Source: SpeechMoE2 (arXiv 2111.11831): a router that reads a layer's input beside a global embedding of the utterance's
 domain or accent. Which embeddings, that each shifts the logits by a map of its own, and the start at zero are this

@@ -72,6 +72,7 @@ class TopPSettings(RouterSettings):
         entropy_loss: coefficient of the mean entropy of the probabilities, in nats.
     """
 
+    reroutes = False
     scores = ("softmax",)
     renormalizes = (False,)
     takes_bias = False
@@ -96,6 +97,7 @@ class NullSettings(RouterSettings):
         null_loss: coefficient of their part of the load-balance loss.
     """
 
+    reroutes = False
     scores = ("softmax",)
     renormalizes = (True,)
     takes_bias = False
@@ -158,6 +160,8 @@ class CosineSettings(RouterSettings):
 class RandomSettings(RouterSettings):
     """Settings of `mome_dist.moe.routers.random.RandomRouter`."""
 
+    reroutes = False
+    learns = False
     scores = ("softmax",)
     renormalizes = (True,)
 
@@ -175,6 +179,8 @@ class RandomSettings(RouterSettings):
 class HashSettings(GroupedSettings):
     """Settings of `mome_dist.moe.routers.hashed.HashRouter`."""
 
+    reroutes = False
+    learns = False
     scores = ("softmax",)
     renormalizes = (True,)
     takes_bias = False
@@ -201,6 +207,7 @@ class GroupsSettings(GroupedSettings):
         visible: experts that each group sees; None shares them out, so that none is seen by two groups.
     """
 
+    reroutes = False
     takes_bias = False
     by: str = field(default="modality", metadata={"choices": ("modality", "rate", "task")})
     visible: int | None = None
@@ -209,6 +216,9 @@ class GroupsSettings(GroupedSettings):
         if self.visible is not None and not 0 < self.visible <= experts:
             return f"visible={self.visible}: set 1 to mome.routed_experts={experts}, or null."
         return None
+
+    def choices(self, experts: int, views: Sequence[View]) -> int:
+        return self.visible or experts // len(self.groups(views))
 
     def __str__(self) -> str:
         of = "experts of its own" if self.visible is None else f"{self.visible} experts"
@@ -271,6 +281,7 @@ class SmarSettings(GroupedSettings):
 class AutonomySettings(RouterSettings):
     """Settings of `mome_dist.moe.routers.autonomy.AutonomyRouter`."""
 
+    reroutes = False
     scores = ("softmax",)
     dispatches = ("local",)
 
@@ -338,6 +349,74 @@ class ConditionSettings(RouterSettings):
         return f"scores shifted by {', '.join(self.by)}"
 
 
+@dataclass(frozen=True)
+class MixtureSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.mixture.MixtureRouter`.
+
+    Attributes:
+        sub_routers: that the main router mixes.
+    """
+
+    scores = ("softmax",)
+    sub_routers: int = 3
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        return None if self.sub_routers >= 1 else f"sub_routers={self.sub_routers}: set 1 or more."
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.outputs(experts, views) * hidden_size
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.parameters(hidden_size, experts, views)
+
+    def outputs(self, experts: int, views: Sequence[View]) -> int:
+        return self.sub_routers * (1 + experts)
+
+    def __str__(self) -> str:
+        return f"{self.sub_routers} routers, mixed"
+
+
+@dataclass(frozen=True)
+class BilevelSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.bilevel.BilevelRouter`.
+
+    Attributes:
+        groups: of experts.
+        top_groups: the most groups that a token's experts are of; None for any.
+        group_loss: coefficient of the load-balance loss of groups.
+    """
+
+    scores = ("softmax",)
+    takes_bias = False
+    reroutes = False
+    groups: int = 4
+    top_groups: int | None = None
+    group_loss: float = 0.01
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        if not 1 <= self.groups <= experts:
+            return f"groups={self.groups}: set 1 to mome.routed_experts={experts}."
+        if self.top_groups is not None and not 1 <= self.top_groups <= self.groups:
+            return f"top_groups={self.top_groups}: set 1 to groups={self.groups}, or null."
+        most = (self.top_groups or self.groups) * (experts // self.groups)
+        if self.top_groups is not None and top_k > most:
+            own = f"so many groups may have {most} experts, less than mome.top_k={top_k}"
+            return f"top_groups={self.top_groups}: {own}: raise it, or set null."
+        return negative("group_loss", self.group_loss)
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.outputs(experts, views) * hidden_size
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.parameters(hidden_size, experts, views)
+
+    def outputs(self, experts: int, views: Sequence[View]) -> int:
+        return experts if self.groups in (1, experts) else self.groups + experts
+
+    def __str__(self) -> str:
+        return f"{self.groups} groups of experts, one chosen after the other"
+
+
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -363,4 +442,6 @@ ROUTERS: dict[str, Kind] = {
     "autonomy": Kind(AutonomySettings, "mome_dist.moe.routers.autonomy:AutonomyRouter"),
     "smar": Kind(SmarSettings, "mome_dist.moe.routers.smar:SmarRouter"),
     "condition": Kind(ConditionSettings, "mome_dist.moe.routers.condition:ConditionRouter"),
+    "mixture_of_routers": Kind(MixtureSettings, "mome_dist.moe.routers.mixture:MixtureRouter"),
+    "bilevel": Kind(BilevelSettings, "mome_dist.moe.routers.bilevel:BilevelRouter"),
 }

@@ -25,6 +25,9 @@ class RouterSettings:
         dispatches: that ``mome.dispatch`` may name.
         batch_invariant: whether a token's experts depend on nothing but the token, or its utterance. Without it clips
             are decoded one by one.
+        reroutes: whether every token uses K experts, each with the gate that `mome_dist.moe.routing.route` gives of
+            the logits, so that another expert has one too (``mome.drop_policy=reroute``).
+        learns: whether the task moves the choice, through the gates.
     """
 
     scores: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
@@ -32,6 +35,8 @@ class RouterSettings:
     takes_bias: ClassVar[bool] = True
     dispatches: ClassVar[tuple[str, ...]] = ("alltoall", "gather", "local")
     batch_invariant: ClassVar[bool] = True
+    reroutes: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     def problem(self, experts: int, top_k: int) -> str | None:
         """What is wrong with the settings, as a sentence that begins with the key and ends with the fix; None if
@@ -48,6 +53,10 @@ class RouterSettings:
 
     def outputs(self, experts: int, views: Sequence[View]) -> int:
         """Products of a token with hidden-size vectors in training, used or not."""
+        return experts
+
+    def choices(self, experts: int, views: Sequence[View]) -> int:
+        """The fewest experts that a token chooses among."""
         return experts
 
     @property
