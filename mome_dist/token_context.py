@@ -81,7 +81,7 @@ class OneView(_Once):
         """As in `mome_dist.moe.routers.base.RoutedTokens`."""
         if self.modality_N is None:
             return None
-        speech_BS1 = (self.modality_N != Modality.TEXT).view(self.rows, -1, 1).float()
+        speech_BS1 = (self.modality_N != Modality.TEXT).view(self.rows, -1, 1).to(values_NX)
         sums_BX = (values_NX.unflatten(0, (self.rows, -1)) * speech_BS1).sum(dim=1)
         return sums_BX / speech_BS1.sum(dim=1).clamp(min=1)
 

@@ -58,7 +58,7 @@ def forms(name: str) -> Iterator[list[str]]:
     """Overrides that choose a router, with every choice that its settings have."""
     kind = ROUTERS[name].settings
     chosen = [
-        [f"mome.router.{field.name}={_given(field, value)}" for value in field.metadata["choices"]]
+        [f"mome.router.{field.name}={value}" for value in _values(field)]
         for field in dataclasses.fields(kind)
         if "choices" in field.metadata
     ]
@@ -67,9 +67,11 @@ def forms(name: str) -> Iterator[list[str]]:
     return ([*common, *own] for own in itertools.product(*chosen))
 
 
-def _given(field: dataclasses.Field[Any], value: str) -> str:
-    """A choice as a configuration has it: of a list, one alone."""
-    return value if field.default_factory is dataclasses.MISSING else f"[{value}]"
+def _values(field: dataclasses.Field[Any]) -> list[str]:
+    """All choices; of a list, what it has by itself, and all together."""
+    if field.default_factory is dataclasses.MISSING:
+        return list(field.metadata["choices"])
+    return [f"[{','.join(chosen)}]" for chosen in (field.default_factory(), field.metadata["choices"])]
 
 
 def saved(form: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -85,7 +85,8 @@ class Bench:
         config = load_training(chosen)
         layout_of(config, processes)
         if config.mome.experts:
-            fixed.append("mome.capacity_factor=null")
+            # Nothing of what only some layouts have: a run may go on at half of the ranks.
+            fixed += ["mome.capacity_factor=null", "mome.drop_policy=probs", "mome.alltoall_nodes=1"]
         return cls([*chosen, *fixed, *settle_models(config)], processes, folder)
 
     def config(self, *more: str) -> RunConfig:

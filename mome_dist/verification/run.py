@@ -93,7 +93,8 @@ def configured(probe: Probe, case: Case) -> Probe:
         config.projector = dataclasses.replace(config.projector, trainable=case.train_projectors)
     placement = case.placement or config.mome.placement
     # Nothing may be dropped: which tokens exceed a rank's capacity depends on the layout by definition.
-    config.mome = dataclasses.replace(config.mome, placement=placement, capacity_factor=None)
+    nodes = config.mome.alltoall_nodes if case.layout.ep % config.mome.alltoall_nodes == 0 else 1
+    config.mome = dataclasses.replace(config.mome, placement=placement, capacity_factor=None, alltoall_nodes=nodes)
     return dataclasses.replace(probe, config=config)
 
 

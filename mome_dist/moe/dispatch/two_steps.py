@@ -58,7 +58,7 @@ def _launch(group: dist.ProcessGroup, rows_SD: np.ndarray, mine: int, nodes: int
     received_GL = rows_GLGL[:, :, node, place]
     of_node = slice(node * size, (node + 1) * size)
 
-    def step(source: Tensor, there: Sequence[int], here: Sequence[int], own: slice) -> Flight:
+    def step(source: Tensor, there: np.ndarray, here: np.ndarray, own: slice) -> Flight:
         sizes = np.zeros((2, ranks), dtype=np.int64)
         sizes[0, own], sizes[1, own] = there, here
         result = source.new_empty(int(sizes[1].sum()), *source.shape[1:])

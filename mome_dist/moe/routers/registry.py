@@ -50,8 +50,16 @@ class GroupedSettings(RouterSettings):
 
 
 @dataclass(frozen=True)
+class TopKSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.top_k.TopKRouter`."""
+
+    reroutes = True
+
+
+@dataclass(frozen=True)
 class SeparateSettings(GroupedSettings):
     """Settings of `mome_dist.moe.routers.separate.SeparateRouter`: a group of tokens has a router of its own."""
+    reroutes = True
 
     def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
         return self.outputs(experts, views) * hidden_size
@@ -72,7 +80,6 @@ class TopPSettings(RouterSettings):
         entropy_loss: coefficient of the mean entropy of the probabilities, in nats.
     """
 
-    reroutes = False
     scores = ("softmax",)
     renormalizes = (False,)
     takes_bias = False
@@ -97,7 +104,6 @@ class NullSettings(RouterSettings):
         null_loss: coefficient of their part of the load-balance loss.
     """
 
-    reroutes = False
     scores = ("softmax",)
     renormalizes = (True,)
     takes_bias = False
@@ -129,6 +135,7 @@ class CosineSettings(RouterSettings):
         temperature: tau at first.
     """
 
+    reroutes = True
     width: int | None = None
     temperature: float = 0.3
 
@@ -160,7 +167,6 @@ class CosineSettings(RouterSettings):
 class RandomSettings(RouterSettings):
     """Settings of `mome_dist.moe.routers.random.RandomRouter`."""
 
-    reroutes = False
     learns = False
     scores = ("softmax",)
     renormalizes = (True,)
@@ -179,7 +185,6 @@ class RandomSettings(RouterSettings):
 class HashSettings(GroupedSettings):
     """Settings of `mome_dist.moe.routers.hashed.HashRouter`."""
 
-    reroutes = False
     learns = False
     scores = ("softmax",)
     renormalizes = (True,)
@@ -207,7 +212,6 @@ class GroupsSettings(GroupedSettings):
         visible: experts that each group sees; None shares them out, so that none is seen by two groups.
     """
 
-    reroutes = False
     takes_bias = False
     by: str = field(default="modality", metadata={"choices": ("modality", "rate", "task")})
     visible: int | None = None
@@ -235,6 +239,7 @@ class LimoeSettings(RouterSettings):
         least_experts: S, whose even use is enough; None for K.
     """
 
+    reroutes = True
     scores = ("softmax",)
     local_loss: float = 0.04
     global_loss: float = 0.04
@@ -258,6 +263,7 @@ class SmarSettings(GroupedSettings):
         least, most: symmetric KL divergence between groups, in nats, outside of which there is a loss.
     """
 
+    reroutes = True
     scores = ("softmax",)
     by: str = field(default="modality", metadata={"choices": ("modality", "rate", "task")})
     loss: float = 0.01
@@ -281,7 +287,6 @@ class SmarSettings(GroupedSettings):
 class AutonomySettings(RouterSettings):
     """Settings of `mome_dist.moe.routers.autonomy.AutonomyRouter`."""
 
-    reroutes = False
     scores = ("softmax",)
     dispatches = ("local",)
 
@@ -305,6 +310,7 @@ class ConditionSettings(RouterSettings):
         sparsity_loss, importance_loss: coefficients.
     """
 
+    reroutes = True
     scores = ("softmax",)
     by: list[str] = field(
         default_factory=lambda: ["rate"], metadata={"choices": ("rate", "task", "modality", "utterance")}
@@ -357,6 +363,7 @@ class MixtureSettings(RouterSettings):
         sub_routers: that the main router mixes.
     """
 
+    reroutes = True
     scores = ("softmax",)
     sub_routers: int = 3
 
@@ -388,7 +395,6 @@ class BilevelSettings(RouterSettings):
 
     scores = ("softmax",)
     takes_bias = False
-    reroutes = False
     groups: int = 4
     top_groups: int | None = None
     group_loss: float = 0.01
@@ -430,7 +436,7 @@ class Kind(NamedTuple):
 
 
 ROUTERS: dict[str, Kind] = {
-    "top_k": Kind(RouterSettings, "mome_dist.moe.routers.top_k:TopKRouter"),
+    "top_k": Kind(TopKSettings, "mome_dist.moe.routers.top_k:TopKRouter"),
     "separate": Kind(SeparateSettings, "mome_dist.moe.routers.separate:SeparateRouter"),
     "top_p": Kind(TopPSettings, "mome_dist.moe.routers.top_p:TopPRouter"),
     "null_experts": Kind(NullSettings, "mome_dist.moe.routers.null_experts:NullRouter"),

@@ -35,7 +35,7 @@ class RouterSettings:
     takes_bias: ClassVar[bool] = True
     dispatches: ClassVar[tuple[str, ...]] = ("alltoall", "gather", "local")
     batch_invariant: ClassVar[bool] = True
-    reroutes: ClassVar[bool] = True
+    reroutes: ClassVar[bool] = False
     learns: ClassVar[bool] = True
 
     def problem(self, experts: int, top_k: int) -> str | None:
