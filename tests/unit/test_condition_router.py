@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,17 @@ from mome_dist.config import load_config
 from mome_dist.config.derived import router_of
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
+from mome_dist.model.shared import build_reference
 from mome_dist.moe.balance import batch_sums
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.top_k import TopKRouter
+from mome_dist.moe.routing import Routing
+from mome_dist.speech.sequence import AUDIO
+from mome_dist.speech.views import View
 from mome_dist.token_context import Modality, OneView, TokenContext
+from mome_dist.verification.probe import Probe, shrunk
 
 HIDDEN, EXPERTS, TOP_K = 24, 24, 4
 BY = ("rate", "task", "modality", "utterance")
@@ -148,6 +154,30 @@ def test_written_text_has_the_means_of_its_prefix(beams: int) -> None:
         for row in range(2 * beams):
             own = expected[row // beams][lengths[row // beams] + place]
             torch.testing.assert_close(written[row, 0], own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_model_writes_with_the_means_of_what_each_clip_says(beams: int, tmp_path: Path) -> None:
+    words = ["experiment=tiny", "mome/router=condition", "mome.router.by=[utterance]", "llm.precision=fp32", *VIEWS]
+    config = shrunk(load_config(words), tmp_path)
+    model = build_reference(config, Probe(config, 1).widths).eval()
+    module, inputs, routings = model.momes[0], list[Tensor](), list[Routing]()
+    with torch.no_grad():
+        for parameter in model.mome.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, -2).clone()))
+    module.observer = routings.append
+    prefixes = [[1, 4, AUDIO, AUDIO, 5, 3], [1, 4, AUDIO, 5, 3]]
+    audio = [torch.randn(8, 12), torch.randn(4, 12)]
+    model.generate(prefixes, View("asr", 4, None), audio, [], eos=2, limits=[4, 4], num_beams=beams)
+    router: Any = module.router
+    read_BSH = inputs[0].view(2, 6, -1)  # the shorter prefix has padding before it
+    means_BH = torch.stack([read_BSH[0, 2:4].mean(dim=0), read_BSH[1, 3]])
+    assert len(inputs) == len(routings) >= 2
+    for hidden_TH, routing in zip(inputs, routings, strict=True):
+        own_TH = means_BH.repeat_interleave(len(hidden_TH) // 2, dim=0)
+        expected_TE = hidden_TH @ router.weight.t() + own_TH @ router.shift_utterance.t()
+        torch.testing.assert_close(routing.logits_TE, expected_TE, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_in_closed_form() -> None:

@@ -59,6 +59,7 @@ class TopKSettings(RouterSettings):
 @dataclass(frozen=True)
 class SeparateSettings(GroupedSettings):
     """Settings of `mome_dist.moe.routers.separate.SeparateRouter`: a group of tokens has a router of its own."""
+
     reroutes = True
 
     def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
