@@ -246,7 +246,12 @@ def test_loads_and_drops_are_those_of_all_ranks() -> None:
     assert sum(dropped[0]) > 0
 
 
-ROUTED = {"separate": {}, "null_experts": {}, "condition": {}, "top_k": {"drop_policy": "reroute"}}
+ROUTED: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "null_experts": {},
+    "condition": {},
+    "top_k": {"drop_policy": "reroute"},
+}
 VIEWS = ("asr(4)", "vsr(2)", "avsr(16,5)")
 
 
@@ -314,8 +319,8 @@ def test_full_experts_of_other_routers_and_policies_are_the_local_form_without_w
 def _by_nodes(ep: int, rank: int) -> list[list[np.ndarray]]:
     """Output, gradients of the input and of this rank's experts, without a capacity and with one, in one step and in
     two."""
-    found = []
-    for settings in ({}, {"capacity_factor": 0.5, "min_capacity": 2}):
+    found, cases = [], list[dict[str, Any]]([{}, {"capacity_factor": 0.5, "min_capacity": 2}])
+    for settings in cases:
         for nodes in (1, 2, 4):
             module = _parallel(ep, dispatch="alltoall", alltoall_nodes=nodes, **settings)
             gradients = _gradients(module, rank)

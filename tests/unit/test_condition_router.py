@@ -69,7 +69,7 @@ def _hidden(tokens: int) -> Tensor:
 
 @pytest.mark.parametrize("by", [BY[:1], BY[1:2], BY[2:3], BY[3:], BY], ids=" ".join)
 def test_it_starts_as_the_shared_router_bit_for_bit(by: tuple[str, ...]) -> None:
-    shared, router, context = TopKRouter(RouterSpec(), HIDDEN, EXPERTS, TOP_K), _router(*by, shifted=False), None
+    shared, router = TopKRouter(RouterSpec(), HIDDEN, EXPERTS, TOP_K), _router(*by, shifted=False)
     shared.initialize("mome.0", 3)
     context = _context("asr(4)", "vsr(2)")
     hidden_NH = _hidden(context.tokens)
