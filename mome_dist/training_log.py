@@ -21,6 +21,8 @@ from mome_dist.text_files import split_lines
 
 Floats = NDArray[np.float64]
 
+CONFLICTS = "conflicts.jsonl"
+
 logger = logging.getLogger(__name__)
 
 
@@ -196,6 +198,53 @@ class RoutingLog:
     def drop_rate(self) -> Floats:
         """Dropped in percent of asked routes: [N, layers]."""
         return 100 * self.dropped.sum(-1) / np.maximum(self.asked.sum(-1), 1)
+
+
+@dataclass(frozen=True)
+class ConflictLog:
+    """``conflicts.jsonl``: mean cosines between the gradients of views, over the lines that have both.
+
+    Attributes:
+        lines: how many there are.
+        views: in the order of tasks and from fine to coarse rates.
+        experts, router: fp64 [V, V], over layers, and over the experts that both views train; nan where two views never
+            met.
+        negative: fp64 [V, V], the share of cosines of experts that are below zero.
+    """
+
+    lines: int
+    views: tuple[str, ...]
+    experts: Floats
+    router: Floats
+    negative: Floats
+
+    @classmethod
+    def read(cls, path: Path) -> ConflictLog | None:
+        """Read the file; None if it is absent or empty."""
+        records = _by_step(read_jsonl(path))
+        views = sorted({view for record in records for view in record["views"]}, key=_task_and_rates)
+        if not views:
+            return None
+        cosines: dict[tuple[int, int], list[float]] = {}
+        router: dict[tuple[int, int], list[float]] = {}
+        for record in records:
+            for pair, of_experts, of_router in zip(*(record[k] for k in ("pairs", "experts", "router")), strict=True):
+                one, other = sorted(views.index(record["views"][place]) for place in pair)
+                cosines.setdefault((one, other), []).extend(c for row in of_experts for c in row if c is not None)
+                router.setdefault((one, other), []).extend(c for c in of_router if c is not None)
+        negative = {pair: [float(cosine < 0) for cosine in values] for pair, values in cosines.items()}
+        tables = (_table(len(views), values, same) for values, same in ((cosines, 1), (router, 1), (negative, 0)))
+        return cls(len(records), tuple(views), *tables)
+
+
+def _table(size: int, values: Mapping[tuple[int, int], Sequence[float]], same: float) -> Floats:
+    """Means by pair as a symmetric matrix."""
+    table = np.full((size, size), np.nan)
+    np.fill_diagonal(table, same)
+    for (one, other), found in values.items():
+        if found:
+            table[one, other] = table[other, one] = float(np.mean(found))
+    return table
 
 
 def imbalance(counts: Floats) -> Floats:

@@ -30,6 +30,7 @@ def check_graphs(config: RunConfig) -> None:
         "parallel.recompute": (parallel.recompute, "none", "a graph keeps what its backward pass needs"),
         "llm.lora": (config.llm.lora, None, "which terms a token has is found out on the host"),
         "llm.sink_loss": (config.llm.sink_loss, 0, "which tokens it is of is found out on the host"),
+        "task.cross_rate.route_kl": (config.task.cross_rate.route_kl, 0, "which tokens it is of differs by pass"),
     }
     if mome.experts:
         name = str(mome.router["name"])

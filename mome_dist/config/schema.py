@@ -139,6 +139,7 @@ class MoMEConfig:
     drop_policy: str = one_of("probs", "position", "reroute")
     reroute_candidates: int | None = None
     alltoall_nodes: int = 1
+    conflict_every: int = 0
 
     @property
     def experts(self) -> int:
@@ -159,6 +160,19 @@ class TaskWeights:
 
 
 @dataclass
+class CrossRateConfig:
+    """Terms in which the fine views of a step teach the coarse ones."""
+
+    route_kl: float = 0.0
+    logit_kl: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether there are any."""
+        return bool(self.route_kl or self.logit_kl)
+
+
+@dataclass
 class TaskConfig:
     tasks: list[str] = field(default_factory=lambda: ["avsr"], metadata={"choices": ("asr", "vsr", "avsr")})
     asr_audio_rates: list[int] = field(default_factory=lambda: [4, 16])
@@ -168,6 +182,7 @@ class TaskConfig:
     sampling: str = one_of("views", "rates")
     views_per_step: int | None = None
     weights: TaskWeights = field(default_factory=TaskWeights)
+    cross_rate: CrossRateConfig = field(default_factory=CrossRateConfig)
     prompts: dict[str, str] = field(
         default_factory=lambda: {
             "asr": "Transcribe speech to text.",
@@ -223,6 +238,18 @@ class NoiseConfig:
 class ModalityDropoutConfig:
     audio: float = 0.0
     video: float = 0.0
+    schedule: str = one_of("constant", "linear", "cosine")
+    audio_to: float | None = None
+    video_to: float | None = None
+    over: float = 1.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The probabilities of audio and video at the end of the schedule."""
+        if self.schedule == "constant":
+            return self.audio, self.video
+        audio, video = self.audio_to, self.video_to
+        return self.audio if audio is None else audio, self.video if video is None else video
 
 
 @dataclass
@@ -238,7 +265,8 @@ class AugmentationConfig:
     def active(self) -> bool:
         """Whether anything is done to a clip or a view at all."""
         masks = self.video_time_mask.width + self.audio_time_mask.width
-        dropped = self.modality_dropout.audio + self.modality_dropout.video
+        dropout = self.modality_dropout
+        dropped = sum((dropout.audio, dropout.video, *dropout.ends))
         return self.crop is not None or self.flip + masks + dropped > 0 or self.noise.source is not None
 
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, rates_of, router_of, schedule_of, streams_of, views_of
 from mome_dist.config.graphs import check_graphs
 from mome_dist.config.schema import DecodingConfig, MoMEConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
-from mome_dist.speech.views import streams_read
+from mome_dist.speech.views import coarser_streams, streams_read
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -106,9 +106,12 @@ def _check_numbers(config: RunConfig) -> None:
         "mome.z_loss": (config.mome.z_loss, 0),
         "mome.bias_rate": (config.mome.bias_rate, 0),
         "llm.sink_loss": (config.llm.sink_loss, 0),
+        "task.cross_rate.route_kl": (config.task.cross_rate.route_kl, 0),
+        "task.cross_rate.logit_kl": (config.task.cross_rate.logit_kl, 0),
         "mome.min_capacity": (config.mome.min_capacity, 1),
         "mome.reroute_candidates": (config.mome.reroute_candidates, 1),
         "mome.alltoall_nodes": (config.mome.alltoall_nodes, 1),
+        "mome.conflict_every": (config.mome.conflict_every, 0),
         "projector.hidden_size": (config.projector.hidden_size, 1),
         "data.batch_size": (config.data.batch_size, 1),
         "data.max_frames": (config.data.max_frames, 1),
@@ -197,6 +200,31 @@ def _check_task(config: RunConfig) -> None:
     if task.sampling == "rates":
         _check_rates(task)
     _check_weights(config)
+    _check_cross_rate(config)
+
+
+def _check_cross_rate(config: RunConfig) -> None:
+    """Refuse terms between views that never meet, or between routers that there are none of."""
+    terms, every, schedule = config.task.cross_rate, config.mome.conflict_every, schedule_of(config)
+    if every and config.mome.experts and schedule.per_step == 1 and all(len(set(hand)) < 2 for hand in schedule.hands):
+        raise UserError(
+            f"mome.conflict_every={every} compares the views of a step, but every step has one: set it to 0, or raise "
+            "task.views_per_step."
+        )
+    if terms.route_kl and not config.mome.experts:
+        raise UserError(
+            f"task.cross_rate.route_kl={terms.route_kl} compares routers, but the run has no routed experts: set it to "
+            "0, or choose another mome."
+        )
+    if not terms.active:
+        return
+    hands = [views_of(config)] if schedule.per_step > 1 else schedule.hands  # any two of several hands may meet
+    if not any(coarser_streams(fine, coarse) for views in hands for fine in views for coarse in views):
+        raise UserError(
+            f"task.cross_rate={{route_kl: {terms.route_kl}, logit_kl: {terms.logit_kl}}} lets fine views of a step "
+            "teach coarse ones of their task, but no step has two such views: give a task two rates, with "
+            "task.sampling=views and task.views_per_step of null or at least 2, or set both to 0."
+        )
 
 
 def _check_rates(task: TaskConfig) -> None:
@@ -334,13 +362,26 @@ def _check_augmentation(config: RunConfig) -> None:
         "noise.probability": augmentation.noise.probability,
         "modality_dropout.audio": dropout.audio,
         "modality_dropout.video": dropout.video,
+        "modality_dropout.audio_to": dropout.audio_to,
+        "modality_dropout.video_to": dropout.video_to,
     }.items():
-        if not 0 <= probability <= 1:
+        if probability is not None and not 0 <= probability <= 1:
             raise UserError(f"augmentation.{key}={probability}: a probability is from 0 to 1.")
-    if dropout.audio + dropout.video > 1:
+    for suffix, (audio, video) in {"": (dropout.audio, dropout.video), "_to": dropout.ends}.items():
+        if audio + video > 1:
+            raise UserError(
+                f"augmentation.modality_dropout: audio{suffix}={audio} and video{suffix}={video} add up to more than "
+                "1, but a view never loses both streams: lower one."
+            )
+    given = dropout.audio_to is not None or dropout.video_to is not None
+    if given != (dropout.schedule != "constant"):
         raise UserError(
-            f"augmentation.modality_dropout: audio={dropout.audio} and video={dropout.video} add up to more than 1, "
-            "but a view never loses both streams: lower one."
+            f"augmentation.modality_dropout.schedule={dropout.schedule} with audio_to={dropout.audio_to} and video_to="
+            f"{dropout.video_to}: a linear or cosine schedule ends at one of them at least, a constant one at none."
+        )
+    if not 0 < dropout.over <= 1:
+        raise UserError(
+            f"augmentation.modality_dropout.over={dropout.over}: a share of training.steps is above 0 and at most 1."
         )
     if augmentation.noise.source is not None and not augmentation.noise.snr:
         raise UserError("augmentation.noise.snr is empty: give ratios in dB, or set augmentation.noise.source=null.")

@@ -22,6 +22,7 @@ from mome_dist.evaluation.condition_plots import (
     has_noise,
     noise_figure,
 )
+from mome_dist.evaluation.conflict_plots import conflict_figure
 from mome_dist.evaluation.lora_plots import term_norm_figure, term_norms
 from mome_dist.evaluation.page import shown, write_page
 from mome_dist.evaluation.plots import load_figure, loss_figure, wer_figure
@@ -50,7 +51,7 @@ def write_report(directory: Path) -> list[Path]:
     if files.config.llm.lora is not None:
         sections += _low_rank(files, out)
     if files.config.mome.experts:
-        sections += [*_activations(files, out), *_load(files, out)]
+        sections += [*_activations(files, out), *_load(files, out), *_conflicts(files, out)]
     return write_page(out, "report", files.config.name, "\n".join(sections))
 
 
@@ -167,6 +168,18 @@ def _load(files: RunFiles, out: Path) -> Sequence[str]:
         "training; evaluation never drops."
     )
     return [title, counted, shown(out, "load.png", load_figure(log), "Expert load", reading), *_views(log, out)]
+
+
+def _conflicts(files: RunFiles, out: Path) -> Sequence[str]:
+    title, log, every = "## Gradients of the views\n", files.conflicts, files.config.mome.conflict_every
+    if log is None:
+        return [title, f"No line yet: training writes one every {every} steps.\n"] if every else []
+    reading = (
+        f"How to read it: mean cosine over {log.lines} steps, all layers and, on the left, all experts that both views "
+        "train. Near 1 two views ask for the same change, near 0 they do not meet, below 0 one undoes what the other "
+        "does."
+    )
+    return [title, shown(out, "conflicts.png", conflict_figure(log), "Cosines between gradients", reading)]
 
 
 def _views(log: RoutingLog, out: Path) -> Sequence[str]:

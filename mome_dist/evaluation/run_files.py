@@ -13,7 +13,7 @@ from mome_dist.config.schema import RunConfig
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
 from mome_dist.evaluation.results import ACTIVATIONS, RESULTS, read_results
-from mome_dist.training_log import RoutingLog, TrainingLog
+from mome_dist.training_log import CONFLICTS, ConflictLog, RoutingLog, TrainingLog
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class RunFiles:
     config: RunConfig
     log: TrainingLog
     routing: RoutingLog | None
+    conflicts: ConflictLog | None
     results: Mapping[str, Any] | None
     activations: Activations | None
 
@@ -44,6 +45,7 @@ class RunFiles:
             load_saved_config(config),
             TrainingLog.read(directory / "metrics.jsonl"),
             RoutingLog.read(directory / "routing.jsonl"),
+            ConflictLog.read(directory / CONFLICTS),
             read_results(results) if results.is_file() else None,
             Activations.load(activations) if activations.is_file() else None,
         )

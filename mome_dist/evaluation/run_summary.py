@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -152,6 +153,10 @@ def progress_rows(files: RunFiles) -> list[tuple[str, str]]:
     sinks = log.series("sink_loss")[1]
     if len(sinks):
         rows.append(("sink loss (squared cosine)", _ends(sinks)))
+    for term, what in (("route_kl", "routes"), ("logit_kl", "words")):
+        means = [fmean(record[term].values()) for record in log.steps if record.get(term)]
+        if means:
+            rows.append((f"divergence of {what}, coarse views from fine ones", _ends(np.array(means))))
     at, validation = log.validation_series(None)
     if len(at):
         best, views = int(np.argmin(validation)), len(log.validations[-1]["validation"])

@@ -27,9 +27,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.aligned_tokens import ViewPair
 from mome_dist.cuda_graphs.replay import Graphs
 from mome_dist.llm.attention import CausalAttention
 from mome_dist.llm.graphed_stack import GraphedStack
+from mome_dist.llm.logit_distillation import logit_divergence
 from mome_dist.llm.norm import RMSNorm
 from mome_dist.llm.rope import Rotation, inverse_frequencies
 from mome_dist.llm.shape import LLMShape
@@ -169,6 +171,7 @@ class FrozenLLM(GPTModel):
         labels: Labels,
         sink_weight: float = 0.0,
         sink_terms: list[Tensor] | None = None,
+        pairs: Sequence[ViewPair] = (),
     ) -> Tensor:
         """Run this pipeline stage.
 
@@ -178,10 +181,12 @@ class FrozenLLM(GPTModel):
             labels: what is to be predicted.
             sink_weight: of the sink loss of one sequence (`mome_dist.llm.sinks`), summed over layers.
             sink_terms: gets the sink loss of the pass in its backward pass, in parts: fp32 scalars.
+            pairs: of views whose logits are compared (`mome_dist.llm.logit_distillation`).
 
         Returns:
             Hidden states [N, 1, H] (of this rank's tokens under sequence parallelism); on the last stage the sum of the
-            cross-entropy over the labels of each view, fp32 [V].
+            cross-entropy over the labels of each view, fp32 [V], and with pairs behind them the sum of the divergence
+            over the labels of each pair, [V + Q].
         """
         sinks = None if sink_terms is None else self._sinks(context, sink_weight, sink_terms)
         hidden_N1H = self._decode(embedded_NH, context, load, sinks)
@@ -189,8 +194,15 @@ class FrozenLLM(GPTModel):
             return hidden_N1H
         selected_L1H = self._whole(hidden_N1H).index_select(0, labels.index_L)
         logits_L1V, _ = self.output_layer(selected_L1H)
-        losses_L1 = vocab_parallel_cross_entropy(logits_L1V.float(), labels.ids_L[:, None])
-        return context.members_VN.index_select(1, labels.index_L) @ losses_L1[:, 0]
+        logits_L1V = logits_L1V.float()
+        divergence_Q = None
+        if pairs:  # before Megatron-Core's cross-entropy, which computes in place
+            whole = self.config.tensor_model_parallel_size == 1
+            group = None if whole else parallel_state.get_tensor_model_parallel_group()
+            divergence_Q = logit_divergence(logits_L1V[:, 0], len(context.view_names), pairs, group)
+        losses_L1 = vocab_parallel_cross_entropy(logits_L1V, labels.ids_L[:, None])
+        losses_V = context.members_VN.index_select(1, labels.index_L) @ losses_L1[:, 0]
+        return losses_V if divergence_Q is None else torch.cat([losses_V, divergence_Q])
 
     def logits(self, embedded_NH: Tensor | None, context: TokenContext) -> Tensor:
         """As `forward`, but the last stage returns fp32 logits [N, vocabulary / tp] of every position."""

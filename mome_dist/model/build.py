@@ -55,7 +55,7 @@ def build_distributed(
         others = _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)
         if tokens := filled_tokens(config):
             llm.capture_layers(graphs_of(config.llm.graphs, device), tokens)
-        chunks.append(Chunk(llm, projectors, momes, others, config.llm.sink_loss))
+        chunks.append(Chunk(llm, projectors, momes, others, config.llm.sink_loss, config.task.cross_rate))
     return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
 
 
@@ -75,6 +75,7 @@ def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch:
         alltoall_nodes=config.mome.alltoall_nodes,
         balance_loss=config.mome.balance_loss,
         z_loss=config.mome.z_loss,
+        keep_probs=config.task.cross_rate.route_kl > 0,
         **mome_arguments(config),
     )
 

@@ -17,9 +17,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mome_dist.aligned_tokens import Aligned
+from mome_dist.config.schema import CrossRateConfig
 from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
+from mome_dist.moe.route_distillation import RouteDistillation
 from mome_dist.moe.statistics import RoutingStatistics
 from mome_dist.parallel.parts import Described, NamedPart, whole_parts
 from mome_dist.sharing import Sharing
@@ -37,10 +40,12 @@ class MicroBatch:
         tokens: the sequences, on the model's device.
         features: encoder features of each clip by stream, [T_i, d]; empty on later pipeline stages, and without the
             streams that no view uses.
+        aligned: tokens of fine and coarse views that say the same; None where nobody compares them.
     """
 
     tokens: PackedTokens
     features: Mapping[str, Sequence[Tensor]]
+    aligned: Aligned | None = None
 
 
 class Chunk(nn.Module):
@@ -52,6 +57,7 @@ class Chunk(nn.Module):
         momes: the MoME modules by global layer number, in the order of the layers; none in a run without experts.
         adapters: what else trains in the layers (`Described`), by layout-free prefix, in the order of the layers.
         sink_loss: coefficient of the sink loss (`mome_dist.llm.sinks`).
+        cross_rate: coefficients of what coarse views learn from fine ones.
 
     Attributes:
         statistics: of the routers of the MoME modules.
@@ -65,6 +71,7 @@ class Chunk(nn.Module):
         momes: dict[int, ExpertParallelMoME],
         adapters: Mapping[str, nn.Module] | None = None,
         sink_loss: float = 0.0,
+        cross_rate: CrossRateConfig | None = None,
     ) -> None:
         super().__init__()
         self.token_group = token_group(llm.config.sequence_parallel)
@@ -76,6 +83,8 @@ class Chunk(nn.Module):
         self.vp_stage = llm.vp_stage
         self.sink_loss = sink_loss
         self._sink_terms: list[Tensor] = []
+        self.cross_rate = cross_rate or CrossRateConfig()
+        self._route_terms: list[Tensor] = []
         self.projectors = projectors
         self.projector_balance: ProjectorBalance | None = None
         if projectors is not None and projectors.mixture is not None:
@@ -106,7 +115,9 @@ class Chunk(nn.Module):
         return embedded_NH
 
     def forward(self, batch: MicroBatch, share: float = 1.0, sequence_share: float = 1.0) -> Tensor:
-        """Hidden states [N, 1, H], or on the last stage the cross-entropy summed over the labels of each view, [V].
+        """Hidden states [N, 1, H], or on the last stage the cross-entropy summed over the labels of each view, [V], and
+        in training what logits of coarse views diverge from those of fine ones, summed over the labels of each pair:
+        [V + Q].
 
         Args:
             share: what the auxiliary losses of this pass count for in the step's, times what the engine divides by.
@@ -116,14 +127,26 @@ class Chunk(nn.Module):
         embedded_NH = self.embed(batch, share if self.training else None) if self.llm.pre_process else None
         if not self.training:
             return self.llm(embedded_NH, context, None, batch.tokens.labels)
-        load = PassLoad(context.view_names, self.token_group, share)
-        output = self.llm(
-            embedded_NH, context, load, batch.tokens.labels, self.sink_loss * sequence_share, self._sink_terms
-        )
+        load = PassLoad(context.view_names, self.token_group, share, self._distillation(batch))
+        sinks = self.sink_loss * sequence_share, self._sink_terms
+        pairs = batch.aligned.pairs if batch.aligned is not None and self.cross_rate.logit_kl else ()
+        output = self.llm(embedded_NH, context, load, batch.tokens.labels, *sinks, pairs)
         if self.momes:
             load.reduce()
             self.statistics.expect(load)
         return output
+
+    def _distillation(self, batch: MicroBatch) -> RouteDistillation | None:
+        """The route distillation of a pass, on the tokens that this rank holds between layers."""
+        aligned, group = batch.aligned, None
+        if aligned is None or not self.cross_rate.route_kl or not self.momes:
+            return None
+        if self.config.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            aligned = aligned.part(dist.get_rank(group), batch.tokens.context.tokens // dist.get_world_size(group))
+        # What the engine divides by; the weights of the tokens are those of the global batch.
+        weight = self.cross_rate.route_kl * parallel_state.get_data_parallel_world_size() / self.config.num_layers
+        return RouteDistillation(aligned, weight, group, self._route_terms)
 
     def settle(self) -> None:
         """Add up the counts of a step's passes, after the backward passes."""
@@ -131,11 +154,35 @@ class Chunk(nn.Module):
         if self.projector_balance is not None:
             self.projector_balance.settle()
 
+    def set_counts_aside(self) -> tuple[RoutingStatistics, ProjectorBalance | None]:
+        """Count from zero from now on; `take_counts_back` takes what was counted before."""
+        kept = self.statistics, self.projector_balance
+        self.statistics = RoutingStatistics()
+        if self.projector_balance is not None:
+            self.projector_balance = self.projector_balance.anew()
+        return kept
+
+    def take_counts_back(self, kept: tuple[RoutingStatistics, ProjectorBalance | None]) -> None:
+        """Forget what was counted since `set_counts_aside`, which gave these."""
+        self.statistics, self.projector_balance = kept
+
     def take_sink_loss(self) -> Tensor | None:
         """The weighted sink loss of the rank's tokens in the chunk's layers, over the backward passes since the last
         call, fp32 scalar on the device; None without any. Tensor-parallel ranks have the same."""
         terms, self._sink_terms = self._sink_terms, []
         return torch.stack(terms).sum() if terms else None
+
+    def take_route_divergence(self) -> Tensor | None:
+        """The mean over the model's layers of the route distillation's divergence in the chunk's layers, of each pair,
+        over the backward passes since the last call: fp32 [Q], this data-parallel rank's part; None without any.
+        Tensor-parallel ranks have the same."""
+        terms, self._route_terms = self._route_terms, []
+        if not terms:
+            return None
+        sums_Q = torch.stack(terms).sum(dim=0) / self.config.num_layers
+        if self.config.sequence_parallel:
+            dist.all_reduce(sums_Q, group=parallel_state.get_tensor_model_parallel_group())
+        return sums_Q
 
 
 class DistributedMoME(nn.Module):

@@ -48,6 +48,7 @@ class ExpertParallelMoME(MoE):
         capacity_factor, eval_capacity_factor, min_capacity, drop_policy, reroute_candidates, alltoall_nodes: see
             `AllToAllDispatch`.
         balance_loss, z_loss: coefficients of the auxiliary losses.
+        keep_probs: keep the probabilities of all tokens for terms that need them, which one fused kernel does not.
 
     Attributes:
         place: among the modules of its stage.
@@ -73,6 +74,7 @@ class ExpertParallelMoME(MoE):
         alltoall_nodes: int = 1,
         balance_loss: float = 0.01,
         z_loss: float = 0.0,
+        keep_probs: bool = False,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -90,7 +92,7 @@ class ExpertParallelMoME(MoE):
             self.deepspeed_moe = AllToAllDispatch(self, gate, experts, *dropped, alltoall_nodes)
         else:
             assert dispatch == "gather" or ep_size == 1, "local dispatch has every expert on every rank"
-            self.deepspeed_moe = GatherDispatch(self, gate, experts)
+            self.deepspeed_moe = GatherDispatch(self, gate, experts, keep_probs)
         self.router.read_experts(experts)
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
@@ -145,6 +147,12 @@ class ExpertParallelMoME(MoE):
             if sums_VS is not None and torch.is_grad_enabled():
                 assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"
                 output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
+            if load.distillation is not None:
+                probs_TE = cast(Routing, routing).probs_TE
+                if load.counting:
+                    load.distillation.put(self.place, probs_TE)
+                if torch.is_grad_enabled():
+                    output_TH = load.distillation.join(output_TH, probs_TE, self.place)
         return output_TH.view(hidden.shape)
 
     @property

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mome_dist.moe.route_distillation import RouteDistillation
+
 
 class CountedTokens(Protocol):
     """Tokens that routes are counted of: `mome_dist.token_context.TokenContext`, or the speech tokens alone."""
@@ -41,11 +43,13 @@ class StackLoad:
 
     Attributes:
         counting: always; as in `PassLoad`.
+        distillation: none.
         experts: E, the same for all modules.
         settings: of all modules; None where nothing is balanced.
     """
 
     counting = True
+    distillation: RouteDistillation | None = None
 
     def __init__(self) -> None:
         self.experts = 0
@@ -84,10 +88,17 @@ class PassLoad:
         views: names, in the order of the first axis of what modules `put`.
         group: the ranks that hold other tokens; None if there are none.
         share: what the auxiliary losses of this pass count for in the step's, with what the engine will divide by.
+        distillation: between the views of the pass; None without it.
     """
 
-    def __init__(self, views: tuple[str, ...], group: dist.ProcessGroup | None, share: float = 1.0) -> None:
-        self.views, self.group, self.share = views, group, share
+    def __init__(
+        self,
+        views: tuple[str, ...],
+        group: dist.ProcessGroup | None,
+        share: float = 1.0,
+        distillation: RouteDistillation | None = None,
+    ) -> None:
+        self.views, self.group, self.share, self.distillation = views, group, share, distillation
         self._put: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._tokens: CountedTokens | None = None
         self._experts = 0
@@ -156,6 +167,8 @@ class PassLoad:
         if self.group is not None and dist.get_world_size(self.group) > 1:
             self._work = dist.all_reduce(self._sum_LVX, group=self.group, async_op=True)
         self._sum_values()
+        if self.distillation is not None:
+            self.distillation.reduce()
 
     def _sum_values(self) -> None:
         """Begin to sum what is no count."""

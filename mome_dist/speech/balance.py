@@ -99,6 +99,10 @@ class ProjectorBalance:
         self._mixture, self._group = mixture, group
         self._statistics = {router: RoutingStatistics() for router in mixture.routers}
 
+    def anew(self) -> ProjectorBalance:
+        """One of the same routers that has counted nothing."""
+        return ProjectorBalance(self._mixture, self._group)
+
     def of_pass(self, views: tuple[str, ...], share: float) -> Balance:
         """What `Projectors.insert` calls in a pass of training; all ranks of the group do, in the same views.
 

@@ -87,6 +87,15 @@ def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
     return mome.last_routing.restricted_to(valid_BS.flatten())
 
 
+def label_loss(logits_LV: Tensor, ids_L: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """As `MoMESpeechLM.loss`, of the logits of a pass."""
+    if weights is None:
+        return F.cross_entropy(logits_LV, ids_L, reduction="sum")
+    # Every view has the same clips, hence as many labels.
+    by_view = zip(logits_LV.chunk(len(weights)), ids_L.chunk(len(weights)), weights, strict=True)
+    return torch.stack([F.cross_entropy(rows, ids, reduction="sum") * w for rows, ids, w in by_view]).sum()
+
+
 class MoMESpeechLM(nn.Module):
     """A frozen LLM that reads speech.
 
@@ -101,6 +110,7 @@ class MoMESpeechLM(nn.Module):
 
     Attributes:
         router: of the MoME modules; None in a model without routed experts.
+        routings: of the latest pass of training, by view and layer.
     """
 
     def __init__(
@@ -130,7 +140,7 @@ class MoMESpeechLM(nn.Module):
             self.llm_lora = nn.ModuleList([OneProcessLoRA(terms, layer.self_attn, self._view_now) for layer in layers])
         # `generate` takes what it is not told from the model's own settings: sampling, penalties and forced tokens.
         llm.generation_config = GenerationConfig()
-        self._routings: list[list[Routing]] = []  # of the latest pass of training, by view and layer
+        self.routings: list[list[Routing]] = []
         self._speech_routes: list[SpeechRoutes] = []  # of the projectors' routers in it
         self._keeps_states = False
         self._states: list[list[Tensor]] = []  # of the latest pass by view, what layers but the last gave
@@ -229,7 +239,7 @@ class MoMESpeechLM(nn.Module):
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
         modalities = tokens.context.modality_N[: tokens.context.alive].split(tokens.context.lengths)
-        self._routings, self._states, self._prefixes = [], [], []
+        self.routings, self._states, self._prefixes = [], [], []
         for view, rows in zip(tokens.views, tokens.context.view_sequences, strict=True):
             self._begin(view, pad_sequence(modalities[first : first + rows], batch_first=True))
             if self._keeps_states:
@@ -242,7 +252,7 @@ class MoMESpeechLM(nn.Module):
             output = self.llm(inputs_embeds=embedded_BSH, attention_mask=valid_BS.long(), use_cache=False)
             logits.append(output.logits[valid_BS])
             if self.training:
-                self._routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
+                self.routings.append([_valid_routing(mome, valid_BS) for mome in self.momes])
             first += rows
         return torch.cat(logits).index_select(0, tokens.labels.index_L).float()
 
@@ -250,25 +260,20 @@ class MoMESpeechLM(nn.Module):
         self, tokens: PackedTokens, features: Mapping[str, Sequence[Tensor]], weights: Sequence[float] | None = None
     ) -> Tensor:
         """Cross-entropy summed over the labels of a pass, fp32 scalar; that of each view times its weight."""
-        logits_LV, ids_L = self.label_logits(tokens, features), tokens.labels.ids_L
-        if weights is None:
-            return F.cross_entropy(logits_LV, ids_L, reduction="sum")
-        # Every view has the same clips, hence as many labels.
-        by_view = zip(logits_LV.chunk(len(weights)), ids_L.chunk(len(weights)), weights, strict=True)
-        return torch.stack([F.cross_entropy(rows, ids, reduction="sum") * w for rows, ids, w in by_view]).sum()
+        return label_loss(self.label_logits(tokens, features), tokens.labels.ids_L, weights)
 
     def auxiliary_loss(self, balance_loss: float, z_loss: float) -> Tensor:
         """Mean over the views of the latest `loss` of the sum over layers of the weighted balance and z-losses, and
         those of the projectors' routers with their own coefficients; zero without experts anywhere."""
         losses = [torch.zeros((), device=next(self.projectors.parameters()).device)]
-        for mome, routing in itertools.chain.from_iterable(zip(self.momes, r, strict=True) for r in self._routings):
+        for mome, routing in itertools.chain.from_iterable(zip(self.momes, r, strict=True) for r in self.routings):
             assert routing.valid_T is not None
             tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)
             loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
             losses += [own.part(routing.valid_T, tokens) for own in mome.router.losses(routing)]
-        loss = torch.stack(losses).sum() / len(self._routings)
-        for mome, routings in zip(self.momes, zip(*self._routings, strict=True), strict=True):
+        loss = torch.stack(losses).sum() / len(self.routings)
+        for mome, routings in zip(self.momes, zip(*self.routings, strict=True), strict=True):
             if mome.router.has_batch_loss:
                 loss = loss + mome.router.batch_loss(*batch_sums(routings))
         mixture = self.projectors.mixture

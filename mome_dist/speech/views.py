@@ -73,6 +73,16 @@ def streams_read(views: Sequence[View]) -> list[str]:
     return [stream for stream, used in (("audio", audio), ("video", video)) if used]
 
 
+def coarser_streams(fine: View, coarse: View) -> dict[str, tuple[int, int]]:
+    """The two rates of each stream that one view has coarser than another; none unless they are of one task and the
+    other is no coarser in any stream."""
+    both = {"audio": (fine.audio_rate, coarse.audio_rate), "video": (fine.video_rate, coarse.video_rate)}
+    rates = {stream: (f, c) for stream, (f, c) in both.items() if f is not None and c is not None}
+    if fine.task != coarse.task or any(f > c for f, c in rates.values()):
+        return {}
+    return {stream: (f, c) for stream, (f, c) in rates.items() if f < c}
+
+
 @dataclass(frozen=True)
 class ViewSchedule:
     """Which views the steps of a run train on: hands of one or more views, dealt from reshuffled decks.

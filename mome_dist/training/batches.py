@@ -13,10 +13,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from mome_dist.aligned_tokens import ViewPair
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.parts import Parts, Shares, Work, work_of_sequence
 from mome_dist.model.distributed import MicroBatch
 from mome_dist.parallel.layout import Layout
+from mome_dist.speech.cross_rate import align, coarse_tokens, view_pairs
 from mome_dist.speech.matryoshka import audio_frames, compressed_length
 from mome_dist.speech.sequence import Absent, Example, SequenceBuilder, pack
 from mome_dist.speech.views import View, streams_read
@@ -38,6 +40,7 @@ class Step:
         label_tokens: text and end tokens of the global batch, over all ranks; the same in every view.
         utterances: of the global batch.
         task_weights: what the cross-entropy of a view counts for, by task; 1 where nothing is said.
+        pairs: of views of which one teaches the other; none where nobody asks.
     """
 
     microbatches: list[MicroBatch]
@@ -45,6 +48,7 @@ class Step:
     label_tokens: int
     utterances: int
     task_weights: Mapping[str, float] = field(default_factory=dict)
+    pairs: tuple[ViewPair, ...] = ()
 
     @property
     def weights(self) -> list[float]:
@@ -77,6 +81,7 @@ class BatchBuilder:
             one number of tokens for all microbatches of a step.
         task_weights: of the steps.
         least_tokens: of every microbatch, which dead ones fill up.
+        cross_rate: whether to align tokens of fine and coarse views.
     """
 
     def __init__(
@@ -92,19 +97,25 @@ class BatchBuilder:
         attention: float = 0.0,
         task_weights: Mapping[str, float] | None = None,
         least_tokens: int = 0,
+        cross_rate: bool = False,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
         self._left_out: LeftOut | None = None
         self._task_weights = task_weights or {}
         self._parts, self._dp_rank, self._dp_size = parts, dp_rank, dp_size
         self._device, self._layout, self._attention = device, layout, attention
-        self._least_tokens = least_tokens
+        self._least_tokens, self._cross_rate = least_tokens, cross_rate
         self._overhead = lru_cache(maxsize=None)(sequences.overhead)
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
 
-    def read_from(self, features: dict[str, FeatureReader], left_out: LeftOut) -> None:
-        """Read features from elsewhere from now on, and zero those of streams that utterances go without in a view."""
-        self._features, self._left_out = features, left_out
+    def read_from(self, features: dict[str, FeatureReader]) -> None:
+        """Read features from elsewhere from now on."""
+        self._features = features
+
+    def leave_out(self, left_out: LeftOut) -> None:
+        """Zero the features of streams that utterances go without in a view from now on; on ranks that do not embed,
+        their tokens are known to be absent all the same."""
+        self._left_out = left_out
 
     def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
         """The step that trains on the given utterances (global batch) in the given views."""
@@ -112,14 +123,18 @@ class BatchBuilder:
         laid_out = [[(view, self._examples(part, view)) for view in views] for part in parts]
         multiple = token_multiple(self._layout)
         least = max(map(input_tokens, laid_out)) if self._layout.virtual > 1 else self._least_tokens
+        pairs = view_pairs(views) if self._cross_rate else ()
+        tokens = coarse_tokens(views, pairs, [self._speech_tokens(batch, view) for view in views]) if pairs else {}
         microbatches = [
             MicroBatch(
-                pack(each, self._absent(part), multiple, least).to(self._device), self._read_features(part, views)
+                pack(each, self._absent(part), multiple, least).to(self._device),
+                self._read_features(part, views),
+                align(each, pairs, tokens, self._absent(part)).to(self._device) if pairs else None,
             )
             for part, each in zip(parts, laid_out, strict=True)
         ]
         labels = sum(self._label_length(self._utterances[i].text) for i in batch)
-        return Step(microbatches, list(views), labels, len(batch), self._task_weights)
+        return Step(microbatches, list(views), labels, len(batch), self._task_weights, pairs)
 
     def own(self, batch: Sequence[int], views: Sequence[View]) -> list[Utterance]:
         """This rank's utterances of a global batch."""
@@ -155,6 +170,11 @@ class BatchBuilder:
 
     def _examples(self, utterances: Sequence[Utterance], view: View) -> list[Example]:
         return [self._sequences.example(view, *speech_lengths(each, view), each.text) for each in utterances]
+
+    def _speech_tokens(self, batch: Sequence[int], view: View) -> dict[str, int]:
+        """Speech tokens of a global batch in a view, by stream."""
+        audio, video = zip(*(speech_lengths(self._utterances[i], view) for i in batch), strict=True)
+        return {"audio": sum(audio), "video": sum(video)}
 
     def _absent(self, utterances: Sequence[Utterance]) -> Absent | None:
         left_out = self._left_out

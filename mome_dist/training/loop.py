@@ -28,6 +28,7 @@ from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.whereabouts import report, wait_for_all
 from mome_dist.progress import progress
 from mome_dist.training.balance import forget_router_loads, update_routers
+from mome_dist.training.conflict import conflicts_of_step
 from mome_dist.training.faults import StepWatch
 from mome_dist.training.ledger import Ledger
 from mome_dist.training.metrics import Metrics, gather_routing
@@ -141,6 +142,12 @@ def _run(
             building = time.monotonic()
             step = trainer.batches["train"].build(batch, step_views)
             waited += time.monotonic() - building
+            if config.mome.experts and config.mome.conflict_every and (number + 1) % config.mome.conflict_every == 0:
+                report("comparing gradients", number, patient=True)
+                metrics.conflicts(
+                    number + 1,
+                    conflicts_of_step(trainer.model, trainer.engine, trainer.batches["train"], batch, step_views),
+                )
             if trainer.online is not None:
                 trainer.online.load_ahead(number + 1)
             report("forward and backward", number)
@@ -176,6 +183,7 @@ def _run(
                         "data_wait_seconds": found.data_wait,
                         "views": {str(view): loss for view, loss in result.by_view.items()},
                         **({} if result.sink_loss is None else {"sink_loss": result.sink_loss}),
+                        **result.divergences,
                         **shares,
                         **names,
                     }

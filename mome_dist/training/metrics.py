@@ -1,4 +1,5 @@
-"""What a run writes while it trains: ``metrics.jsonl``, ``routing.jsonl``, TensorBoard, and W&B if asked.
+"""What a run writes while it trains: ``metrics.jsonl``, ``routing.jsonl``, TensorBoard, and if asked
+``conflicts.jsonl`` and W&B.
 
 A line of ``routing.jsonl`` has the counts since the line before: ``tokens``, ``positions`` (dead ones included), and
 ``asked`` and ``dropped`` routes [layers][experts]. At every checkpoint it also has ``by_view``, the same by task and
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from mome_dist.model.distributed import DistributedMoME
 from mome_dist.moe.statistics import RoutingCounts
 from mome_dist.text_files import split_lines
 from mome_dist.training.wandb_log import WandbRun
+from mome_dist.training_log import CONFLICTS
 
 
 class Metrics:
@@ -44,7 +47,7 @@ class Metrics:
         if dist.get_rank() != 0:
             return
         self._folder = Path(config.output_dir)
-        for name in ("metrics.jsonl", "routing.jsonl"):
+        for name in ("metrics.jsonl", "routing.jsonl", CONFLICTS):
             keep_until(self._folder / name, start)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
         if config.training.wandb_project:
@@ -55,7 +58,8 @@ class Metrics:
 
         ``loss`` is the mean over the views of the step, each times the weight of its task; ``views`` and ``validation``
         have the loss of each view without weights. ``sink_loss``, where it is part of the objective, is the mean
-        squared cosine without its coefficient.
+        squared cosine without its coefficient; ``route_kl`` and ``logit_kl``, likewise, what each coarse view diverges
+        from the fine one that teaches it.
         """
         if self._board is None:
             return
@@ -85,6 +89,16 @@ class Metrics:
             record["by_view"] = counts.by_view()
         self._append("routing.jsonl", record)
         self._scalars(step, _routing_scalars(record))
+
+    def conflicts(self, step: int, found: Mapping[str, Any] | None) -> None:
+        """Log how the gradients of a step's views agree (`mome_dist.training.conflict`), if there are two."""
+        if self._board is None or found is None:
+            return
+        self._append(CONFLICTS, {"step": step, **found})
+        of_router = [cosine for by_layer in found["router"] for cosine in by_layer if cosine is not None]
+        of_experts = [c for by_layer in found["experts"] for row in by_layer for c in row if c is not None]
+        means = {"router": of_router, "experts": of_experts}
+        self._scalars(step, {f"conflicts/cosine_{name}": fmean(values) for name, values in means.items() if values})
 
     def close(self) -> None:
         """Flush everything."""

@@ -82,12 +82,16 @@ class StepFeatures:
     """
 
     def __init__(self, dropout: ModalityDropout) -> None:
-        self._dropout, self._draw = dropout, 0
+        self._dropout, self._draw, self._step = dropout, 0, 0
         self._features: StreamFeatures = {}
 
-    def hold(self, features: StreamFeatures, draw: int) -> None:
-        """Take the features of a step, by stream and utterance id."""
-        self._features, self._draw = features, draw
+    def begin(self, step: int, draw: int) -> None:
+        """Be told the step, and the draw of its augmentation."""
+        self._step, self._draw = step, draw
+
+    def hold(self, features: StreamFeatures) -> None:
+        """Take the features of the step, by stream and utterance id."""
+        self._features = features
 
     def reader(self, stream: str) -> FeatureReader:
         """Reads the features of a stream, [T, width]: float16, or fp32 leaves of an adapted encoder."""
@@ -97,7 +101,7 @@ class StepFeatures:
         """The stream that an utterance goes without in a view, if any."""
         if view.audio_rate is None or view.video_rate is None:
             return None
-        return self._dropout.left_out(utterance_id, str(view), self._draw)
+        return self._dropout.left_out(utterance_id, str(view), self._draw, self._step)
 
 
 class OnlineEncoding:
@@ -150,8 +154,9 @@ class OnlineEncoding:
         """
         waited, error = 0.0, None
         encoded: StreamFeatures = {}
+        clips = self._plan(step)
+        self._held.begin(step, clips.draw)
         if self._encoders:
-            clips = self._plan(step)
             if self._adaptation is not None:
                 self._adaptation.begin()
             try:
@@ -168,7 +173,7 @@ class OnlineEncoding:
                 encoded = {s: self._exchange(s, self._shares(clips, s), mine) for s, mine in encoded.items()}
             if self._adaptation is not None:
                 encoded = self._adaptation.watch(encoded)
-            self._held.hold(encoded, clips.draw)
+            self._held.hold(encoded)
         return waited
 
     def load_ahead(self, step: int) -> None:

@@ -145,6 +145,7 @@ def prepare(
             shape.attention_share,
             dataclasses.asdict(config.task.weights),
             filled_tokens(config) if purpose == "train" else 0,
+            config.task.cross_rate.active and purpose == "train",
         )
         for purpose in splits
     }
@@ -334,9 +335,12 @@ def _online(
         return StepClips(builder.own(order.batch(step), step_views), streams_read(step_views), epoch)
 
     dropout = config.augmentation.modality_dropout
-    held = StepFeatures(ModalityDropout(dropout.audio, dropout.video, config.seed))
+    over = max(1.0, dropout.over * config.training.steps)
+    first = dropout.audio, dropout.video
+    held = StepFeatures(ModalityDropout(*first, config.seed, dropout.schedule, *dropout.ends, over))
+    builder.leave_out(held.left_out)
     if encoders:
-        builder.read_from({stream: held.reader(stream) for stream in encoders}, held.left_out)
+        builder.read_from({stream: held.reader(stream) for stream in encoders})
     augmentation = Augmentation.open(config.augmentation, corpus, config.data.train_split, config.seed)
     loader = ClipLoader(corpus, augmentation, config.data.decode_threads)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -367,7 +371,7 @@ def _validation_online(
     held = StepFeatures(ModalityDropout(0, 0, config.seed))
     if encoders:
         readers = {stream: held.reader(stream) for stream in encoders}
-        builder.read_from({**found.readers["validation"], **readers}, held.left_out)
+        builder.read_from({**found.readers["validation"], **readers})
     clean = Augmentation.open(AugmentationConfig(), corpus, config.data.train_split, config.seed)
     loader = ClipLoader(corpus, clean, config.data.decode_threads)
     group = parallel_state.get_tensor_model_parallel_group()

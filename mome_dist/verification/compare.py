@@ -26,7 +26,7 @@ class Mismatch:
     """One value that differs.
 
     Attributes:
-        what: "loss", "gradient norm", "sink loss", "gradient" or "weight".
+        what: "loss", "gradient norm", "sink loss", "cross-rate loss", "gradient" or "weight".
         name: of the step or tensor.
         error: largest difference, relative to the reference's largest value.
         ratio: the factor that best explains the difference.
@@ -58,6 +58,7 @@ def compare(actual: Outcome, expected: Outcome, tolerance: float = TOLERANCE, to
         ("loss", actual.losses, expected.losses),
         ("gradient norm", actual.norms, expected.norms),
         ("sink loss", actual.sinks, expected.sinks),
+        ("cross-rate loss", actual.taught, expected.taught),
     ):
         pairs += [
             (what, f"step {i + 1}", np.array(a), np.array(b)) for i, (a, b) in enumerate(zip(mine, theirs, strict=True))

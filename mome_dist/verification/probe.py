@@ -25,6 +25,7 @@ from mome_dist.moe.experts import initial_value
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
+from mome_dist.speech.cross_rate import align, coarse_tokens, view_pairs
 from mome_dist.speech.matryoshka import compressed_length
 from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.speech.sequence import AUDIO, VIDEO, Example, pack
@@ -78,7 +79,14 @@ class Probe:
             least = max(input_tokens(self._laid_out(chunk, views)) for chunk in chunks)
         microbatches = [self.microbatch(chunk, token_multiple(layout), least, views) for chunk in chunks]
         labels = sum(len(_text(i, self._vocabulary)) + 1 for i in batch)
-        return Step(microbatches, views, labels, size, dataclasses.asdict(task.weights))
+        pairs = view_pairs(views) if task.cross_rate.active else ()
+        if pairs:
+            tokens = coarse_tokens(views, pairs, [_speech_tokens(batch, view) for view in views])
+            aligned = [align(self._laid_out(chunk, views), pairs, tokens).to(self.device) for chunk in chunks]
+            microbatches = [
+                dataclasses.replace(each, aligned=own) for each, own in zip(microbatches, aligned, strict=True)
+            ]
+        return Step(microbatches, views, labels, size, dataclasses.asdict(task.weights), pairs)
 
     def microbatch(
         self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0, views: Sequence[View] | None = None
@@ -194,6 +202,16 @@ def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> T
     if index is None:
         return torch.stack([_awake(name, number, shape[1:], seed) for number in range(shape[0])])
     return initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed, "uniform")[..., 0]
+
+
+def _speech_tokens(numbers: Iterable[int], view: View) -> dict[str, int]:
+    """Speech tokens of some utterances in a view, by stream."""
+    rates = {"audio": view.audio_rate, "video": view.video_rate}
+    return {
+        stream: sum(compressed_length(_frames(number, stream), rate) for number in numbers)
+        for stream, rate in rates.items()
+        if rate is not None
+    }
 
 
 def _frames(number: int, stream: str) -> int:

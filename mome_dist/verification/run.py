@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +23,9 @@ from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import by_parameter
 from mome_dist.speech.lora import LoRATerms
-from mome_dist.speech.reference import layout_free_tensors
+from mome_dist.speech.reference import label_loss, layout_free_tensors
 from mome_dist.training.step import forward_backward
+from mome_dist.verification.cross_rate import divergences
 from mome_dist.verification.encoders import RankEncoders, encoded, trained_encoders
 from mome_dist.verification.probe import Probe, wake, wake_reference
 
@@ -74,6 +76,7 @@ class Outcome:
     Attributes:
         losses, norms: of each step; the norm is that of the gradient before clipping.
         sinks: the sink loss of each step, where it is part of the objective.
+        taught: what fine views taught coarse ones in each step, with its coefficients; likewise.
         gradients: of the first step, by layout-free name.
         weights: after the last step.
     """
@@ -81,6 +84,7 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     sinks: list[float] = field(default_factory=list)
+    taught: list[float] = field(default_factory=list)
     gradients: Arrays = field(default_factory=dict)
     weights: Arrays = field(default_factory=dict)
 
@@ -116,7 +120,7 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
         plant: called once the world is open, to plant a fault.
     """
     probe = configured(probe, case)
-    settings, outcome = optimizer_of(probe, optimizer), Outcome()
+    settings, outcome, cross_rate = optimizer_of(probe, optimizer), Outcome(), probe.config.task.cross_rate
     with parallel_world(case.layout, probe.config.seed, TIMEOUT_SECONDS) as at:
         if plant is not None:
             plant()
@@ -136,6 +140,8 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
                 online.backward()
             outcome.losses.append(result.loss)
             outcome.sinks += [] if result.sink_loss is None else [result.sink_loss]
+            terms = [(getattr(cross_rate, term), by_pair.values()) for term, by_pair in result.divergences.items()]
+            outcome.taught += [sum(weight * fmean(values) for weight, values in terms)] if terms else []
             if number == 0:
                 outcome.gradients = _named(model, lambda p: engine.gradient(p))
             engine.step(settings.learning_rate)
@@ -161,13 +167,14 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         stepper = torch.optim.AdamW(
             named.values(), settings.learning_rate, betas, settings.epsilon, settings.weight_decay
         )
-    mome, sink_loss = probe.config.mome, probe.config.llm.sink_loss
+    mome, sink_loss, cross_rate = probe.config.mome, probe.config.llm.sink_loss, probe.config.task.cross_rate
     if sink_loss:
         model.keep_states()
     for number in range(probe.steps):
-        step, total, sinks = encoded(probe.step(number, 0, Layout.for_world(1)), encoders), 0.0, 0.0
+        step, total, sinks, taught = encoded(probe.step(number, 0, Layout.for_world(1)), encoders), 0.0, 0.0, 0.0
         for batch in step.microbatches:
-            loss = model.loss(batch.tokens, batch.features, step.weights)
+            logits_LV = model.label_logits(batch.tokens, batch.features)
+            loss = label_loss(logits_LV, batch.tokens.labels.ids_L, step.weights)
             loss = loss / (step.label_tokens * len(step.views))
             total += loss.item()
             auxiliary = model.auxiliary_loss(mome.balance_loss, mome.z_loss)
@@ -176,6 +183,11 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
                 sink = model.sink_loss() / (step.utterances * len(step.views))
                 sinks += sink.item()
                 auxiliary = auxiliary + sink_loss * sink
+            if step.pairs:
+                own = divergences(step, batch, model.routings, logits_LV)
+                for term, value in own.items():
+                    auxiliary = auxiliary + getattr(cross_rate, term) * value
+                taught += sum(getattr(cross_rate, term) * value.item() for term, value in own.items())
             (loss + auxiliary).backward()
         for parameter in named.values():  # what no view of the step reaches has a gradient of zero, as in DeepSpeed
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -187,6 +199,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
         stepper.zero_grad()
         outcome.losses.append(total)
         outcome.sinks += [sinks] if sink_loss else []
+        outcome.taught += [taught] if step.pairs else []
     outcome.weights = {each.name: _array(each.of(each.parameter)) for each in tensors}
     return outcome
 
@@ -197,12 +210,13 @@ def merged(parts: list[Outcome]) -> Outcome:
     Raises:
         ValueError: naming a value of which ranks hold different copies.
     """
-    whole = Outcome(parts[0].losses, parts[0].norms, parts[0].sinks)
+    whole = Outcome(parts[0].losses, parts[0].norms, parts[0].sinks, parts[0].taught)
     for part in parts:
         for what, mine, first in (
             ("loss", part.losses, whole.losses),
             ("gradient norm", part.norms, whole.norms),
             ("sink loss", part.sinks, whole.sinks),
+            ("cross-rate loss", part.taught, whole.taught),
         ):
             if not np.allclose(mine, first, rtol=1e-6, atol=0):
                 raise ValueError(f"ranks disagree on the {what}: {mine} and {first}")

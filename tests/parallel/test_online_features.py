@@ -40,6 +40,8 @@ AUGMENTED = [
     "augmentation.flip=0.5",
     "augmentation.modality_dropout.audio=0.3",
     "augmentation.modality_dropout.video=0.3",
+    "augmentation.modality_dropout.audio_to=0.7",
+    "augmentation.modality_dropout.schedule=linear",
 ]
 
 

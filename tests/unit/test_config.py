@@ -247,6 +247,16 @@ WRONG = [
         2,
         r"audio=0.6 and video=0.6 add up to more than 1",
     ),
+    (
+        [f"augmentation.modality_dropout.{key}" for key in ("schedule=linear", "audio_to=0.6", "video=0.5")],
+        2,
+        r"audio_to=0.6 and video_to=0.5 add up to more than 1",
+    ),
+    (["augmentation.modality_dropout.audio_to=2"], 2, r"modality_dropout.audio_to=2.0: a probability is from 0 to 1"),
+    (["augmentation.modality_dropout.audio_to=0.5"], 2, r"schedule=constant with audio_to=0.5 and video_to=None"),
+    (["augmentation.modality_dropout.schedule=cosine"], 2, r"schedule=cosine with audio_to=None and video_to=None"),
+    (["augmentation.modality_dropout.over=0"], 2, r"modality_dropout.over=0.0: a share of training.steps is above 0"),
+    (["augmentation.modality_dropout.schedule=step"], 2, r"schedule='step': choose from constant, linear, cosine"),
     (["augmentation=paper", "augmentation.noise.snr=[]"], 2, r"augmentation.noise.snr is empty"),
     (["augmentation.noise.snr=[loud]"], 2, r"'augmentation.noise.snr.*'loud'.*Float"),
     (

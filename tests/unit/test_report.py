@@ -14,6 +14,7 @@ from mome_dist import evaluate, report
 from mome_dist.config.load import load_config, save_config
 from mome_dist.errors import UserError
 from mome_dist.evaluation.activations import Activations
+from mome_dist.evaluation.conflict_plots import conflict_figure
 from mome_dist.evaluation.consistency import (
     agreement,
     agreement_between_rates,
@@ -23,7 +24,7 @@ from mome_dist.evaluation.consistency import (
 )
 from mome_dist.evaluation.report import write_report
 from mome_dist.evaluation.run_files import RunFiles
-from mome_dist.training_log import RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
+from mome_dist.training_log import ConflictLog, RoutingLog, TrainingLog, imbalance, normalized_entropy, smoothed
 from tests.evaluation_run import make_run
 
 
@@ -90,6 +91,24 @@ def test_drop_rate(tmp_path: Path) -> None:
     assert log.drop_rate().tolist() == [[25, 0]]
     assert log.views == () and log.tokens.tolist() == [0]
     assert RoutingLog.read(tmp_path / "absent") is None
+
+
+def test_cosines_of_views_over_lines_that_have_different_views(tmp_path: Path) -> None:
+    path = tmp_path / "conflicts.jsonl"
+    lines = [
+        {"step": 1, "views": ["asr(16)", "asr(4)"], "pairs": [[0, 1]], "experts": [[[0.5, None], [-0.1, 0.2]]]},
+        {"step": 2, "views": ["asr(4)", "vsr(2)"], "pairs": [[0, 1]], "experts": [[[-1.0, None], [None, None]]]},
+    ]
+    routers = [[[0.3, None]], [[None, None]]]
+    path.write_text("".join(json.dumps({**line, "router": r}) + "\n" for line, r in zip(lines, routers, strict=True)))
+    log = ConflictLog.read(path)
+    assert log is not None and log.lines == 2 and log.views == ("asr(4)", "asr(16)", "vsr(2)")
+    nan = np.nan
+    np.testing.assert_allclose(log.experts, [[1, 0.2, -1], [0.2, 1, nan], [-1, nan, 1]])
+    np.testing.assert_allclose(log.router, [[1, 0.3, nan], [0.3, 1, nan], [nan, nan, 1]])
+    np.testing.assert_allclose(log.negative, [[0, 1 / 3, 1], [1 / 3, 0, nan], [1, nan, 0]])
+    assert len(conflict_figure(log).axes) == 3, "two panels and a scale"
+    assert ConflictLog.read(tmp_path / "absent") is None
 
 
 def test_views_add_up_over_checkpoints_and_are_compared_by_layer(tmp_path: Path) -> None:

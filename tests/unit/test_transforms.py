@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +111,21 @@ def test_modality_dropout_has_the_asked_shares_and_never_drops_both() -> None:
     assert again == left_out
     other = [dropout.left_out(f"u{i}", "avsr(16,5)", d) for i in range(500) for d in range(4)]
     assert np.mean([a == b for a, b in zip(left_out, other, strict=True)]) < 0.5, "each view is drawn for itself"
+
+
+def test_modality_dropout_moves_by_step_and_by_nothing_else() -> None:
+    shared: dict[str, Any] = {"audio": 0.5, "video": 0.1, "seed": 0, "audio_to": 0.1, "video_to": 0.3, "steps": 8}
+    ways = {"constant": [0, 0, 0, 0, 0], "linear": [0, 0.25, 0.5, 1, 1]}
+    ways["cosine"] = [0, (1 - math.sqrt(0.5)) / 2, 0.5, 1, 1]
+    for schedule, found in ways.items():
+        dropout = ModalityDropout(schedule=schedule, **shared)
+        for step, way in zip((0, 2, 4, 8, 100), found, strict=True):
+            assert dropout.at(step) == pytest.approx((0.5 - 0.4 * way, 0.1 + 0.2 * way)), (schedule, step)
+    moving = ModalityDropout(schedule="linear", **shared)
+    for step in (0, 3, 8):
+        still = ModalityDropout(*moving.at(step), seed=0)
+        for i in range(50):
+            assert moving.left_out(f"u{i}", "avsr(4,2)", 1, step) == still.left_out(f"u{i}", "avsr(4,2)", 1)
 
 
 @pytest.mark.parametrize("kind", sorted(CORRUPTIONS))

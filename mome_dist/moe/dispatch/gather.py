@@ -26,10 +26,15 @@ from mome_dist.token_context import TokenContext
 
 class GatherDispatch(Dispatch):
     """Dispatch by gathering weights. The gathered copy, in the precision of the hidden states, lives until the
-    layer's backward pass."""
+    layer's backward pass.
 
-    def __init__(self, moe: MoE, gate: Gate, experts: RoutedExperts) -> None:
+    Args:
+        keep_probs: see `ExpertParallelMoME`.
+    """
+
+    def __init__(self, moe: MoE, gate: Gate, experts: RoutedExperts, keep_probs: bool = False) -> None:
         super().__init__(moe, gate, experts)
+        self._keep_probs = keep_probs
         self._exchange: Exchange | None = None
 
     def prefetch(self, dtype: torch.dtype) -> None:
@@ -39,7 +44,7 @@ class GatherDispatch(Dispatch):
 
     def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
         router, experts = self.router, self.num_experts + (len(shared) if shared is not None else 0)
-        form = router.kernel_form if self.experts.form.kernel else None
+        form = router.kernel_form if self.experts.form.kernel and not self._keep_probs else None
         if form is None or not runs_as_one_kernel(hidden_TH, experts):
             self.routing = routing = router(hidden_TH, context)
             packed_EP = self._packed(hidden_TH.dtype)
