@@ -56,7 +56,7 @@ class _Divergence(torch.autograd.Function):
         of_views, gradient_LZ = logs_LZ.chunk(ctx.views), torch.zeros_like(logs_LZ)
         rows = gradient_LZ.chunk(ctx.views)
         for (fine, coarse), weight in zip(ctx.pairs, gradients[0], strict=True):
-            rows[coarse].copy_((of_views[coarse].exp() - of_views[fine].exp()) * weight)
+            rows[coarse].add_((of_views[coarse].exp() - of_views[fine].exp()) * weight)
         return gradient_LZ, None, None, None
 
 

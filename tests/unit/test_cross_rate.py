@@ -144,10 +144,10 @@ TAUGHT = "task.cross_rate.route_kl=0.1"
     ("overrides", "message"),
     [
         (["task.cross_rate.logit_kl=-1"], r"task\.cross_rate\.logit_kl=-1\.0: must be at least 0"),
-        ([TAUGHT, "mome=none", "llm.lora.rank=2"], r"task\.cross_rate\.route_kl=0\.1 compares routers"),
-        ([TAUGHT, "task.sampling=rates"], r"no step has two such views"),
+        ([TAUGHT, "mome=none"], r"task\.cross_rate\.route_kl=0\.1 compares routers"),
+        ([TAUGHT, "task.sampling=rates", "task.views_per_step=null"], r"no step has two such views"),
         ([TAUGHT, "task.views_per_step=1"], r"no step has two such views"),
-        ([TAUGHT, "task=asr", "task.asr_audio_rates=[4]"], r"no step has two such views"),
+        ([TAUGHT, "task=asr", "task.asr_audio_rates=[4]", "task.views_per_step=null"], r"no step has two such views"),
         (
             [TAUGHT, "llm.graphs=rehearsal", "parallel=single", "mome.dispatch=local", "data.microbatch_tokens=999"],
             r"does not go with task\.cross_rate\.route_kl=0\.1",
