@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mome_dist.config.derived import lora_of, rates_of, router_of, schedule_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.graphs import check_graphs
 from mome_dist.config.schema import DecodingConfig, MoMEConfig, RunConfig, TaskConfig, TrainingConfig
+from mome_dist.config.views_of_steps import check_views_of_steps
 from mome_dist.errors import UserError
 from mome_dist.moe.forms.registry import FORMS
-from mome_dist.speech.views import coarser_streams, streams_read
+from mome_dist.speech.views import streams_read
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -200,31 +201,7 @@ def _check_task(config: RunConfig) -> None:
     if task.sampling == "rates":
         _check_rates(task)
     _check_weights(config)
-    _check_cross_rate(config)
-
-
-def _check_cross_rate(config: RunConfig) -> None:
-    """Refuse terms between views that never meet, or between routers that there are none of."""
-    terms, every, schedule = config.task.cross_rate, config.mome.conflict_every, schedule_of(config)
-    if every and config.mome.experts and schedule.per_step == 1 and all(len(set(hand)) < 2 for hand in schedule.hands):
-        raise UserError(
-            f"mome.conflict_every={every} compares the views of a step, but every step has one: set it to 0, or raise "
-            "task.views_per_step."
-        )
-    if terms.route_kl and not config.mome.experts:
-        raise UserError(
-            f"task.cross_rate.route_kl={terms.route_kl} compares routers, but the run has no routed experts: set it to "
-            "0, or choose another mome."
-        )
-    if not terms.active:
-        return
-    hands = [views_of(config)] if schedule.per_step > 1 else schedule.hands  # any two of several hands may meet
-    if not any(coarser_streams(fine, coarse) for views in hands for fine in views for coarse in views):
-        raise UserError(
-            f"task.cross_rate={{route_kl: {terms.route_kl}, logit_kl: {terms.logit_kl}}} lets fine views of a step "
-            "teach coarse ones of their task, but no step has two such views: give a task two rates, with "
-            "task.sampling=views and task.views_per_step of null or at least 2, or set both to 0."
-        )
+    check_views_of_steps(config)
 
 
 def _check_rates(task: TaskConfig) -> None:

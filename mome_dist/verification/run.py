@@ -140,8 +140,8 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
                 online.backward()
             outcome.losses.append(result.loss)
             outcome.sinks += [] if result.sink_loss is None else [result.sink_loss]
-            terms = [(getattr(cross_rate, term), by_pair.values()) for term, by_pair in result.divergences.items()]
-            outcome.taught += [sum(weight * fmean(values) for weight, values in terms)] if terms else []
+            taught = [(getattr(cross_rate, term), by_pair.values()) for term, by_pair in result.divergences.items()]
+            outcome.taught += [sum(weight * fmean(values) for weight, values in taught)] if taught else []
             if number == 0:
                 outcome.gradients = _named(model, lambda p: engine.gradient(p))
             engine.step(settings.learning_rate)

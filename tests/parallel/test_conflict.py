@@ -37,7 +37,9 @@ CASES = [
 def _probes(folder: Path, case: Case) -> list[Probe]:
     """The same model and clips in one view each."""
     config = shrunk(load_config(PROBE), folder)
-    views = [{"avsr_audio_rates": [audio], "avsr_video_rates": [video]} for audio, video in ((4, 2), (16, 2), (16, 5))]
+    views: list[dict[str, Any]] = [
+        {"avsr_audio_rates": [audio], "avsr_video_rates": [video]} for audio, video in ((4, 2), (16, 2), (16, 5))
+    ]
     tasks = [dataclasses.replace(config.task, **each) for each in views]
     return [configured(Probe(dataclasses.replace(config, task=task), steps=1), case) for task in tasks]
 

@@ -66,7 +66,7 @@ def _mean_of_a_rank() -> None:
         moved = part(self, device)
         return Aligned(moved.pairs, moved.rows_M, moved.fine_MW, moved.shares_MW, 2 * moved.weights_QM)
 
-    Aligned.to = doubled  # type: ignore[method-assign]
+    Aligned.to = doubled  # type: ignore
 
 
 @pytest.mark.parametrize(("fault", "name"), [(_targets_of_a_rank_alone, "tp2 sp"), (_mean_of_a_rank, "dp2")])

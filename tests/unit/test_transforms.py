@@ -115,7 +115,7 @@ def test_modality_dropout_has_the_asked_shares_and_never_drops_both() -> None:
 
 def test_modality_dropout_moves_by_step_and_by_nothing_else() -> None:
     shared: dict[str, Any] = {"audio": 0.5, "video": 0.1, "seed": 0, "audio_to": 0.1, "video_to": 0.3, "steps": 8}
-    ways = {"constant": [0, 0, 0, 0, 0], "linear": [0, 0.25, 0.5, 1, 1]}
+    ways: dict[str, list[float]] = {"constant": [0, 0, 0, 0, 0], "linear": [0, 0.25, 0.5, 1, 1]}
     ways["cosine"] = [0, (1 - math.sqrt(0.5)) / 2, 0.5, 1, 1]
     for schedule, found in ways.items():
         dropout = ModalityDropout(schedule=schedule, **shared)
