@@ -17,8 +17,8 @@ def check_views_of_steps(config: RunConfig) -> None:
     terms, every, schedule = config.task.cross_rate, config.mome.conflict_every, schedule_of(config)
     if every and config.mome.experts and schedule.per_step == 1 and all(len(set(hand)) < 2 for hand in schedule.hands):
         raise UserError(
-            f"mome.conflict_every={every} compares the views of a step, but every step has one: set it to 0, or raise "
-            "task.views_per_step."
+            f"mome.conflict_every={every} compares the views of a step, but every step has one: set it to 0, raise "
+            "task.views_per_step, or give a task more rates."
         )
     if terms.route_kl and not config.mome.experts:
         raise UserError(
