@@ -87,8 +87,10 @@ def test_a_run_logs_what_each_view_is_taught_and_continues_as_if_never_stopped(l
     whole = lab.train(1, tmp_path / "whole", *run, "training.steps=4")
     begun = lab.train(1, tmp_path / "begun", *run, "training.steps=2")
     assert begun + lab.train(1, tmp_path / "begun", *run, "training.steps=4") == whole
-    for record in lines(tmp_path / "whole/metrics.jsonl"):
-        for term in ("route_kl", "logit_kl"):
+    records = lines(tmp_path / "whole/metrics.jsonl")
+    assert sum("route_kl" in record for record in records) >= 3, "a drawn step may have no view that is finer"
+    for record in records:
+        for term in ("route_kl", "logit_kl") if "route_kl" in record else ():
             assert record[term] and all(value > 0 for value in record[term].values()), term
             assert all(set(pair.split(">")) <= set(record["views"]) for pair in record[term])
     untaught = lab.train(1, tmp_path / "without", *run[:1], *run[3:], "training.steps=2")
