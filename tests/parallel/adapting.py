@@ -27,7 +27,6 @@ from mome_dist.speech.lora import LoRATerms, attach_lora, lora_layers
 from mome_dist.speech.matryoshka import audio_frames
 from mome_dist.speech.reference import layout_free_tensors
 from mome_dist.speech.video_encoder import VideoEncoder
-from mome_dist.speech.views import View
 from mome_dist.training import online
 from mome_dist.training.batches import BatchBuilder
 from mome_dist.training.run_directory import owned_run
@@ -121,7 +120,7 @@ def adapt_in_one_graph(overrides: Sequence[str], cache: Path, steps: int, clips_
         features = {
             stream: _encoded(stream, encoder, corpus, own, clips_together) for stream, encoder in encoders.items()
         }
-        builder.read_from({stream: found.__getitem__ for stream, found in features.items()}, _nothing_left_out)
+        builder.read_from({stream: found.__getitem__ for stream, found in features.items()})
         step, losses = builder.build(batch, views), []
         for part in step.microbatches:
             loss = model.loss(part.tokens, part.features) / (step.label_tokens * len(views))
@@ -137,10 +136,6 @@ def adapt_in_one_graph(overrides: Sequence[str], cache: Path, steps: int, clips_
         stepper.zero_grad()
     outcome.weights = {name: _array(parameter) for name, parameter in named.items()}
     return outcome
-
-
-def _nothing_left_out(_utterance_id: str, _view: View) -> None:
-    return None
 
 
 def _encoded(
