@@ -2,7 +2,7 @@
 
 Every ``mome.conflict_every`` steps, the step's batch goes through the model once more in each of its views by itself,
 before the step is trained on. Each time the engine reduces the gradients as in training, and forgets them: what trains
-afterwards finds everything as it was, to the bit. A gradient is that of the view's cross-entropy and balance loss over
+afterwards finds everything as it was. A gradient is that of the view's cross-entropy and balance loss over
 the global batch. It costs as many passes as another step, and memory for one more gradient of the experts and routers
 for each view.
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
@@ -80,19 +79,12 @@ def test_layouts_find_the_cosines_of_one_process(tmp_path: Path, case: Case) -> 
     assert np.nanmin(found_QLX) < 0.9, "views differ"
 
 
-def test_training_is_the_same_to_the_bit(lab: Lab, tmp_path: Path) -> None:
+def test_losses_are_the_same_to_the_bit(lab: Lab, tmp_path: Path) -> None:
     run = ["task=avsr", "mome.bias_rate=0.01", "training.steps=4"]
     losses = {
         every: lab.train(2, tmp_path / str(every), *run, f"mome.conflict_every={every}", ep=2) for every in (0, 2)
     }
     assert losses[0] == losses[2]
-    files = [sorted((tmp_path / str(every) / "checkpoints/step-000004").glob("*.safetensors")) for every in (0, 2)]
-    assert files[0] and [file.name for file in files[0]] == [file.name for file in files[1]]
-    for one, other in zip(*files, strict=True):
-        tensors, others = load_file(one), load_file(other)
-        assert tensors.keys() == others.keys() and all(torch.equal(value, others[n]) for n, value in tensors.items())
-    routing = [lines(tmp_path / str(every) / "routing.jsonl") for every in (0, 2)]
-    assert routing[0] == routing[1]
     assert not (tmp_path / "0/conflicts.jsonl").exists()
     first, second = lines(tmp_path / "2/conflicts.jsonl")
     assert (first["step"], second["step"]) == (2, 4) and len(first["views"]) == 4 and len(first["pairs"]) == 6
