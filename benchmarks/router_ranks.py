@@ -50,14 +50,15 @@ def _measure(dispatch: str, ranks: int, options: argparse.Namespace) -> dict[str
     view, audio, video = View("avsr", 4, 2), options.tokens // 2, options.tokens // 4
     modality = [Modality.AUDIO] * audio + [Modality.VIDEO] * video
     modality += [Modality.TEXT] * (options.tokens - len(modality))
-    tokens = TokenContext.of([(str(view), [options.tokens])], modality, multiple=1)
+    tokens = TokenContext.of([(str(view), [options.tokens])], modality, multiple=1, draws=[0])
     layers = {}
     for name in dict.fromkeys([OURS, *options.routers]):
         kind = ROUTERS[name].settings
         if dispatch not in kind.dispatches:
             continue
         spec = RouterSpec(name, kind(), kind.scores[0], kind.renormalizes[0], views=(view,))
-        shape = LayerShape(hidden_size, experts, 2 * TOP_K if name == "null_experts" else TOP_K, bottleneck)
+        top_k = kind.only_top_k or (2 * TOP_K if name == "null_experts" else TOP_K)
+        shape = LayerShape(hidden_size, experts, top_k, bottleneck)
         layers[name] = MoMELayer(shape, ranks, dispatch, spec, tokens)
         layers[name].mome.initialize("mome.0", 0)
     inputs = random_tokens(shape, options.tokens, DTYPES[options.precision], seed=100 + dist.get_rank())

@@ -44,8 +44,9 @@ def render(cases: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"One layer forward and backward, hidden states {first['precision']} of {hidden_size}, {first['tokens']} "
         f"tokens a process, {experts} routed experts of {bottleneck} units and a shared one, at most {TOP_K} a token "
-        "(of `null_experts` twice as many choices, of which half are real in the mean). In brackets the time beside "
-        f"`{OURS}`'s. Columns are the dispatch and the number of processes.",
+        "(of `null_experts` twice as many choices, of which half are real in the mean; of `grin` two; of `gw_moe` and "
+        f"`expert_choice` any number). In brackets the time beside `{OURS}`'s. Columns are the dispatch and the number "
+        "of processes.",
         "## Milliseconds",
         table(columns, rows),
     ]

@@ -94,6 +94,11 @@ def check_experts(config: RunConfig, layout: Layout) -> None:
             "mome.alltoall_nodes=1, or a divisor of parallel.ep with mome.dispatch=alltoall."
         )
     router, form = router_of(config), find_form(mome.expert)
+    if router.settings.whole_sequences and layout.sequence_parallel:
+        raise UserError(
+            f"mome.router.name={router.name} chooses among the tokens of a sequence, which "
+            "parallel.sequence_parallel=true cuts: set it to false."
+        )
     able = [name for name in form.dispatches if name in router.settings.dispatches]
     if not dispatches(layout, mome.experts, router, mome.expert) or mome.dispatch not in ("auto", *able):
         raise UserError(

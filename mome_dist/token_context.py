@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mome_dist.draws import draws_of_tokens
 from mome_dist.transfer import sent_to
 
 ALIGNMENT = 8
@@ -58,7 +59,8 @@ class OneView(_Once):
         view: its name.
         modality_N: int8 [N], see `Modality`; None if all are text.
         tokens: N.
-        rows: utterances, which have as many tokens each, padding included.
+        rows: sequences, all padded to as many tokens.
+        draws_N: as in `TokenContext`.
     """
 
     view: str
@@ -66,10 +68,17 @@ class OneView(_Once):
     tokens: int
     rows: int = 1
     alive_N: None = None
+    draws_N: Tensor | None = None
 
     @property
     def view_names(self) -> tuple[str, ...]:
         return (self.view,)
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """As `TokenContext.sequence_N`."""
+        device = None if self.modality_N is None else self.modality_N.device
+        return torch.arange(self.rows, device=device).repeat_interleave(self.tokens // self.rows)
 
     @property
     def members_VN(self) -> Tensor:
@@ -106,6 +115,8 @@ class TokenContext(_Once):
         prefixes: tokens of each sequence before its text, like ``lengths``; None where nobody said.
         sequence_N: int64 [N], the number of each token's sequence; dead tokens are one more.
         group: the ranks that have the other parts, if this is one; None where nobody said.
+        draws_N: int64 [N], what random numbers of each token are functions of (`mome_dist.draws`); None where nothing
+            is drawn.
     """
 
     lengths: tuple[int, ...]
@@ -119,6 +130,7 @@ class TokenContext(_Once):
     sequence_N: Tensor
     prefixes: tuple[int, ...] | None = None
     group: dist.ProcessGroup | None = None
+    draws_N: Tensor | None = None
 
     @classmethod
     def of(
@@ -128,6 +140,7 @@ class TokenContext(_Once):
         multiple: int = ALIGNMENT,
         least: int = 0,
         prefixes: Sequence[int] | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Self:
         """The context of whole sequences, on the CPU.
 
@@ -137,6 +150,8 @@ class TokenContext(_Once):
             multiple: of tokens, which dead ones fill up.
             least: tokens at least.
             prefixes: of each sequence, see the class.
+            draws: of each sequence, from 0 below 2^63, of which those of its tokens are made; None where nothing is
+                drawn.
         """
         lengths = tuple(itertools.chain.from_iterable(each for _, each in views))
         alive = sum(lengths)
@@ -164,6 +179,7 @@ class TokenContext(_Once):
             positions_N=positions_N,
             sequence_N=torch.arange(len(repeats)).repeat_interleave(repeats),
             prefixes=None if prefixes is None else tuple(prefixes),
+            draws_N=None if draws is None else draws_of_tokens(draws, lengths, tokens),
         )
 
     @property
@@ -206,6 +222,7 @@ class TokenContext(_Once):
             positions_N=self.positions_N[own],
             sequence_N=self.sequence_N[own],
             group=group,
+            draws_N=None if self.draws_N is None else self.draws_N[own],
         )
 
     def speech_means(self, values_NX: Tensor) -> Tensor:
@@ -273,6 +290,7 @@ class FixedTokens(_Once):
         alive_N: bool [N].
         starts_B1: as in `TokenContext`; any number of empty sequences follows.
         longest: tokens that no sequence has more of.
+        draws_N: nothing is drawn.
     """
 
     members_VN: Tensor
@@ -281,6 +299,7 @@ class FixedTokens(_Once):
     positions_N: Tensor
     starts_B1: Tensor
     longest: int
+    draws_N: None = None
 
     @property
     def view_names(self) -> tuple[str, ...]:
@@ -299,8 +318,14 @@ class FixedTokens(_Once):
 
     def _find_unseen(self) -> Tensor:
         index_N = torch.arange(self.positions_N.numel(), device=self.positions_N.device)
-        sequence_N = torch.searchsorted(self.starts_B1, index_N.int(), right=True)
+        sequence_N = self.sequence_N
         return (sequence_N[:, None] != sequence_N) | (index_N[:, None] < index_N)
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """As `TokenContext.sequence_N`."""
+        index_N = torch.arange(self.positions_N.numel(), device=self.starts_B1.device, dtype=torch.int32)
+        return torch.searchsorted(self.starts_B1, index_N, right=True)
 
 
 @dataclass(frozen=True)

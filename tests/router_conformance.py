@@ -60,17 +60,17 @@ def forms(name: str) -> Iterator[list[str]]:
     chosen = [
         [f"mome.router.{field.name}={value}" for value in _values(field)]
         for field in dataclasses.fields(kind)
-        if "choices" in field.metadata
+        if "choices" in field.metadata or isinstance(field.default, bool)
     ]
     common = [f"mome/router={name}", f"mome.score={kind.scores[0]}", f"mome.renormalize={kind.renormalizes[0]}"]
-    common.append("mome.dispatch=auto")
+    common += ["mome.dispatch=auto"] + ([f"mome.top_k={kind.only_top_k}"] if kind.only_top_k is not None else [])
     return ([*common, *own] for own in itertools.product(*chosen))
 
 
 def _values(field: dataclasses.Field[Any]) -> list[str]:
     """All choices; of a list, what it has by itself, and all together."""
     if field.default_factory is dataclasses.MISSING:
-        return list(field.metadata["choices"])
+        return list(field.metadata.get("choices", ("false", "true")))
     return [f"[{','.join(chosen)}]" for chosen in (field.default_factory(), field.metadata["choices"])]
 
 
@@ -100,7 +100,8 @@ def context(lengths: tuple[int, int, int], dead: int) -> TokenContext:
     kinds = ((Modality.AUDIO,), (Modality.VIDEO,), (Modality.AUDIO, Modality.VIDEO))
     modality = [kind for each, length in zip(kinds, lengths, strict=True) for kind in _spoken(each, length)]
     views = zip(("asr(4)", "vsr(2)", "avsr(16,5)"), lengths, strict=True)
-    return TokenContext.of([(name, [n]) for name, n in views], modality, multiple=1, least=sum(lengths) + dead)
+    sizes = [(name, [n]) for name, n in views]
+    return TokenContext.of(sizes, modality, multiple=1, least=sum(lengths) + dead, draws=lengths)
 
 
 def _spoken(kinds: tuple[Modality, ...], length: int) -> list[Modality]:
@@ -172,7 +173,7 @@ def shards_add_up(form: list[str]) -> None:
         for rank, own_TH in enumerate(rows_NH.chunk(ranks)):
             tokens = whole.part(rank, ranks)
             routing = router(own_TH, tokens)
-            losses.append((routing.gates_TK * own_TH[:, :TOP_K]).sum())
+            losses.append((routing.gates_TK * own_TH[:, : routing.gates_TK.shape[1]]).sum())
             losses += _view_losses(router.losses, routing, tokens, counts_VE, whole.sizes_V2[:, 0])
             sums += _own_sums(router, routing, tokens)
         losses += _batch_loss(router, sums, whole.sizes_V2[:, 0])
@@ -210,12 +211,16 @@ def _batch_loss(router: Router, sums: list[Tensor], sizes_V: Tensor) -> list[Ten
 
 
 def evaluation_chooses_what_training_does(form: list[str]) -> None:
-    """Packed weights, one token or many, give what the form with gradients gives."""
+    """Packed weights, one token or many, give what the form with gradients gives; that in eval mode where a router has
+    other experts in training."""
     module, tokens, rows_NH = local_form(form), context((8, 6, 7), 0), hidden(21, 3)
-    trained_NH = module(rows_NH, None, tokens).detach()
+    same = module.router.spec.settings.evaluates_as_trained
+    trained_NH = module.train(same)(rows_NH, None, tokens).detach()
     with torch.no_grad():
         torch.testing.assert_close(module.eval()(rows_NH, None, tokens), trained_NH, rtol=1e-5, atol=1e-6)
-        for number in () if module.router.spec.settings.of_utterance else (0, 7, 20):
+        # A token alone is another sequence.
+        apart = module.router.spec.settings.of_utterance or module.router.spec.settings.whole_sequences
+        for number in () if apart else (0, 7, 20):
             own = tokens.part(number, tokens.tokens)
             alone_1H = module(rows_NH[number : number + 1], None, own)
             torch.testing.assert_close(alone_1H, trained_NH[number : number + 1], rtol=1e-5, atol=1e-6)
@@ -343,8 +348,11 @@ def layouts_are_one_process(chosen: list[list[str]], folder: Path) -> None:
 
 
 def _case(name: str, layout: Layout, config: RunConfig, number: int) -> Case:
-    """With one of the dispatches of the router that work across ranks; without any, on one expert-parallel rank."""
-    across = [each for each in ("alltoall", "gather") if each in router_of(config).settings.dispatches]
+    """With one of the dispatches of the router that work across ranks; without any, on one expert-parallel rank. No
+    sequence is cut where it may not be."""
+    settings = router_of(config).settings
+    layout = dataclasses.replace(layout, sequence_parallel=layout.sequence_parallel and not settings.whole_sequences)
+    across = [each for each in ("alltoall", "gather") if each in settings.dispatches]
     if not across:
         return Case(name, dataclasses.replace(layout, ep=1), dispatch="local")
     return Case(name, layout, dispatch=across[number % len(across)])

@@ -189,3 +189,8 @@ def router_of(config: RunConfig) -> RouterSpec:
     mome = config.mome
     views = tuple(views_of(config))
     return RouterSpec(name, cast(RouterSettings, settings), mome.score, mome.renormalize, mome.bias_rate, views)
+
+
+def draws_of(config: RunConfig) -> bool:
+    """Whether routers draw random numbers of tokens in training."""
+    return config.mome.experts > 0 and router_of(config).settings.draws

@@ -282,6 +282,8 @@ def _check_router(config: RunConfig) -> None:
         if getattr(mome, key) not in values:
             names = " or ".join(str(value).lower() for value in values)
             raise UserError(f"mome.{key}={str(getattr(mome, key)).lower()} does not go with {router}: set {names}.")
+    if kind.only_top_k is not None and mome.top_k != kind.only_top_k:
+        raise UserError(f"mome.top_k={mome.top_k} does not go with {router}: set {kind.only_top_k}.")
     if mome.bias_rate > 0 and not kind.takes_bias:
         raise UserError(f"mome.bias_rate={mome.bias_rate} does not go with {router}, which takes no bias: set 0.")
     if mome.drop_policy == "reroute":

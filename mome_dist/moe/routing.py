@@ -58,6 +58,9 @@ class Routing:
             any expert, with a gate of zero. None if all count.
         values_TS: fp32 [T, S], of which the router has a loss (`mome_dist.moe.routers.base.Router.batch_loss`); None
             without one.
+        dense_TE: fp32 [T, E], the gates of all experts where those that were not chosen have a gradient too; zero for
+            them, and those of ``gates_TK`` for the others. None if the chosen ones alone have one. For dispatches that
+            have every expert's output (`mome_dist.moe.forms.base.ExpertForm.dense`).
     """
 
     experts_TK: Tensor
@@ -67,6 +70,7 @@ class Routing:
     valid_T: Tensor | None
     chosen_TK: Tensor | None = None
     values_TS: Tensor | None = None
+    dense_TE: Tensor | None = None
 
     def selected_TE(self) -> Tensor:
         """Bool [T, E]: the (token, expert) pairs that count, padding excluded."""
@@ -78,10 +82,13 @@ class Routing:
 
     def restricted_to(self, valid_T: Tensor) -> Routing:
         """The same routing with the tokens outside ``valid_T`` taken for padding."""
-        return replace(self, gates_TK=self.gates_TK * valid_T[:, None], valid_T=valid_T)
+        dense_TE = None if self.dense_TE is None else self.dense_TE * valid_T[:, None]
+        return replace(self, gates_TK=self.gates_TK * valid_T[:, None], valid_T=valid_T, dense_TE=dense_TE)
 
     def gates_TE(self) -> Tensor:
         """fp32 [T, E]: the gate of every expert, zero where it was not chosen."""
+        if self.dense_TE is not None:
+            return self.dense_TE
         gates_TE = torch.zeros_like(self.probs_TE)
         if self.chosen_TK is None:
             return gates_TE.scatter(1, self.experts_TK, self.gates_TK)

@@ -213,7 +213,8 @@ def dispatches(layout: Layout, experts: int = 1, router: RouterSpec = PLAIN, exp
     if not experts:
         return ("none",)
     able, either = find_form(expert).dispatches, ("alltoall", "gather" if layout.ep > 1 else "local")
-    return tuple(name for name in either if name in router.settings.dispatches and name in able)
+    cut = layout.sequence_parallel
+    return tuple(name for name in either if router.settings.serves(name, cut) and name in able)
 
 
 @dataclass(frozen=True)

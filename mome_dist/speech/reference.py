@@ -195,10 +195,13 @@ class MoMESpeechLM(nn.Module):
         assert self._view is not None, "a pass says its view before it begins"
         return self._view
 
-    def _begin(self, view: View, modality_BS: Tensor) -> None:
-        """Say what the next pass is of; tokens after those of ``modality_BS`` are text."""
+    def _begin(self, view: View, modality_BS: Tensor, draws_BS: Tensor | None = None) -> None:
+        """Say what the next pass is of; tokens after those of ``modality_BS`` are text. What routers draw for them in
+        training is of ``draws_BS``, int64, if they draw."""
         self._view, self._prefix_shape = view, (modality_BS.shape[0], modality_BS.shape[1])
-        self._prefix = OneView(str(view), modality_BS.flatten(), modality_BS.numel(), modality_BS.shape[0])
+        draws_N = None if draws_BS is None else draws_BS.flatten()
+        rows, tokens = modality_BS.shape[0], modality_BS.numel()
+        self._prefix = OneView(str(view), modality_BS.flatten(), tokens, rows, draws_N=draws_N)
         self._text = OneView(str(view), None, 0)
 
     def _tokens_of(self, hidden_BSH: Tensor) -> OneView:
@@ -239,9 +242,13 @@ class MoMESpeechLM(nn.Module):
         sequences = embedded_NH[: tokens.context.alive].split(tokens.context.lengths)
         logits, first = [], 0
         modalities = tokens.context.modality_N[: tokens.context.alive].split(tokens.context.lengths)
+        draws_N, draws_BS = tokens.context.draws_N, None
+        draws = None if draws_N is None else draws_N[: tokens.context.alive].split(tokens.context.lengths)
         self.routings, self._states, self._prefixes = [], [], []
         for view, rows in zip(tokens.views, tokens.context.view_sequences, strict=True):
-            self._begin(view, pad_sequence(modalities[first : first + rows], batch_first=True))
+            if draws is not None:
+                draws_BS = pad_sequence(draws[first : first + rows], batch_first=True)
+            self._begin(view, pad_sequence(modalities[first : first + rows], batch_first=True), draws_BS)
             if self._keeps_states:
                 assert tokens.context.prefixes is not None
                 self._states.append([])

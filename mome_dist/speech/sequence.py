@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.draws import draw_of
 from mome_dist.llm.tokens import TokenTable, check_rows
 from mome_dist.speech.views import View
 from mome_dist.token_context import ALIGNMENT, Labels, Modality, TokenContext
@@ -170,6 +171,7 @@ def pack(
     absent: Absent | None = None,
     multiple: int = ALIGNMENT,
     least: int = 0,
+    draws: Sequence[int] | None = None,
 ) -> PackedTokens:
     """Lay out the sequences of the same clips in one view after another; the last token of a sequence is only ever a
     label, no input.
@@ -178,6 +180,8 @@ def pack(
         sequences: of each view, clip by clip; a view may come twice.
         absent: which clips go without a stream; None if none does.
         multiple, least: of N, see `TokenContext.of`.
+        draws: of each clip, a number that no other clip of the run has in any step (`mome_dist.draws.draw_of`); None
+            where nothing is drawn. The same clip has others in another view.
     """
     ids: list[int] = []
     index: list[int] = []
@@ -199,7 +203,8 @@ def pack(
     modality_N = int(Modality.AUDIO) * (ids_N == AUDIO) + int(Modality.VIDEO) * (ids_N == VIDEO)
     lengths = [(str(view), [len(example.ids) - 1 for example in examples]) for view, examples in sequences]
     prefixes = [example.prefix_length for _, examples in sequences for example in examples]
-    context = TokenContext.of(lengths, modality_N, multiple, least, prefixes)
+    of_views = None if draws is None else [draw_of(each, number) for number in range(len(sequences)) for each in draws]
+    context = TokenContext.of(lengths, modality_N, multiple, least, prefixes, of_views)
     return PackedTokens(
         views=tuple(view for view, _ in sequences),
         ids_N=F.pad(ids_N.clamp(min=0), (0, context.tokens - len(ids))),

@@ -16,6 +16,7 @@ from torch import Tensor
 from mome_dist.aligned_tokens import ViewPair
 from mome_dist.data.corpus import Utterance
 from mome_dist.data.parts import Parts, Shares, Work, work_of_sequence
+from mome_dist.draws import draw_of
 from mome_dist.model.distributed import MicroBatch
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.cross_rate import align, coarse_tokens, view_pairs
@@ -82,6 +83,7 @@ class BatchBuilder:
         task_weights: of the steps.
         least_tokens: of every microbatch, which dead ones fill up.
         cross_rate: whether to align tokens of fine and coarse views.
+        draws: whether tokens have draws for routers.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class BatchBuilder:
         task_weights: Mapping[str, float] | None = None,
         least_tokens: int = 0,
         cross_rate: bool = False,
+        draws: bool = False,
     ) -> None:
         self._utterances, self._sequences, self._features = utterances, sequences, features
         self._left_out: LeftOut | None = None
         self._task_weights = task_weights or {}
         self._parts, self._dp_rank, self._dp_size = parts, dp_rank, dp_size
         self._device, self._layout, self._attention = device, layout, attention
-        self._least_tokens, self._cross_rate = least_tokens, cross_rate
+        self._least_tokens, self._cross_rate, self._draws = least_tokens, cross_rate, draws
         self._overhead = lru_cache(maxsize=None)(sequences.overhead)
         self._label_length = lru_cache(maxsize=None)(lambda text: len(sequences.codec.encode(text)) + 1)
 
@@ -117,8 +120,12 @@ class BatchBuilder:
         their tokens are known to be absent all the same."""
         self._left_out = left_out
 
-    def build(self, batch: Sequence[int], views: Sequence[View]) -> Step:
-        """The step that trains on the given utterances (global batch) in the given views."""
+    def build(self, batch: Sequence[int], views: Sequence[View], number: int = 0) -> Step:
+        """The step that trains on the given utterances (global batch) in the given views.
+
+        Args:
+            number: of the step, which what is drawn depends on.
+        """
         parts = self._share(batch, views, self._dp_rank)
         laid_out = [[(view, self._examples(part, view)) for view in views] for part in parts]
         multiple = token_multiple(self._layout)
@@ -127,7 +134,7 @@ class BatchBuilder:
         tokens = coarse_tokens(views, pairs, [self._speech_tokens(batch, view) for view in views]) if pairs else {}
         microbatches = [
             MicroBatch(
-                pack(each, self._absent(part), multiple, least).to(self._device),
+                pack(each, self._absent(part), multiple, least, self._drawn(part, number)).to(self._device),
                 self._read_features(part, views),
                 align(each, pairs, tokens, self._absent(part)).to(self._device) if pairs else None,
             )
@@ -181,6 +188,10 @@ class BatchBuilder:
         if left_out is None:
             return None
         return lambda view, clip, stream: left_out(utterances[clip].id, view) == stream
+
+    def _drawn(self, utterances: Sequence[Utterance], number: int) -> list[int] | None:
+        """What each clip draws in a step."""
+        return [draw_of(number, each.id) for each in utterances] if self._draws else None
 
     def _read_features(self, utterances: Sequence[Utterance], views: Sequence[View]) -> dict[str, list[Tensor]]:
         if self._features is None:

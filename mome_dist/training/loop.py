@@ -140,7 +140,7 @@ def _run(
                 report("encoding the clips", number)
                 waited = trainer.online.load(number)
             building = time.monotonic()
-            step = trainer.batches["train"].build(batch, step_views)
+            step = trainer.batches["train"].build(batch, step_views, number)
             waited += time.monotonic() - building
             if config.mome.experts and config.mome.conflict_every and (number + 1) % config.mome.conflict_every == 0:
                 report("comparing gradients", number, patient=True)

@@ -32,7 +32,7 @@ from mome_dist.checkpoint.restore import (
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import deepspeed_of
-from mome_dist.config.derived import llm_terms_of, lora_of, schedule_of, streams_of, views_of
+from mome_dist.config.derived import draws_of, llm_terms_of, lora_of, schedule_of, streams_of, views_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import AugmentationConfig
 from mome_dist.cuda_graphs.kinds import graphs_of
@@ -146,6 +146,7 @@ def prepare(
             dataclasses.asdict(config.task.weights),
             filled_tokens(config) if purpose == "train" else 0,
             config.task.cross_rate.active and purpose == "train",
+            draws_of(config) and purpose == "train",
         )
         for purpose in splits
     }

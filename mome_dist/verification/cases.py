@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from mome_dist.moe.routers.spec import PLAIN, RouterSettings
 from mome_dist.parallel.layout import Layout
 from mome_dist.verification.run import Case
 
@@ -17,15 +18,16 @@ def _case(name: str, world: int, zero: int = 1, dispatch: str = "alltoall", **se
     return Case(name, Layout.for_world(world, **settings), zero, dispatch, **other)
 
 
-def standard_cases(experts: bool = True, beside: bool = False) -> list[Case]:
+def standard_cases(experts: bool = True, beside: bool = False, router: RouterSettings = PLAIN.settings) -> list[Case]:
     """At least one case for every axis and every pair of them that meets in the code.
 
     Args:
         experts: whether the model has any; without, the cases that differ in nothing else are left out.
         beside: whether, without experts, anything trains beside the projectors, so that these may be kept.
+        router: of the experts; cases that it does not serve are left out.
     """
     if experts:
-        return _cases()
+        return [case for case in _cases() if router.serves(case.dispatch, case.layout.sequence_parallel)]
     left = (case for case in _cases() if case.layout.ep == 1 and case.placement is None)
     left = (case for case in left if beside or case.train_projectors is not False)  # something must train
     found = {(case.layout, case.zero, case.precision, case.train_projectors): case for case in left}

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from mome_dist.config import RunConfig, load_config
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
-from mome_dist.config.derived import check_llm_terms, layout_of, lora_of
+from mome_dist.config.derived import check_llm_terms, layout_of, lora_of, router_of
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.division import check_division
 from mome_dist.llm.shape import LLMShape
+from mome_dist.preflight import check_experts
 from mome_dist.progress import stages
 from mome_dist.verification.cases import standard_cases
 from mome_dist.verification.compare import BF16_TOLERANCE, TOLERANCE, explain
@@ -47,7 +48,9 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
         config = shrunk(config, scratch / "llm")
     settle_models(config, ["llm"])
     beside = config.mome.placed or config.llm.lora is not None or bool(lora_of(config))
-    standard = standard_cases(config.mome.experts > 0, beside)
+    standard = standard_cases(config.mome.experts > 0, beside, router_of(config).settings)
+    if options.nproc:
+        check_experts(config, layout_of(config, options.nproc))
     cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard
     cases = [dataclasses.replace(case, deepspeed=deepspeed.acts) for case in cases]
     cases = [case for case in cases if not options.only or any(text in case.name for text in options.only)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
+from mome_dist.config.derived import draws_of, schedule_of, streams_joined, streams_of, views_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.data.order import share_of_rank
@@ -92,8 +92,9 @@ class Probe:
         self, numbers: Sequence[int], multiple: int = ALIGNMENT, least: int = 0, views: Sequence[View] | None = None
     ) -> MicroBatch:
         """Some utterances in some views, or in all; their number of tokens as in `TokenContext.of`."""
+        draws = numbers if draws_of(self.config) else None  # no step has an utterance of another one
         return MicroBatch(
-            pack(self._laid_out(numbers, views or self.views), None, multiple, least).to(self.device),
+            pack(self._laid_out(numbers, views or self.views), None, multiple, least, draws).to(self.device),
             {stream: [_features(n, stream, w).to(self.device) for n in numbers] for stream, w in self.widths.items()},
         )
 

@@ -11,38 +11,13 @@ from torch import Tensor
 
 from mome_dist.config import load_config
 from mome_dist.config.derived import router_of
-from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.moe.balance import batch_sums
 from mome_dist.moe.local import LocalMoME
 from mome_dist.moe.routers.base import Router
-from mome_dist.moe.routers.build import build_router
-from mome_dist.moe.routing import Routing, entropy, route
+from mome_dist.moe.routing import entropy, route
 from mome_dist.token_context import Modality, TokenContext
-
-HIDDEN, EXPERTS = 24, 24
-VIEWS = ["task.asr_audio_rates=[4,16]", "task.vsr_video_rates=[2]", "task.avsr_audio_rates=[4]"]
-VIEWS += ["task.avsr_video_rates=[2]"]
-
-
-def _router(name: str, top_k: int, *more: str, **settings: Any) -> Any:
-    """A router of a registered kind, with the parameters that its kind has."""
-    own = [f"mome.router.{key}={'null' if value is None else value}" for key, value in settings.items()]
-    sizes = [f"mome.routed_experts={EXPERTS}", f"mome.top_k={top_k}"]
-    config = load_config(["experiment=tiny", f"mome/router={name}", *VIEWS, *sizes, *own, *more])
-    check_values(config)
-    router = build_router(router_of(config), HIDDEN, EXPERTS, top_k)
-    router.initialize("mome.0", 3)
-    return router
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _used(routing: Routing) -> Tensor:
-    """int64 [T], experts that each token uses."""
-    return routing.selected_TE().sum(dim=1)
+from tests.closed_routers import EXPERTS, HIDDEN, build, experts_used, normal
 
 
 def _context(kinds: str) -> TokenContext:
@@ -62,25 +37,25 @@ def _batch_loss(router: Router, logits_TE: Tensor, context: TokenContext) -> Ten
 
 @pytest.mark.parametrize(("p", "used"), [(0.1, 3), (0.4, 10), (0.49, 12), (0.51, 13), (1.0, 24)])
 def test_top_p_of_even_probabilities_uses_the_floor_of_p_n_and_one_more(p: float, used: int) -> None:
-    router = _router("top_p", EXPERTS, "mome.renormalize=false", p=p)
-    assert _used(router.route(torch.zeros(2, EXPERTS), None)).tolist() == [used, used]
+    router = build("top_p", EXPERTS, "mome.renormalize=false", p=p)
+    assert experts_used(router.route(torch.zeros(2, EXPERTS), None)).tolist() == [used, used]
 
 
 def test_top_p_uses_one_expert_where_that_is_certain_and_more_the_less_certain_it_is() -> None:
-    router = _router("top_p", EXPERTS, "mome.renormalize=false", p=0.4)
+    router = build("top_p", EXPERTS, "mome.renormalize=false", p=0.4)
     certain_TE = 50 * torch.eye(EXPERTS)
-    assert _used(router.route(certain_TE, None)).eq(1).all()
-    direction_E = _normal(1, EXPERTS)
-    used_T = _used(router.route(torch.cat([direction_E / t for t in (0.2, 0.5, 1, 2, 4, 8)]), None))
+    assert experts_used(router.route(certain_TE, None)).eq(1).all()
+    direction_E = normal(1, EXPERTS)
+    used_T = experts_used(router.route(torch.cat([direction_E / t for t in (0.2, 0.5, 1, 2, 4, 8)]), None))
     assert used_T.tolist() == sorted(used_T.tolist()) and used_T[0] < used_T[-1]
 
 
 def test_top_p_uses_the_least_number_of_experts_that_exceed_p_and_their_probabilities_as_gates() -> None:
-    logits_TE = 2 * _normal(50, EXPERTS)
+    logits_TE = 2 * normal(50, EXPERTS)
     before_T = torch.zeros(50, dtype=torch.long)
     for p in (0.2, 0.5, 0.9):
-        routing = _router("top_p", EXPERTS, "mome.renormalize=false", p=p).route(logits_TE, None)
-        gates_TE, used_T = routing.gates_TE(), _used(routing)
+        routing = build("top_p", EXPERTS, "mome.renormalize=false", p=p).route(logits_TE, None)
+        gates_TE, used_T = routing.gates_TE(), experts_used(routing)
         for probs_E, gates_E, used in zip(logits_TE.softmax(dim=1), gates_TE, used_T.tolist(), strict=True):
             best = probs_E.sort(descending=True).values.double()
             assert best[:used].sum() > p >= best[: used - 1].sum()
@@ -90,9 +65,9 @@ def test_top_p_uses_the_least_number_of_experts_that_exceed_p_and_their_probabil
 
 
 def test_top_p_uses_no_more_than_top_k_and_has_the_mean_entropy_for_a_loss() -> None:
-    router = _router("top_p", 4, "mome.renormalize=false", p=0.4)
+    router = build("top_p", 4, "mome.renormalize=false", p=0.4)
     routing = router.route(torch.zeros(3, EXPERTS), None)
-    assert _used(routing).eq(4).all()
+    assert experts_used(routing).eq(4).all()
     (loss,) = router.losses(routing)
     assert loss.coefficient == 1e-4
     torch.testing.assert_close(loss.values_T, torch.full((3,), math.log(EXPERTS)))
@@ -102,7 +77,7 @@ def test_top_p_uses_no_more_than_top_k_and_has_the_mean_entropy_for_a_loss() -> 
 
 
 def test_without_null_experts_the_choice_is_that_of_the_k_best_bit_for_bit() -> None:
-    logits_TE, router = _normal(40, EXPERTS), _router("null_experts", 4, nulls=0)
+    logits_TE, router = normal(40, EXPERTS), build("null_experts", 4, nulls=0)
     mine, plain = router.route(logits_TE, None), route(logits_TE, 4, renormalize=True)
     assert torch.equal(mine.experts_TK, plain.experts_TK) and torch.equal(mine.gates_TK, plain.gates_TK)
     assert torch.equal(mine.probs_TE, plain.probs_TE)
@@ -110,9 +85,9 @@ def test_without_null_experts_the_choice_is_that_of_the_k_best_bit_for_bit() -> 
 
 
 def test_random_scores_use_four_of_eight_choices_and_rarely_none() -> None:
-    router, tokens = _router("null_experts", 8, nulls=24), 40_000
-    routing = router.route(_normal(tokens, 48), None)
-    used_T = _used(routing)
+    router, tokens = build("null_experts", 8, nulls=24), 40_000
+    routing = router.route(normal(tokens, 48), None)
+    used_T = experts_used(routing)
     none = math.comb(24, 8) / math.comb(48, 8)  # 0.19 %
     # Five standard errors; the number of real experts is hypergeometric.
     deviation = math.sqrt(8 * 0.25 * 40 / 47)
@@ -124,7 +99,7 @@ def test_random_scores_use_four_of_eight_choices_and_rarely_none() -> None:
 
 
 def test_a_token_of_null_experts_alone_has_gates_and_gradients_of_zero() -> None:
-    router = _router("null_experts", 2, nulls=3)
+    router = build("null_experts", 2, nulls=3)
     logits_TE = torch.zeros(1, EXPERTS + 3)
     logits_TE[0, -2:] = 5
     logits_TE.requires_grad_()
@@ -137,8 +112,8 @@ def test_a_token_of_null_experts_alone_has_gates_and_gradients_of_zero() -> None
 def test_both_parts_of_the_null_balance_are_the_published_loss_where_loads_are_even() -> None:
     """Where probabilities are even and half of the choices are null, (E + M) (sum of f P) is 1, and the nulls' part is
     a half of it."""
-    router = _router("null_experts", 8, nulls=24, null_loss=1.0)
-    logits_TE = 1e-4 * _normal(64, 48)
+    router = build("null_experts", 8, nulls=24, null_loss=1.0)
+    logits_TE = 1e-4 * normal(64, 48)
     routing = router.route(logits_TE, None)
     share = float((~routing.chosen_TK).float().mean())
     loss = _batch_loss(router, logits_TE, _context("a" * 64))
@@ -149,7 +124,7 @@ def test_both_parts_of_the_null_balance_are_the_published_loss_where_loads_are_e
 
 
 def test_cosines_do_not_know_how_long_a_token_is() -> None:
-    router, hidden_TH = _router("cosine", 4), _normal(20, HIDDEN)
+    router, hidden_TH = build("cosine", 4), normal(20, HIDDEN)
     one, other = (router(scale * hidden_TH, None) for scale in (1, 37))
     torch.testing.assert_close(one.logits_TE, other.logits_TE)
     assert one.logits_TE.abs().max() <= 1 / 0.3 + 1e-5
@@ -157,7 +132,7 @@ def test_cosines_do_not_know_how_long_a_token_is() -> None:
 
 @torch.no_grad()
 def test_cosine_probabilities_in_closed_form() -> None:
-    router = _router("cosine", 4, width=EXPERTS, temperature=0.5)
+    router = build("cosine", 4, width=EXPERTS, temperature=0.5)
     router.projection.copy_(torch.eye(HIDDEN))
     router.directions.copy_(torch.eye(EXPERTS))
     hidden_1H = 9 * torch.eye(HIDDEN)[:1]
@@ -174,23 +149,23 @@ def test_cosine_probabilities_in_closed_form() -> None:
 
 
 def test_random_experts_have_even_gates_and_nothing_to_train() -> None:
-    router = _router("random", 4)
+    router = build("random", 4)
     assert not list(router.parameters()) and [state.name for state in router.states()] == ["map"]
-    routing = router(_normal(2000, HIDDEN), None)
-    assert routing.gates_TK.eq(0.25).all() and _used(routing).eq(4).all()
+    routing = router(normal(2000, HIDDEN), None)
+    assert routing.gates_TK.eq(0.25).all() and experts_used(routing).eq(4).all()
     assert routing.selected_TE().any(dim=0).all()
 
 
 @pytest.mark.parametrize(("by", "groups"), [("rate", 4), ("task", 3), ("modality", 3)])
 def test_hashed_experts_are_those_of_a_group_in_every_layer(by: str, groups: int) -> None:
-    router, other = (_router("hash", 4, by=by) for _ in range(2))
+    router, other = (build("hash", 4, by=by) for _ in range(2))
     other.initialize("mome.7", 99)
     views = ("asr(4)", "asr(16)", "vsr(2)", "avsr(4,2)")
     spoken = {"asr": "aat", "vsr": "vvt", "avsr": "avt"}
     kinds = {"a": Modality.AUDIO, "v": Modality.VIDEO, "t": Modality.TEXT}
     modality = [kinds[kind] for view in views for kind in spoken[view.partition("(")[0]]]
     tokens = TokenContext.of([(view, [3]) for view in views], modality, multiple=1)
-    hidden_TH = _normal(tokens.tokens, HIDDEN)
+    hidden_TH = normal(tokens.tokens, HIDDEN)
     routing = router(hidden_TH, tokens)
     assert torch.equal(routing.experts_TK, other(-hidden_TH, tokens).experts_TK)
     assert len({tuple(row) for row in routing.experts_TK.tolist()}) == groups
@@ -204,13 +179,13 @@ def test_hashed_experts_are_those_of_a_group_in_every_layer(by: str, groups: int
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("top_k", [4, 12])
 def test_other_groups_experts_have_no_probability_and_no_gradient(score: str, top_k: int) -> None:
-    router = _router("groups", top_k, f"mome.score={score}", "mome.renormalize=false")
+    router = build("groups", top_k, f"mome.score={score}", "mome.renormalize=false")
     tokens = _context("aaavvttt")
-    routing = router(_normal(8, HIDDEN), tokens)
+    routing = router(normal(8, HIDDEN), tokens)
     own_TE = torch.stack([torch.arange(EXPERTS) % 3 == "atv".index(kind) for kind in "aaavvttt"])
     assert not routing.probs_TE[~own_TE].any() and not routing.gates_TE()[~own_TE].any()
     assert not (routing.selected_TE() & ~own_TE).any()
-    assert _used(routing).eq(min(top_k, 8)).all()  # of eight experts
+    assert experts_used(routing).eq(min(top_k, 8)).all()  # of eight experts
     audio = routing.restricted_to(torch.tensor([kind == "a" for kind in "aaavvttt"]))
     (audio.gates_TK.sum() + audio.balance_sums(audio.valid_T[None].float(), True).square().sum()).backward()
     moved_E = router.weight.grad.any(dim=1)
@@ -218,11 +193,11 @@ def test_other_groups_experts_have_no_probability_and_no_gradient(score: str, to
 
 
 def test_visible_experts_of_masks_are_so_many_and_may_be_shared() -> None:
-    router = _router("groups", 2, by="rate", visible=16)
+    router = build("groups", 2, by="rate", visible=16)
     assert router.visible_GE.sum(dim=1).tolist() == [16] * 4
     assert (router.visible_GE.sum(dim=0) > 1).any()
-    everything = _router("groups", 2, by="rate", visible=EXPERTS)
-    hidden_TH, tokens = _normal(6, HIDDEN), _context("aavvtt")
+    everything = build("groups", 2, by="rate", visible=EXPERTS)
+    hidden_TH, tokens = normal(6, HIDDEN), _context("aavvtt")
     plain = route(everything.logits(hidden_TH, tokens), 2, renormalize=True)
     assert torch.equal(everything(hidden_TH, tokens).gates_TE(), plain.gates_TE())
 
@@ -244,7 +219,7 @@ def test_limoe_entropies_in_closed_form(logits: Tensor, local: float, lack: floa
     tokens = _context("a" * 24 + "v" * 24)
     for name, expected in (("local_loss", local), ("global_loss", lack)):
         other = "global_loss" if name == "local_loss" else "local_loss"
-        router = _router("limoe", 4, least_experts=24, **{name: 1.0, other: 0.0})
+        router = build("limoe", 4, least_experts=24, **{name: 1.0, other: 0.0})
         loss = float(_batch_loss(router, logits, tokens))
         assert loss == pytest.approx(2 * expected, abs=1e-5)  # of two modalities; there is no text
 
@@ -252,9 +227,9 @@ def test_limoe_entropies_in_closed_form(logits: Tensor, local: float, lack: floa
 def test_limoe_asks_for_no_more_experts_than_it_is_told() -> None:
     two_TE = 99 * torch.eye(EXPERTS)[:2].repeat(12, 1)
     for least, lack in ((2, 0.0), (4, math.log(2))):
-        router = _router("limoe", 4, least_experts=least, local_loss=0, global_loss=1)
+        router = build("limoe", 4, least_experts=least, local_loss=0, global_loss=1)
         assert float(_batch_loss(router, two_TE, _context("a" * 24))) == pytest.approx(lack, abs=1e-5)
-    assert float(_batch_loss(_router("limoe", 4, local_loss=0, global_loss=1), two_TE, _context("a" * 24))) > 0.6
+    assert float(_batch_loss(build("limoe", 4, local_loss=0, global_loss=1), two_TE, _context("a" * 24))) > 0.6
 
 
 # -- smar
@@ -262,11 +237,11 @@ def test_limoe_asks_for_no_more_experts_than_it_is_told() -> None:
 
 def test_smar_in_closed_form() -> None:
     tokens = _context("aavvtt")
-    router = _router("smar", 4)
-    alike = _normal(1, EXPERTS).repeat(6, 1)
+    router = build("smar", 4)
+    alike = normal(1, EXPERTS).repeat(6, 1)
     assert float(_batch_loss(router, alike, tokens)) == pytest.approx(0.01 * 0.1, rel=1e-5)
     apart = torch.zeros(6, EXPERTS)
-    apart[2:4] = 0.35 * _normal(1, EXPERTS)
+    apart[2:4] = 0.35 * normal(1, EXPERTS)
     logs = [apart[row].log_softmax(dim=0) for row in (0, 2)]
     divergence = float(((logs[0].exp() - logs[1].exp()) * (logs[0] - logs[1])).sum())
     assert 0.1 < divergence < 1
@@ -274,7 +249,7 @@ def test_smar_in_closed_form() -> None:
     inside = _batch_loss(router, apart, tokens)
     (gradient,) = torch.autograd.grad(inside, apart)
     assert inside == 0 and not gradient.any()
-    aligning = _router("smar", 4, least=0, most=0)
+    aligning = build("smar", 4, least=0, most=0)
     assert _batch_loss(aligning, apart, tokens).item() == pytest.approx(0.01 * divergence, rel=1e-4)
     disjoint = torch.full((6, EXPERTS), -99.0)
     disjoint[:2, 0] = disjoint[2:4, 1] = 99.0
@@ -283,12 +258,12 @@ def test_smar_in_closed_form() -> None:
 
 
 def test_smar_is_a_matter_of_two_groups() -> None:
-    assert float(_batch_loss(_router("smar", 4), _normal(6, EXPERTS), _context("aaaatt"))) == 0
+    assert float(_batch_loss(build("smar", 4), normal(6, EXPERTS), _context("aaaatt"))) == 0
 
 
 def test_smar_aligns_rates_over_views() -> None:
-    router, views = _router("smar", 4, by="rate", least=0, most=0), ("asr(4)", "asr(16)")
-    logits = {view: _normal(1, EXPERTS, seed=seed).repeat(5, 1) for seed, view in enumerate(views)}
+    router, views = build("smar", 4, by="rate", least=0, most=0), ("asr(4)", "asr(16)")
+    logits = {view: normal(1, EXPERTS, seed=seed).repeat(5, 1) for seed, view in enumerate(views)}
     routings = []
     for view in views:
         tokens = TokenContext.of([(view, [5])], multiple=1)
@@ -311,7 +286,7 @@ def _autonomy(top_k: int, renormalize: bool = False) -> Any:  # a LocalMoME, wit
 
 
 def test_an_expert_is_chosen_by_the_norm_of_its_answer() -> None:
-    module, hidden_TH = _autonomy(4), _normal(10, HIDDEN)
+    module, hidden_TH = _autonomy(4), normal(10, HIDDEN)
     norms_TE = torch.stack([(hidden_TH @ down_bH.t()).norm(dim=1) for down_bH in module.routed.down_weight], dim=1)
     routing = module.router(hidden_TH, None)
     torch.testing.assert_close(routing.logits_TE, norms_TE)
@@ -325,11 +300,11 @@ def test_an_expert_is_chosen_by_the_norm_of_its_answer() -> None:
 def test_equal_down_projections_and_a_zero_answer_are_even() -> None:
     module = _autonomy(4)
     module.routed.down_weight.copy_(module.routed.down_weight[:1].expand_as(module.routed.down_weight))
-    torch.testing.assert_close(module.router(_normal(3, HIDDEN), None).probs_TE, torch.full((3, EXPERTS), 1 / EXPERTS))
+    torch.testing.assert_close(module.router(normal(3, HIDDEN), None).probs_TE, torch.full((3, EXPERTS), 1 / EXPERTS))
 
 
 def test_all_experts_are_the_dense_mixture_and_zero_has_a_gradient() -> None:
-    module, hidden_TH = _autonomy(EXPERTS), _normal(6, HIDDEN)
+    module, hidden_TH = _autonomy(EXPERTS), normal(6, HIDDEN)
     weights = [part.unbind(0) for part in module.routed.weights()]
     outputs_ETH = torch.stack([module.routed.form.one(hidden_TH, *parts) for parts in zip(*weights, strict=True)])
     probs_TE = module.router(hidden_TH, None).probs_TE
@@ -370,4 +345,4 @@ def test_entropy_of_certainty_and_of_none() -> None:
 )
 def test_what_a_router_does_not_have_is_refused_by_name(name: str, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _router(name, 4, *(["mome.renormalize=false"] if name == "top_p" and "renorm" not in setting else []), setting)
+        build(name, 4, *(["mome.renormalize=false"] if name == "top_p" and "renorm" not in setting else []), setting)

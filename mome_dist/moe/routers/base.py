@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.draws import draw_of
 from mome_dist.moe.balance import TokenLoss, updated_bias
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routing import Routing, choose_experts, route
@@ -42,6 +43,15 @@ class RoutedTokens(Protocol):
     @property
     def alive_N(self) -> Tensor | None:
         """bool [N], False for tokens that count for nothing; None if all do."""
+
+    @property
+    def draws_N(self) -> Tensor | None:
+        """int64 [N], what random numbers of each token are functions of (`mome_dist.draws`); None outside of training,
+        and where the run's router draws none."""
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """int64 [N], a number of the sequence that each token is of; sequences that ranks share are cut."""
 
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What is computed of the tokens, without gradients, for all layers when the first of them asks."""
@@ -85,7 +95,8 @@ class Router(PackedModule):
 
     Args:
         spec: what is configured.
-        hidden_size, experts, top_k: H, Nr and K of the paper. `Routing.experts_TK` has ``top_k`` columns.
+        hidden_size, experts, top_k: H, Nr and K of the paper. `Routing.experts_TK` has ``top_k`` columns, or E if
+            the router is not for "alltoall".
 
     Attributes:
         spec, hidden_size, experts, top_k: as given.
@@ -97,6 +108,7 @@ class Router(PackedModule):
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__()
         self.spec, self.hidden_size, self.experts, self.top_k = spec, hidden_size, experts, top_k
+        self._drawn_for: tuple[object, ...] = ()
         self.register_buffer("bias", torch.zeros(experts) if spec.bias_rate > 0 else None)
 
     def read_experts(self, experts: ReadableExperts) -> None:
@@ -159,6 +171,13 @@ class Router(PackedModule):
 
     def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Routing:
         return self.route(self.logits(hidden_TH, tokens), tokens)
+
+    def draws(self, tokens: RoutedTokens | None, number: int) -> tuple[Tensor, int]:
+        """What random numbers of tokens are functions of, int64 [T], and the purpose of the layer's ``number``-th ones
+        (`mome_dist.draws.uniforms`); for routers whose settings say that they draw."""
+        draws_N = None if tokens is None else tokens.draws_N
+        assert draws_N is not None, "tokens of training have draws where the router's settings say so"
+        return draws_N, draw_of(*self._drawn_for, number) >> 1
 
     # -- after a step
 
@@ -234,6 +253,7 @@ class Router(PackedModule):
         Args:
             prefix: of the layer's module, such as "mome.3".
         """
+        self._drawn_for = prefix, seed
         for tensor in self.trained():
             tensor.of(tensor.parameter).copy_(self.initial_value(f"{prefix}.router_{tensor.name}", tensor.shape, seed))
 

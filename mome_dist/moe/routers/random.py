@@ -2,10 +2,13 @@
 
 A random linear map, drawn once from the seed and never trained, ranks the experts; a token uses the K best, each with a
 gate of 1 / K. So the choice is a fixed function of the token's hidden state: equal in every layout, in evaluation as in
-training, alike for like tokens. A bias that follows the load (`mome.bias_rate`) still balances it; no loss does.
+training, alike for like tokens. A bias that follows the load (`mome.bias_rate`) still balances it; no loss does. With
+`mome.router.anew`, training draws K experts for every token of every pass in its place, the same in every layout
+(`mome_dist.draws`).
 
-Source: random routing as a control is that of THOR (arXiv 2110.04260), which draws anew for every pass and penalises
-what two passes differ in; a fixed map is this project's choice, since a draw would differ between layouts.
+Source: random routing as a control is that of THOR (arXiv 2110.04260), which draws anew for every pass, also in
+evaluation, and penalises what two passes differ in. A fixed map is this project's choice, also in the evaluation of
+what was trained with draws, and so is the lack of a second pass.
 Shape suffixes: as in `mome_dist.moe.routers.base`.
 """
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mome_dist.draws import uniforms
 from mome_dist.moe.routers.base import RoutedTokens, Router, initial_map
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routing import Routing
@@ -37,9 +41,12 @@ class RandomRouter(Router):
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
+        super().initialize(prefix, seed)
         self.map.copy_(initial_map(f"{prefix}.router_map", tuple(self.map.shape), seed))
 
     def logits(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Tensor:
+        if self.training and self.spec.settings.draws:
+            return uniforms(*self.draws(tokens, 0), self.experts)
         # Not by `maps`, of which copies are kept until a parameter changes: this is none.
         return F.linear(hidden_TH.float(), self.map)
 

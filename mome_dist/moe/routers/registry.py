@@ -166,11 +166,24 @@ class CosineSettings(RouterSettings):
 
 @dataclass(frozen=True)
 class RandomSettings(RouterSettings):
-    """Settings of `mome_dist.moe.routers.random.RandomRouter`."""
+    """Settings of `mome_dist.moe.routers.random.RandomRouter`.
+
+    Attributes:
+        anew: whether every pass of training draws, in place of a fixed map.
+    """
 
     learns = False
     scores = ("softmax",)
     renormalizes = (True,)
+    anew: bool = False
+
+    @property
+    def draws(self) -> bool:
+        return self.anew
+
+    @property
+    def evaluates_as_trained(self) -> bool:
+        return not self.anew
 
     def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
         return 0
@@ -179,7 +192,7 @@ class RandomSettings(RouterSettings):
         return 0
 
     def __str__(self) -> str:
-        return "random experts"
+        return "random experts, drawn in every pass" if self.anew else "random experts"
 
 
 @dataclass(frozen=True)
@@ -424,6 +437,110 @@ class BilevelSettings(RouterSettings):
         return f"{self.groups} groups of experts, one chosen after the other"
 
 
+@dataclass(frozen=True)
+class DenseGradientSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.dense_gradient.DenseGradientRouter`."""
+
+    dispatches = ("gather", "local")
+
+    def __str__(self) -> str:
+        return "learns from all experts"
+
+
+@dataclass(frozen=True)
+class WorkspaceSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.gw_moe.WorkspaceRouter`.
+
+    Attributes:
+        threshold: entropy above which a token goes to all experts in training, as a share of ln N.
+    """
+
+    scores = ("softmax",)
+    dispatches = ("gather", "local")
+    threshold: float = 0.9
+
+    @property
+    def evaluates_as_trained(self) -> bool:
+        return self.threshold == 1
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        if not 0 <= self.threshold <= 1:
+            return f"threshold={self.threshold}: a share of the largest entropy is from 0 to 1; set such as 0.9."
+        return None
+
+    def __str__(self) -> str:
+        return f"all experts above {self.threshold:g} of the largest entropy"
+
+
+@dataclass(frozen=True)
+class ExpertChoiceSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.expert_choice.ExpertChoiceRouter`."""
+
+    scores = ("softmax",)
+    renormalizes = (False,)
+    takes_bias = False
+    dispatches = ("gather", "local")
+    whole_sequences = True
+
+    def __str__(self) -> str:
+        return "experts choose speech tokens"
+
+
+@dataclass(frozen=True)
+class GrinSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.grin.GrinRouter`.
+
+    Attributes:
+        epsilon: half of how far below the largest logit, relative to it, one may be that is drawn.
+    """
+
+    scores = ("softmax",)
+    renormalizes = (False,)
+    takes_bias = False
+    only_top_k = 2
+    epsilon: float = 0.01
+
+    @property
+    def evaluates_as_trained(self) -> bool:
+        return False
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        return negative("epsilon", self.epsilon)
+
+    def __str__(self) -> str:
+        return f"two experts, drawn in training within {self.epsilon:g}"
+
+
+@dataclass(frozen=True)
+class ThresholdSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.threshold.ThresholdRouter`.
+
+    Attributes:
+        loss: coefficient of what keeps directions apart and short.
+    """
+
+    scores = ("softmax",)
+    renormalizes = (False,)
+    takes_bias = False
+    loss: float = 0.01
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        return negative("loss", self.loss)
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return experts * (hidden_size + 1) + 1
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.parameters(hidden_size, experts, views)
+
+    def __str__(self) -> str:
+        return "experts above their own thresholds"
+
+
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -451,4 +568,9 @@ ROUTERS: dict[str, Kind] = {
     "condition": Kind(ConditionSettings, "mome_dist.moe.routers.condition:ConditionRouter"),
     "mixture_of_routers": Kind(MixtureSettings, "mome_dist.moe.routers.mixture:MixtureRouter"),
     "bilevel": Kind(BilevelSettings, "mome_dist.moe.routers.bilevel:BilevelRouter"),
+    "dense_gradient": Kind(DenseGradientSettings, "mome_dist.moe.routers.dense_gradient:DenseGradientRouter"),
+    "gw_moe": Kind(WorkspaceSettings, "mome_dist.moe.routers.gw_moe:WorkspaceRouter"),
+    "expert_choice": Kind(ExpertChoiceSettings, "mome_dist.moe.routers.expert_choice:ExpertChoiceRouter"),
+    "grin": Kind(GrinSettings, "mome_dist.moe.routers.grin:GrinRouter"),
+    "threshold": Kind(ThresholdSettings, "mome_dist.moe.routers.threshold:ThresholdRouter"),
 }

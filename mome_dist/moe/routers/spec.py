@@ -28,6 +28,8 @@ class RouterSettings:
         reroutes: whether every token uses K experts, each with the gate that `mome_dist.moe.routing.route` gives of
             the logits, so that another expert has one too (``mome.drop_policy=reroute``).
         learns: whether the task moves the choice, through the gates.
+        whole_sequences: whether they depend on its sequence, whose tokens no two ranks may share then.
+        only_top_k: what ``mome.top_k`` may be; None for any.
     """
 
     scores: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
@@ -37,6 +39,22 @@ class RouterSettings:
     batch_invariant: ClassVar[bool] = True
     reroutes: ClassVar[bool] = False
     learns: ClassVar[bool] = True
+    whole_sequences: ClassVar[bool] = False
+    only_top_k: ClassVar[int | None] = None
+
+    @property
+    def evaluates_as_trained(self) -> bool:
+        """Whether a token has the same experts and gates in evaluation as in training."""
+        return True
+
+    @property
+    def draws(self) -> bool:
+        """Whether routers draw random numbers in training: tokens then have `TokenContext.draws_N`."""
+        return False
+
+    def serves(self, dispatch: str, cut: bool) -> bool:
+        """Whether they work with a dispatch, where ranks share sequences if ``cut``."""
+        return dispatch in self.dispatches and not (cut and self.whole_sequences)
 
     def problem(self, experts: int, top_k: int) -> str | None:
         """What is wrong with the settings, as a sentence that begins with the key and ends with the fix; None if
