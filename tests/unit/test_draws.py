@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from mome_dist.data.parts import Parts
 from mome_dist.draws import draw_of, draws_of_tokens, gumbels, uniforms
+from mome_dist.parallel.layout import Layout
+from mome_dist.speech.sequence import AUDIO, VIDEO, Example
+from mome_dist.speech.views import View
 from mome_dist.token_context import TokenContext
+from mome_dist.training.batches import BatchBuilder
 from tests.closed_routers import EXPERTS, HIDDEN, build, experts_used, normal
 
 LENGTHS = (300, 200, 500)
@@ -70,3 +77,35 @@ def test_random_experts_that_are_drawn_anew_are_others_in_every_layer_and_step()
     assert (selected_TE.mean(dim=0) - 4 / EXPERTS).abs().max() < 5 * math.sqrt(5 / 36 / 2000)
     fixed = build("random", 4)
     assert torch.equal(router.eval()(hidden_TH, None).experts_TK, fixed(hidden_TH, None).experts_TK)
+
+
+class _Sequences:
+    """Lays out speech and one word."""
+
+    codec = SimpleNamespace(encode=lambda text: [9])
+
+    def overhead(self, view: View) -> int:
+        return 1
+
+    def example(self, view: View, audio_tokens: int, video_tokens: int, text: str) -> Example:
+        return Example([1, *[AUDIO] * audio_tokens, *[VIDEO] * video_tokens, 9, 2], 1 + audio_tokens + video_tokens)
+
+
+def _drawn(step: int, rank: int, ranks: int, parts: int) -> set[int]:
+    """What the tokens of a rank's part of a step draw."""
+    utterances: Any = [SimpleNamespace(id=f"u{n}", length=9, samples=16_000, frames=25, text="") for n in range(6)]
+    sequences: Any = _Sequences()
+    layout, views = Layout.for_world(ranks), [View("asr", 4, None), View("avsr", 16, 5), View("asr", 4, None)]
+    builder = BatchBuilder(
+        utterances, sequences, None, Parts(parts), rank, ranks, torch.device("cpu"), layout, draws=True
+    )
+    contexts = [each.tokens.context for each in builder.build([4, 0, 2, 5], views, step).microbatches]
+    draws = [draw for each in contexts if each.draws_N is not None for draw in each.draws_N[: each.alive].tolist()]
+    assert len(set(draws)) == len(draws) == sum(each.alive for each in contexts)
+    return set(draws)
+
+
+def test_clips_of_a_step_draw_the_same_on_any_ranks_and_in_any_microbatches() -> None:
+    whole = _drawn(7, 0, 1, 1)
+    assert whole == _drawn(7, 0, 2, 2) | _drawn(7, 1, 2, 2)
+    assert not whole & _drawn(8, 0, 1, 1)
