@@ -30,7 +30,7 @@ class PackedTensor(NamedTuple):
 
 
 class PackedModule(nn.Module):
-    """A module all of whose parameters are packed."""
+    """A module all of whose own parameters are packed; modules in it are as they are."""
 
     def tensors(self) -> Iterator[PackedTensor]:
         """Every tensor in every parameter, in the order of a state dict."""
@@ -51,6 +51,8 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         views = {prefix + tensor.name: tensor.of(tensor.parameter.detach()) for tensor in self.tensors()}
         for name, view in views.items():
             value = state_dict.get(name)
@@ -60,7 +62,9 @@ class PackedModule(nn.Module):
                 error_msgs.append(f"{name} has shape {list(value.shape)}, expected {list(view.shape)}")
             else:
                 view.copy_(value)
-        unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in views]
+        inside = tuple(f"{prefix}{name}." for name in self._modules)
+        others = (name for name in state_dict if name.startswith(prefix) and name not in views)
+        unexpected_keys += [name for name in others if not name.startswith(inside)]
 
 
 def saved_under(module: nn.Module, inside: str, saved: str) -> None:

@@ -82,6 +82,14 @@ def check_experts(config: RunConfig, layout: Layout) -> None:
             "mome.routed_experts=1 leaves the router nothing to choose: set mome.routed_experts=0 and one more of "
             "mome.shared_experts, which every token uses without a router."
         )
+    if mome.inside:
+        if layout.ep > 1:
+            raise UserError(
+                f"parallel.ep={layout.ep} does not go with mome.placement=qv: its experts are sliced over "
+                "tensor-parallel ranks beside the heads, and are on every data-parallel rank. Set parallel.ep=1, and "
+                "parallel.tp above 1 to hold fewer of their weights."
+            )
+        return
     if mome.dispatch == "local" and layout.ep > 1:
         raise UserError(
             f"mome.dispatch=local keeps every expert on every rank, but parallel.ep={layout.ep} spreads them: set "
@@ -139,7 +147,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
             f"llm.sink_loss={config.llm.sink_loss} is of all layers but the last, and {config.llm.path} has one: set "
             "it to 0."
         )
-    check_division(shape, layout, config.mome.experts, config.llm.pad_heads)
+    check_division(shape, layout, config.mome.spread, config.llm.pad_heads)
     check_llm_terms(config, layout, shape)
     _check_batches(config, layout)
     _check_start(config)

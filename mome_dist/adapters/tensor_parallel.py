@@ -11,7 +11,7 @@ Shape suffixes: N tokens, V views, K terms, r rank, Z the rank's queries, keys a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,20 +123,60 @@ class TensorParallelLoRA(PackedModule):
         Returns:
             ``qkv_N1Z``.
         """
-        dtype, count, rank = hidden_N1H.dtype, len(self.terms.names), self.terms.rank
-        low_N1R = F.linear(hidden_N1H, self.a.to(dtype).view(-1, self.hidden_size))
-        low_N12Kr = low_N1R.unflatten(-1, (2, count, rank))
-        low_N1R = (low_N12Kr * self.of_tokens(context, dtype)[:, None, None, :, None]).flatten(2)
-        if self.sequence_parallel:
-            low_N1R = mappings.gather_from_sequence_parallel_region(low_N1R)
-        else:
-            low_N1R = mappings.copy_to_tensor_model_parallel_region(low_N1R)
-        up = self.b.to(dtype).split([count * width * rank for width in self.widths.values()])
-        added = (
-            F.linear(low, rows.view(count, -1, rank).transpose(0, 1).flatten(1))
-            for low, rows in zip(low_N1R.chunk(2, dim=-1), up, strict=True)
-        )
-        return _AddToGroups.apply(qkv_N1Z, *added, groups)
+        low_N1R = narrowed(hidden_N1H, self.a, self.of_tokens(context, hidden_N1H.dtype), self.terms.rank)
+        widths = list(self.widths.values())
+        return widened(qkv_N1Z, low_N1R, self.b, widths, self.terms.rank, groups, self.sequence_parallel)
+
+
+def narrowed(hidden_N1H: Tensor, a: Tensor, weights_NK: Tensor, rank: int) -> Tensor:
+    """What lies between the factors: ``A h`` of all terms, times what a token gives to each of them.
+
+    Args:
+        hidden_N1H: what the attention reads.
+        a: fp32, A of all K terms of the queries, then of the values, one after another.
+        weights_NK: of each token and term, in the dtype of the hidden states.
+        rank: r.
+
+    Returns:
+        [N, 1, 2 K r], the terms of the queries first.
+    """
+    low_N1R = F.linear(hidden_N1H, a.to(hidden_N1H.dtype).view(-1, hidden_N1H.shape[-1]))
+    low_N12Kr = low_N1R.unflatten(-1, (2, weights_NK.shape[1], rank))
+    return (low_N12Kr * weights_NK[:, None, None, :, None]).flatten(2)
+
+
+def widened(
+    qkv_N1Z: Tensor,
+    low_N1R: Tensor,
+    b: Tensor,
+    widths: Sequence[int],
+    rank: int,
+    groups: int,
+    sequence_parallel: bool,
+) -> Tensor:
+    """Add ``B`` of what `narrowed` gives to a rank's queries and values.
+
+    Args:
+        qkv_N1Z, groups, sequence_parallel: as of `TensorParallelLoRA`; the first is written to.
+        low_N1R: of a rank's tokens under sequence parallelism.
+        b: fp32, the rank's rows of B, in the order of A.
+        widths: of its queries, and of its values.
+        rank: r.
+
+    Returns:
+        ``qkv_N1Z``.
+    """
+    if sequence_parallel:
+        low_N1R = mappings.gather_from_sequence_parallel_region(low_N1R)
+    else:
+        low_N1R = mappings.copy_to_tensor_model_parallel_region(low_N1R)
+    count = low_N1R.shape[-1] // (2 * rank)
+    up = b.to(low_N1R.dtype).split([count * width * rank for width in widths])
+    added = (
+        F.linear(low, rows.view(count, -1, rank).transpose(0, 1).flatten(1))
+        for low, rows in zip(low_N1R.chunk(2, dim=-1), up, strict=True)
+    )
+    return _AddToGroups.apply(qkv_N1Z, *added, groups)
 
 
 class _AddToGroups(torch.autograd.Function):

@@ -143,23 +143,24 @@ def llm_terms_of(config: RunConfig, hidden_size: int) -> LowRankTerms | None:
 
 
 def check_llm_terms(config: RunConfig, layout: Layout, shape: LLMShape) -> None:
-    """Check that the LLM's low-rank terms suit its sizes and a layout.
+    """Check that the LLM's low-rank terms, by view or routed, suit its sizes and a layout.
 
     Raises:
         UserError: naming the key.
     """
     lora = config.llm.lora
-    if lora is None:
+    if lora is None and not config.mome.inside:
         return
-    if lora.rank_of(shape.hidden_size) < 1:
+    if lora is not None and lora.rank_of(shape.hidden_size) < 1:
         raise UserError(
             f"llm.lora.reduction={lora.reduction} leaves no rank of a hidden size of {shape.hidden_size}: lower it."
         )
     if shape.kv_heads % layout.tp:
+        key, without = ("llm.lora", "llm.lora=null") if lora is not None else ("mome.placement=qv", "mome=mhsa")
         raise UserError(
-            f"llm.lora adds to heads that are the LLM's own, but llm.pad_heads=true adds others, because parallel.tp="
+            f"{key} adds to heads that are the LLM's own, but llm.pad_heads=true adds others, because parallel.tp="
             f"{layout.tp} does not divide its {shape.kv_heads} key-value groups: choose another tp, or set "
-            "llm.lora=null."
+            f"{without}."
         )
 
 

@@ -32,6 +32,8 @@ def check_graphs(config: RunConfig) -> None:
         "llm.sink_loss": (config.llm.sink_loss, 0, "which tokens it is of is found out on the host"),
         "task.cross_rate.route_kl": (config.task.cross_rate.route_kl, 0, "which tokens it is of differs by pass"),
     }
+    if mome.inside:
+        asked["mome.placement"] = (mome.placement, "mhsa", "experts in queries and values were never captured")
     if mome.experts:
         name = str(mome.router["name"])
         asked["mome.router.name"] = (name, "top_k", "which router a token has is found out on the host")

@@ -120,12 +120,13 @@ class ProjectorConfig:
 
 @dataclass
 class MoMEConfig:
-    placement: str = one_of("mhsa", "ffn", "layer", "none")
+    placement: str = one_of("mhsa", "ffn", "layer", "qv", "none")
     routed_experts: int = 23
     top_k: int = 4
     shared_experts: int = 1
     expert: str = DEFAULT
     bottleneck: int = 12
+    scale: float = 1.0
     router: dict[str, Any] = field(default_factory=lambda: {"name": "top_k"})  # checked by its kind's own settings
     renormalize: bool = True
     score: str = one_of("softmax", "sigmoid")
@@ -148,8 +149,18 @@ class MoMEConfig:
 
     @property
     def placed(self) -> bool:
-        """Whether there are experts beside the layers, routed or shared."""
+        """Whether there are experts in the layers, routed or shared."""
         return self.placement != "none"
+
+    @property
+    def inside(self) -> bool:
+        """Whether they are low-rank terms of queries and values, and no modules beside a part of the layer."""
+        return self.placement == "qv"
+
+    @property
+    def spread(self) -> int:
+        """Routed experts of a layer that can be spread over expert-parallel ranks; 0 where none can."""
+        return 0 if self.inside else self.experts
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.graphs import check_graphs
+from mome_dist.config.inside import check_inside
 from mome_dist.config.schema import DecodingConfig, MoMEConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.config.views_of_steps import check_views_of_steps
 from mome_dist.errors import UserError
@@ -177,6 +178,7 @@ def _check_numbers(config: RunConfig) -> None:
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
             "cannot use more experts than there are."
         )
+    check_inside(config.mome)
     for key in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(config.mome, key)
         if factor is not None and factor <= 0:

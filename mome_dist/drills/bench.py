@@ -73,7 +73,7 @@ class Bench:
             raise UserError(f"--nproc is {processes}: drills need at least two processes, one to lose.")
         chosen = [*overrides]
         if shrink:
-            chosen += _shrinking(folder, load_config(overrides).mome.experts > 0)
+            chosen += _shrinking(folder, load_config(overrides).mome.spread > 0)
         fixed = [
             "training.epochs=null",
             "training.validate_every=0",
@@ -156,7 +156,7 @@ def _shrinking(folder: Path, experts: bool) -> list[str]:
     """Make a small corpus and random models; return the overrides that use them.
 
     Args:
-        experts: whether the run has any to be made fewer.
+        experts: whether the run has any that are spread, to be made fewer.
     """
     corpus = generate_corpus(CORPUS, folder / "corpora" / "whole", workers=1)
     opened = Corpus.open(corpus)

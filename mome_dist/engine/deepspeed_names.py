@@ -8,6 +8,7 @@ that dictionary, shared ones first, then those of experts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
 PACKED = "deepspeed_moe.experts.packed"
 GATE = "deepspeed_moe.gate"
 ROUTER = f"{GATE}.wg"
+_ROUTER = re.compile(r"(mome\.\d+)\.router_")
 # The bias of a router was a buffer of the gate once.
 OLD_BIAS, BIAS = f"{GATE}.bias_E", f"{ROUTER}.bias"
 IDLE = "idle.weight"  # the one number of a rank where nothing trains, in a run without experts
@@ -106,6 +108,12 @@ def engine_name(name: str) -> str:
     return f"{layer.replace('mome.', 'layer_')}.{ROUTER}.{rest}"
 
 
+def walked_name(name: str) -> str:
+    """What torch's walk through an engine's modules calls a tensor of a state dict: a router's tensor that is of no
+    ``layer_N`` has its layout-free name in the state dict, but lies in a module of its own."""
+    return _ROUTER.sub(r"\1.router.", name)
+
+
 def layout_free_name(layer: str, rest: str) -> str:
     """The layout-free name of what an engine calls ``rest`` in a module of the layer ``mome.N``, other than experts."""
     of_router = rest.removeprefix(f"{ROUTER}.")
@@ -151,10 +159,11 @@ class ModelTensors:
     ) -> None:
         self.shapes = dict(shapes)
         self.sharing = sharing or {name: of_format_2(name, shape) for name, shape in shapes.items()}
-        found = {name: match for name in shapes if (match := re.match(r"mome\.(\d+)\.(routed\.|router_)?", name))}
-        # Where nothing is routed, experts are trained parts like others.
-        numbers = {int(match[1]) for match in found.values() if match[2]}
-        self._moe = {name for name, match in found.items() if int(match[1]) in numbers}
+        found = {name: int(match[1]) for name in shapes if (match := re.match(r"mome\.(\d+)\.", name))}
+        # Where none is on some expert-parallel rank alone, experts are trained parts like others.
+        numbers = {number for name, number in found.items() if self.sharing[name].experts is not None}
+        self._moe = {name for name, number in found.items() if number in numbers}
+        self._states = {name for name in shapes if _ROUTER.match(name) and not self.sharing[name].partial}
         self.layers = len(numbers) if layers is None else layers
         if numbers and numbers != set(range(self.layers)):
             raise UserError(f"the checkpoint's MoME modules are of layers {sorted(numbers)}; expected 0, 1, 2 and on.")
@@ -186,7 +195,7 @@ class ModelTensors:
         return tensors
 
     def _router_names(self, number: int) -> list[str]:
-        return sorted((n for n in self._moe if n.startswith(f"mome.{number}.router_")), key=_module_order)
+        return sorted((n for n in self.shapes if n.startswith(f"mome.{number}.router_")), key=_module_order)
 
     def _router(self, number: int) -> list[Parameter]:
         """The parameters of a layer's router. What trains there has the gradient of a rank's own tokens."""
@@ -199,22 +208,25 @@ class ModelTensors:
 
     def router_states(self, number: int) -> list[StateTensor]:
         """The buffers of a layer's router."""
-        names = (name for name in self._router_names(number) if not self.sharing[name].partial)
-        return [StateTensor(engine_name(name), self.shapes[name], name) for name in names]
+        names = [name for name in self._router_names(number) if name in self._states]
+        local = {name: engine_name(name) if name in self._moe else name for name in names}
+        return [StateTensor(local[name], self.shapes[name], name) for name in names]
 
     def whole_modules(
         self, layers: Sequence[int] = (), first_stage: bool = True, tp: int = 1, tp_rank: int = 0
     ) -> list[Parameter]:
         """The parameters that a rank has beside its MoME modules: those of its layers, and of the first stage."""
         chosen: list[str] = []
-        for name in self.shapes.keys() - self._moe:
+        for name in self.shapes.keys() - self._moe - self._states:
             layer = self.sharing[name].layer
             if first_stage if layer is None else layer in layers:
                 chosen.append(name)
         held: dict[str, list[StateTensor]] = {}
         for name in sorted(chosen, key=_module_order):
             held.setdefault(self.sharing[name].packed or name, []).append(self._part(name, tp, tp_rank))
-        return [_of_tensors(local, held[local]) for local in sorted(held, key=_module_order)]
+        found = [_of_tensors(local, tensors) for local, tensors in held.items()]
+        named = (dataclasses.replace(each, local=walked_name(each.local)) for each in found)
+        return sorted(named, key=lambda each: _module_order(each.local))
 
     def _part(self, name: str, tp: int, tp_rank: int) -> StateTensor:
         """What a tensor-parallel rank has of a tensor."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mome_dist.errors import UserError
 from mome_dist.files import save_tensors, written_aside
-from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.local import LocalRouted
 from mome_dist.moe.routing import Routing
 from mome_dist.speech.sequence import AUDIO, VIDEO
 from mome_dist.speech.views import View
@@ -93,7 +93,7 @@ class Activations:
 
 
 class ActivationRecorder:
-    """Counts expert choices through `LocalMoME.observer` while batches are decoded.
+    """Counts expert choices through `LocalRouted.observer` while batches are decoded.
 
     Args:
         modules: the MoME modules, layer by layer.
@@ -103,7 +103,7 @@ class ActivationRecorder:
         counts: int64 [layers, views, modalities, experts] so far.
     """
 
-    def __init__(self, modules: Sequence[LocalMoME], views: Sequence[View]) -> None:
+    def __init__(self, modules: Sequence[LocalRouted], views: Sequence[View]) -> None:
         self._modules, self._views = list(modules), list(views)
         router, device = modules[0].router, next(modules[0].parameters()).device
         self._top_k = router.top_k
@@ -126,7 +126,7 @@ class ActivationRecorder:
             for module in self._modules:
                 module.observer = None
 
-    def _observer(self, module: LocalMoME, layer: int, column: int, kinds_BS: Tensor):  # type: ignore[no-untyped-def]
+    def _observer(self, module: LocalRouted, layer: int, column: int, kinds_BS: Tensor):  # type: ignore[no-untyped-def]
         def observe(routing: Routing) -> None:
             module.observer = None
             self._count(routing, layer, column, kinds_BS)

@@ -52,12 +52,31 @@ def active_and_total_parameters(
 
 
 def mome_parameters(config: RunConfig, hidden_size: int, layers: int) -> ParameterCount:
-    """Parameters of the MoME modules of a configuration; none in a run without experts."""
+    """Parameters of the MoME modules beside a part of every layer; none in a run without experts."""
     mome = config.mome
     if not mome.placed:
         return ParameterCount(0, 0)
     sizes = (mome.experts, mome.top_k if mome.experts else 0, mome.shared_experts, mome.bottleneck)
     return active_and_total_parameters(hidden_size, layers, *sizes, router_of(config), mome.expert)
+
+
+def expert_parameters(
+    config: RunConfig, hidden_size: int, layers: int, query_width: int, value_width: int
+) -> ParameterCount:
+    """Parameters of the experts of a configuration with their routers, wherever they are.
+
+    Args:
+        query_width, value_width: as of `lora_parameters`.
+    """
+    mome, router = config.mome, router_of(config)
+    if not mome.inside:
+        return mome_parameters(config, hidden_size, layers)
+    expert = lora_parameters(hidden_size, layers, query_width, value_width, mome.bottleneck)
+    sizes = hidden_size, mome.routed_experts
+    return ParameterCount(
+        active=(mome.top_k + mome.shared_experts) * expert + layers * router.active_parameters(*sizes),
+        total=(mome.routed_experts + mome.shared_experts) * expert + layers * router.parameters(*sizes),
+    )
 
 
 def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from mome_dist.config.derived import lora_of, router_of
 from mome_dist.config.schema import RunConfig, TaskConfig, TaskWeights
 from mome_dist.errors import UserError
-from mome_dist.evaluation.arithmetic import llm_lora_parameters, mome_parameters
+from mome_dist.evaluation.arithmetic import expert_parameters, llm_lora_parameters
 from mome_dist.evaluation.run_files import RunFiles
 from mome_dist.evaluation.tables import plain
 from mome_dist.hub import SCHEME, directory_of
@@ -62,7 +62,7 @@ def _experts(files: RunFiles) -> list[tuple[str, str]]:
         return [("MoME", f"{place}; no router"), ("MoME parameters", _parameters(files))]
     sizes = f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared"
     return [
-        ("MoME", f"{sizes}, {mome.expert} {mome.bottleneck}"),
+        ("MoME", f"{sizes}, {mome.expert} {mome.bottleneck}{f' times {mome.scale:g}' if mome.inside else ''}"),
         ("router", _router(files.config)),
         ("MoME parameters", _parameters(files)),
     ]
@@ -117,7 +117,8 @@ def _parameters(files: RunFiles) -> str:
         shape = LLMShape.from_directory(directory_of(files.config.llm.path))
     except UserError:
         return f"unknown: the LLM is not at {files.config.llm.path}"
-    count = mome_parameters(files.config, shape.hidden_size, shape.layers)
+    widths = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    count = expert_parameters(files.config, shape.hidden_size, shape.layers, *widths)
     return f"{count.active:,} active per token, {count.total:,} trained"
 
 

@@ -28,7 +28,7 @@ from mome_dist.checkpoint.reshard import reshard
 from mome_dist.checkpoint.saved import Saved, read_checkpoint
 from mome_dist.config.derived import views_of
 from mome_dist.errors import UserError
-from mome_dist.evaluation.arithmetic import mome_parameters
+from mome_dist.evaluation.arithmetic import expert_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.export.model_card import USE, model_card, usage, with_section
 from mome_dist.files import aside, check_absent, published_directory
@@ -140,7 +140,9 @@ def _describe(run: LoadedRun, saved: Saved) -> dict[str, Any]:
     model = run.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden_size, layers = model.llm.config.hidden_size, model.llm.config.num_hidden_layers
-    active = {"mome_active_per_token": mome_parameters(run.config, hidden_size, layers).active}
+    attention = model.llm.model.layers[0].self_attn
+    widths = attention.q_proj.out_features, attention.v_proj.out_features
+    active = {"mome_active_per_token": expert_parameters(run.config, hidden_size, layers, *widths).active}
     if (terms := model.terms) is not None:
         each = model.part_sizes()[PREFIX] // len(terms.names)
         active[f"{PREFIX}_active_per_token"] = len(terms.kinds) * each

@@ -7,6 +7,7 @@ from mome_dist.config.schema import RunConfig
 
 _PAPERS = {
     "MoME": ("MoME: Mixture of Matryoshka Experts for Audio-Visual Speech Recognition", "2510.04136"),
+    "LoRAMoE": ("LoRAMoE, a router between low-rank experts of a language model", "2312.09979"),
     "Llama-AVSR": ("Llama-AVSR, LoRA of a language model that reads speech and lips", "2409.12319"),
     "Llama-MTSK": ("Llama-MTSK, low-rank terms for each pair of rates", "2503.06362"),
     "Llama-SMoP": ("Llama-SMoP, sparse mixtures of projectors", "2505.14336"),
@@ -19,7 +20,7 @@ def citations(config: RunConfig) -> list[str]:
     lora, parts = config.llm.lora, list[str]()
     terms = [] if lora is None else lora.terms
     if config.mome.experts:
-        parts.append("MoME")
+        parts += ["MoME", *(["LoRAMoE"] if config.mome.inside else [])]
     if lora is not None:
         parts.append("Llama-AVSR")
     if RATES in terms:

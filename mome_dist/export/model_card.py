@@ -71,12 +71,13 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
     source = "encoders with LoRA" if lora_of(run.config) else "frozen encoders"
     kind, experts = f"{trained} from {source} into a frozen language model, without experts", []
     if mome.experts:
-        kind = (
-            f"Mixture of Matryoshka Experts beside the layers of a frozen language model, with projectors from {source}"
-        )
+        place, where = "beside the layers", f"beside each layer's `{mome.placement}`"
+        if mome.inside:
+            place, where = "in the attention", f"in each layer's queries and values, times {mome.scale:g}"
+        kind = f"Mixture of Matryoshka Experts {place} of a frozen language model, with projectors from {source}"
         experts = [
             f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of form "
-            f"{mome.expert} {mome.bottleneck}, beside each layer's `{mome.placement}`."
+            f"{mome.expert} {mome.bottleneck}, {where}."
         ]
     elif mome.placed:
         kind = "Projectors from frozen encoders into a frozen language model, and experts that every token uses"

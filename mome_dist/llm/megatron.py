@@ -76,14 +76,16 @@ class MoMESlot:
 
 
 class MoMESelfAttention(MoMESlot, SelfAttention):
-    """Self-attention with a slot beside it (placement "mhsa"), and one in it: what adds to queries and values before
-    their rotation."""
+    """Self-attention with a slot beside it (placement "mhsa"), and two in it: what adds to queries and values before
+    their rotation, by view or by routed experts (placement "qv")."""
 
     lora: Any  # `mome_dist.adapters.tensor_parallel.TensorParallelLoRA`, or None
+    experts: Any  # `mome_dist.moe.low_rank.LowRankExperts`, or None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("lora", None)
+        self.register_module("experts", None)
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
@@ -91,6 +93,8 @@ class MoMESelfAttention(MoMESlot, SelfAttention):
         groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.lora is not None:
             qkv_N1Z = self.lora(hidden_N1H, qkv_N1Z, groups, context.own)
+        if self.experts is not None:
+            qkv_N1Z = self.experts(hidden_N1H, qkv_N1Z, groups, context.own, context.load)
         qkv_NGXd = context.rotation(qkv_N1Z.view(qkv_N1Z.shape[0], groups, -1, head))
         if self.checkpoint_core_attention and torch.is_grad_enabled():
             attend = partial(self.core_attention, context=context.tokens)

@@ -20,6 +20,7 @@ from mome_dist.llm.weights import load_weights
 from mome_dist.model.distributed import Chunk, DistributedMoME, attach_mome
 from mome_dist.model.shared import build_projectors, llm_dtype, mome_arguments
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
+from mome_dist.moe.low_rank import LowRankExperts
 from mome_dist.moe.unrouted import UnroutedExperts
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.lora import LoRATerms
@@ -50,13 +51,15 @@ def build_distributed(
     for number in range(layout.virtual):
         llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device, layout, number)
         load_weights(llm, shape, config.llm.path, slice_cache)
-        momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
+        spread = _attach_experts(config, llm, layout, dispatch) if config.mome.spread else {}
+        inside = _attach_low_rank(config, llm, shape) if config.mome.inside else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
-        others = _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)
+        others: dict[str, nn.Module] = {f"mome.{number}": experts for number, experts in inside.items()}
+        others |= _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)
         if tokens := filled_tokens(config):
             llm.capture_layers(graphs_of(config.llm.graphs, device), tokens)
-        chunks.append(Chunk(llm, projectors, momes, others, config.llm.sink_loss, config.task.cross_rate))
-    return DistributedMoME(chunks, layout.ep if config.mome.experts else None, lora)
+        chunks.append(Chunk(llm, projectors, spread | inside, others, config.llm.sink_loss, config.task.cross_rate))
+    return DistributedMoME(chunks, layout.ep if config.mome.spread else None, lora)
 
 
 def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch: str) -> dict[int, ExpertParallelMoME]:
@@ -80,6 +83,30 @@ def _attach_experts(config: RunConfig, llm: FrozenLLM, layout: Layout, dispatch:
     )
 
 
+def _attach_low_rank(config: RunConfig, llm: FrozenLLM, shape: LLMShape) -> dict[int, LowRankExperts]:
+    """The experts in the attention of a chunk's layers by global layer number."""
+    found: dict[int, LowRankExperts] = {}
+    for layer in llm.decoder.layers:
+        number = layer.layer_number - 1
+        experts = LowRankExperts(
+            number,
+            *_widths(shape),
+            **mome_arguments(config),
+            ranks=llm.config.tensor_model_parallel_size,
+            sequence_parallel=llm.config.sequence_parallel,
+            balance_loss=config.mome.balance_loss,
+            z_loss=config.mome.z_loss,
+        )
+        experts.initialize(f"mome.{number}", config.seed)
+        layer.self_attention.experts = found[number] = experts.to(next(llm.parameters()).device)
+    return found
+
+
+def _widths(shape: LLMShape) -> tuple[int, int, int]:
+    """Of hidden states, of queries, and of values."""
+    return shape.hidden_size, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+
+
 def _attach_unrouted(config: RunConfig, llm: FrozenLLM) -> dict[str, nn.Module]:
     """The experts of a chunk's layers in a run without a router, by layout-free prefix."""
     mome, found = config.mome, dict[str, nn.Module]()
@@ -97,11 +124,10 @@ def _attach_llm_lora(config: RunConfig, llm: FrozenLLM, shape: LLMShape) -> dict
     if terms is None:
         return found
     of_tokens, sizes = TermsOfTokens(terms), llm.config
-    widths = (shape.hidden_size, shape.heads * shape.head_size, shape.kv_heads * shape.head_size)
     for layer in llm.decoder.layers:
         number = layer.layer_number - 1
         adapter = TensorParallelLoRA(
-            terms, number, *widths, sizes.tensor_model_parallel_size, sizes.sequence_parallel, of_tokens
+            terms, number, *_widths(shape), sizes.tensor_model_parallel_size, sizes.sequence_parallel, of_tokens
         )
         adapter.initialize(f"{PREFIX}.{number}", config.seed)
         layer.self_attention.lora = found[f"{PREFIX}.{number}"] = adapter.to(next(llm.parameters()).device)

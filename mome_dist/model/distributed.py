@@ -22,7 +22,9 @@ from mome_dist.config.schema import CrossRateConfig
 from mome_dist.llm.megatron import FrozenLLM, MoMETransformerLayer
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.load import PassLoad
+from mome_dist.moe.low_rank import LowRankExperts
 from mome_dist.moe.route_distillation import RouteDistillation
+from mome_dist.moe.routers.parts import router_parts
 from mome_dist.moe.statistics import RoutingStatistics
 from mome_dist.parallel.parts import Described, NamedPart, whole_parts
 from mome_dist.sharing import Sharing
@@ -54,8 +56,10 @@ class Chunk(nn.Module):
     Args:
         llm: the chunk's layers of the frozen LLM, MoME modules in their slots.
         projectors: on the first chunk of the pipeline, None on others.
-        momes: the MoME modules by global layer number, in the order of the layers; none in a run without experts.
-        adapters: what else trains in the layers (`Described`), by layout-free prefix, in the order of the layers.
+        momes: the modules with a router by global layer number, in the order of the layers; none in a run without
+            routed experts.
+        adapters: what trains in the layers (`Described`) beside those of them that are spread over ranks, by
+            layout-free prefix, in the order of the layers.
         sink_loss: coefficient of the sink loss (`mome_dist.llm.sinks`).
         cross_rate: coefficients of what coarse views learn from fine ones.
 
@@ -68,7 +72,7 @@ class Chunk(nn.Module):
         self,
         llm: FrozenLLM,
         projectors: Projectors | None,
-        momes: dict[int, ExpertParallelMoME],
+        momes: Mapping[int, ExpertParallelMoME | LowRankExperts],
         adapters: Mapping[str, nn.Module] | None = None,
         sink_loss: float = 0.0,
         cross_rate: CrossRateConfig | None = None,
@@ -91,7 +95,7 @@ class Chunk(nn.Module):
             group = parallel_state.get_data_parallel_group()
             self.projector_balance = ProjectorBalance(projectors.mixture, group)
         # Owned by the LLM's layers, hence plain dicts.
-        self.momes, self.adapters = momes, dict(adapters or {})
+        self.momes, self.adapters = dict(momes), dict(adapters or {})
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Receive the previous stage's output (called by the schedules)."""
@@ -190,12 +194,13 @@ class DistributedMoME(nn.Module):
 
     Args:
         chunks: in the order of their layers.
-        ep: expert-parallel ranks; None in a run without experts.
+        ep: expert-parallel ranks; None in a run without experts that could be spread over them.
         lora: of the encoders; None on ranks without them, and where they stay as they are.
 
     Attributes:
         chunks, lora: as given.
-        momes: the MoME modules of all chunks by global layer number.
+        momes: the modules with a router of all chunks by global layer number.
+        spread: those of them whose experts may be spread over ranks.
         adapters: what else trains in the layers of all chunks, by layout-free prefix.
         projectors: None on ranks without the first layers.
         idle: on a rank where nothing else of a kind trains that the engine wants on every rank: a MoME module of one
@@ -208,6 +213,7 @@ class DistributedMoME(nn.Module):
         self.chunks = nn.ModuleList(chunks)
         self.config = chunks[0].config
         self.momes = {number: mome for chunk in chunks for number, mome in chunk.momes.items()}
+        self.spread = {number: mome for number, mome in self.momes.items() if isinstance(mome, ExpertParallelMoME)}
         self.adapters = {prefix: adapter for chunk in chunks for prefix, adapter in chunk.adapters.items()}
         self.projectors = chunks[0].projectors
         self.lora = lora
@@ -226,7 +232,7 @@ class DistributedMoME(nn.Module):
     def trainable_modules(self) -> nn.ModuleDict:
         """The modules that train, and nothing else: what the DeepSpeed engine is given. Those beside the MoME modules
         lie where their layout-free names say."""
-        modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.momes.items()}
+        modules: dict[str, nn.Module] = {f"layer_{number}": mome for number, mome in self.spread.items()}
         if self.idle is not None:
             modules["idle"] = self.idle
         if self.projectors is not None and any(p.requires_grad for p in self.projectors.parameters()):
@@ -234,7 +240,8 @@ class DistributedMoME(nn.Module):
         if self.lora is not None:
             modules["lora"] = self.lora
         found = nn.ModuleDict(modules)
-        for prefix, adapter in self.adapters.items():
+        # An engine's checkpoints have them by name, and of a kind in the order of the layers.
+        for prefix, adapter in sorted(self.adapters.items(), key=lambda item: item[0].partition(".")[0]):
             *folders, last = prefix.split(".")
             place = found
             for folder in folders:
@@ -255,7 +262,7 @@ class DistributedMoME(nn.Module):
             yield from whole_parts("projectors", self.projectors, Sharing())
         if self.lora is not None:
             yield from whole_parts("lora", self.lora, Sharing())
-        for number, mome in self.momes.items():
+        for number, mome in self.spread.items():
             yield from mome_parts(f"mome.{number}", number, mome)
         for prefix, adapter in self.adapters.items():
             yield from cast(Described, adapter).named_parts(prefix)
@@ -272,12 +279,7 @@ class DistributedMoME(nn.Module):
 def mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[NamedPart]:
     """The tensors of a MoME module, which sees a rank's own tokens under sequence parallelism."""
     shared = Sharing(layer, partial=True)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in mome.router.named_parameters()}
-    for name, parameter, start, shape in mome.router.trained():
-        alone = name == names[parameter]
-        packed = None if alone else f"{prefix}.router_{names[parameter]}"
-        sharing = Sharing(layer, partial=True, packed=packed)
-        yield NamedPart(f"{prefix}.router_{name}", None, parameter, start, shape, sharing)
+    yield from router_parts(prefix, layer, mome.router)
     first, experts = mome.ep_rank * mome.num_local_experts, mome.deepspeed_moe.experts
     routed = Sharing(layer, experts=mome.num_experts, partial=True)
     for expert, part, start, shape in experts.parts():

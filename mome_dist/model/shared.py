@@ -56,7 +56,7 @@ def build_projectors(config: RunConfig, widths: Mapping[str, int]) -> Projectors
 
 
 def mome_arguments(config: RunConfig) -> dict[str, Any]:
-    """The arguments that every form of the MoME module takes."""
+    """The arguments that every form of the MoME module takes at the run's placement."""
     mome = config.mome
     return {
         "routed_experts": mome.routed_experts,
@@ -64,7 +64,7 @@ def mome_arguments(config: RunConfig) -> dict[str, Any]:
         "shared_experts": mome.shared_experts,
         "bottleneck": mome.bottleneck,
         "router": router_of(config),
-        "expert": mome.expert,
+        **({"scale": mome.scale} if mome.inside else {"expert": mome.expert}),
     }
 
 

@@ -15,14 +15,12 @@ keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from mome_dist.moe.balance import add_balance, add_batch_loss
+from mome_dist.moe.auxiliary import Auxiliary, counted
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import Gate
 from mome_dist.moe.dispatch.gather import GatherDispatch
@@ -33,7 +31,6 @@ from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
-from mome_dist.moe.routing import Routing
 from mome_dist.token_context import FixedTokens, TokenContext
 
 
@@ -133,26 +130,9 @@ class ExpertParallelMoME(MoE):
         dispatch = self.deepspeed_moe
         output_TH = dispatch(hidden_TH, tokens, self.shared)
         if load is not None:
-            routing = dispatch.routing
-            assert routing is not None
-            values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
-            sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
-            if load.counting:
-                asked = routing.experts_TK, dispatch.kept(), routing.chosen_TK
-                load.put(self.place, tokens, self.num_experts, *asked, sums_VS)
-            own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
-            if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
-                losses = self.balance_loss, self.z_loss, own
-                output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
-            if sums_VS is not None and torch.is_grad_enabled():
-                assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"
-                output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
-            if load.distillation is not None:
-                probs_TE = cast(Routing, routing).probs_TE
-                if load.counting:
-                    load.distillation.put(self.place, probs_TE)
-                if torch.is_grad_enabled():
-                    output_TH = load.distillation.join(output_TH, probs_TE, self.place)
+            assert dispatch.routing is not None
+            settings = Auxiliary(self.place, self.balance_loss, self.z_loss)
+            output_TH = counted(output_TH, dispatch.routing, dispatch.kept(), tokens, load, self.router, settings)
         return output_TH.view(hidden.shape)
 
     @property

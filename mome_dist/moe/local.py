@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mome_dist.moe.experts import ExpertStack
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.plain_pack import Pack
-from mome_dist.moe.routers.base import RoutedTokens
+from mome_dist.moe.routers.base import RoutedTokens, Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.moe.routing import Routing
@@ -50,19 +50,64 @@ def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
         return None
 
 
-class LocalMoME(nn.Module):
-    """``MoME(h) = sum_shared E_n(h) + sum_routed g_n(h) E_n(h)`` for hidden states of any leading shape.
+class LocalRouted(nn.Module):
+    """What has a router in one process, and no more than that.
 
     Args:
-        hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
-        router: what chooses experts; its state, such as a bias, here only comes from a checkpoint.
-        expert: name of the experts' form (`mome_dist.moe.forms.registry`).
+        router: what chooses experts.
 
     Attributes:
         router: in a state dict, its tensors are called ``router_NAME``.
         observer: called with the `Routing` of every forward pass if set; used for activation statistics.
         last_routing: routing of the latest forward pass, for losses; None before the first, and after one without
             gradients in eval mode.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        saved_under(self, "router.", "router_")
+        self.observer: Callable[[Routing], None] | None = None
+        self.last_routing: Routing | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def initialize(self, prefix: str, seed: int) -> None:
+        """Set the initial values that every parallel layout starts from; ``prefix`` is the module's global name."""
+        self.router.initialize(prefix, seed)
+
+    def _route(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Routing:
+        """The routing of a pass that losses are taken of."""
+        self.last_routing = routing = self.router(hidden_TH, tokens)
+        if self.observer is not None:
+            self.observer(routing)
+        return routing
+
+    def _choose(
+        self, hidden_TH: Tensor, products_TR: Tensor | None, tokens: RoutedTokens | None
+    ) -> tuple[Tensor, Tensor]:
+        """Experts and gates of a pass that none are taken of; from the products with the router's maps, if these are
+        there."""
+        router = self.router
+        logits_TE = router.logits(hidden_TH, tokens) if products_TR is None else router.logits_of(products_TR, tokens)
+        if self.observer is None:
+            return router.choose(logits_TE, tokens)
+        routing = router.route(logits_TE, tokens)
+        self.observer(routing)
+        return routing.experts_TK, routing.gates_TK
+
+
+class LocalMoME(LocalRouted):
+    """``MoME(h) = sum_shared E_n(h) + sum_routed g_n(h) E_n(h)`` for hidden states of any leading shape.
+
+    Args:
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
+        router: what chooses experts; its state, such as a bias, here only comes from a checkpoint.
+        expert: name of the experts' form (`mome_dist.moe.forms.registry`).
     """
 
     def __init__(
@@ -75,14 +120,10 @@ class LocalMoME(nn.Module):
         router: RouterSpec = PLAIN,
         expert: str = DEFAULT,
     ) -> None:
-        super().__init__()
-        self.router = build_router(router, hidden_size, routed_experts, top_k)
-        saved_under(self, "router.", "router_")
+        super().__init__(build_router(router, hidden_size, routed_experts, top_k))
         self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert)
         self.router.read_experts(self.routed)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
-        self.observer: Callable[[Routing], None] | None = None
-        self.last_routing: Routing | None = None
         self._pack: Kept[Pack] | None = None
 
     @property
@@ -92,8 +133,8 @@ class LocalMoME(nn.Module):
 
     @torch.no_grad()
     def initialize(self, prefix: str, seed: int) -> None:
-        """Set the initial values that every parallel layout starts from; ``prefix`` is the module's global name."""
-        self.router.initialize(prefix, seed)
+        """As `LocalRouted.initialize`."""
+        super().initialize(prefix, seed)
         self.routed.initialize(f"{prefix}.routed", seed)
         if self.shared is not None:
             self.shared.initialize(f"{prefix}.shared", seed)
@@ -127,24 +168,11 @@ class LocalMoME(nn.Module):
 
             return packed.added_to(base_TH, hidden_TH, choose).view(hidden.shape)
         hidden_TH = hidden_TH.float()
-        self.last_routing = routing = self.router(hidden_TH, tokens)
-        if self.observer is not None:
-            self.observer(routing)
+        routing = self._route(hidden_TH, tokens)
         shared = None if self.shared is None else self.shared.weights()
         output_TH = self.routed.form.dense(hidden_TH, self.routed.weights(), routing.gates_TE(), shared)
         output = output_TH.to(hidden.dtype).view(hidden.shape)
         return output if base is None else base + output
-
-    def _choose(
-        self, hidden_TH: Tensor, products_TR: Tensor | None, tokens: RoutedTokens | None
-    ) -> tuple[Tensor, Tensor]:
-        router = self.router
-        logits_TE = router.logits(hidden_TH, tokens) if products_TR is None else router.logits_of(products_TR, tokens)
-        if self.observer is None:
-            return router.choose(logits_TE, tokens)
-        routing = router.route(logits_TE, tokens)
-        self.observer(routing)
-        return routing.experts_TK, routing.gates_TK
 
     def _packed(self, dtype: torch.dtype, tokens: RoutedTokens | None) -> Pack:
         """The weights as they are now. Their tensors come from the dictionaries of the modules: this runs once for

@@ -159,7 +159,7 @@ def _row(plan: Plan, job: Job) -> dict[str, str]:
         "GB": f"{plan.memory.total / GB:.1f}",
         "s a step": f"{plan.time.total:.3f}",
     }
-    return row if job.experts else {name: value for name, value in row.items() if name not in ("ep", "dispatch")}
+    return row if job.spread else {name: value for name, value in row.items() if name not in ("ep", "dispatch")}
 
 
 def _print_memory(job: Job, cluster: Cluster, plan: Plan, console: Console) -> None:

@@ -29,6 +29,8 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
     router = PRODUCTS * 2 * tokens * job.router.outputs(job.experts) * hidden / cluster.fp32_flops
     passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
     common = router + passes
+    if job.inside:  # their products are those of low-rank terms
+        return common
     work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds
     return common + work(job, candidate, cluster, tokens)
 

@@ -43,7 +43,12 @@ def step_flops(job: Job) -> dict[str, float]:
         if job.terms is not None:
             one = job.terms.rank * (2 * shape.hidden_size + job.term_widths)
             terms += shape.layers * 2 * TRAINED * tokens * len(job.terms.kinds) * one
-        used = (job.top_k + job.shared) * job.form.macs(*job.expert_sizes)  # weights for a token
+        one = (
+            job.bottleneck * (2 * shape.hidden_size + job.term_widths)
+            if job.inside
+            else job.form.macs(*job.expert_sizes)
+        )
+        used = (job.top_k + job.shared) * one  # weights for a token
         used += job.router.active_parameters(shape.hidden_size, job.experts) if job.experts else 0
         experts += shape.layers * 2 * TRAINED * tokens * used
     encoders = sum(

@@ -59,7 +59,7 @@ class Job:
         shape: of the frozen LLM.
         precision: "bf16" or "fp32", of the frozen weights and of hidden states; what trains is fp32.
         attention: "eager" or "sdpa".
-        placement: "mhsa", "ffn", "layer" or "none".
+        placement: "mhsa", "ffn", "layer", "qv" or "none".
         expert: name of the experts' form.
         experts, top_k, shared, bottleneck, capacity_factor: of the MoME modules; no experts, none a token and none
             shared in a run without.
@@ -136,14 +136,30 @@ class Job:
         return self.shape.hidden_size, self.bottleneck
 
     @property
+    def inside(self) -> bool:
+        """Whether the experts are low-rank terms of queries and values."""
+        return self.placement == "qv"
+
+    @property
+    def spread(self) -> int:
+        """Routed experts of a layer that can be spread over expert-parallel ranks."""
+        return 0 if self.inside else self.experts
+
+    @property
+    def beside(self) -> int:
+        """Routed and shared experts in modules beside a part of each layer."""
+        return 0 if self.inside else self.all_experts
+
+    @property
     def all_experts(self) -> int:
         """Routed and shared experts of a layer."""
         return self.experts + self.shared
 
     @property
     def low_width(self) -> int:
-        """Values of a token between the low-rank factors of a layer's queries and values, of all terms."""
-        return 0 if self.terms is None else 2 * len(self.terms.names) * self.terms.rank
+        """Values of a token between the low-rank factors of a layer's queries and values, of all terms and experts."""
+        of_terms = 0 if self.terms is None else len(self.terms.names) * self.terms.rank
+        return 2 * (of_terms + self.inside * self.all_experts * self.bottleneck)
 
     @property
     def term_widths(self) -> int:
@@ -163,11 +179,11 @@ class Job:
         """What trains: in each layer, and before the layers."""
         lora = sum(encoder.lora_parameters for encoder in self.encoders)
         router = self.router.parameters(self.shape.hidden_size, self.experts) if self.experts else 0
-        replicated = router + self.shared * self.expert_parameters
-        routed = Sharing(layer=0, experts=self.experts, partial=True)
+        replicated = router + (self.beside - self.spread) * self.expert_parameters
+        routed = Sharing(layer=0, experts=self.spread, partial=True)
         return (
             Trained(replicated, Sharing(layer=0, partial=True)),
-            Trained(self.experts * self.expert_parameters, routed),
+            Trained(self.spread * self.expert_parameters, routed),
             Trained(self.low_width * self.shape.hidden_size, Sharing(layer=0, partial=True)),
             Trained(self.low_width * self.term_widths // 2, Sharing(layer=0, sliced=0)),
             Trained(self.projector_parameters * self.projectors_train + lora, Sharing()),
@@ -306,7 +322,9 @@ def job_of(
         shares=tuple(schedule.share(view) for view in views),
         longest=tuple(clip.length(view) for view in schedule.largest(clip.length)),
         moments=2 if config.optimizer.name == "adamw" else 0,
-        pad_heads=config.llm.pad_heads and config.llm.lora is None,  # terms are of the LLM's own heads
+        pad_heads=config.llm.pad_heads
+        and config.llm.lora is None
+        and not mome.inside,  # terms are of the LLM's own heads
         encoders=step_encoders(config, clip.seconds, fast_precision, on_gpu),
         terms=llm_terms_of(config, shape.hidden_size),
         router=router_of(config),

@@ -161,13 +161,14 @@ def _layer_bytes(job: Job, shape: LLMShape, candidate: Candidate, length: int, t
 
 
 def _term_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
-    """What autograd keeps of the low-rank terms of a layer: their input, which experts beside attention keep already,
-    what lies between the factors, and the factors where the products have them cast or in another order."""
-    if job.terms is None:
+    """What autograd keeps of the low-rank terms of a layer, routed or not: their input, which routers of what attention
+    reads keep already, what lies between the factors, and the factors where the products have them cast or in another
+    order."""
+    if not job.low_width:
         return 0.0
-    hidden, kept = job.shape.hidden_size, job.placement == "mhsa"
+    hidden, kept = job.shape.hidden_size, job.placement in ("mhsa", "qv")
     inputs = 0.0 if kept else tokens * hidden / _sequence_share(candidate)
-    cast, several = job.element_bytes < FP32, len(job.terms.names) > 1
+    cast, several = job.element_bytes < FP32, job.inside or (job.terms is not None and len(job.terms.names) > 1)
     factors = job.low_width * (hidden * cast + job.term_widths / 2 / candidate.layout.tp * (cast or several))
     return job.element_bytes * (inputs + tokens * job.low_width + factors)
 
@@ -180,6 +181,8 @@ def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
     tokens_here = tokens / _sequence_share(candidate)
     inputs = tokens_here * hidden * (e + (FP32 if e < FP32 else 0))  # and their fp32 copy for the router
     router = tokens_here * (3 * job.experts * FP32 + job.top_k * (INDEX + FP32))
+    if job.inside:  # gates, and what they multiply between the factors, beside what `_term_bytes` has
+        return inputs + router + e * tokens_here * job.all_experts * (1 + 2 * job.bottleneck)
     if candidate.dispatch == "alltoall":
         kept = min(1.0, job.capacity_factor or 1.0) * job.top_k * ROW_PADDING * tokens_here
         rows = kept * (hidden + job.form.kept_of_rows(*sizes)) * e + 2 * kept * INDEX
@@ -200,7 +203,7 @@ def _layer_working(job: Job, shape: LLMShape, candidate: Candidate, tokens: int)
     feed_forward = tokens * (4 * shape.ffn_size / tp + 2 * hidden) * e
     length, of_view = candidate.longest_pass(job)[0]  # attention goes view by view
     attention = 3 * of_view * length * shape.heads / tp * FP32 if job.attention == "eager" else 0.0
-    dense = job.all_experts and candidate.dispatch != "alltoall"
+    dense = job.beside and candidate.dispatch != "alltoall"
     kept = job.all_experts * job.form.kept(*job.expert_sizes)
     experts = tokens * (0.75 * kept * e + 2 * hidden * FP32) if dense else 0.0
     return max(feed_forward, attention, experts)

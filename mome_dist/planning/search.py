@@ -136,12 +136,12 @@ def _layouts(job: Job, cluster: Cluster) -> Iterator[tuple[Layout | str, str]]:
             if job.shape.layers % pp:
                 yield f"tp{tp} pp{pp}", f"pp does not divide the LLM's {job.shape.layers} layers evenly"
                 continue
-            for ep in divisors(world // tp // pp) if job.experts else (1,):  # nothing else is spread so
+            for ep in divisors(world // tp // pp) if job.spread else (1,):  # nothing else is spread so
                 for split in (False, True) if tp > 1 else (False,):
                     for recompute in recompute_ways:
                         layout = Layout.for_world(world, tp, pp, ep, sequence_parallel=split, recompute=recompute)
                         try:
-                            check_division(job.shape, layout, job.experts, job.pad_heads)
+                            check_division(job.shape, layout, job.spread, job.pad_heads)
                         except UserError as error:
                             yield f"tp{tp} pp{pp} ep{ep}", _why(str(error))
                         else:
@@ -156,6 +156,6 @@ def _why(message: str) -> str:
 def _candidates(job: Job, layout: Layout) -> Iterator[Candidate]:
     stages = ZERO_STAGES if layout.dp > 1 else ZERO_STAGES[:2]
     for accumulation in job.accumulations(layout.dp):
-        for dispatch in dispatches(layout, job.experts, job.router, job.expert):
+        for dispatch in dispatches(layout, job.spread, job.router, job.expert):
             for zero in stages:
                 yield Candidate(layout, zero, dispatch, accumulation)

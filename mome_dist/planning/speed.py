@@ -196,7 +196,7 @@ def _layer(
 
 def _terms(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> tuple[float, float, float]:
     """What `_layer` gives, of the low-rank terms of a layer: every token goes through all of them."""
-    if job.terms is None:
+    if not job.low_width:
         return 0.0, 0.0, 0.0
     layout, e = candidate.layout, job.element_bytes
     ranks, hidden, out = layout.tp, job.shape.hidden_size, job.term_widths / layout.tp
@@ -211,7 +211,7 @@ def _terms(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> t
 
 def _layer_calls(job: Job) -> int:
     """Operations that a layer with its low-rank terms calls, forward and backward."""
-    return LAYER_CALLS + (0 if job.terms is None else LOW_RANK_CALLS)
+    return LAYER_CALLS + (LOW_RANK_CALLS if job.low_width else 0)
 
 
 def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[float, float]:
@@ -221,8 +221,9 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     shared, routed, partial = held_parameters(job, layout, layers, first_stage=True)
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
-    of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + len(job.form.parts) * (job.shared > 0)
-    of_layer += 0 if job.terms is None else LOW_RANK_TENSORS
+    of_layer = ROUTED_TENSORS * (job.spread > 0) + ROUTER_TENSORS * (job.experts > 0)
+    of_layer += len(job.form.parts) * (job.beside > job.spread)
+    of_layer += LOW_RANK_TENSORS * ((job.terms is not None) + job.inside)
     tensors = layers * of_layer
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)
     reduction += tensors * TENSOR_CALLS * cluster.call

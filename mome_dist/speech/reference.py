@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -23,11 +23,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 from mome_dist.adapters.lora import PREFIX, OneProcessLoRA
 from mome_dist.adapters.terms import LowRankTerms
 from mome_dist.moe.balance import batch_sums, load_balance_loss, router_z_loss
-from mome_dist.moe.local import LocalMoME
+from mome_dist.moe.local import LocalRouted
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routing import Routing
 from mome_dist.moe.unrouted import LocalUnrouted
 from mome_dist.packed_module import PackedModule, PackedTensor
+from mome_dist.speech.attachment import attached_experts
 from mome_dist.speech.balance import SpeechRoutes, balance_losses
 from mome_dist.speech.limits import ClipLimits
 from mome_dist.speech.lora import LoRATerms
@@ -35,36 +36,6 @@ from mome_dist.speech.projector import Projectors
 from mome_dist.speech.sequence import AUDIO, VIDEO, PackedTokens, SpeechPlaces
 from mome_dist.speech.views import View
 from mome_dist.token_context import Modality, OneView
-
-
-def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted, tokens: Callable[[Tensor], OneView]) -> None:
-    """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook.
-
-    ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike. ``tokens`` says what
-    hidden states [B, S, H] are of.
-    """
-    targets: dict[str, nn.Module] = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}
-
-    def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        first = output[0] if isinstance(output, tuple) else output
-        if mome.device != first.device:
-            mome.to(
-                first.device
-            )  # the layers of an LLM that was spread over devices say where each MoME module belongs
-        hidden = hidden.to(first.device)
-        added = mome(hidden, first, tokens(first)) if isinstance(mome, LocalMoME) else mome(hidden, first)
-        return (added, *output[1:]) if isinstance(output, tuple) else added
-
-    targets[placement].register_forward_hook(add, with_kwargs=True)
-
-
-def _experts(hidden_size: int, **arguments: Any) -> LocalMoME | LocalUnrouted:
-    """The experts beside a layer, with a router where there is something to choose."""
-    if arguments["routed_experts"]:
-        return LocalMoME(hidden_size, **arguments)
-    kept = ("shared_experts", "bottleneck", "expert")
-    return LocalUnrouted(hidden_size, **{name: arguments[name] for name in kept if name in arguments})
 
 
 def layout_free_tensors(model: nn.Module) -> Iterator[PackedTensor]:
@@ -81,7 +52,7 @@ def layout_free_tensors(model: nn.Module) -> Iterator[PackedTensor]:
             yield PackedTensor(full, parameter, start, shape)
 
 
-def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
+def _valid_routing(mome: LocalRouted, valid_BS: Tensor) -> Routing:
     """The routing of the latest pass, padding left out."""
     assert mome.last_routing is not None
     return mome.last_routing.restricted_to(valid_BS.flatten())
@@ -102,11 +73,11 @@ class MoMESpeechLM(nn.Module):
     Args:
         llm: Hugging Face model (see `mome_dist.llm.hugging_face`); its parameters are frozen here.
         projectors: of the streams in use.
-        placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
+        placement: "mhsa", "ffn" or "layer"; "qv" for experts in queries and values; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         terms: low-rank ones of the LLM; None if it has none.
-        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert`` of `LocalMoME`; without
-            routed experts there is no router.
+        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert`` of `LocalMoME`, or with
+            "qv" ``scale`` of `LocalLowRank` in the place of the last; without routed experts there is no router.
 
     Attributes:
         router: of the MoME modules; None in a model without routed experts.
@@ -127,9 +98,9 @@ class MoMESpeechLM(nn.Module):
         self.lora = lora
         hidden_size = llm.config.hidden_size
         layers = [] if placement == "none" else list(llm.model.layers)
-        self.mome = nn.ModuleList([_experts(hidden_size, **mome_arguments) for _ in layers])
-        for layer, mome in zip(layers, self._beside_layers(), strict=True):
-            _attach(layer, placement, mome, self._tokens_of)
+        self.mome = nn.ModuleList(
+            [attached_experts(layer, placement, hidden_size, self._tokens_of, mome_arguments) for layer in layers]
+        )
         self.router: RouterSpec | None = self.momes[0].router.spec if self.momes else None
         # Of the pass under way: the view, the tokens that it begins with, [B, S] of a modality each, and those after.
         self._view: View | None = None
@@ -174,12 +145,12 @@ class MoMESpeechLM(nn.Module):
         return self._llm[0]
 
     @property
-    def momes(self) -> list[LocalMoME]:
-        """The MoME modules that have a router, first layer first; none in a model without routed experts."""
-        return [mome for mome in self._beside_layers() if isinstance(mome, LocalMoME)]
+    def momes(self) -> list[LocalRouted]:
+        """The modules that have a router, first layer first; none in a model without routed experts."""
+        return [mome for mome in self._of_layers() if isinstance(mome, LocalRouted)]
 
-    def _beside_layers(self) -> list[LocalMoME | LocalUnrouted]:
-        return cast(list[LocalMoME | LocalUnrouted], list(self.mome))
+    def _of_layers(self) -> list[LocalRouted | LocalUnrouted]:
+        return cast(list[LocalRouted | LocalUnrouted], list(self.mome))
 
     @property
     def terms(self) -> LowRankTerms | None:
@@ -228,7 +199,7 @@ class MoMESpeechLM(nn.Module):
     def initialize(self, seed: int, embedding_scale: float) -> None:
         """The same initial values as every parallel layout."""
         self.projectors.initialize(seed, embedding_scale)
-        for number, mome in enumerate(self._beside_layers()):
+        for number, mome in enumerate(self._of_layers()):
             mome.initialize(f"mome.{number}", seed)
         for number, adapted in enumerate(self._adapted()):
             adapted.initialize(f"{PREFIX}.{number}", seed)

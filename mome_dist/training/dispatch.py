@@ -24,9 +24,9 @@ def settle_dispatch(
         tokens: of one microbatch of one rank, padding included.
     """
     mome = config.mome
-    if not mome.experts or mome.dispatch != "auto":
+    if not mome.spread or mome.dispatch != "auto":
         return mome.dispatch
-    possible = dispatches(layout, mome.experts, router_of(config), mome.expert)
+    possible = dispatches(layout, mome.spread, router_of(config), mome.expert)
     if len(possible) == 1:
         return possible[0]
     dtype = llm_dtype(config)

@@ -53,7 +53,7 @@ def settle_parts(
         ranks = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         memory = describe_rank(device)["memory_bytes"] / ranks
         auto = config.mome.dispatch == "auto"
-        possible = dispatches(layout, job.experts, job.router, job.expert) if auto else [config.mome.dispatch]
+        possible = dispatches(layout, job.spread, job.router, job.expert) if auto else [config.mome.dispatch]
         budgets = [microbatch_budget(job, layout, zero, dispatch, memory, on_gpu) for dispatch in possible]
         least_budget = torch.tensor(min(budgets), device=device)
         dist.all_reduce(least_budget, op=dist.ReduceOp.MIN)

@@ -122,8 +122,8 @@ def neighbours(
     accumulations = [n for n in job.accumulations(layout.dp) if n <= 8 * config.data.fixed_accumulation]
     axes: dict[str, list[Any]] = {
         "data.accumulation": accumulations,
-        "parallel.ep": [ep for ep in divisors(layout.dp) if (config.mome.experts or 1) % ep == 0],
-        "mome.capacity_factor": list(capacity_factors) if config.mome.experts else [],
+        "parallel.ep": [ep for ep in divisors(layout.dp) if (config.mome.spread or 1) % ep == 0],
+        "mome.capacity_factor": list(capacity_factors) if config.mome.spread else [],
     }
     present = {
         "data.accumulation": config.data.accumulation,
@@ -167,7 +167,7 @@ def refusal(trial: Trial, base: Sequence[str], world: int, job: Job, cluster: Cl
         settled(trial.deepspeed, config, layout.dp, "the DeepSpeed configuration")
     except UserError as error:
         return str(error)
-    if (config.mome.experts or 1) % layout.ep:
+    if (config.mome.spread or 1) % layout.ep:
         return f"parallel.ep={layout.ep} does not divide mome.routed_experts={config.mome.routed_experts}"
     chunks = config.data.fixed_accumulation * layout.dp
     if job.batch_size < chunks or (job.fixed_batch and job.batch_size % chunks):

@@ -48,7 +48,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
         config = shrunk(config, scratch / "llm")
     settle_models(config, ["llm"])
     beside = config.mome.placed or config.llm.lora is not None or bool(lora_of(config))
-    standard = standard_cases(config.mome.experts > 0, beside, router_of(config).settings)
+    standard = standard_cases(config.mome.spread > 0, beside, router_of(config).settings)
     if options.nproc:
         check_experts(config, layout_of(config, options.nproc))
     cases = [_own_case(config, options.nproc, deepspeed)] if options.nproc else standard
@@ -58,7 +58,7 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
         raise UserError(f"--only {options.only}: no case has such a name; without --only all are run.")
     shape = LLMShape.from_directory(config.llm.path)
     for case in cases:
-        check_division(shape, case.layout, config.mome.experts, config.llm.pad_heads)
+        check_division(shape, case.layout, config.mome.spread, config.llm.pad_heads)
         check_llm_terms(config, case.layout, shape)
     optimizers = [options.optimizer] if options.optimizer else list(OPTIMIZERS)
     began = time.monotonic()
@@ -93,7 +93,7 @@ def _own_case(config: RunConfig, world_size: int, deepspeed: DeepSpeedSettings) 
 
 def _row(verdict: Verdict, config: RunConfig) -> list[str]:
     case, comparison = verdict.case, verdict.comparison
-    told = config.mome.experts > 0 and case.dispatch not in case.name
+    told = config.mome.spread > 0 and case.dispatch not in case.name
     name = f"{case.name} ({case.dispatch})" if told else case.name
     head = [name, str(case.layout.world_size), verdict.optimizer]
     if comparison is None:

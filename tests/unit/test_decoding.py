@@ -26,8 +26,8 @@ from mome_dist.evaluation.decoding import (
 )
 from mome_dist.inference.load import LoadedRun, load_run
 from mome_dist.moe.local import LocalMoME
+from mome_dist.speech.attachment import attach
 from mome_dist.speech.projector import Projectors
-from mome_dist.speech.reference import _attach
 from mome_dist.speech.sequence import Example, pack
 from mome_dist.speech.views import View
 from mome_dist.token_context import OneView
@@ -292,7 +292,7 @@ def test_mome_goes_where_its_layer_computes() -> None:
     layer = torch.nn.Module()
     layer.mlp = torch.nn.Linear(8, 8, device="meta")
     layer.self_attn = torch.nn.Identity()
-    _attach(layer, "ffn", mome, lambda _: OneView("asr(4)", None, 0))
+    attach(layer, "ffn", mome, lambda _: OneView("asr(4)", None, 0))
     assert layer.mlp(torch.zeros(2, 8, device="meta")).device.type == "meta"
     assert {parameter.device.type for parameter in mome.parameters()} == {"meta"}
 

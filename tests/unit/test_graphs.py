@@ -153,6 +153,7 @@ GRAPHS += ["data.microbatch_tokens=512"]
         ("llm.lora={rank: 4}", "Set llm.lora=null"),
         ("llm.sink_loss=1", "Set llm.sink_loss=0"),
         ("mome/router=separate", "mome.router.name=separate"),
+        ("mome=lora", "mome.placement=qv: .* Set mome.placement=mhsa"),
         ("mome.dispatch=auto", "mome.dispatch=auto: .* Set mome.dispatch=local"),
         ("data.microbatch_tokens=null", "needs data.microbatch_tokens"),
     ],

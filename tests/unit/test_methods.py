@@ -33,6 +33,7 @@ def test_the_methods_are_those_of_the_family() -> None:
         *(f"llama_smop/{form}" for form in ("dedr", "dejr", "jejr")),
         "lora",
         "mome",
+        "mome_lora",
         *(f"mome_separate/{by}" for by in ("modality", "rate", "task")),
         *(f"omni_avsr/{form}" for form in ("s", "st", "t")),
     ] == METHODS

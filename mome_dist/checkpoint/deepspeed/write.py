@@ -18,7 +18,7 @@ from mome_dist.checkpoint.deepspeed.zero import fragments, partition
 from mome_dist.checkpoint.pieces import Constant, Piece, Range
 from mome_dist.checkpoint.source import Source
 from mome_dist.config.schema import OptimizerConfig
-from mome_dist.engine.deepspeed_names import optimizer_groups
+from mome_dist.engine.deepspeed_names import optimizer_groups, walked_name
 from mome_dist.engine.optimizer import deepspeed_settings, learning_rate, make_optimizer
 from mome_dist.errors import UserError
 from mome_dist.parallel.layout import Layout
@@ -143,7 +143,7 @@ def _model_state(planned: PlannedFile, plan: Plan, schedule: Schedule) -> dict[s
     experts = [layout.ep if number is None else plan.model.routed_experts for number in plan.modules(planned.pp)]
     return {
         "module": OrderedDict(),
-        "buffer_names": [buffer.local for buffer in plan.buffers(planned.pp)],
+        "buffer_names": [walked_name(buffer.local) for buffer in plan.buffers(planned.pp)],
         "optimizer": None if zero else _torch_state(planned, plan, schedule, flat=False),
         "param_shapes": shapes if zero else None,
         "frozen_param_shapes": OrderedDict() if zero == 2 else None,
