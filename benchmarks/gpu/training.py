@@ -128,7 +128,8 @@ class Training:
     def _encoding(self, encoders: Mapping[str, Encoder]) -> OnlineEncoding:
         """Encoding inside the step, as `mome_dist.training.setup` has it."""
         held = StepFeatures(ModalityDropout(0, 0, self.config.seed))
-        self._builder.read_from({stream: held.reader(stream) for stream in encoders}, held.left_out)
+        self._builder.read_from({stream: held.reader(stream) for stream in encoders})
+        self._builder.leave_out(held.left_out)
         clips = StepClips(self._builder.own(self._batch, self._views), streams_read(self._views), 0)
         loader = _RandomClips(self.config.data.decode_threads)
         group = parallel_state.get_tensor_model_parallel_group()

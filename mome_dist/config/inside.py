@@ -28,6 +28,11 @@ def check_inside(mome: MoMEConfig) -> None:
             f"mome.placement=qv has low-rank experts of queries and values, but mome.expert={mome.expert}: set "
             "mome.expert=linear (mome=lora sets both), or another mome.placement."
         )
+    if mome.conflict_every:
+        raise UserError(
+            f"mome.conflict_every={mome.conflict_every} compares the gradients of experts that lie one by one, and "
+            "those of mome.placement=qv are packed: set mome.conflict_every=0."
+        )
     if mome.routed_experts < 2:
         experts = mome.routed_experts + mome.shared_experts
         raise UserError(

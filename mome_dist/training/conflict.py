@@ -92,13 +92,13 @@ def view_cosines(model: DistributedMoME, engine: Engine, steps: Iterator[Step]) 
                 forward_backward(model, step)
                 for parameter in model.lora.parameters() if model.lora is not None else ():
                     parameter.grad = torch.zeros_like(parameter)  # all ranks reduce the same tensors
-            gradients.append([_gradients(engine, mome) for mome in model.momes.values()])
+            gradients.append([_gradients(engine, mome) for mome in model.spread.values()])
             engine.discard()
-    experts = next((mome.num_experts for mome in model.momes.values()), 1)
+    experts = next((mome.num_experts for mome in model.spread.values()), 1)
     pairs = list(combinations(range(len(gradients)), 2))
     # Products of two gradients, and squares of either: sums over ranks of what each has.
     found_3QLX = torch.zeros(3, len(pairs), model.config.num_layers, experts + 1, device=device)
-    for place, (number, mome) in enumerate(model.momes.items()):
+    for place, (number, mome) in enumerate(model.spread.items()):
         own = slice(mome.ep_rank * mome.num_local_experts, (mome.ep_rank + 1) * mome.num_local_experts)
         for column, part in ((own, 0), (slice(experts, None), 1)):
             if part == 1 and mome.ep_rank > 0:
@@ -124,9 +124,11 @@ def _gradients(engine: Engine, mome: ExpertParallelMoME) -> tuple[Tensor, Tensor
 
 def _groups(model: DistributedMoME) -> Iterator[dist.ProcessGroup]:
     """The ranks that have other experts, and those that have other layers."""
-    expert_parallel = next((mome for mome in model.momes.values() if mome.ep_size > 1), None)
+    expert_parallel = next((mome for mome in model.spread.values() if mome.ep_size > 1), None)
     if expert_parallel is not None:
-        yield expert_parallel.deepspeed_moe.ep_group
+        group = expert_parallel.deepspeed_moe.ep_group
+        assert isinstance(group, dist.ProcessGroup)
+        yield group
     yield parallel_state.get_pipeline_model_parallel_group()
 
 

@@ -14,6 +14,7 @@ import torch
 from mome_dist.config import load_config
 from mome_dist.config.derived import router_of
 from mome_dist.moe.dispatch import gather
+from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.drops import kept, rerouted
 from mome_dist.moe.expert_parallel import ExpertParallelMoME
 from mome_dist.moe.experts import initial_value
@@ -280,6 +281,7 @@ def _with_capacity(ep: int, rank: int) -> dict[str, tuple[float, int, int]]:
             for parameter in module.router.parameters():
                 parameter.data.mul_(20)
         with torch.no_grad():
+            assert isinstance(local.routed.up_weight, torch.Tensor)
             local.routed.up_weight.normal_(generator=torch.Generator().manual_seed(1))
             for number, kind, value in _experts(parallel, parallel.deepspeed_moe.experts.packed):
                 value.copy_(getattr(local.routed, kind)[parallel.ep_rank * (EXPERTS // ep) + number])
@@ -289,9 +291,10 @@ def _with_capacity(ep: int, rank: int) -> dict[str, tuple[float, int, int]]:
         (gradient,) = torch.autograd.grad(output.square().sum(), hidden)
         again = hidden.detach().requires_grad_()
         routing, dispatch = local.router(again, context), parallel.deepspeed_moe
+        assert isinstance(dispatch, AllToAllDispatch) and dispatch.capacity is not None
         experts_TK, taken_TK = routing.experts_TK, kept(routing, dispatch.capacity, dispatch.drop_policy)
         gates_TK = routing.gates_TK
-        assert dispatch.kept_TK.equal(taken_TK)
+        assert dispatch.kept_TK is not None and dispatch.kept_TK.equal(taken_TK)
         if dispatch.drop_policy == "reroute":
             experts_TK, taken_TK = rerouted(routing, taken_TK, dispatch.capacity, None)
             gates_TK = gates_again(routing, experts_TK, spec.renormalize, spec.score)

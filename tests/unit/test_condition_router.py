@@ -132,6 +132,7 @@ def test_written_text_has_the_means_of_its_prefix(beams: int) -> None:
     module = LocalMoME(HIDDEN, EXPERTS, TOP_K, 1, 3, _spec("utterance", "task"))
     module.initialize("mome.0", 3)
     _shifted(module.router)
+    assert isinstance(module.routed.up_weight, Tensor)
     module.routed.up_weight.normal_(generator=torch.Generator().manual_seed(1))
     lengths, before = (1 + SPEECH, SPEECH - 1), 1 + SPEECH
     kinds = [[Modality.TEXT, *[Modality.AUDIO] * (length - 1), *[Modality.TEXT] * TEXT] for length in lengths]

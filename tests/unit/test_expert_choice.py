@@ -86,20 +86,20 @@ def test_an_utterance_chooses_alone_as_in_a_batch_and_while_decoding() -> None:
     tokens, top = _tokens(20, 33, 9), 4
     logits_TE = normal(tokens.tokens, EXPERTS)
     gates_TE = _routed(logits_TE, tokens).gates_TE()
-    rows = torch.split(logits_TE, tokens.lengths)
-    kinds = torch.split(tokens.modality_N, tokens.lengths)
+    rows = torch.split(logits_TE, list(tokens.lengths))
+    kinds = torch.split(tokens.modality_N, list(tokens.lengths))
     longest = max(tokens.lengths)
-    for number, expected_TE in enumerate(torch.split(gates_TE, tokens.lengths)):
+    for number, expected_TE in enumerate(torch.split(gates_TE, list(tokens.lengths))):
         alone = OneView("avsr(4,2)", kinds[number], len(rows[number]))
         assert torch.equal(_routed(rows[number], alone).gates_TE(), expected_TE)
         prefix = len(rows[number]) - 2  # all but words
         part = OneView("avsr(4,2)", kinds[number][:prefix], prefix)
         assert torch.equal(_routed(rows[number][:prefix], part).gates_TE(), expected_TE[:prefix])
-    padded_TE = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).flatten(0, 1)
-    padded_N = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True).flatten()
+    padded_TE = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).flatten(0, 1)
+    padded_N = torch.nn.utils.rnn.pad_sequence(list(kinds), batch_first=True).flatten()
     batch = OneView("avsr(4,2)", padded_N, 3 * longest, rows=3)
     together = _routed(padded_TE, batch).gates_TE().view(3, longest, -1)
-    for found_TE, expected_TE in zip(together, torch.split(gates_TE, tokens.lengths), strict=True):
+    for found_TE, expected_TE in zip(together, torch.split(gates_TE, list(tokens.lengths)), strict=True):
         assert torch.equal(found_TE[: len(expected_TE)], expected_TE)
     words = _routed(logits_TE, OneView("avsr(4,2)", None, 0))
     assert words.experts_TK.shape[1] == top and words.chosen_TK is None  # what one token of a transcript reads

@@ -25,6 +25,8 @@ from mome_dist.moe.local_low_rank import LocalLowRank
 from mome_dist.moe.low_rank import LowRankExperts
 from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.moe.routing import Routing
+from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
 from mome_dist.planning.flops import step_flops
 from mome_dist.planning.job import Clip, dispatches, held_parameters, job_of
@@ -140,7 +142,7 @@ def test_gates_are_the_routers_one_choice_for_both(plain: LlamaForCausalLM) -> N
     for name in "qv":
         projection = layer.self_attn.get_submodule(f"{name}_proj")
         projection.register_forward_hook(lambda _m, args, out, name=name: seen.update({name: out, "h": args[0]}))
-    chosen = []
+    chosen: list[Routing] = []
     module.observer = chosen.append
     _logits(llm)
     (routing,) = chosen
@@ -259,16 +261,17 @@ def test_ranks_share_them_as_they_say() -> None:
 
 
 def test_a_state_dict_has_the_names_of_checkpoints_and_is_read_again() -> None:
-    spec = RouterSpec(bias_rate=0.1)
-    layer, other = (LowRankExperts(3, 8, 8, 4, EXPERTS, 2, 1, RANK, spec) for _ in range(2))
-    layer.initialize("mome.3", seed=0)
-    names = {part.name.removeprefix("mome.3.") for part in layer.named_parts("mome.3")} | {"router_bias"}
-    state = layer.state_dict()
-    assert set(state) == names
-    other.load_state_dict(state)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*elsewhere"):
-        other.load_state_dict(state | {"elsewhere": state["router_bias"]})
+    with parallel_world(Layout.for_world(1), 0, 60):
+        spec = RouterSpec(bias_rate=0.1)
+        layer, other = (LowRankExperts(3, 8, 8, 4, EXPERTS, 2, 1, RANK, spec) for _ in range(2))
+        layer.initialize("mome.3", seed=0)
+        names = {part.name.removeprefix("mome.3.") for part in layer.named_parts("mome.3")} | {"router_bias"}
+        state = layer.state_dict()
+        assert set(state) == names
+        other.load_state_dict(state)
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*elsewhere"):
+            other.load_state_dict(state | {"elsewhere": state["router_bias"]})
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_probabilities_are_the_mixture_of_softmaxes() -> None:
     parts = _parts(router)
     mixing_TS = (hidden_TH @ parts["mixing"].t()).softmax(dim=1)
     each = [(hidden_TH @ parts[f"weight.{number}"].t()).softmax(dim=1) for number in range(3)]
-    expected_TE = sum(mixing_TS[:, number : number + 1] * probs_TE for number, probs_TE in enumerate(each))
+    expected_TE = torch.stack(
+        [mixing_TS[:, number : number + 1] * probs_TE for number, probs_TE in enumerate(each)]
+    ).sum(0)
     routing = router(hidden_TH, None)
     torch.testing.assert_close(routing.probs_TE, expected_TE)
     torch.testing.assert_close(routing.gates_TK, expected_TE.topk(4, dim=1).values)

@@ -52,7 +52,7 @@ def test_subrip_is_what_another_parser_reads() -> None:
 def test_webvtt_is_what_another_parser_reads(tmp_path: Path) -> None:
     path = tmp_path / "film.vtt"
     path.write_text(FORMATS["vtt"](transcript(*TEXTS)), encoding="utf-8")
-    found = list(webvtt.read(str(path)))
+    found = webvtt.read(str(path)).captions
     assert " ".join(cue.raw_text.replace("\n", " ") for cue in found[:-1]) == TEXTS[0]
     # A cue's text is markup: what a film says must not become it.
     assert found[-1].raw_text == "das Öl &amp; &lt;b&gt;zwei&lt;/b&gt; {3}"
@@ -78,7 +78,7 @@ def test_a_film_in_which_nobody_speaks_is_a_file(form: str, tmp_path: Path) -> N
     text = FORMATS[form](transcript())
     if form == "vtt":
         (tmp_path / "x.vtt").write_text(text)
-        assert not list(webvtt.read(str(tmp_path / "x.vtt")))
+        assert not webvtt.read(str(tmp_path / "x.vtt")).captions
     elif form == "json":
         assert json.loads(text)["segments"] == []
     else:

@@ -114,35 +114,30 @@ def test_mouths_are_as_large_as_the_encoder_of_the_run_knows_them(
     assert isinstance(published, np.ndarray) and (seen["video"] != published).any()
 
 
-PAUSE = np.zeros(SAMPLE_RATE, np.float32)
-
-
 @pytest.fixture(scope="module")
-def long_film(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> tuple[Path, list[Clip]]:
-    """Utterances with a second between them, and each of them by itself."""
-    clips = [Clip(tiny_corpus.audio(each), tiny_corpus.video(each)) for each in tiny_corpus.split("test")[:3]]
+def long_film(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> tuple[Path, list[float]]:
+    """Utterances with a second between them, and the seconds of each."""
     sound, pictures = [], []
-    for clip in clips:
-        frames = len(clip.video)
-        sound += [clip.audio[: frames * SAMPLES_PER_FRAME], PAUSE]
-        sound.insert(-1, np.zeros(frames * SAMPLES_PER_FRAME - len(sound[-2]), np.float32))
-        pictures += [clip.video, np.repeat(clip.video[-1:], FPS, axis=0)]
+    for utterance in tiny_corpus.split("test")[:3]:
+        audio, video = tiny_corpus.audio(utterance), tiny_corpus.video(utterance)
+        sound.append(np.resize(np.pad(audio, (0, SAMPLES_PER_FRAME)), len(video) * SAMPLES_PER_FRAME))
+        sound.append(np.zeros(SAMPLE_RATE, np.float32))
+        pictures += [video, np.repeat(video[-1:], FPS, axis=0)]
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     write_media_file(path, np.concatenate(sound), np.concatenate(pictures))
-    return path, clips
+    return path, [len(video) / FPS for video in pictures[::2]]
 
 
-def test_a_long_film_is_read_between_its_pauses(run: Path, long_film: tuple[Path, list[Clip]]) -> None:
-    path, clips = long_film
+def test_a_long_film_is_read_between_its_pauses(run: Path, long_film: tuple[Path, list[float]]) -> None:
+    path, lengths = long_film
     model = mome_dist.load(run, device="cpu")
     done: list[float] = []
     found = transcribe_film(
         model, path, audio_rate=4, video_rate=5, longest=4, heard=lambda so_far, whole: done.append(so_far / whole)
     )
-    assert len(found.segments) == len(clips) and not found.notes
+    assert len(found.segments) == len(lengths) and not found.notes
     at = 0.0
-    for segment, clip in zip(found.segments, clips, strict=True):
-        seconds = len(clip.video) / FPS
+    for segment, seconds in zip(found.segments, lengths, strict=True):
         np.testing.assert_allclose((segment.start, segment.end), (at, at + seconds), atol=0.4)
         at += seconds + 1
     assert found.seconds == pytest.approx(at, abs=0.1) and 0 < done[-1] <= 1
@@ -153,7 +148,7 @@ def test_a_long_film_is_read_between_its_pauses(run: Path, long_film: tuple[Path
     assert found.segments[1].said.token_ids
 
 
-def test_lips_are_cut_where_the_sound_pauses(run: Path, long_film: tuple[Path, list[Clip]]) -> None:
+def test_lips_are_cut_where_the_sound_pauses(run: Path, long_film: tuple[Path, list[float]]) -> None:
     model = mome_dist.load(run, device="cpu")
     heard = transcribe_film(model, long_film[0], audio_rate=4, longest=4)
     seen = transcribe_film(model, long_film[0], video_rate=5, longest=4)
@@ -181,7 +176,7 @@ def test_a_part_without_a_face_is_read_by_ear_and_said(run: Path, tmp_path: Path
 def test_a_folder_of_films_goes_to_a_folder_of_texts(
     run: Path,
     files: dict[str, Path],
-    long_film: tuple[Path, list[Clip]],
+    long_film: tuple[Path, list[float]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -42,12 +42,12 @@ def test_words_are_found_where_they_are_said(aligner: WordAligner) -> None:
     """Words with known silence between them: where each one is, is known to the sample."""
     voice = Voice(synthesiser(BACKEND).voices[0], 1.0, 1.0, 1.0)
     parts, spans, at = [], [], 0.0
-    for word in ("friday", "bridge", "spring", "yellow"):
-        audio = synthesise(BACKEND, word, voice).audio
+    for spoken in ("friday", "bridge", "spring", "yellow"):
+        audio = synthesise(BACKEND, spoken, voice).audio
         parts += [audio, np.zeros(round(0.4 * SAMPLE_RATE), np.float32)]
-        spans.append((word, at, at + len(audio) / SAMPLE_RATE))
+        spans.append((spoken, at, at + len(audio) / SAMPLE_RATE))
         at += len(audio) / SAMPLE_RATE + 0.4
-    found = aligner(np.concatenate(parts), " ".join(word for word, _, _ in spans))
+    found = aligner(np.concatenate(parts), " ".join(text for text, _, _ in spans))
     for word, (text, start, end) in zip(found, spans, strict=True):
         assert word.text == text
         middle = (start + end) / 2
