@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from mome_dist.moe.balance import TokenLoss
 from mome_dist.moe.routers.base import RoutedTokens, Router
-from mome_dist.moe.routers.registry import ConditionSettings
+from mome_dist.moe.routers.group_settings import ConditionSettings
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.moe.routing import Routing

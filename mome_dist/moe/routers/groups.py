@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mome_dist.moe.routers.base import RoutedTokens
+from mome_dist.moe.routers.group_settings import GroupsSettings
 from mome_dist.moe.routers.hashed import drawn_experts
-from mome_dist.moe.routers.registry import GroupsSettings
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.moe.routers.top_k import TopKRouter

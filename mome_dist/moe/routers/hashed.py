@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mome_dist.moe.routers.base import RoutedTokens, Router
-from mome_dist.moe.routers.registry import GroupedSettings
+from mome_dist.moe.routers.group_settings import GroupedSettings
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.moe.routing import Routing

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mome_dist.moe.routers.base import RoutedTokens, Router
-from mome_dist.moe.routers.registry import SeparateSettings
+from mome_dist.moe.routers.group_settings import SeparateSettings
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.packed_module import PackedTensor

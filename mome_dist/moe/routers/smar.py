@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mome_dist.moe.routers.base import RoutedTokens
-from mome_dist.moe.routers.registry import SmarSettings
+from mome_dist.moe.routers.group_settings import SmarSettings
 from mome_dist.moe.routers.spec import RouterSpec
 from mome_dist.moe.routers.token_groups import TokenGroups
 from mome_dist.moe.routers.top_k import TopKRouter

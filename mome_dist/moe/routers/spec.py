@@ -6,11 +6,17 @@ says what the kind can and cannot do, and how large it is: validation, planner a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mome_dist.adapters.terms import View
+
+
+def negative(key: str, value: float) -> str | None:
+    """What is wrong with a number below zero, as `RouterSettings.problem` says it."""
+    return f"{key}={value}: set 0 or more." if not 0 <= value < math.inf else None
 
 
 @dataclass(frozen=True)

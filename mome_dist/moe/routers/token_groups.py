@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mome_dist.adapters.terms import View
 from mome_dist.moe.routers.base import RoutedTokens
-from mome_dist.moe.routers.registry import MODALITIES, GroupedSettings
+from mome_dist.moe.routers.group_settings import MODALITIES, GroupedSettings
 from mome_dist.transfer import sent_to
 
 
