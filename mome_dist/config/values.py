@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mome_dist.config.augmentation import check_augmentation
 from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
 from mome_dist.config.graphs import check_graphs
 from mome_dist.config.inside import check_inside
@@ -31,7 +32,7 @@ def check_values(config: RunConfig) -> None:
     _check_numbers(config)
     _check_task(config)
     _check_router(config)
-    _check_augmentation(config)
+    check_augmentation(config)
     _check_lora(config)
     _check_llm_lora(config)
     _check_projector(config)
@@ -332,46 +333,6 @@ def check_learning(config: RunConfig) -> None:
         raise UserError(
             f"mome.top_k={mome.top_k} and mome.renormalize=true: the gate of one expert, divided by itself, is always "
             f"1, so that its router learns nothing from the task. Set {without}{more}."
-        )
-
-
-def _check_augmentation(config: RunConfig) -> None:
-    augmentation = config.augmentation
-    dropout = augmentation.modality_dropout
-    for key, probability in {
-        "flip": augmentation.flip,
-        "noise.probability": augmentation.noise.probability,
-        "modality_dropout.audio": dropout.audio,
-        "modality_dropout.video": dropout.video,
-        "modality_dropout.audio_to": dropout.audio_to,
-        "modality_dropout.video_to": dropout.video_to,
-    }.items():
-        if probability is not None and not 0 <= probability <= 1:
-            raise UserError(f"augmentation.{key}={probability}: a probability is from 0 to 1.")
-    for suffix, (audio, video) in {"": (dropout.audio, dropout.video), "_to": dropout.ends}.items():
-        if audio + video > 1:
-            raise UserError(
-                f"augmentation.modality_dropout: audio{suffix}={audio} and video{suffix}={video} add up to more than "
-                "1, but a view never loses both streams: lower one."
-            )
-    given = dropout.audio_to is not None or dropout.video_to is not None
-    if given != (dropout.schedule != "constant"):
-        raise UserError(
-            f"augmentation.modality_dropout.schedule={dropout.schedule} with audio_to={dropout.audio_to} and video_to="
-            f"{dropout.video_to}: a linear or cosine schedule ends at one of them at least, a constant one at none."
-        )
-    if not 0 < dropout.over <= 1:
-        raise UserError(
-            f"augmentation.modality_dropout.over={dropout.over}: a share of training.steps is above 0 and at most 1."
-        )
-    if augmentation.noise.source is not None and not augmentation.noise.snr:
-        raise UserError("augmentation.noise.snr is empty: give ratios in dB, or set augmentation.noise.source=null.")
-    if not all(snr is None or math.isfinite(snr) for snr in augmentation.noise.snr):
-        raise UserError(f"augmentation.noise.snr={augmentation.noise.snr}: ratios are finite; null is clean.")
-    if augmentation.active and config.data.features != "online":
-        raise UserError(
-            f"data.features={config.data.features} reads features that were made once from clean clips, which no "
-            "augmentation can change: set data.features=online, or augmentation=none."
         )
 
 
