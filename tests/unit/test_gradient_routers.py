@@ -194,62 +194,6 @@ def test_grin_has_two_experts() -> None:
         build("grin", 4, UNDIVIDED)
 
 
-# -- threshold
-
-
-@torch.no_grad()
-def test_half_of_the_experts_pass_a_threshold_of_zero() -> None:
-    router, tokens = build("threshold", EXPERTS, UNDIVIDED), 4000
-    assert torch.equal(router.thresholds, torch.zeros(EXPERTS))
-    used_T = experts_used(router(normal(tokens, HIDDEN), None)).float()
-    # Signs of orthogonal projections of a normal vector are independent.
-    assert abs(float(used_T.mean()) - EXPERTS / 2) < 5 * math.sqrt(EXPERTS / 4 / tokens)
-    router.thresholds.fill_(1.0)
-    assert experts_used(router(normal(50, HIDDEN), None)).eq(1).all()  # the nearest one
-
-
-def test_active_experts_have_even_gates_whose_gradient_passes_through() -> None:
-    router, hidden_TH = build("threshold", 5, UNDIVIDED), normal(TOKENS, HIDDEN)
-    routing = router(hidden_TH, None)
-    cosines_TE = F.cosine_similarity(hidden_TH[:, None], router.directions, dim=-1)
-    for gates_E, cosines_E in zip(routing.gates_TE(), cosines_TE, strict=True):
-        best = [expert for expert in cosines_E.argsort(descending=True)[:5].tolist() if cosines_E[expert] > 0]
-        assert gates_E.nonzero().flatten().tolist() == sorted(best)
-        torch.testing.assert_close(gates_E[best], torch.full((len(best),), 1 / len(best)))
-    assert torch.equal(routing.gates_TE() > 0, router(99 * hidden_TH, None).gates_TE() > 0)
-    weights_TK = normal(TOKENS, 5, seed=4)
-    trained = [router.thresholds, router.directions]
-    found = torch.autograd.grad((routing.gates_TK * weights_TK).sum(), trained)
-    margins_TE = (10 * cosines_TE).sigmoid() - (10 * router.thresholds).sigmoid()
-    through_TK = margins_TE.gather(1, routing.experts_TK).relu() / routing.chosen_TK.sum(dim=1, keepdim=True)
-    expected = torch.autograd.grad((through_TK * weights_TK).sum(), trained)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_the_loss_of_directions_in_closed_form(alike: bool) -> None:
-    router = build("threshold", 4, UNDIVIDED, loss=1.0)
-    with torch.no_grad():
-        router.directions.copy_(torch.eye(EXPERTS)[0].expand(EXPERTS, -1) if alike else torch.eye(EXPERTS))
-    (loss,) = router.losses(router(normal(7, HIDDEN), None))
-    expected = 1 + (math.sqrt(EXPERTS * (EXPERTS - 1)) if alike else 0)
-    assert loss.part(None, torch.tensor(7)).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_rounding_of_directions_that_start_orthogonal_is_no_gradient() -> None:
-    """The norm of what is but rounding would have a gradient of length one, in a direction that every layout has
-    otherwise: the step of an optimiser would then show it."""
-    router = build("threshold", 4, UNDIVIDED, loss=1.0)
-    gradients = []
-    for moved in (router.directions.detach(), router.directions.detach() * (1 + 1e-7 * normal(EXPERTS, HIDDEN))):
-        with torch.no_grad():
-            router.directions.copy_(moved)
-        (loss,) = router.losses(router(normal(7, HIDDEN), None))
-        gradients.append(torch.autograd.grad(loss.values_T.mean(), router.directions)[0])
-    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[0].norm()
-
-
 @pytest.mark.parametrize(
     ("name", "setting", "message"),
     [
@@ -257,8 +201,6 @@ def test_rounding_of_directions_that_start_orthogonal_is_no_gradient() -> None:
         ("gw_moe", "mome.dispatch=alltoall", r"mome\.dispatch=alltoall does not go with mome\.router\.name=gw_moe"),
         ("dense_gradient", "mome.dispatch=alltoall", r"mome\.dispatch=alltoall does not go with .*set auto or gather"),
         ("grin", "mome.router.epsilon=-1", r"mome\.router\.epsilon=-1\.0: set 0 or more"),
-        ("threshold", "mome.router.loss=-1", r"mome\.router\.loss=-1\.0: set 0 or more"),
-        ("threshold", "mome.bias_rate=0.1", r"mome\.bias_rate=0\.1 does not go with mome\.router\.name=threshold"),
     ],
 )
 def test_what_they_do_not_have_is_refused_by_name(name: str, setting: str, message: str) -> None:

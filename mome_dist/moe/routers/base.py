@@ -230,7 +230,8 @@ class Router(PackedModule):
 
     def tensors(self) -> Iterator[PackedTensor]:
         """Every parameter and every buffer by its name in the router. One that packs several tensors into a parameter
-        overrides it; they lie in the parameter in the order of their names."""
+        overrides it; they lie in the parameter in the order of their names. Parameters are made in that order, too,
+        what begins with ``weight`` before the others: so DeepSpeed's files have them."""
         for name, parameter in self.named_parameters():
             yield PackedTensor(name, parameter, 0, tuple(parameter.shape))
         yield from self.states()

@@ -50,12 +50,12 @@ class ConditionRouter(Router):
         assert isinstance(spec.settings, ConditionSettings)
         self.settings = settings = spec.settings
         self._groups = {by: TokenGroups(each, spec.views) for by, each in settings.embedded.items()}
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         for by, groups in self._groups.items():
             setattr(self, f"embedding_{by}", nn.Parameter(torch.empty(len(groups.names), settings.width)))
         for by in sorted(settings.by):
             width = hidden_size if by == "utterance" else settings.width
             setattr(self, f"shift_{by}", nn.Parameter(torch.empty(experts, width)))
-        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self._prefix_BE: Tensor | None = None  # in evaluation, the means of the utterances that text is written after
 
     def logits(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Tensor:

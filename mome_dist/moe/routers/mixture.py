@@ -25,7 +25,7 @@ class MixtureRouter(Router):
     """As in `Router`.
 
     Attributes:
-        packed: fp32 [S + S E, H], the main router, saved as ``mixing``, then every sub-router, ``weight.NUMBER``.
+        packed: fp32 [S E + S, H], every sub-router, saved as ``weight.NUMBER``, then the main router, ``mixing``.
     """
 
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
@@ -38,15 +38,15 @@ class MixtureRouter(Router):
         return self.packed
 
     def logits_of(self, products_TR: Tensor, tokens: RoutedTokens | None) -> Tensor:
-        mixing_TS1 = products_TR[:, : self.sub_routers].log_softmax(dim=1)[:, :, None]
-        logits_TSE = products_TR[:, self.sub_routers :].unflatten(1, (self.sub_routers, -1))
+        mixing_TS1 = products_TR[:, -self.sub_routers :].log_softmax(dim=1)[:, :, None]
+        logits_TSE = products_TR[:, : -self.sub_routers].unflatten(1, (self.sub_routers, -1))
         sizes_TS1 = logits_TSE.logsumexp(dim=2, keepdim=True)
         size_T1 = (mixing_TS1.exp() * sizes_TS1).sum(dim=1)
         return (mixing_TS1 + logits_TSE - sizes_TS1).logsumexp(dim=1) + size_T1
 
     def tensors(self) -> Iterator[PackedTensor]:
-        yield PackedTensor("mixing", self.packed, 0, (self.sub_routers, self.hidden_size))
+        size = self.experts * self.hidden_size
         for number in range(self.sub_routers):
-            first = (self.sub_routers + number * self.experts) * self.hidden_size
-            yield PackedTensor(f"weight.{number}", self.packed, first, (self.experts, self.hidden_size))
+            yield PackedTensor(f"weight.{number}", self.packed, number * size, (self.experts, self.hidden_size))
+        yield PackedTensor("mixing", self.packed, self.sub_routers * size, (self.sub_routers, self.hidden_size))
         yield from self.states()

@@ -315,32 +315,6 @@ class GrinSettings(RouterSettings):
         return f"two experts, drawn in training within {self.epsilon:g}"
 
 
-@dataclass(frozen=True)
-class ThresholdSettings(RouterSettings):
-    """Settings of `mome_dist.moe.routers.threshold.ThresholdRouter`.
-
-    Attributes:
-        loss: coefficient of what keeps directions apart and short.
-    """
-
-    scores = ("softmax",)
-    renormalizes = (False,)
-    takes_bias = False
-    loss: float = 0.01
-
-    def problem(self, experts: int, top_k: int) -> str | None:
-        return negative("loss", self.loss)
-
-    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
-        return experts * (hidden_size + 1) + 1
-
-    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
-        return self.parameters(hidden_size, experts, views)
-
-    def __str__(self) -> str:
-        return "experts above their own thresholds"
-
-
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -372,5 +346,4 @@ ROUTERS: dict[str, Kind] = {
     "gw_moe": Kind(WorkspaceSettings, "mome_dist.moe.routers.gw_moe:WorkspaceRouter"),
     "expert_choice": Kind(ExpertChoiceSettings, "mome_dist.moe.routers.expert_choice:ExpertChoiceRouter"),
     "grin": Kind(GrinSettings, "mome_dist.moe.routers.grin:GrinRouter"),
-    "threshold": Kind(ThresholdSettings, "mome_dist.moe.routers.threshold:ThresholdRouter"),
 }
