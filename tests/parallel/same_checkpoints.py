@@ -47,7 +47,8 @@ def assert_same_files(mine: Path, theirs: Path) -> None:
     """Compare two directories of a tag, all files and all that is in them."""
     one, other = load_all(mine), load_all(theirs)
     assert one.keys() == other.keys()
-    assert not [difference for name in one for difference in tree_differences(one[name], other[name], name)]
+    found = [difference for name in one for difference in tree_differences(one[name], other[name], name)]
+    assert not found, found
 
 
 def assert_engines_go_on(

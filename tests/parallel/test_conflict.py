@@ -80,7 +80,7 @@ def test_layouts_find_the_cosines_of_one_process(tmp_path: Path, case: Case) -> 
 
 
 def test_losses_are_the_same_to_the_bit(lab: Lab, tmp_path: Path) -> None:
-    run = ["task=avsr", "mome.bias_rate=0.01", "training.steps=4"]
+    run = ["task=avsr", "task.views_per_step=4", "mome.bias_rate=0.01", "training.steps=4"]
     losses = {
         every: lab.train(2, tmp_path / str(every), *run, f"mome.conflict_every={every}", ep=2) for every in (0, 2)
     }

@@ -91,9 +91,15 @@ def test_all_tokens_of_an_utterance_have_the_same_shift() -> None:
         expected_E = router.shift_utterance @ speech_SH.mean(dim=0)
         rate, task = ("asr_16", "asr_4", "avsr_4_2", "vsr_2"), ("asr", "avsr", "vsr")
         own = context.view_names[number].replace("(", "_").rstrip(")")
-        expected_E = expected_E + router.shift_rate @ router.embedding_rate[sorted(rate, key=_order).index(own)]
-        expected_E = expected_E + router.shift_task @ router.embedding_task[task.index(own.partition("_")[0])]
+        of_rate, of_task = _embeddings(router, "rate"), _embeddings(router, "task")
+        expected_E = expected_E + router.shift_rate @ of_rate[sorted(rate, key=_order).index(own)]
+        expected_E = expected_E + router.shift_task @ of_task[task.index(own.partition("_")[0])]
         torch.testing.assert_close(shift_SE, expected_E.expand_as(shift_SE))
+
+
+def _embeddings(router: Any, by: str) -> Tensor:
+    """[G, D]."""
+    return router.get_parameter(f"embedding_{by}").view(-1, router.settings.width)
 
 
 def _order(name: str) -> tuple[str, list[int]]:
@@ -105,7 +111,7 @@ def test_by_modality_the_shift_is_that_of_the_token() -> None:
     router, context = _router("modality"), _context("asr(4)", "vsr(2)")
     hidden_NH = _hidden(context.tokens)
     shift_NE = (router.logits(hidden_NH, context) - hidden_NH @ router.weight.t())[: context.alive]
-    table_GE = router.embedding_modality @ router.shift_modality.t()
+    table_GE = _embeddings(router, "modality") @ router.shift_modality.t()
     names = [Modality(kind).name.lower() for kind in context.modality_N[: context.alive].tolist()]
     rows = [("audio", "text", "video").index(name) for name in names]
     torch.testing.assert_close(shift_NE, table_GE[rows])

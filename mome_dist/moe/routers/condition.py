@@ -40,7 +40,7 @@ class ConditionRouter(Router):
     """As in `Router`.
 
     Attributes:
-        embedding_BY: fp32 [G, D], of each group by BY, saved as ``embedding_BY.GROUP``.
+        embedding_BY: fp32 [G * D], of one group by BY after the other, saved as ``embedding_BY.GROUP``.
         shift_BY: fp32 [E, D]; of the utterance [E, H].
         weight: fp32 [E, H].
     """
@@ -52,7 +52,7 @@ class ConditionRouter(Router):
         self._groups = {by: TokenGroups(each, spec.views) for by, each in settings.embedded.items()}
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         for by, groups in self._groups.items():
-            setattr(self, f"embedding_{by}", nn.Parameter(torch.empty(len(groups.names), settings.width)))
+            setattr(self, f"embedding_{by}", nn.Parameter(torch.empty(len(groups.names) * settings.width)))
         for by in sorted(settings.by):
             width = hidden_size if by == "utterance" else settings.width
             setattr(self, f"shift_{by}", nn.Parameter(torch.empty(experts, width)))
@@ -71,7 +71,8 @@ class ConditionRouter(Router):
     def logits_of(self, products_TR: Tensor, tokens: RoutedTokens | None) -> Tensor:
         logits_TE = products_TR[:, : self.experts]
         for by, groups in self._groups.items():
-            table_GE = F.linear(self.get_parameter(f"embedding_{by}"), self.get_parameter(f"shift_{by}"))
+            embedding_GD = self.get_parameter(f"embedding_{by}").view(-1, self.settings.width)
+            table_GE = F.linear(embedding_GD, self.get_parameter(f"shift_{by}"))
             # A product with ones and zeros, whose gradient is one too: the same bits every time.
             one_hot_TG = groups.rows(torch.eye(len(groups.names), device=table_GE.device), tokens)
             logits_TE = logits_TE + one_hot_TG @ table_GE
@@ -118,7 +119,7 @@ class ConditionRouter(Router):
                 yield PackedTensor(name, parameter, 0, tuple(parameter.shape))
                 continue
             for number, group in enumerate(groups.names):
-                yield PackedTensor(f"{name}.{group}", parameter, number * parameter.shape[1], (parameter.shape[1],))
+                yield PackedTensor(f"{name}.{group}", parameter, number * self.settings.width, (self.settings.width,))
         yield from self.states()
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:

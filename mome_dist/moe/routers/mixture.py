@@ -25,17 +25,17 @@ class MixtureRouter(Router):
     """As in `Router`.
 
     Attributes:
-        packed: fp32 [S E + S, H], every sub-router, saved as ``weight.NUMBER``, then the main router, ``mixing``.
+        packed: fp32 [(S E + S) * H], every sub-router, saved as ``weight.NUMBER``, then the main router, ``mixing``.
     """
 
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__(spec, hidden_size, experts, top_k)
         assert isinstance(spec.settings, MixtureSettings)
         self.sub_routers = spec.settings.sub_routers
-        self.packed = nn.Parameter(torch.empty(self.sub_routers * (1 + experts), hidden_size))
+        self.packed = nn.Parameter(torch.empty(self.sub_routers * (1 + experts) * hidden_size))
 
     def maps(self, tokens: RoutedTokens | None) -> Tensor:
-        return self.packed
+        return self.packed.view(-1, self.hidden_size)
 
     def logits_of(self, products_TR: Tensor, tokens: RoutedTokens | None) -> Tensor:
         mixing_TS1 = products_TR[:, -self.sub_routers :].log_softmax(dim=1)[:, :, None]
