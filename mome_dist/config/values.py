@@ -323,7 +323,7 @@ def check_learning(config: RunConfig) -> None:
         UserError: naming the keys.
     """
     mome = config.mome
-    if not mome.experts or not mome.renormalize:
+    if not mome.experts or not mome.renormalize or mome.routed_experts == 1:  # one expert is told of elsewhere
         return
     kind = router_of(config).settings
     least = min(mome.top_k, kind.choices(mome.routed_experts, views_of(config)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +43,13 @@ class WordAligner:
     def __init__(self, directory: str | Path, device: torch.device) -> None:
         from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-        place: dict[str, Any] = {"local_files_only": True}
         model, found = WhisperForConditionalGeneration.from_pretrained(
             directory,
             attn_implementation="eager",
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            **place,
+            local_files_only=True,
         )
         if any("decoder" in name for name in found["missing_keys"]):
             raise UserError(
@@ -59,8 +57,8 @@ class WordAligner:
                 "letters; a whole Whisper directory would do better."
             )
         self._model = model.to(device).eval()
-        self._spectrogram = WhisperFeatureExtractor.from_pretrained(directory, **place)
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, **place)
+        self._spectrogram = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         settings = self._model.generation_config
         named = getattr(settings, "alignment_heads", None) or self._late_heads()
         self._heads: list[tuple[int, int]] = [(layer, head) for layer, head in named]

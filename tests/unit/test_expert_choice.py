@@ -42,7 +42,7 @@ def test_every_expert_takes_as_many_of_each_utterance() -> None:
     selected_TE = _routed(logits_TE, tokens).selected_TE()
     speech_N, sequence_N = tokens.modality_N != Modality.TEXT, tokens.sequence_N
     probs_TE = logits_TE.softmax(dim=1)
-    for number, size in enumerate(sizes, 1):
+    for number, size in enumerate(sizes):
         pool_N = speech_N & (sequence_N == number)
         taken = math.ceil(4 * size / EXPERTS)
         assert selected_TE[pool_N].sum(dim=0).eq(taken).all() and int(pool_N.sum()) == size

@@ -123,9 +123,9 @@ def _views_drawn(overrides: list[str], cache: Path, planted: bool) -> list[list[
     def of_this_rank(config: RunConfig) -> ViewSchedule:
         return replace(schedule_of(config), seed=config.seed + dist.get_rank())
 
-    def building(self: BatchBuilder, batch: Sequence[int], views: Sequence[View]) -> Step:
+    def building(self: BatchBuilder, batch: Sequence[int], views: Sequence[View], number: int) -> Step:
         drawn.append([str(view) for view in views])
-        return build(self, batch, views)
+        return build(self, batch, views, number)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(BatchBuilder, "build", building)

@@ -71,6 +71,7 @@ def read(tmp_path: Path, *lines: dict[str, Any] | str) -> tuple[list[Clip], list
 
 def test_a_list_of_lhotse(tmp_path: Path) -> None:
     plain, packed = tmp_path / "c.jsonl", tmp_path / "c.jsonl.gz"
+    (tmp_path / "media").mkdir()
     text = json.dumps(CUT)
     plain.write_text(text)
     packed.write_bytes(gzip.compress(f"{text}\r\n\r\n".encode()))
