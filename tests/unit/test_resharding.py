@@ -157,7 +157,7 @@ def test_more_model_parallel_ranks_than_deepspeed_can_sort_are_refused() -> None
 
 def test_a_model_with_missing_layers_is_refused() -> None:
     with pytest.raises(UserError, match=r"of layers \[1\]"):
-        ModelTensors({"mome.1.router_weight": (2, 8)})
+        ModelTensors({"mome.1.router_weight": (2, 8), "mome.1.routed.down_weight": (2, 3, 8)})
 
 
 def test_experts_of_a_group_are_whole() -> None:

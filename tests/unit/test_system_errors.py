@@ -133,7 +133,7 @@ def test_a_value_that_hydra_cannot_read_is_shown_quoted(value: str) -> None:
 def test_a_corpus_that_has_moved_names_the_keys(tmp_path: Path) -> None:
     from mome_dist.data.corpus import Corpus
 
-    with pytest.raises(UserError, match=r"data\.corpus=DIR, mome_dist\.evaluate: corpus=DIR"):
+    with pytest.raises(UserError, match=r"train: data\.corpus=DIR, evaluate: corpus=DIR"):
         Corpus.open(tmp_path / "moved")
 
 
