@@ -88,6 +88,11 @@ def check_experts(config: RunConfig, layout: Layout) -> None:
             "parallel.ep=1, or mome.dispatch=gather."
         )
     router, form = router_of(config), find_form(mome.expert)
+    if router.settings.reads_experts and form.common:
+        raise UserError(
+            f"mome.router.name={router.name} reads the experts' own maps of the hidden states, but mome.expert="
+            f"{mome.expert} has one map for all of them: choose another router, or mome.expert=bottleneck."
+        )
     able = [name for name in form.dispatches if name in router.settings.dispatches]
     if not dispatches(layout, mome.experts, router, mome.expert) or mome.dispatch not in ("auto", *able):
         raise UserError(

@@ -90,7 +90,7 @@ def of_format_2(name: str, shape: Sequence[int], stacked: bool | None = None) ->
     Raises:
         UserError: for a tensor of another module.
     """
-    found = re.match(r"mome\.(\d+)\.(router_weight$|router_bias$|routed\.|shared\.)", name)
+    found = re.match(r"mome\.(\d+)\.(router_weight$|router_bias$|routed\.|shared\.|common\.)", name)
     if found:
         routed = found[2] == "routed." if stacked is None else stacked
         return Sharing(int(found[1]), shape[0] if routed else None, partial=found[2] != "router_bias")

@@ -15,6 +15,7 @@ from mome_dist.errors import UserError
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.moe.routers.spec import RouterSettings, RouterSpec
+from mome_dist.moe.widths import Widths, series
 from mome_dist.parallel.layout import Layout
 from mome_dist.speech.views import View, ViewSchedule, all_views, streams_read
 
@@ -167,6 +168,21 @@ def refuse_lora(config: RunConfig, reason: str) -> None:
     """Raise UserError if an encoder trains; for what cannot take that into account."""
     for stream in lora_of(config):
         raise UserError(f"{stream}_encoder.lora is set, but {reason}: set {stream}_encoder.lora=null.")
+
+
+def widths_of(config: RunConfig) -> Widths | None:
+    """Units of each expert of a run's MoME modules; None where all have as many, ``mome.bottleneck``."""
+    mome = config.mome
+    if not mome.experts or (mome.widths is None and mome.width_rule == "equal"):
+        return None
+    routed = series(mome.width_rule, mome.routed_experts, mome.bottleneck) if mome.widths is None else mome.widths
+    return Widths(tuple(routed), mome.bottleneck, mome.balance_by_width)
+
+
+def expert_in_words(config: RunConfig) -> str:
+    """The experts' form and width, for reports."""
+    widths = widths_of(config)
+    return f"{config.mome.expert} {config.mome.bottleneck if widths is None else widths}"
 
 
 def router_of(config: RunConfig) -> RouterSpec:

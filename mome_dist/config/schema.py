@@ -126,6 +126,9 @@ class MoMEConfig:
     shared_experts: int = 1
     expert: str = DEFAULT
     bottleneck: int = 12
+    width_rule: str = one_of("equal", "arithmetic", "geometric")
+    widths: list[int] | None = None
+    balance_by_width: bool = False
     router: dict[str, Any] = field(default_factory=lambda: {"name": "top_k"})  # checked by its kind's own settings
     renormalize: bool = True
     score: str = one_of("softmax", "sigmoid")

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of
+from mome_dist.config.derived import lora_of, rates_of, router_of, streams_of, views_of, widths_of
 from mome_dist.config.graphs import check_graphs
 from mome_dist.config.schema import DecodingConfig, RunConfig, TaskConfig, TrainingConfig
 from mome_dist.errors import UserError
-from mome_dist.moe.forms.registry import FORMS
+from mome_dist.moe.forms.registry import FORMS, find_form
 from mome_dist.speech.views import streams_read
 
 # Linear layers of the encoders' Transformers, by the last parts of their names (Whisper's and Hubert's).
@@ -171,11 +171,31 @@ def _check_numbers(config: RunConfig) -> None:
             f"mome.top_k={config.mome.top_k} is more than mome.routed_experts={config.mome.routed_experts}: a token "
             "cannot use more experts than there are."
         )
+    _check_widths(config)
     for key in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(config.mome, key)
         if factor is not None and factor <= 0:
             raise UserError(f"mome.{key}={factor}: must be above 0, or null to drop nothing.")
     check_decoding(config.decoding)
+
+
+def _check_widths(config: RunConfig) -> None:
+    mome = config.mome
+    if mome.widths is not None:
+        if mome.width_rule != "equal":
+            raise UserError(f"mome.widths and mome.width_rule={mome.width_rule} are both given: set one of them.")
+        if len(mome.widths) != mome.routed_experts or min(mome.widths) < 1:
+            raise UserError(
+                f"mome.widths={mome.widths}: give {mome.routed_experts} numbers of at least 1, one of each expert."
+            )
+    widths = widths_of(config)
+    if widths is not None and not find_form(mome.expert).narrows:
+        able = ", ".join(name for name in FORMS if find_form(name).narrows)
+        raise UserError(
+            f"mome.expert={mome.expert} has equal widths only: set mome.width_rule=equal, or one of {able}."
+        )
+    if widths is None and mome.balance_by_width and mome.experts:
+        raise UserError("mome.balance_by_width=true has no effect on equal widths: set mome.width_rule or mome.widths.")
 
 
 def _check_task(config: RunConfig) -> None:

@@ -167,9 +167,10 @@ class ModelTensors:
         found = self._router(number)
         held = [self._expert(number, expert, position) for position, expert in enumerate(experts)]
         found.append(_packed(local, held))
-        for kind in self._parts(f"{prefix}.shared."):
-            name = f"{prefix}.shared.{kind}"
-            found.append(_single(StateTensor(f"{local}.shared.{kind}", self.shapes[name], name)))
+        for module in ("shared", "common"):
+            for kind in self._parts(f"{prefix}.{module}."):
+                name = f"{prefix}.{module}.{kind}"
+                found.append(_single(StateTensor(f"{local}.{module}.{kind}", self.shapes[name], name)))
         return found
 
     def _parts(self, prefix: str) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mome_dist.config.derived import llm_terms_of, router_of
+from mome_dist.config.derived import llm_terms_of, router_of, widths_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.moe.widths import Widths
 
 
 class ParameterCount(NamedTuple):
@@ -32,6 +33,7 @@ def active_and_total_parameters(
     bottleneck: int,
     router: RouterSpec = PLAIN,
     expert_form: str = DEFAULT,
+    widths: Widths | None = None,
 ) -> ParameterCount:
     """Parameters of the MoME modules of a model, routers included.
 
@@ -41,13 +43,19 @@ def active_and_total_parameters(
         layers: LLM layers; each has one module.
         router: of every module that has routed experts.
         expert_form: name of the experts' form.
+        widths: units of each expert where they differ: then the active ones are those of a mean expert, and units that
+            an expert lacks are in no count.
     """
-    expert = find_form(expert_form).parameters(hidden_size, bottleneck)
+    form = find_form(expert_form)
+    common = form.common_parameters(hidden_size, bottleneck)
+    shared = shared_experts * form.parameters(hidden_size, bottleneck)
+    units = (bottleneck,) * routed_experts if widths is None else widths.routed
+    routed = sum(form.parameters(hidden_size, width) for width in units)
     used = router.active_parameters(hidden_size, routed_experts) if routed_experts else 0
     held = router.parameters(hidden_size, routed_experts) if routed_experts else 0
     return ParameterCount(
-        active=layers * ((top_k + shared_experts) * expert + used),
-        total=layers * ((routed_experts + shared_experts) * expert + held),
+        active=layers * (round(top_k * routed / max(routed_experts, 1)) + shared + common + used),
+        total=layers * (routed + shared + common + held),
     )
 
 
@@ -57,7 +65,7 @@ def mome_parameters(config: RunConfig, hidden_size: int, layers: int) -> Paramet
     if not mome.placed:
         return ParameterCount(0, 0)
     sizes = (mome.experts, mome.top_k if mome.experts else 0, mome.shared_experts, mome.bottleneck)
-    return active_and_total_parameters(hidden_size, layers, *sizes, router_of(config), mome.expert)
+    return active_and_total_parameters(hidden_size, layers, *sizes, router_of(config), mome.expert, widths_of(config))
 
 
 def lora_parameters(hidden_size: int, layers: int, query_width: int, value_width: int, rank: int) -> int:

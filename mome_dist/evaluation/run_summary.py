@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mome_dist.config.derived import lora_of, router_of
+from mome_dist.config.derived import expert_in_words, lora_of, router_of
 from mome_dist.config.schema import RunConfig, TaskConfig, TaskWeights
 from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import llm_lora_parameters, mome_parameters
@@ -61,7 +61,7 @@ def _experts(files: RunFiles) -> list[tuple[str, str]]:
         return [("MoME", f"{place}; no router"), ("MoME parameters", _parameters(files))]
     sizes = f"{mome.routed_experts}/{mome.top_k}-{mome.placement.upper()}, {mome.shared_experts} shared"
     return [
-        ("MoME", f"{sizes}, {mome.expert} {mome.bottleneck}"),
+        ("MoME", f"{sizes}, {expert_in_words(files.config)}"),
         ("router", _router(files.config)),
         ("MoME parameters", _parameters(files)),
     ]

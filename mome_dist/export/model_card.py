@@ -10,7 +10,7 @@ from typing import Any
 from mome_dist.adapters.lora import PREFIX
 from mome_dist.artefact import RECORD_FILE
 from mome_dist.assets import ASSETS
-from mome_dist.config.derived import lora_of, router_of
+from mome_dist.config.derived import expert_in_words, lora_of, router_of
 from mome_dist.config.schema import ProjectorConfig, RunConfig
 from mome_dist.evaluation.tables import markdown_report
 from mome_dist.export.card_metadata import TASKS, card_data
@@ -76,7 +76,7 @@ def _summary(run: LoadedRun, document: Mapping[str, Any]) -> str:
         )
         experts = [
             f"- Experts: {mome.routed_experts} routed, {mome.top_k} a token, and {mome.shared_experts} shared, of form "
-            f"{mome.expert} {mome.bottleneck}, beside each layer's `{mome.placement}`."
+            f"{expert_in_words(run.config)}, beside each layer's `{mome.placement}`."
         ]
     elif mome.placed:
         kind = "Projectors from frozen encoders into a frozen language model, and experts that every token uses"

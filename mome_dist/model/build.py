@@ -83,7 +83,7 @@ def _attach_unrouted(config: RunConfig, llm: FrozenLLM) -> dict[str, nn.Module]:
     for layer in llm.decoder.layers if mome.placed and not mome.experts else ():
         number, hidden_size = layer.layer_number - 1, llm.config.hidden_size
         beside = UnroutedExperts(number, hidden_size, mome.shared_experts, mome.bottleneck, mome.expert)
-        beside.shared.initialize(f"mome.{number}.shared", config.seed)
+        beside.initialize(f"mome.{number}", config.seed)
         layer.slot(mome.placement).mome = found[f"mome.{number}"] = beside.to(next(llm.parameters()).device)
     return found
 

@@ -237,6 +237,7 @@ def mome_parts(prefix: str, layer: int, mome: ExpertParallelMoME) -> Iterator[Na
         yield NamedPart(f"{prefix}.routed.{part.name}", first + expert, experts.packed, start, shape, routed)
     if mome.shared is not None:
         yield from whole_parts(f"{prefix}.shared", mome.shared, shared)
+    yield from whole_parts(f"{prefix}.common", mome.common, shared)
 
 
 def idle_experts(ep: int) -> ExpertParallelMoME:

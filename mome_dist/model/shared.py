@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mome_dist.config.derived import check_joined, llm_terms_of, rates_of, router_of
+from mome_dist.config.derived import check_joined, llm_terms_of, rates_of, router_of, widths_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.llm.hugging_face import DeviceMap, load_hugging_face
 from mome_dist.llm.precision import dtype_of
@@ -57,12 +57,13 @@ def build_projectors(config: RunConfig, widths: Mapping[str, int]) -> Projectors
 
 def mome_arguments(config: RunConfig) -> dict[str, Any]:
     """The arguments that every form of the MoME module takes."""
-    mome = config.mome
+    mome, widths = config.mome, widths_of(config)
     return {
         "routed_experts": mome.routed_experts,
         "top_k": mome.top_k,
         "shared_experts": mome.shared_experts,
-        "bottleneck": mome.bottleneck,
+        "bottleneck": mome.bottleneck if widths is None else widths.widest,
+        "widths": widths,
         "router": router_of(config),
         "expert": mome.expert,
     }

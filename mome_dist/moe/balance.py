@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from mome_dist.moe.load import BalanceSettings, PassLoad, StackLoad
 from mome_dist.moe.routing import Routed, Routing
@@ -34,7 +35,9 @@ def _masked_sum(values_T: Tensor, valid_T: Tensor | None) -> Tensor:
     return (values_T * mask).sum(dim=0)
 
 
-def load_balance_loss(routing: Routing, global_counts_E: Tensor, global_tokens: Tensor) -> Tensor:
+def load_balance_loss(
+    routing: Routing, global_counts_E: Tensor, global_tokens: Tensor, weights_E: Tensor | None = None
+) -> Tensor:
     """This rank's part of ``E * sum_e f_e P_e``; 1.0 over all ranks when perfectly balanced.
 
     Sigmoid scores count as probabilities after normalisation over all experts (DeepSeek-V3, equations 17-20).
@@ -43,12 +46,15 @@ def load_balance_loss(routing: Routing, global_counts_E: Tensor, global_tokens: 
         routing: this rank's tokens.
         global_counts_E: [E], tokens of all ranks that chose each expert, before any drop.
         global_tokens: scalar, valid tokens of all ranks.
+        weights_E: fp32 [E], of the experts' terms (`mome_dist.moe.widths`); None for ones.
     """
     num_experts, top_k = routing.probs_TE.shape[1], routing.experts_TK.shape[1]
     tokens = global_tokens.clamp(min=1).float()
     routes = top_k * tokens if routing.chosen_TK is None else global_counts_E.sum().clamp(min=1).float()
     fraction_E = global_counts_E.float() / routes
     probability_E = _masked_sum(routing.probs_TE, routing.valid_T) / tokens
+    if weights_E is not None:
+        fraction_E = fraction_E * weights_E
     return num_experts * (fraction_E * probability_E).sum()
 
 
@@ -83,6 +89,7 @@ def add_balance(
     balance: float,
     z: float,
     losses: Sequence[TokenLoss] = (),
+    weights_E: Tensor | None = None,
 ) -> Tensor:
     """The output of a module, whose backward pass adds the gradients of its balance and z-loss, and of others.
 
@@ -94,8 +101,11 @@ def add_balance(
         place: of the module in it.
         balance, z: coefficients of the two losses.
         losses: further ones.
+        weights_E: fp32 [E], of the experts' terms of the balance loss; None for ones.
     """
     sums_VX = routed.balance_sums(members_VT, bool(z) or bool(losses))
+    if weights_E is not None:  # of the probabilities, and one of the squares
+        sums_VX = sums_VX * F.pad(weights_E, (0, sums_VX.shape[1] - len(weights_E)), value=1.0)
     if losses:
         own_VO = members_VT @ torch.stack([loss.values_T for loss in losses], dim=1)
         sums_VX = torch.cat([sums_VX, own_VO], dim=1)

@@ -26,7 +26,7 @@ from mome_dist.moe.balance import add_balance, add_batch_loss
 from mome_dist.moe.dispatch.alltoall import AllToAllDispatch
 from mome_dist.moe.dispatch.base import Gate
 from mome_dist.moe.dispatch.gather import GatherDispatch
-from mome_dist.moe.experts import ExpertStack, initial_value
+from mome_dist.moe.experts import CommonParts, ExpertStack, initial_part
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.load import PassLoad, StackLoad
 from mome_dist.moe.routed import RoutedExperts
@@ -34,6 +34,7 @@ from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.moe.routing import Routing
+from mome_dist.moe.widths import Widths
 from mome_dist.token_context import FixedTokens, TokenContext
 
 
@@ -41,7 +42,7 @@ class ExpertParallelMoME(MoE):
     """A MoME module whose routed experts are spread over ``ep_size`` ranks; the shared ones are replicated.
 
     Args:
-        hidden_size, routed_experts, top_k, shared_experts, bottleneck, router, expert: as in `LocalMoME`.
+        hidden_size, routed_experts, top_k, shared_experts, bottleneck, router, expert, widths: as in `LocalMoME`.
         ep_size: expert-parallel ranks; divides ``routed_experts`` and the data-parallel size.
         dispatch: "alltoall" (tokens travel), "gather" (weights travel) or "local" (one expert-parallel rank, nothing
             travels).
@@ -50,7 +51,10 @@ class ExpertParallelMoME(MoE):
 
     Attributes:
         place: among the modules of its stage.
+        balance_weights: fp32 [E], of the experts in the balance loss; None where they count alike.
     """
+
+    balance_weights: Tensor | None
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class ExpertParallelMoME(MoE):
         bottleneck: int,
         router: RouterSpec = PLAIN,
         expert: str = DEFAULT,
+        widths: Widths | None = None,
         *,
         ep_size: int = 1,
         dispatch: str = "alltoall",
@@ -90,9 +95,17 @@ class ExpertParallelMoME(MoE):
             assert dispatch == "gather" or ep_size == 1, "local dispatch has every expert on every rank"
             self.deepspeed_moe = GatherDispatch(self, gate, experts)
         self.router.read_experts(experts)
+        of_shared = None if widths is None else [widths.shared] * shared_experts
         # DeepSpeed's checkpoint code takes any parameter with "expert" in its name for a routed one.
-        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
+        self.shared = (
+            ExpertStack(shared_experts, hidden_size, bottleneck, expert, of_shared) if shared_experts else None
+        )
+        self.common = CommonParts(hidden_size, bottleneck, expert)  # on every rank; the last in an engine's order
         self.balance_loss, self.z_loss = balance_loss, z_loss
+        self._unit_counts = (bottleneck,) * routed_experts if widths is None else widths.routed
+        weights = None if widths is None else widths.balance_weights
+        weights_E = None if weights is None else torch.tensor(weights)
+        self.register_buffer("balance_weights", weights_E, persistent=False)
         self.place = 0
 
     @property
@@ -111,10 +124,12 @@ class ExpertParallelMoME(MoE):
         first = self.ep_rank * self.num_local_experts
         experts = self.deepspeed_moe.experts
         for expert, part, start, shape in experts.parts():
-            value = initial_value(f"{prefix}.routed.{first + expert}.{part.name}", shape, seed, part.start).flatten()
+            width, name = self._unit_counts[first + expert], f"{prefix}.routed.{first + expert}.{part.name}"
+            value = initial_part(name, part, shape, seed, width).flatten()
             experts.packed.view(-1)[start : start + value.numel()] = value
         if self.shared is not None:
             self.shared.initialize(f"{prefix}.shared", seed)
+        self.common.initialize(f"{prefix}.common", seed)
 
     def forward(
         self, hidden: Tensor, tokens: TokenContext | FixedTokens, load: PassLoad | StackLoad | None = None
@@ -127,7 +142,7 @@ class ExpertParallelMoME(MoE):
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         dispatch = self.deepspeed_moe
-        output_TH = dispatch(hidden_TH, tokens, self.shared)
+        output_TH = self.common.leave(dispatch(hidden_TH, self.common.enter(hidden_TH), tokens, self.shared))
         if load is not None:
             routing = dispatch.routing
             assert routing is not None
@@ -138,7 +153,7 @@ class ExpertParallelMoME(MoE):
                 load.put(self.place, tokens, self.num_experts, *asked, sums_VS)
             own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
             if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
-                losses = self.balance_loss, self.z_loss, own
+                losses = self.balance_loss, self.z_loss, own, self.balance_weights
                 output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
             if sums_VS is not None and torch.is_grad_enabled():
                 assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"

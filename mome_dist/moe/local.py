@@ -12,13 +12,14 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.experts import CommonParts, ExpertStack
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.plain_pack import Pack
 from mome_dist.moe.routers.base import RoutedTokens
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
 from mome_dist.moe.routing import Routing
+from mome_dist.moe.widths import Widths
 from mome_dist.packed_module import saved_under
 
 Made = TypeVar("Made")
@@ -57,6 +58,7 @@ class LocalMoME(nn.Module):
         hidden_size, routed_experts, top_k, shared_experts, bottleneck: H, Nr, K, Ns, b of the paper.
         router: what chooses experts; its state, such as a bias, here only comes from a checkpoint.
         expert: name of the experts' form (`mome_dist.moe.forms.registry`).
+        widths: units of each expert where they differ; ``bottleneck`` is that of the widest then.
 
     Attributes:
         router: in a state dict, its tensors are called ``router_NAME``.
@@ -74,13 +76,17 @@ class LocalMoME(nn.Module):
         bottleneck: int,
         router: RouterSpec = PLAIN,
         expert: str = DEFAULT,
+        widths: Widths | None = None,
     ) -> None:
         super().__init__()
+        self.widths = widths
+        routed, shared = (None, None) if widths is None else (widths.routed, [widths.shared] * shared_experts)
         self.router = build_router(router, hidden_size, routed_experts, top_k)
         saved_under(self, "router.", "router_")
-        self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert)
+        self.routed = ExpertStack(routed_experts, hidden_size, bottleneck, expert, routed)
         self.router.read_experts(self.routed)
-        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert) if shared_experts else None
+        self.common = CommonParts(hidden_size, bottleneck, expert)
+        self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert, shared) if shared_experts else None
         self.observer: Callable[[Routing], None] | None = None
         self.last_routing: Routing | None = None
         self._pack: Kept[Pack] | None = None
@@ -95,6 +101,7 @@ class LocalMoME(nn.Module):
         """Set the initial values that every parallel layout starts from; ``prefix`` is the module's global name."""
         self.router.initialize(prefix, seed)
         self.routed.initialize(f"{prefix}.routed", seed)
+        self.common.initialize(f"{prefix}.common", seed)
         if self.shared is not None:
             self.shared.initialize(f"{prefix}.shared", seed)
 
@@ -131,8 +138,9 @@ class LocalMoME(nn.Module):
         if self.observer is not None:
             self.observer(routing)
         shared = None if self.shared is None else self.shared.weights()
-        output_TH = self.routed.form.dense(hidden_TH, self.routed.weights(), routing.gates_TE(), shared)
-        output = output_TH.to(hidden.dtype).view(hidden.shape)
+        inside_TD = self.common.enter(hidden_TH)
+        output_TD = self.routed.form.dense(inside_TD, self.routed.weights(), routing.gates_TE(), shared)
+        output = self.common.leave(output_TD).to(hidden.dtype).view(hidden.shape)
         return output if base is None else base + output
 
     def _choose(
@@ -157,5 +165,8 @@ class LocalMoME(nn.Module):
         purpose = dtype, self.router.used(tokens)
         if self._pack is None or not self._pack.is_of(sources, purpose):
             stacks = [self.routed.weights()] + ([self.shared.weights()] if self.shared is not None else [])
-            self._pack = Kept(self.routed.form.packed(self.router.maps(tokens), stacks, dtype), sources, purpose)
+            common = self.common.weights()
+            self._pack = Kept(
+                self.routed.form.packed(self.router.maps(tokens), stacks, dtype, common), sources, purpose
+            )
         return self._pack.made

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mome_dist.moe.experts import ExpertStack
+from mome_dist.moe.experts import CommonParts, ExpertStack
 from mome_dist.moe.forms.registry import DEFAULT
 from mome_dist.moe.local import Kept
 from mome_dist.parallel.parts import NamedPart, whole_parts
@@ -29,8 +29,9 @@ class LocalUnrouted(nn.Module):
 
     def __init__(self, hidden_size: int, shared_experts: int, bottleneck: int, expert: str = DEFAULT) -> None:
         super().__init__()
+        self.common = CommonParts(hidden_size, bottleneck, expert)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert)
-        self._cast: Kept[list[Tensor]] | None = None
+        self._cast: Kept[list[list[Tensor]]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +40,7 @@ class LocalUnrouted(nn.Module):
 
     def initialize(self, prefix: str, seed: int) -> None:
         """As `mome_dist.moe.local.LocalMoME.initialize`."""
+        self.common.initialize(f"{prefix}.common", seed)
         self.shared.initialize(f"{prefix}.shared", seed)
 
     def train(self, mode: bool = True) -> Self:
@@ -50,18 +52,20 @@ class LocalUnrouted(nn.Module):
         """As `mome_dist.moe.local.LocalMoME.forward`, with the same precisions."""
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         if self.training or torch.is_grad_enabled():
-            output_TH = self.shared(hidden_TH.float()).to(hidden.dtype)
+            output_TH = self.common.leave(self.shared(self.common.enter(hidden_TH.float()))).to(hidden.dtype)
         else:
-            output_TH = self.shared.form.summed(hidden_TH, self._weights(hidden.dtype))
+            form, (common, shared) = self.shared.form, self._weights(hidden.dtype)
+            output_TH = form.leave(form.summed(form.enter(hidden_TH, *common), shared), *common)
         output = output_TH.view(hidden.shape)
         return output if base is None else base + output
 
-    def _weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """The weights as they are now, cast once for any number of passes."""
-        sources = list(self.shared.weights())
+    def _weights(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        """The weights as they are now, those in common and those of the experts, cast once for any number of passes."""
+        stacks = self.common.weights(), self.shared.weights()
+        sources = [part for stack in stacks for part in stack]
         compiling = torch.compiler.is_compiling()  # of the pass before, over the prefix, which is never compiled
         if self._cast is None or not (compiling or self._cast.is_of(sources, dtype)):
-            self._cast = Kept([part.detach().to(dtype) for part in sources], sources, dtype)
+            self._cast = Kept([[part.detach().to(dtype) for part in stack] for stack in stacks], sources, dtype)
         return self._cast.made
 
 
@@ -78,11 +82,18 @@ class UnroutedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.common = CommonParts(hidden_size, bottleneck, expert)
         self.shared = ExpertStack(shared_experts, hidden_size, bottleneck, expert)
+
+    def initialize(self, prefix: str, seed: int) -> None:
+        """As `mome_dist.moe.local.LocalMoME.initialize`."""
+        self.common.initialize(f"{prefix}.common", seed)
+        self.shared.initialize(f"{prefix}.shared", seed)
 
     def forward(self, hidden: Tensor, *_counted: object) -> Tensor:
         """[..., H] -> [..., H] in the same dtype, which is that of the products."""
-        return self.shared(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape)
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        return self.common.leave(self.shared(self.common.enter(hidden_TH))).view(hidden.shape)
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Nothing travels."""

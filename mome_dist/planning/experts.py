@@ -28,7 +28,7 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
     tokens /= layout.tp if layout.sequence_parallel else 1
     router = PRODUCTS * 2 * tokens * job.router.outputs(job.experts) * hidden / cluster.fp32_flops
     passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
-    common = router + passes
+    common = router + passes + PRODUCTS * 2 * tokens * job.common_parameters / cluster.flops(job.precision)
     work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds
     return common + work(job, candidate, cluster, tokens)
 
@@ -58,11 +58,11 @@ def _dense_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
 
 def _row_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float) -> float:
     """The chosen experts only, for tokens that are sorted by expert and travel."""
-    ep, e, hidden = candidate.layout.ep, job.element_bytes, job.shape.hidden_size
+    ep, e, width = candidate.layout.ep, job.element_bytes, job.expert_width
     rows = tokens * job.top_k * min(1.0, job.capacity_factor or 1.0)
     work = _flops(job, rows) / (NARROW_SHARE * cluster.flops(job.precision))
     work += _flops(job, tokens * job.shared) / cluster.flops(job.precision)
-    moved = ROW_PASSES * rows * hidden * e + WEIGHT_PASSES * FP32 * job.experts / ep * job.expert_parameters
+    moved = ROW_PASSES * rows * width * e + WEIGHT_PASSES * FP32 * job.experts / ep * job.expert_parameters
     grouped = cluster.grouped_products and job.precision == "bf16"
     calls = ROW_CALLS + (0 if grouped else GROUP_CALLS * job.experts / ep)
     work += moved / cluster.memory_bytes + calls * cluster.call
@@ -70,4 +70,4 @@ def _row_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: float
         return work
     link = cluster.link(candidate.layout.tp * ep)
     # There and back, forward and backward.
-    return work + 4 * rows * hidden * e * (ep - 1) / ep / link.bytes_per_second + 4 * link.latency
+    return work + 4 * rows * width * e * (ep - 1) / ep / link.bytes_per_second + 4 * link.latency

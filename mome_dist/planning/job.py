@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mome_dist.adapters.terms import LowRankTerms
-from mome_dist.config.derived import llm_terms_of, projector_inputs, router_of, schedule_of, views_of
+from mome_dist.config.derived import llm_terms_of, projector_inputs, router_of, schedule_of, views_of, widths_of
 from mome_dist.config.schema import DataConfig, ProjectorConfig, RunConfig
 from mome_dist.llm.shape import LLMShape
 from mome_dist.moe.forms.base import ExpertForm
 from mome_dist.moe.forms.registry import DEFAULT, find_form
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
+from mome_dist.moe.widths import Widths
 from mome_dist.parallel.layout import Layout, divisors
 from mome_dist.planning.encoders import StepEncoder, step_encoders
 from mome_dist.planning.hardware import BYTES
@@ -77,6 +78,7 @@ class Job:
         encoders: that work in every step.
         terms: low-rank ones of the LLM; None if it has none.
         router: of the MoME modules.
+        widths: units of each expert where they differ; ``bottleneck`` is that of the widest then, as it is in memory.
     """
 
     shape: LLMShape
@@ -103,6 +105,7 @@ class Job:
     terms: LowRankTerms | None = None
     expert: str = DEFAULT
     router: RouterSpec = PLAIN
+    widths: Widths | None = None
 
     def accumulations(self, dp: int) -> list[int]:
         """Numbers of chunks that a global batch can be cut into on so many data-parallel ranks, the smallest first."""
@@ -124,6 +127,23 @@ class Job:
     def expert_parameters(self) -> int:
         """Parameters of one expert."""
         return self.form.parameters(*self.expert_sizes)
+
+    @property
+    def token_macs(self) -> float:
+        """Multiply-adds that the experts of a token are in the mean, without those of units that narrow ones lack."""
+        hidden, widths = self.shape.hidden_size, self.widths or Widths((self.bottleneck,), self.bottleneck)
+        routed = sum(self.form.macs(hidden, width) for width in widths.routed) / len(widths.routed)
+        return self.top_k * routed + self.shared * self.form.macs(hidden, widths.shared)
+
+    @property
+    def common_parameters(self) -> int:
+        """Parameters of a layer that its experts share."""
+        return self.form.common_parameters(*self.expert_sizes) if self.all_experts else 0
+
+    @property
+    def expert_width(self) -> int:
+        """Values of a token that experts read, and that travel."""
+        return self.form.width(*self.expert_sizes)
 
     @property
     def form(self) -> ExpertForm:
@@ -163,7 +183,7 @@ class Job:
         """What trains: in each layer, and before the layers."""
         lora = sum(encoder.lora_parameters for encoder in self.encoders)
         router = self.router.parameters(self.shape.hidden_size, self.experts) if self.experts else 0
-        replicated = router + self.shared * self.expert_parameters
+        replicated = router + self.shared * self.expert_parameters + self.common_parameters
         routed = Sharing(layer=0, experts=self.experts, partial=True)
         return (
             Trained(replicated, Sharing(layer=0, partial=True)),
@@ -280,7 +300,7 @@ def job_of(
     Raises:
         UserError: if encoders work in every step, and nothing tells the sizes of one.
     """
-    mome, views, schedule = config.mome, views_of(config), schedule_of(config)
+    mome, views, schedule, units = config.mome, views_of(config), schedule_of(config), widths_of(config)
     attention = config.llm.attention
     if attention == "auto":
         attention = "sdpa" if on_gpu else "eager"
@@ -293,7 +313,8 @@ def job_of(
         top_k=mome.top_k if mome.experts else 0,
         shared=mome.shared_experts if mome.placed else 0,
         expert=mome.expert,
-        bottleneck=mome.bottleneck,
+        bottleneck=mome.bottleneck if units is None else units.widest,
+        widths=units,
         capacity_factor=mome.capacity_factor,
         projector_parameters=_projector_parameters(config, shape.hidden_size, widths),
         projector_values=_projector_values(config.projector, shape.hidden_size, max(widths.values())),

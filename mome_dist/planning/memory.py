@@ -179,10 +179,11 @@ def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
     e, hidden, sizes = job.element_bytes, job.shape.hidden_size, job.expert_sizes
     tokens_here = tokens / _sequence_share(candidate)
     inputs = tokens_here * hidden * (e + (FP32 if e < FP32 else 0))  # and their fp32 copy for the router
+    inputs += e * (tokens_here * job.form.common_kept(*sizes) + job.common_parameters)
     router = tokens_here * (3 * job.experts * FP32 + job.top_k * (INDEX + FP32))
     if candidate.dispatch == "alltoall":
         kept = min(1.0, job.capacity_factor or 1.0) * job.top_k * ROW_PADDING * tokens_here
-        rows = kept * (hidden + job.form.kept_of_rows(*sizes)) * e + 2 * kept * INDEX
+        rows = kept * (job.expert_width + job.form.kept_of_rows(*sizes)) * e + 2 * kept * INDEX
         weights = job.experts / candidate.layout.ep * job.form.joined_of_rows(*sizes) * e
         return inputs + router + rows + weights + _dense_bytes(job, job.shared, tokens_here)
     return inputs + router + _dense_bytes(job, job.all_experts, tokens_here)

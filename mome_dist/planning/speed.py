@@ -222,6 +222,7 @@ def _after_backward(job: Job, candidate: Candidate, cluster: Cluster) -> tuple[f
     copies = layout.dp // layout.ep
     link = cluster.link(layout.tp * layout.dp)
     of_layer = (ROUTED_TENSORS + ROUTER_TENSORS) * (job.experts > 0) + len(job.form.parts) * (job.shared > 0)
+    of_layer += len(job.form.common) * (job.all_experts > 0)
     of_layer += 0 if job.terms is None else LOW_RANK_TENSORS
     tensors = layers * of_layer
     reduction = all_reduce(FP32 * shared, layout.dp, link) + all_reduce(FP32 * routed, copies, link)

@@ -96,8 +96,8 @@ class MoMESpeechLM(nn.Module):
         placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         terms: low-rank ones of the LLM; None if it has none.
-        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert`` of `LocalMoME`; without
-            routed experts there is no router.
+        mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert, widths`` of `LocalMoME`;
+            without routed experts there is no router.
 
     Attributes:
         router: of the MoME modules; None in a model without routed experts.
@@ -264,7 +264,9 @@ class MoMESpeechLM(nn.Module):
         for mome, routing in itertools.chain.from_iterable(zip(self.momes, r, strict=True) for r in self._routings):
             assert routing.valid_T is not None
             tokens, counts_E = routing.valid_T.sum(), routing.selected_TE().sum(dim=0)
-            loss = balance_loss * load_balance_loss(routing, counts_E, tokens)
+            weights = None if mome.widths is None else mome.widths.balance_weights
+            weights_E = None if weights is None else routing.probs_TE.new_tensor(weights)
+            loss = balance_loss * load_balance_loss(routing, counts_E, tokens, weights_E)
             losses.append(loss + z_loss * router_z_loss(routing, tokens))
             losses += [own.part(routing.valid_T, tokens) for own in mome.router.losses(routing)]
         loss = torch.stack(losses).sum() / len(self._routings)

@@ -7,7 +7,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from rich.console import Console
 
 from mome_dist.config import RunConfig
-from mome_dist.config.derived import router_of
+from mome_dist.config.derived import router_of, widths_of
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.shared import llm_dtype
 from mome_dist.moe.dispatch.cost import LayerLoad, choose, measure
@@ -29,14 +29,14 @@ def settle_dispatch(
     possible = dispatches(layout, mome.experts, router_of(config), mome.expert)
     if len(possible) == 1:
         return possible[0]
-    dtype = llm_dtype(config)
+    dtype, widths = llm_dtype(config), widths_of(config)
     load = LayerLoad(
         tokens=tokens,
         hidden_size=shape.hidden_size,
         experts=mome.routed_experts,
         shared=mome.shared_experts,
         top_k=mome.top_k,
-        bottleneck=mome.bottleneck,
+        bottleneck=mome.bottleneck if widths is None else widths.widest,
         expert=mome.expert,
         capacity_factor=mome.capacity_factor,
         element_bytes=dtype.itemsize,

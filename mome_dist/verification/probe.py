@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of
+from mome_dist.config.derived import schedule_of, streams_joined, streams_of, views_of, widths_of
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import LoRAConfig, RunConfig
 from mome_dist.data.order import share_of_rank
 from mome_dist.llm.shape import LLMShape
 from mome_dist.model.distributed import MicroBatch
-from mome_dist.moe.experts import initial_value
+from mome_dist.moe.experts import initial_value, narrowed
+from mome_dist.moe.forms.registry import find_form
 from mome_dist.parallel.layout import Layout
 from mome_dist.parallel.parts import NamedPart
 from mome_dist.planning.job import typical_batch
@@ -136,6 +137,7 @@ def small_modules(config: RunConfig, llm: Path) -> RunConfig:
         routed_experts=8 if mome.routed_experts else 0,
         top_k=min(mome.top_k, 3),
         bottleneck=min(mome.bottleneck, 4),
+        widths=None if mome.widths is None else [1 + number % 4 for number in range(8)],
     )
     return config
 
@@ -173,27 +175,36 @@ def write_random_llama(directory: Path, layers: int = 4, heads: int = 4, kv_head
 
 
 @torch.no_grad()
-def wake(parts: Iterable[NamedPart], seed: int) -> None:
-    """Give what starts at zero values, by global name, so that every path carries a signal."""
+def wake(parts: Iterable[NamedPart], seed: int, config: RunConfig | None = None) -> None:
+    """Give what starts at zero values, by global name, so that every path carries a signal.
+
+    Args:
+        config: of the run, for experts of unequal widths: units that one lacks stay zero.
+    """
     for part in parts:
         if not part.value.any():
-            part.value.copy_(part.here(_awake(part.name, part.index, part.whole_shape, seed)))
+            part.value.copy_(part.here(_awake(part.name, part.index, part.whole_shape, seed, config)))
 
 
 @torch.no_grad()
-def wake_reference(model: nn.Module, seed: int) -> None:
+def wake_reference(model: nn.Module, seed: int, config: RunConfig | None = None) -> None:
     """`wake` for the one-process form."""
     for tensor in layout_free_tensors(model):
         value = tensor.of(tensor.parameter)
         if tensor.parameter.requires_grad and not value.any():
-            value.copy_(_awake(tensor.name, None, tensor.shape, seed))
+            value.copy_(_awake(tensor.name, None, tensor.shape, seed, config))
 
 
-def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int) -> Tensor:
+def _awake(name: str, index: int | None, shape: tuple[int, ...], seed: int, config: RunConfig | None) -> Tensor:
     """A value for a tensor, or for one row of it along the first dimension."""
     if index is None:
-        return torch.stack([_awake(name, number, shape[1:], seed) for number in range(shape[0])])
-    return initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed, "uniform")[..., 0]
+        return torch.stack([_awake(name, number, shape[1:], seed, config) for number in range(shape[0])])
+    value = initial_value(f"wake.{name}.{index}.down_weight", (*shape, 16), seed, "uniform")[..., 0]
+    widths, (module, _, part_name) = None if config is None else widths_of(config), name.rpartition(".")
+    if config is None or widths is None or not module.endswith(("routed", "shared")):
+        return value
+    (part,) = [part for part in find_form(config.mome.expert).parts if part.name == part_name]
+    return narrowed(value, part, widths.routed[index] if module.endswith("routed") else widths.shared)
 
 
 def _frames(number: int, stream: str) -> int:

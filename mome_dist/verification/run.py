@@ -126,7 +126,7 @@ def run_case(probe: Probe, case: Case, optimizer: str, plant: Callable[[], None]
             probe.config, case.layout, probe.widths, case.dispatch, probe.device, lora=terms
         ).train()
         online = RankEncoders(encoders, probe.device)
-        wake(model.trained_parts(), probe.config.seed)
+        wake(model.trained_parts(), probe.config.seed, probe.config)
         engine = Engine(model, settings, case.settings, case.layout.sequence_parallel)
         for number in range(probe.steps):
             step = online.load(probe.step(number, at.dp, case.layout))
@@ -150,7 +150,7 @@ def run_reference(probe: Probe, case: Case, optimizer: str) -> Outcome:
     settings, outcome = optimizer_of(probe, optimizer), Outcome()
     encoders = trained_encoders(probe.config, probe.widths)
     model = build_reference(probe.config, probe.widths, lora=LoRATerms.of(encoders)).train()
-    wake_reference(model, probe.config.seed)
+    wake_reference(model, probe.config.seed, probe.config)
     tensors = [tensor for tensor in layout_free_tensors(model) if tensor.parameter.requires_grad]
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if optimizer == "sgd":

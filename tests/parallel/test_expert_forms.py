@@ -31,6 +31,7 @@ ONE_VIEW_EACH = [
     "task.avsr_video_rates=[5]",
 ]
 EXPERIMENT = ["experiment=tiny", "llm.precision=fp32", "parallel=single", *ONE_VIEW_EACH]
+UNEQUAL = "mome=unequal"  # `tests/unit/test_expert_widths.py` has the rest
 WITHOUT_ROUTER = "method=dense_bottleneck"
 # The default has all layouts, and all kinds of checkpoints, in tests of its own.
 OTHERS = [f"mome.expert={name}" for name in FORMS if name != DEFAULT]
@@ -42,6 +43,8 @@ LAYOUTS = [
         for case, optimizer in (("ep2", "sgd"), ("ep2 gather", "adamw"), ("tp2 ep2 sp gather", "sgd"))
     ),
     *((settings, "pp2 ep2 interleaved", "adamw") for settings in OTHERS[:1]),
+    (UNEQUAL, "ep2", "adamw"),
+    (UNEQUAL, "tp2 ep2 sp gather", "sgd"),
     *(
         (WITHOUT_ROUTER, case, optimizer)
         for case, optimizer in (("dp2 zero0", "sgd"), ("tp2 sp", "sgd"), ("tp2 pp2 zero2", "adamw"))

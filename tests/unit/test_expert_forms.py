@@ -47,6 +47,11 @@ def _awake(name: str, shared: int = 1) -> LocalMoME:
     return module
 
 
+def _width(name: str) -> int:
+    """Values of a row that experts of the form read."""
+    return find_form(name).width(HIDDEN, BOTTLENECK)
+
+
 def _weights(name: str, experts: int, seed: int = 0) -> list[Tensor]:
     shapes = find_form(name).shapes(HIDDEN, BOTTLENECK)
     return [_random(experts, *shape, seed=seed + n, dtype=torch.float64) for n, shape in enumerate(shapes)]
@@ -58,7 +63,7 @@ def test_it_starts_as_nothing_with_a_gradient_for_what_is_zero_alone(name: str) 
     for passed in (module.train()(hidden), module.eval()(hidden), torch.no_grad()(module)(hidden.bfloat16())):
         assert not passed.any()
     assert torch.equal(torch.no_grad()(module)(hidden[:1], base=hidden[:1]), hidden[:1])
-    stacks = [module.routed, module.shared]
+    stacks = [module.routed, module.shared, module.common]
     weight = _random(40, HIDDEN, seed=1)
     for started in (True, False):
         module.zero_grad()
@@ -66,13 +71,13 @@ def test_it_starts_as_nothing_with_a_gradient_for_what_is_zero_alone(name: str) 
         reached = set()
         for stack in stacks:
             assert stack is not None
-            for part in stack.form.parts:
-                gradient = stack.get_parameter(part.name).grad
-                assert gradient is not None
-                if gradient.any():
-                    reached.add(part.name)
-        names = {part.name for part in module.routed.form.parts}
-        zero = {part.name for part in module.routed.form.parts if part.start == "zero"}
+            for part, parameter in stack.named_parameters():
+                assert parameter.grad is not None
+                if parameter.grad.any():
+                    reached.add(part)
+        parts = [*module.routed.form.parts, *module.routed.form.common]
+        names = {part.name for part in parts}
+        zero = {part.name for part in parts if part.start == "zero"}
         assert reached and reached <= zero if started else reached == names
         with torch.no_grad():  # one step on
             for parameter in module.parameters():
@@ -112,7 +117,7 @@ def _of_groups(name: str, rows_PH: Tensor, gates_P: Tensor, weights: Sequence[Te
 @pytest.mark.parametrize("training", [True, False])
 @every_form
 def test_dense_equals_ragged_equals_one_at_a_time(name: str, training: bool) -> None:
-    hidden, weights = _random(50, HIDDEN, dtype=torch.float64), _weights(name, EXPERTS)
+    hidden, weights = _random(50, _width(name), dtype=torch.float64), _weights(name, EXPERTS)
     experts_TK, gates_TK = _routes(50)
 
     def gates_TE(gates: Tensor) -> Tensor:
@@ -127,7 +132,8 @@ def test_dense_equals_ragged_equals_one_at_a_time(name: str, training: bool) -> 
     for form, compute in forms.items():
         leaves = [each.clone().requires_grad_() for each in (hidden, gates_TK, *weights)]
         output = compute(leaves[0], leaves[1], leaves[2:])
-        found[form] = [output, *torch.autograd.grad(output, leaves, _random(50, HIDDEN, seed=9, dtype=torch.float64))]
+        weight = _random(50, _width(name), seed=9, dtype=torch.float64)
+        found[form] = [output, *torch.autograd.grad(output, leaves, weight)]
     expected = found.pop("one at a time")
     for actual in found.values():
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
@@ -137,7 +143,8 @@ def test_dense_equals_ragged_equals_one_at_a_time(name: str, training: bool) -> 
 
 @every_form
 def test_shared_experts_have_a_gate_of_one(name: str) -> None:
-    hidden, weights, shared = _random(9, HIDDEN, dtype=torch.float64), _weights(name, EXPERTS), _weights(name, 2, 30)
+    hidden, shared = _random(9, _width(name), dtype=torch.float64), _weights(name, 2, 30)
+    weights = _weights(name, EXPERTS)
     gates = _random(9, EXPERTS, seed=3)
     of_shared = _one_at_a_time(name, hidden, shared, torch.ones(9, 2))
     expected = _one_at_a_time(name, hidden, weights, gates) + of_shared
@@ -149,9 +156,9 @@ def test_shared_experts_have_a_gate_of_one(name: str) -> None:
 def test_ranks_without_rows_have_gradients_of_zero(name: str) -> None:
     weights = [weight.float().requires_grad_() for weight in _weights(name, 2)]
     groups = Groups.of([[0, 0]], True, torch.device("cpu"))
-    rows = torch.zeros(0, HIDDEN, requires_grad=True)
+    rows = torch.zeros(0, _width(name), requires_grad=True)
     output = _of_groups(name, rows, torch.zeros(0), weights, groups)
-    assert output.shape == (0, HIDDEN)
+    assert output.shape == (0, _width(name))
     output.sum().backward()
     assert all(weight.grad is not None and not weight.grad.any() for weight in weights)
 
@@ -167,7 +174,7 @@ def test_neighbours_change_no_bit(name: str, training: bool) -> None:
 
 @every_form
 def test_in_evaluation_more_rows_change_no_bit(name: str) -> None:
-    hidden, weights = _random(MOST_TOKENS, HIDDEN), [weight.float() for weight in _weights(name, EXPERTS)]
+    hidden, weights = _random(MOST_TOKENS, _width(name)), [weight.float() for weight in _weights(name, EXPERTS)]
     _, gates_TK = _routes(MOST_TOKENS)
     whole = _ragged(name, hidden, gates_TK, weights, training=False)
     for few in (1, 5):
@@ -215,7 +222,8 @@ def test_autograd_keeps_what_the_planner_counts(name: str, dtype: torch.dtype) -
     hidden_size, bottleneck, experts, tokens = 64, 12, 24, 512
     form = find_form(name)
     weights = [_random(experts, *shape).requires_grad_() for shape in form.shapes(hidden_size, bottleneck)]
-    hidden, gates = _random(tokens, hidden_size).to(dtype).requires_grad_(), _random(tokens, experts).requires_grad_()
+    hidden = _random(tokens, form.width(hidden_size, bottleneck)).to(dtype).requires_grad_()
+    gates = _random(tokens, experts).requires_grad_()
     given = {each.untyped_storage().data_ptr() for each in (hidden, gates, *weights)}
     kept: dict[int, int] = {}
 
@@ -305,3 +313,66 @@ def test_a_form_starts_alike_whoever_holds_it() -> None:
     for part in ("gate_weight", "in_weight"):
         value = stack.get_parameter(part).detach()
         assert 0.9 * bound < value.abs().max() < bound and not torch.equal(value[0], value[1])
+
+
+def _latent(down_bH: Tensor, up_Hb: Tensor, cores_Ebb: Tensor, hidden_TH: Tensor, gates_TE: Tensor) -> Tensor:
+    form = find_form("latent")
+    inside_TD = form.enter(hidden_TH, down_bH, up_Hb)
+    return form.leave(form.dense(inside_TD, [cores_Ebb], gates_TE), down_bH, up_Hb)
+
+
+def test_latent_experts_of_one_core_are_a_dense_adapter() -> None:
+    hidden, (down, up) = _random(9, HIDDEN, dtype=torch.float64), [part[0] for part in _weights("linear", 1)]
+    core, gates = (
+        _random(BOTTLENECK, BOTTLENECK, seed=3, dtype=torch.float64),
+        _random(9, EXPERTS, dtype=torch.float64).softmax(dim=1),
+    )
+    found = _latent(down, up, core.expand(EXPERTS, -1, -1), hidden, gates)
+    torch.testing.assert_close(found, F.gelu(hidden @ down.t() @ core.t()) @ up.t(), rtol=1e-12, atol=1e-12)
+
+
+def test_latent_experts_that_choose_units_are_bottlenecks_of_these() -> None:
+    hidden, (down, up) = _random(9, HIDDEN, dtype=torch.float64), [part[0] for part in _weights("linear", 1)]
+    chosen, gates = [[0, 1], [2, 0], [1, 2]], _random(9, 3, seed=2, dtype=torch.float64)
+    cores = torch.stack(
+        [torch.eye(BOTTLENECK, dtype=torch.float64)[own].t() @ torch.eye(BOTTLENECK)[own].double() for own in chosen]
+    )
+    found = _latent(down, up, cores, hidden, gates)
+    own = [
+        torch.stack([down[units] for units in chosen]),
+        torch.zeros(3, 2),
+        torch.stack([up[:, units] for units in chosen]),
+    ]
+    biased = [part.double() for part in (*own, torch.zeros(3, HIDDEN))]
+    torch.testing.assert_close(found, find_form("bottleneck").dense(hidden, biased, gates), rtol=1e-12, atol=1e-12)
+
+
+def test_counts_at_the_size_of_the_paper_s_llm() -> None:
+    """Llama 3.2-3B, a layer, from the equations: 2 H b of the layer and b b an expert; u and v of 276 experts."""
+    latent, linear = find_form("latent"), find_form("linear")
+    assert latent.common_parameters(3072, 48) + 23 * latent.parameters(3072, 48) == 347_904
+    for name, experts, count in (("rank_one", 276, 276 * 2 * 3072), ("linear", 23, 276 * 2 * 3072)):
+        mome = load_config(["experiment=lrs3", f"mome={name}"]).mome
+        assert (mome.expert, mome.routed_experts) == ("linear", experts)
+        assert mome.routed_experts * linear.parameters(3072, mome.bottleneck) == count
+        assert mome.top_k * mome.bottleneck == 48, "units that a token uses"
+    # The router is a third of what trains with experts of rank one: H numbers an expert beside 2 H.
+    counted = mome_parameters(load_config(["experiment=lrs3", "mome=rank_one", "mome.shared_experts=0"]), 3072, 1)
+    assert counted.total == 276 * 3 * 3072 and counted.active == (48 * 2 + 276) * 3072
+
+
+def test_what_latent_experts_send_is_their_width() -> None:
+    job = job_of(
+        load_config(["experiment=lrs3", "mome=latent"]),
+        find_shape("llama-3.2-3b"),
+        Clip(),
+        {"audio": 8, "video": 8},
+        on_gpu=True,
+    )
+    assert job.expert_width == 48 and job.common_parameters == 294_912
+
+
+def test_a_router_that_reads_experts_refuses_those_that_share_their_first_map() -> None:
+    config = load_config(["experiment=tiny", "mome=latent", "mome/router=autonomy"])
+    with pytest.raises(UserError, match=r"mome\.router\.name=autonomy .* mome\.expert=latent"):
+        check_experts(config, Layout.for_world(1))

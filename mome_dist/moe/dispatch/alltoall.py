@@ -52,7 +52,9 @@ class AllToAllDispatch(Dispatch):
         # Slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
         self.capacity: int | None = None
 
-    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
+    def forward(
+        self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
+    ) -> Tensor:
         self.routing = routing = self.router(hidden_TH, context)
         counting = self._count(routing)
         laid_out = self.experts.laid_out(hidden_TH.dtype)  # beside the counts that travel
@@ -71,23 +73,23 @@ class AllToAllDispatch(Dispatch):
         groups = Groups.of(received_SL, self.training, hidden_TH.device)
         if self.ep_size == 1:
             rows = groups.placement.after(tokens)
-            results_PH = self.experts.ragged(rows.spread(hidden_TH), groups.gates(gates_R), laid_out, groups)
-            output_TH = rows.collect(results_PH)
-            return output_TH if shared is None else output_TH + shared(hidden_TH)
+            results_PD = self.experts.ragged(rows.spread(inside_TD), groups.gates(gates_R), laid_out, groups)
+            output_TD = rows.collect(results_PD)
+            return output_TD if shared is None else output_TD + shared(inside_TD)
         held = self.num_local_experts
         parts = [sum(sent_SE[mine][first : first + held]) for first in range(0, self.num_experts, held)]
         rows_there = [sum(row) for row in received_SL]
         there = [all_to_all(self.ep_group, parts, rows_there) for _ in range(2)]
         there[0].start(gates_R)
-        there[1].start(tokens.spread(hidden_TH))
-        shared_TH = None if shared is None else shared(hidden_TH)
+        there[1].start(tokens.spread(inside_TD))
+        shared_TD = None if shared is None else shared(inside_TD)
         gates_P = groups.gates(there[0].finish())
-        rows_PH = groups.placement.spread(there[1].finish())
-        results_PH = self.experts.ragged(rows_PH, gates_P, laid_out, groups)
+        rows_PD = groups.placement.spread(there[1].finish())
+        results_PD = self.experts.ragged(rows_PD, gates_P, laid_out, groups)
         back = all_to_all(self.ep_group, rows_there, parts)
-        back.start(groups.placement.collect(results_PH))
-        output_TH = tokens.collect(back.finish())
-        return output_TH if shared_TH is None else output_TH + shared_TH
+        back.start(groups.placement.collect(results_PD))
+        output_TD = tokens.collect(back.finish())
+        return output_TD if shared_TD is None else output_TD + shared_TD
 
     def kept(self) -> Tensor | None:
         return None if self.capacity is None else self.kept_TK

@@ -54,10 +54,17 @@ class Dispatch(MOELayer):
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what can be done before the hidden states (of this dtype) are there."""
 
-    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
-        """[T, H] -> [T, H], routed and shared experts added up; no routed expert sees a dead token.
+    def forward(
+        self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
+    ) -> Tensor:
+        """Routed and shared experts added up, [T, D]; no routed expert sees a dead token.
 
         Every rank of the token group must call it the same number of times.
+
+        Args:
+            hidden_TH: [T, H], what the router reads.
+            inside_TD: [T, D], what experts read and what travels: the same, unless experts have something in common
+                (`mome_dist.moe.forms.base.ExpertForm.enter`).
         """
         raise NotImplementedError
 

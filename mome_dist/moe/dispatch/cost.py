@@ -85,7 +85,8 @@ class LayerLoad:
     def token_bytes(self, ep: int) -> float:
         """Bytes of tokens that a rank sends: rows there and back, forward and backward; their gates, fp32, there and
         their gradients back."""
-        return self.rows * (4 * self.hidden_size * self.element_bytes + 2 * 4) * (ep - 1) / ep
+        width = find_form(self.expert).width(self.hidden_size, self.bottleneck)
+        return self.rows * (4 * width * self.element_bytes + 2 * 4) * (ep - 1) / ep
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ class GatherDispatch(Dispatch):
             self._exchange = all_gather(self.ep_group, dtype)
             self._exchange.start(self.experts.packed.flatten())
 
-    def forward(self, hidden_TH: Tensor, context: TokenContext, shared: ExpertStack | None) -> Tensor:
+    def forward(
+        self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
+    ) -> Tensor:
         router, experts = self.router, self.num_experts + (len(shared) if shared is not None else 0)
         form = router.kernel_form if self.experts.form.kernel else None
         if form is None or not runs_as_one_kernel(hidden_TH, experts):
@@ -45,7 +47,7 @@ class GatherDispatch(Dispatch):
             packed_EP = self._packed(hidden_TH.dtype)
             weights = unpack(packed_EP, self.experts.shapes, packed_EP.dtype)
             of_shared = None if shared is None else shared.weights()
-            return self.experts.form.dense(hidden_TH, weights, routing.gates_TE(), of_shared)
+            return self.experts.form.dense(inside_TD, weights, routing.gates_TE(), of_shared)
         output_TH, self.routing = kernel_experts(
             hidden_TH,
             router.logits(hidden_TH, context),

@@ -4,13 +4,14 @@ Everything else asks here: how experts are kept and spread over ranks (`mome_dis
 how tokens meet them (`mome_dist.moe.dispatch`), what they cost (`mome_dist.planning`) and what a checkpoint calls them.
 A form says what one expert computes. All experts for every token, and every expert for its own rows, follow from that
 by autograd; a form that has something faster overrides them. `WideForm` is for experts whose units know nothing of each
-other: several of them side by side are one wide expert, and so one product each way.
+other: several of them side by side are one wide expert, and so one product each way. A form may also have tensors that
+all experts of a layer share, before and after what each of them computes.
 
 This file and those of the forms import no torch until something is computed: a launcher refuses a mistake, and a plan
 is made, without it.
 
 Shape suffixes: H hidden size, b units of an expert, T tokens, N rows, P rows in expert order, E routed experts, X all
-experts (routed ones first), W units of several experts side by side.
+experts (routed ones first), W units of several experts side by side, D values of a row that experts read and give.
 """
 
 from __future__ import annotations
@@ -76,17 +77,40 @@ class ExpertForm(ABC):
     Attributes:
         parts: the tensors, in the order of `part_order`. Exactly those that end what an expert computes start at zero,
             so that it adds nothing at first, and yet has a gradient.
+        common: tensors of a layer, not of an expert: those that `enter` and `leave` are given. With one of them that
+            starts at zero and ends all experts, none of ``parts`` does.
+        narrows: whether units whose weights are all zero give zero and get no gradient, so that an expert may have less
+            units than its tensors have room for (`mome_dist.moe.widths`).
         dispatches: that the form works with.
         kernel: whether `mome_dist.moe.triton` computes it.
     """
 
     parts: tuple[Part, ...]
+    common: tuple[Part, ...] = ()
+    narrows: bool = False
     dispatches: tuple[str, ...] = ("local", "gather", "alltoall")
     kernel: bool = False
 
     @abstractmethod
     def one(self, rows_NH: Tensor, *parts: Tensor) -> Tensor:
-        """What one expert computes: [N, H] -> [N, H]; a row's result depends on that row alone."""
+        """What one expert computes: [N, H] -> [N, H]; a row's result depends on that row alone. Here and below, of a
+        form with `common` tensors rows have D values in the place of H (`width`)."""
+
+    def width(self, hidden_size: int, bottleneck: int) -> int:
+        """D, values of a row that experts read and give, and that travel: H by default."""
+        return hidden_size
+
+    def enter(self, hidden_TH: Tensor, *common: Tensor) -> Tensor:
+        """What experts read, made once for all of them: [T, H] -> [T, D]. Routers read the hidden states.
+
+        Args:
+            common: the layer's own tensors, in any dtype; products are in that of ``hidden_TH``.
+        """
+        return hidden_TH
+
+    def leave(self, output_TD: Tensor, *common: Tensor) -> Tensor:
+        """The output of the module from the sum of its experts: [T, D] -> [T, H], linear and zero at zero."""
+        return output_TD
 
     def weighted(self, rows_NH: Tensor, gates_N: Tensor, *parts: Tensor) -> Tensor:
         """`one` times a gate for each row [N], in the dtype of the rows."""
@@ -163,17 +187,24 @@ class ExpertForm(ABC):
                 results += [self.weighted(*block, *own) for block in blocks]
         return torch.cat(results)
 
-    def packed(self, maps_RH: Tensor | None, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
+    def packed(
+        self,
+        maps_RH: Tensor | None,
+        stacks: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        common: Sequence[Tensor] = (),
+    ) -> Pack:
         """All experts of a layer and their router, laid out once for passes without a gradient.
 
         Args:
             maps_RH: of the router, fp32 (`mome_dist.moe.routers.base.Router.maps`); None if it has none.
             stacks: stacked parts of the routed experts, and of shared ones if there are any.
             dtype: of the hidden states.
+            common: the layer's own tensors.
         """
         from mome_dist.moe.plain_pack import PlainPack
 
-        return PlainPack(self.dense, maps_RH, stacks, dtype)
+        return PlainPack(self, maps_RH, stacks, dtype, common)
 
     def shapes(self, hidden_size: int, bottleneck: int) -> tuple[Shape, ...]:
         """The shapes of the parts."""
@@ -182,6 +213,15 @@ class ExpertForm(ABC):
     def parameters(self, hidden_size: int, bottleneck: int) -> int:
         """Numbers in one expert."""
         return sum(map(math.prod, self.shapes(hidden_size, bottleneck)))
+
+    def common_parameters(self, hidden_size: int, bottleneck: int) -> int:
+        """Numbers of a layer beside its experts; every token passes through all of them once."""
+        return sum(math.prod(part.shape(hidden_size, bottleneck)) for part in self.common)
+
+    def common_kept(self, hidden_size: int, bottleneck: int) -> int:
+        """Values that autograd keeps for a token between `enter` and `leave`, beside what experts keep: by default what
+        enters and what leaves."""
+        return 2 * self.width(hidden_size, bottleneck) if self.common else 0
 
     def macs(self, hidden_size: int, bottleneck: int) -> int:
         """Multiply-adds of one expert for a row, in products: by default every matrix once."""

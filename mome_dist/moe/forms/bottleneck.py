@@ -31,6 +31,7 @@ class Bottleneck(WideForm):
         Part("up_weight", "Hb", "zero"),
         Part("up_bias", "H", "zero"),
     )
+    narrows = True
     kernel = True
 
     def units(self, rows_NH: Tensor, *parts: Tensor) -> Tensor:
@@ -62,7 +63,13 @@ class Bottleneck(WideForm):
 
         return ragged_experts(rows_PH, gates_P, packed_EP, shapes, laid_out, groups)
 
-    def packed(self, maps_RH: Tensor | None, stacks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Pack:
+    def packed(
+        self,
+        maps_RH: Tensor | None,
+        stacks: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        common: Sequence[Tensor] = (),
+    ) -> Pack:
         """As `ExpertForm.packed`: output biases are one more unit."""
         from mome_dist.moe.packed import PackedExperts
 

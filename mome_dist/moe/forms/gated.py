@@ -17,6 +17,7 @@ class Gated(WideForm):
     """3 H b numbers."""
 
     parts = (Part("gate_weight", "bH"), Part("in_weight", "bH"), Part("out_weight", "Hb", "zero"))
+    narrows = True
 
     def units(self, rows_NH: Tensor, *parts: Tensor) -> Tensor:
         """One product times SiLU of the other."""

@@ -19,6 +19,7 @@ class Linear(WideForm):
     """2 H b numbers."""
 
     parts = (Part("a_weight", "bH"), Part("b_weight", "Hb", "zero"))
+    narrows = True
 
     def units(self, rows_NH: Tensor, *parts: Tensor) -> Tensor:
         """The first map."""

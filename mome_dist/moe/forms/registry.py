@@ -10,6 +10,7 @@ from mome_dist.moe.forms.base import ExpertForm, part_order
 DEFAULT = "bottleneck"
 FORMS = {
     "bottleneck": "mome_dist.moe.forms.bottleneck:Bottleneck",
+    "latent": "mome_dist.moe.forms.latent:Latent",
     "gated": "mome_dist.moe.forms.gated:Gated",
     "linear": "mome_dist.moe.forms.linear:Linear",
 }

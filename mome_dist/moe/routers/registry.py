@@ -273,6 +273,7 @@ class AutonomySettings(RouterSettings):
 
     scores = ("softmax",)
     dispatches = ("local",)
+    reads_experts = True
 
     def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
         return 0

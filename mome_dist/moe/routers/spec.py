@@ -23,6 +23,7 @@ class RouterSettings:
         renormalizes: what ``mome.renormalize`` may be.
         takes_bias: whether ``mome.bias_rate`` may be above 0.
         dispatches: that ``mome.dispatch`` may name.
+        reads_experts: whether it multiplies hidden states with the experts' own first map.
         batch_invariant: whether a token's experts depend on nothing but the token. Without it clips are decoded one by
             one.
     """
@@ -31,6 +32,7 @@ class RouterSettings:
     renormalizes: ClassVar[tuple[bool, ...]] = (True, False)
     takes_bias: ClassVar[bool] = True
     dispatches: ClassVar[tuple[str, ...]] = ("alltoall", "gather", "local")
+    reads_experts: ClassVar[bool] = False
     batch_invariant: ClassVar[bool] = True
 
     def problem(self, experts: int, top_k: int) -> str | None:
