@@ -138,6 +138,7 @@ class MoMELayer(nn.Module):
     Args:
         router: of the layer.
         tokens: of every pass; None for text of any length.
+        others: further arguments of `ExpertParallelMoME`.
 
     Attributes:
         load: of the latest pass.
@@ -152,6 +153,7 @@ class MoMELayer(nn.Module):
         dispatch: str,
         router: RouterSpec = PLAIN,
         tokens: TokenContext | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
         self._tokens = tokens
@@ -165,6 +167,7 @@ class MoMELayer(nn.Module):
             ep_size=ep,
             dispatch=dispatch,
             balance_loss=BALANCE_LOSS,
+            **others,
         )
         self.mome.set_deepspeed_parallelism()
         self.mome.set_token_group(parallel_state.get_data_parallel_group())

@@ -162,7 +162,7 @@ def shards_add_up(form: list[str]) -> None:
             tokens = whole.part(rank, ranks)
             routing = router(own_TH, tokens)
             losses.append((routing.gates_TK * own_TH[:, :TOP_K]).sum())
-            losses += _view_losses(router.losses, routing, tokens, counts_VE, whole.sizes_V2[:, 0])
+            losses += _view_losses(router.losses, routing, tokens.members_VN, counts_VE, whole.sizes_V2[:, 0])
             sums += _own_sums(router, routing, tokens)
         losses += _batch_loss(router, sums, whole.sizes_V2[:, 0])
         totals.append(torch.stack(losses).sum())
@@ -174,11 +174,11 @@ def shards_add_up(form: list[str]) -> None:
 
 
 def _view_losses(
-    own: Callable[[Routing], Any], routing: Routing, tokens: TokenContext, counts_VE: Tensor, sizes_V: Tensor
+    own: Callable[[Routing], Any], routing: Routing, members_VN: Tensor, counts_VE: Tensor, sizes_V: Tensor
 ) -> list[Tensor]:
     """A rank's parts of the losses, in the mean over views."""
     losses = []
-    for members_T, counts_E, size in zip(tokens.members_VN.bool(), counts_VE, sizes_V, strict=True):
+    for members_T, counts_E, size in zip(members_VN.bool(), counts_VE, sizes_V, strict=True):
         of_view = routing.restricted_to(members_T)
         loss = BALANCE * load_balance_loss(of_view, counts_E, size) + Z_LOSS * router_z_loss(of_view, size)
         loss = loss + sum(each.part(members_T, size) for each in own(routing))
@@ -227,14 +227,18 @@ def _distances(form: list[str], rank: int) -> dict[str, float]:
     contexts, rows = [context((8, 6, 7), 3), context((5, 9, 4), 0)], [hidden(24, 4), hidden(18, 5)]
     local = local_form(form).train()
     outputs = [local(rows_NH, None, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
-    routings = [local.router(rows_NH, tokens) for rows_NH, tokens in zip(rows, contexts, strict=True)]
-    pairs = list(zip(routings, contexts, strict=True))
-    counts_VE = torch.stack([each.members_VN @ routing.selected_TE().float() for routing, each in pairs]).sum(0)
+    routings, passes = list[Routing](), local.router.passes
+    for rows_NH, tokens in zip(rows, contexts, strict=True):
+        local(rows_NH, None, tokens)
+        assert local.last_routing is not None
+        routings.append(local.last_routing)
+    members = [tokens.members_VN.repeat(1, passes) for tokens in contexts]
+    counts_VE = torch.stack([m @ r.selected_TE().float() for m, r in zip(members, routings, strict=True)]).sum(0)
     sizes_V = torch.stack([each.sizes_V2[:, 0] for each in contexts]).sum(0)
     losses = [_alive(output_NH, tokens).square().sum() for output_NH, tokens in zip(outputs, contexts, strict=True)]
     sums = list[Tensor]()
-    for routing, tokens in pairs:
-        losses += _view_losses(local.router.losses, routing, tokens, counts_VE, sizes_V)
+    for members_VN, routing, tokens in zip(members, routings, contexts, strict=True):
+        losses += _view_losses(local.router.losses, routing, members_VN, counts_VE, passes * sizes_V)
         sums += _own_sums(local.router, routing, tokens)
     losses += _batch_loss(local.router, sums, sizes_V)
     torch.stack(losses).sum().backward()

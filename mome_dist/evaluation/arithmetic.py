@@ -50,11 +50,12 @@ def active_and_total_parameters(
     common = form.common_parameters(hidden_size, bottleneck)
     shared = shared_experts * form.parameters(hidden_size, bottleneck)
     units = (bottleneck,) * routed_experts if widths is None else widths.routed
+    chosen = min(top_k * router.settings.passes, routed_experts)
     routed = sum(form.parameters(hidden_size, width) for width in units)
     used = router.active_parameters(hidden_size, routed_experts) if routed_experts else 0
     held = router.parameters(hidden_size, routed_experts) if routed_experts else 0
     return ParameterCount(
-        active=layers * (round(top_k * routed / max(routed_experts, 1)) + shared + common + used),
+        active=layers * (round(chosen * routed / max(routed_experts, 1)) + shared + common + used),
         total=layers * (routed + shared + common + held),
     )
 

@@ -33,7 +33,7 @@ from mome_dist.moe.routed import RoutedExperts
 from mome_dist.moe.routers.base import Router
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
-from mome_dist.moe.routing import Routing
+from mome_dist.moe.routing import Passes, Routed, Routing
 from mome_dist.moe.widths import Widths
 from mome_dist.token_context import FixedTokens, TokenContext
 
@@ -142,14 +142,25 @@ class ExpertParallelMoME(MoE):
         """
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         dispatch = self.deepspeed_moe
-        output_TH = self.common.leave(dispatch(hidden_TH, self.common.enter(hidden_TH), tokens, self.shared))
+        routes: list[Routed] = []
+        drops: list[Tensor] = []
+
+        def one_pass(read_TH: Tensor) -> Tensor:
+            added_TH = self.common.leave(dispatch(read_TH, self.common.enter(read_TH), tokens, self.shared))
+            assert dispatch.routing is not None
+            routes.append(dispatch.routing)
+            if (kept_TK := dispatch.kept()) is not None:
+                drops.append(kept_TK)
+            return added_TH
+
+        output_TH = self.router.in_turn(hidden_TH, one_pass)
         if load is not None:
-            routing = dispatch.routing
-            assert routing is not None
+            routing = routes[0] if len(routes) == 1 else Passes(tuple(routes))
+            kept_TK = torch.cat(drops, dim=1) if drops else None
             values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
             sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
             if load.counting:
-                asked = routing.experts_TK, dispatch.kept(), routing.chosen_TK
+                asked = routing.experts_TK, kept_TK, routing.chosen_TK
                 load.put(self.place, tokens, self.num_experts, *asked, sums_VS)
             own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
             if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):

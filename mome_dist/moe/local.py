@@ -18,7 +18,7 @@ from mome_dist.moe.plain_pack import Pack
 from mome_dist.moe.routers.base import RoutedTokens
 from mome_dist.moe.routers.build import build_router
 from mome_dist.moe.routers.spec import PLAIN, RouterSpec
-from mome_dist.moe.routing import Routing
+from mome_dist.moe.routing import Routing, joined
 from mome_dist.moe.widths import Widths
 from mome_dist.packed_module import saved_under
 
@@ -62,9 +62,9 @@ class LocalMoME(nn.Module):
 
     Attributes:
         router: in a state dict, its tensors are called ``router_NAME``.
-        observer: called with the `Routing` of every forward pass if set; used for activation statistics.
-        last_routing: routing of the latest forward pass, for losses; None before the first, and after one without
-            gradients in eval mode.
+        observer: called with the `Routing` of every pass through the experts if set; used for activation statistics.
+        last_routing: routing of the latest forward pass, for losses, of a chain as that of more tokens; None before the
+            first, and after one without gradients in eval mode.
     """
 
     def __init__(
@@ -122,26 +122,39 @@ class LocalMoME(nn.Module):
             The same shape and dtype. Arithmetic is fp32 where gradients are wanted or the module is in train mode;
             else the experts compute in the dtype of ``hidden`` and the router in fp32.
         """
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        hidden_TH, router = hidden.reshape(-1, hidden.shape[-1]), self.router
         if not (self.training or torch.is_grad_enabled()):
             base_TH = torch.zeros_like(hidden_TH) if base is None else base.reshape(hidden_TH.shape)
             if self.last_routing is not None:
                 self.last_routing = None
-            packed = self._packed(hidden.dtype, tokens)
+            if router.passes == 1:
+                return self._evaluated(base_TH, hidden_TH, tokens).view(hidden.shape)
+            added_TH = router.in_turn(hidden_TH, lambda x_TH: self._evaluated(torch.zeros_like(x_TH), x_TH, tokens))
+            return (base_TH + added_TH).view(hidden.shape)
+        routings: list[Routing] = []
+        output_TH = router.in_turn(hidden_TH.float(), lambda x_TH: self._trained(x_TH, tokens, routings))
+        self.last_routing = joined(routings)
+        output = output_TH.to(hidden.dtype).view(hidden.shape)
+        return output if base is None else base + output
 
-            def choose(products_TR: Tensor | None) -> tuple[Tensor, Tensor]:
-                return self._choose(hidden_TH, products_TR, tokens)
+    def _evaluated(self, base_TH: Tensor, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Tensor:
+        """One pass, added to ``base_TH``, with the weights laid out."""
+        packed = self._packed(hidden_TH.dtype, tokens)
 
-            return packed.added_to(base_TH, hidden_TH, choose).view(hidden.shape)
-        hidden_TH = hidden_TH.float()
-        self.last_routing = routing = self.router(hidden_TH, tokens)
+        def choose(products_TR: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self._choose(hidden_TH, products_TR, tokens)
+
+        return packed.added_to(base_TH, hidden_TH, choose)
+
+    def _trained(self, hidden_TH: Tensor, tokens: RoutedTokens | None, routings: list[Routing]) -> Tensor:
+        """One pass in fp32, whose routing is appended."""
+        routing = self.router(hidden_TH, tokens)
+        routings.append(routing)
         if self.observer is not None:
             self.observer(routing)
         shared = None if self.shared is None else self.shared.weights()
         inside_TD = self.common.enter(hidden_TH)
-        output_TD = self.routed.form.dense(inside_TD, self.routed.weights(), routing.gates_TE(), shared)
-        output = self.common.leave(output_TD).to(hidden.dtype).view(hidden.shape)
-        return output if base is None else base + output
+        return self.common.leave(self.routed.form.dense(inside_TD, self.routed.weights(), routing.gates_TE(), shared))
 
     def _choose(
         self, hidden_TH: Tensor, products_TR: Tensor | None, tokens: RoutedTokens | None

@@ -12,6 +12,7 @@ DeepSeek-V3 (arXiv 2412.19437) equations 13-16 for sigmoid scores and the bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -93,6 +94,42 @@ class Routing:
             return members_VT @ self.probs_TE
         squares_T1 = self.logits_TE.logsumexp(dim=-1, keepdim=True).square()
         return members_VT @ torch.cat([self.probs_TE, squares_T1], dim=1)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A `Routed` of several passes of the same tokens through the same experts: their routes together."""
+
+    each: tuple[Routed, ...]
+
+    @property
+    def experts_TK(self) -> Tensor:
+        """int64 [T, C K], those of one pass after the other."""
+        return torch.cat([routed.experts_TK for routed in self.each], dim=1)
+
+    @property
+    def chosen_TK(self) -> Tensor:
+        """bool [T, C K]: all; an expert of several passes counts as often."""
+        return torch.ones_like(self.experts_TK, dtype=torch.bool)
+
+    def balance_sums(self, members_VT: Tensor, squares: bool) -> Tensor:
+        """As `Routed.balance_sums`, the mean over passes."""
+        return torch.stack([routed.balance_sums(members_VT, squares) for routed in self.each]).mean(dim=0)
+
+
+def joined(routings: Sequence[Routing]) -> Routing:
+    """Routings of several passes of the same tokens as one of as many more tokens: those of one pass after the other.
+    What is a mean over its tokens is a mean over passes, too."""
+    if len(routings) == 1:
+        return routings[0]
+    valid = [routing.valid_T for routing in routings if routing.valid_T is not None]
+    return Routing(
+        torch.cat([routing.experts_TK for routing in routings]),
+        torch.cat([routing.gates_TK for routing in routings]),
+        torch.cat([routing.probs_TE for routing in routings]),
+        torch.cat([routing.logits_TE for routing in routings]),
+        torch.cat(valid) if valid else None,
+    )
 
 
 def route(

@@ -26,11 +26,11 @@ def expert_seconds(job: Job, candidate: Candidate, cluster: Cluster, tokens: flo
         return 0.0
     layout, hidden, e = candidate.layout, job.shape.hidden_size, job.element_bytes
     tokens /= layout.tp if layout.sequence_parallel else 1
-    router = PRODUCTS * 2 * tokens * job.router.outputs(job.experts) * hidden / cluster.fp32_flops
+    router = PRODUCTS * 2 * tokens * job.router.outputs(job.experts) / job.passes * hidden / cluster.fp32_flops
     passes = HIDDEN_PASSES * tokens * hidden * e / cluster.memory_bytes
     common = router + passes + PRODUCTS * 2 * tokens * job.common_parameters / cluster.flops(job.precision)
     work = _row_seconds if candidate.dispatch == "alltoall" else _dense_seconds
-    return common + work(job, candidate, cluster, tokens)
+    return job.passes * (common + work(job, candidate, cluster, tokens))
 
 
 def _flops(job: Job, rows: float) -> float:

@@ -43,8 +43,7 @@ def step_flops(job: Job) -> dict[str, float]:
         if job.terms is not None:
             one = job.terms.rank * (2 * shape.hidden_size + job.term_widths)
             terms += shape.layers * 2 * TRAINED * tokens * len(job.terms.kinds) * one
-        used = job.token_macs  # weights for a token
-        used += job.common_parameters
+        used = job.passes * (job.token_macs + job.common_parameters)  # weights for a token
         used += job.router.active_parameters(shape.hidden_size, job.experts) if job.experts else 0
         experts += shape.layers * 2 * TRAINED * tokens * used
     encoders = sum(

@@ -136,6 +136,11 @@ class Job:
         return self.top_k * routed + self.shared * self.form.macs(hidden, widths.shared)
 
     @property
+    def passes(self) -> int:
+        """Passes of a token through the experts of a layer."""
+        return self.router.settings.passes if self.experts else 1
+
+    @property
     def common_parameters(self) -> int:
         """Parameters of a layer that its experts share."""
         return self.form.common_parameters(*self.expert_sizes) if self.all_experts else 0

@@ -185,8 +185,8 @@ def _mome_bytes(job: Job, candidate: Candidate, tokens: int) -> float:
         kept = min(1.0, job.capacity_factor or 1.0) * job.top_k * ROW_PADDING * tokens_here
         rows = kept * (job.expert_width + job.form.kept_of_rows(*sizes)) * e + 2 * kept * INDEX
         weights = job.experts / candidate.layout.ep * job.form.joined_of_rows(*sizes) * e
-        return inputs + router + rows + weights + _dense_bytes(job, job.shared, tokens_here)
-    return inputs + router + _dense_bytes(job, job.all_experts, tokens_here)
+        return job.passes * (inputs + router + rows + weights + _dense_bytes(job, job.shared, tokens_here))
+    return job.passes * (inputs + router + _dense_bytes(job, job.all_experts, tokens_here))
 
 
 def _dense_bytes(job: Job, experts: int, tokens: float) -> float:

@@ -84,7 +84,7 @@ def layout_free_tensors(model: nn.Module) -> Iterator[PackedTensor]:
 def _valid_routing(mome: LocalMoME, valid_BS: Tensor) -> Routing:
     """The routing of the latest pass, padding left out."""
     assert mome.last_routing is not None
-    return mome.last_routing.restricted_to(valid_BS.flatten())
+    return mome.last_routing.restricted_to(valid_BS.flatten().repeat(mome.router.passes))
 
 
 class MoMESpeechLM(nn.Module):

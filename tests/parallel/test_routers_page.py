@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from mome_dist.config import load_config
@@ -13,34 +12,21 @@ from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.parallel.layout import Layout
 from mome_dist.preflight import check_experts
 from mome_dist.verification.probe import Probe, shrunk
-from mome_dist.verification.run import Case, run_case
 from tests.parallel.worlds import run_world
 from tests.probes import OVERRIDES
+from tests.tables import losses_of, rows_of, words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/routers.md").read_text()
 COLUMNS = 7
 
 
-def _rows() -> dict[str, list[str]]:
-    """The cells of each row by the router's name."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in re.findall(r"^\| `\w+` \|.*", PAGE, re.M)
-    ]
-    return {row[0].strip("|` "): row for row in rows}
-
-
-def _losses(probes: list[Probe]) -> list[list[float]]:
-    """The losses of two steps of each, trained in one process."""
-    return [run_case(probe, Case("", Layout.for_world(1), dispatch="local"), "sgd", None).losses for probe in probes]
-
-
 def test_every_router_has_a_row_that_trains(tmp_path: Path) -> None:
-    rows = _rows()
+    rows = rows_of(PAGE)
     assert set(rows) == set(ROUTERS) and all(len(row) == COLUMNS for row in rows.values())
     probes = []
     for name, row in rows.items():
-        command = row[-1].strip("`| ").split()
+        command = words(row[-1])
         assert command[0] == f"mome/router={name}"
         config = load_config([*OVERRIDES, "mome.routed_experts=24", *command])
         check_values(config)
@@ -51,5 +37,5 @@ def test_every_router_has_a_row_that_trains(tmp_path: Path) -> None:
         unequal = config.mome.top_k > load_config([*OVERRIDES]).mome.top_k
         assert ("mome.top_k" in row[3]) == unequal
         probes.append(Probe(shrunk(config, tmp_path / name), 2))
-    for name, losses in zip(rows, run_world(_losses, 1, probes)[0], strict=True):
+    for name, losses in zip(rows, run_world(losses_of, 1, probes)[0], strict=True):
         assert len(losses) == 2 and all(map(math.isfinite, losses)), name

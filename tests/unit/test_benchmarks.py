@@ -37,6 +37,8 @@ from benchmarks import (
     step_parts,
     train_step,
 )
+from benchmarks import forms as expert_forms
+from benchmarks.form_options import CASES
 from benchmarks.gpu import told
 from benchmarks.step_parts import PROJECTOR_SIZE, WIDTHS
 from benchmarks.step_peer import RANK, PeftStep
@@ -47,6 +49,7 @@ from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.files import write_json
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.model.distributed import MicroBatch
+from mome_dist.moe.forms.registry import FORMS
 from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.parallel.forked import fork_ranks
 from mome_dist.parallel.initialize import parallel_world
@@ -128,6 +131,24 @@ def test_the_router_benchmark_measures_every_router_with_every_dispatch_that_it_
         for router in case["routers"].values():
             assert 0 < router["least"] <= router["milliseconds"] <= router["most"] and 0 < router["used"] <= 8
         assert case["routers"]["top_k"]["used"] == 4
+
+
+def test_the_form_benchmark_measures_every_form_and_what_it_sends(run: Run) -> None:
+    cases = run(expert_forms, *["--tokens", "24", "--hidden", "192", "--processes", "1", "2"], *ROUNDS)["figures"]
+    assert {CASES[name].form for name in CASES} == set(FORMS)
+    assert [(case["processes"], case["dispatch"]) for case in cases] == [
+        (1, "alltoall"),
+        (1, "local"),
+        (2, "alltoall"),
+        (2, "gather"),
+    ]
+    for case in cases:
+        assert set(case["forms"]) == set(CASES)
+        for form in case["forms"].values():
+            assert 0 < form["least"] <= form["milliseconds"] <= form["most"]
+            assert (form["bytes"] > 0) == (case["processes"] > 1)
+    tokens = cases[2]["forms"]  # those of latent experts travel with 48 values and not 192
+    assert tokens["latent"]["bytes"] < 0.3 * tokens["bottleneck"]["bytes"]
 
 
 def test_the_layer_benchmark_measures_peers_in_one_process(run: Run) -> None:
@@ -350,7 +371,7 @@ def test_documented_commands_are_understood() -> None:
         "data_speed": data_speed,
     }
     scripts |= {"decode": decode, "encoder_padding": encoder_padding, "padding_wer": padding_wer, "launches": launches}
-    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film, "routers": routers}
+    scripts |= {"encoder_sound": encoder_sound, "long_film": long_film, "routers": routers, "forms": expert_forms}
     scripts |= {f"gpu.{name}": module for name, module in told.MODULES.items()}
     assert {name for name, _ in commands} == set(scripts)
     for name, arguments in commands:

@@ -31,6 +31,7 @@ class GatherDispatch(Dispatch):
     def __init__(self, moe: MoE, gate: Gate, experts: RoutedExperts) -> None:
         super().__init__(moe, gate, experts)
         self._exchange: Exchange | None = None
+        self._held_EP: Tensor | None = None  # between the passes of a chain
 
     def prefetch(self, dtype: torch.dtype) -> None:
         if self.ep_size > 1:
@@ -63,7 +64,11 @@ class GatherDispatch(Dispatch):
         """All experts, [E, P]: as they are where nothing travels, for they are cast where they are joined."""
         if self.ep_size == 1:
             return self.experts.packed
-        if self._exchange is None:
-            self.prefetch(dtype)
-        exchange, self._exchange = cast(Exchange, self._exchange), None
-        return exchange.finish().view(self.num_experts, -1)
+        packed_EP = self._held_EP
+        if packed_EP is None or not self.router.turn:
+            if self._exchange is None:
+                self.prefetch(dtype)
+            exchange, self._exchange = cast(Exchange, self._exchange), None
+            packed_EP = exchange.finish().view(self.num_experts, -1)
+        self._held_EP = packed_EP if self.router.turn + 1 < self.router.passes else None
+        return packed_EP

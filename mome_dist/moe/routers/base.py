@@ -79,6 +79,8 @@ class Router(PackedModule):
     Attributes:
         spec, hidden_size, experts, top_k: as given.
         bias: fp32 [E], added to the scores for the choice and only there; None without.
+        passes: of a token through the experts, each with a choice of its own; one for most routers.
+        turn: which of them is under way; modules set it.
     """
 
     bias: Tensor | None
@@ -86,6 +88,7 @@ class Router(PackedModule):
     def __init__(self, spec: RouterSpec, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__()
         self.spec, self.hidden_size, self.experts, self.top_k = spec, hidden_size, experts, top_k
+        self.passes, self.turn = spec.settings.passes, 0
         self.register_buffer("bias", torch.zeros(experts) if spec.bias_rate > 0 else None)
 
     def read_experts(self, experts: ReadableExperts) -> None:
@@ -148,6 +151,24 @@ class Router(PackedModule):
 
     def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> Routing:
         return self.route(self.logits(hidden_TH, tokens), tokens)
+
+    def in_turn(self, hidden_TH: Tensor, one_pass: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the passes through the experts give together: ``x_C - h``, where ``x_0`` is h and every pass adds to x
+        what it makes of it.
+
+        Args:
+            hidden_TH: h.
+            one_pass: with the router at its `turn`, [T, H] -> [T, H].
+        """
+        if self.passes == 1:
+            return one_pass(hidden_TH)
+        added_TH, read_TH = torch.zeros_like(hidden_TH), hidden_TH
+        for turn in range(self.passes):
+            self.turn = turn
+            added_TH = added_TH + one_pass(read_TH)
+            read_TH = hidden_TH + added_TH
+        self.turn = 0
+        return added_TH
 
     # -- after a step
 

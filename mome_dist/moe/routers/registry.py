@@ -285,6 +285,36 @@ class AutonomySettings(RouterSettings):
         return "experts by how strongly they answer"
 
 
+@dataclass(frozen=True)
+class ChainSettings(RouterSettings):
+    """Settings of `mome_dist.moe.routers.chain.ChainRouter`.
+
+    Attributes:
+        iterations: C, passes through the experts.
+    """
+
+    iterations: int = 2
+
+    @property
+    def passes(self) -> int:
+        return self.iterations
+
+    def problem(self, experts: int, top_k: int) -> str | None:
+        return f"iterations={self.iterations}: set 1 or more." if self.iterations < 1 else None
+
+    def parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.outputs(experts, views) * hidden_size
+
+    def active_parameters(self, hidden_size: int, experts: int, views: Sequence[View]) -> int:
+        return self.outputs(experts, views) * hidden_size
+
+    def outputs(self, experts: int, views: Sequence[View]) -> int:
+        return self.iterations * experts
+
+    def __str__(self) -> str:
+        return f"{self.iterations} passes through the experts"
+
+
 class Kind(NamedTuple):
     """A kind of router.
 
@@ -303,6 +333,7 @@ ROUTERS: dict[str, Kind] = {
     "top_p": Kind(TopPSettings, "mome_dist.moe.routers.top_p:TopPRouter"),
     "null_experts": Kind(NullSettings, "mome_dist.moe.routers.null_experts:NullRouter"),
     "cosine": Kind(CosineSettings, "mome_dist.moe.routers.cosine:CosineRouter"),
+    "chain": Kind(ChainSettings, "mome_dist.moe.routers.chain:ChainRouter"),
     "random": Kind(RandomSettings, "mome_dist.moe.routers.random:RandomRouter"),
     "hash": Kind(HashSettings, "mome_dist.moe.routers.hashed:HashRouter"),
     "groups": Kind(GroupsSettings, "mome_dist.moe.routers.groups:GroupsRouter"),

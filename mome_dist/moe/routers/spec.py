@@ -35,6 +35,11 @@ class RouterSettings:
     reads_experts: ClassVar[bool] = False
     batch_invariant: ClassVar[bool] = True
 
+    @property
+    def passes(self) -> int:
+        """Passes of a token through the experts, each with a choice of its own (`mome_dist.moe.routers.chain`)."""
+        return 1
+
     def problem(self, experts: int, top_k: int) -> str | None:
         """What is wrong with the settings, as a sentence that begins with the key and ends with the fix; None if
         nothing is."""
