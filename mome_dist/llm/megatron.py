@@ -6,7 +6,7 @@ module goes; `mome_dist.model.distributed` decides which module and on which pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,6 +68,11 @@ class MoMESlot:
         super().__init__(*args, **kwargs)
         self.register_module("mome", None)  # type: ignore[attr-defined]
 
+    def begin(self, hidden_N1H: Tensor, context: LayerContext) -> Callable[[], Tensor] | None:
+        """Start what fills the slot on ``hidden_N1H``, so that what it sends travels beside the module; None without.
+        It gives what is to be added to the module's output."""
+        return None if self.mome is None else self.mome.begin(hidden_N1H, context.own, context.load)
+
     def beside(self, hidden_N1H: Tensor, output_N1H: Tensor, context: LayerContext) -> Tensor:
         """What the module gives for ``hidden_N1H``, and what fills the slot gives."""
         return output_N1H if self.mome is None else output_N1H + self.mome(hidden_N1H, context.own, context.load)
@@ -85,6 +90,7 @@ class MoMESelfAttention(MoMESlot, SelfAttention):
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        begun = self.begin(hidden_N1H, context)
         qkv_N1Z, _ = self.linear_qkv(hidden_N1H)
         groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.lora is not None:
@@ -96,7 +102,7 @@ class MoMESelfAttention(MoMESlot, SelfAttention):
         else:
             attended_NZ = self.core_attention(qkv_NGXd, context.tokens)
         output_N1H, _ = self.linear_proj(attended_NZ[:, None])
-        return self.beside(hidden_N1H, output_N1H, context)
+        return output_N1H if begun is None else output_N1H + begun()
 
 
 class MoMEMLP(MoMESlot, MLP):
@@ -104,9 +110,10 @@ class MoMEMLP(MoMESlot, MLP):
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        begun = self.begin(hidden_N1H, context)
         gate_up, _ = self.linear_fc1(hidden_N1H)
         output_N1H, _ = self.linear_fc2(swiglu(gate_up))
-        return self.beside(hidden_N1H, output_N1H, context)
+        return output_N1H if begun is None else output_N1H + begun()
 
 
 class MoMETransformerLayer(MoMESlot, TransformerLayer):

@@ -15,6 +15,8 @@ keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -140,36 +142,64 @@ class ExpertParallelMoME(MoE):
             tokens: of the hidden states, as many as these have rows.
             load: where to count; None counts nothing, and adds no auxiliary loss.
         """
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        passes: list[tuple[Routed, Tensor | None]] = []
+        output_TH = self.router.in_turn(
+            hidden.reshape(-1, hidden.shape[-1]), lambda x_TH: self._landed(self._start(x_TH, tokens), passes)
+        )
+        return self._balanced(output_TH, passes, tokens, load).view(hidden.shape)
+
+    def begin(
+        self, hidden: Tensor, tokens: TokenContext | FixedTokens, load: PassLoad | StackLoad | None = None
+    ) -> Callable[[], Tensor]:
+        """Start what travels of these hidden states, if it can start before what else is to be computed of them. What
+        is returned gives the output of `forward`, and is called once."""
+        if not self.deepspeed_moe.tokens_travel or self.router.passes > 1:
+            return partial(self, hidden, tokens, load)
+        landing = self._start(hidden.reshape(-1, hidden.shape[-1]), tokens)
+
+        def finish() -> Tensor:
+            passes: list[tuple[Routed, Tensor | None]] = []
+            return self._balanced(self._landed(landing, passes), passes, tokens, load).view(hidden.shape)
+
+        return finish
+
+    def _start(self, hidden_TH: Tensor, tokens: TokenContext | FixedTokens) -> Callable[[], Tensor]:
+        """A pass through the experts, of which the dispatch begins what it can."""
+        return self.deepspeed_moe.begin(hidden_TH, self.common.enter(hidden_TH), tokens, self.shared)
+
+    def _landed(self, landing: Callable[[], Tensor], passes: list[tuple[Routed, Tensor | None]]) -> Tensor:
+        """What a pass adds, [T, H]; its routes, and which of them were kept, are appended."""
+        added_TH = self.common.leave(landing())
         dispatch = self.deepspeed_moe
-        routes: list[Routed] = []
-        drops: list[Tensor] = []
+        assert dispatch.routing is not None
+        passes.append((dispatch.routing, dispatch.kept()))
+        return added_TH
 
-        def one_pass(read_TH: Tensor) -> Tensor:
-            added_TH = self.common.leave(dispatch(read_TH, self.common.enter(read_TH), tokens, self.shared))
-            assert dispatch.routing is not None
-            routes.append(dispatch.routing)
-            if (kept_TK := dispatch.kept()) is not None:
-                drops.append(kept_TK)
-            return added_TH
-
-        output_TH = self.router.in_turn(hidden_TH, one_pass)
-        if load is not None:
-            routing = routes[0] if len(routes) == 1 else Passes(tuple(routes))
-            kept_TK = torch.cat(drops, dim=1) if drops else None
-            values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
-            sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
-            if load.counting:
-                asked = routing.experts_TK, kept_TK, routing.chosen_TK
-                load.put(self.place, tokens, self.num_experts, *asked, sums_VS)
-            own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
-            if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
-                losses = self.balance_loss, self.z_loss, own, self.balance_weights
-                output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
-            if sums_VS is not None and torch.is_grad_enabled():
-                assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"
-                output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
-        return output_TH.view(hidden.shape)
+    def _balanced(
+        self,
+        output_TH: Tensor,
+        passes: Sequence[tuple[Routed, Tensor | None]],
+        tokens: TokenContext | FixedTokens,
+        load: PassLoad | StackLoad | None,
+    ) -> Tensor:
+        """The output, counted, whose backward pass adds the gradients of the auxiliary losses."""
+        if load is None:
+            return output_TH
+        routes, kept = zip(*passes, strict=True)
+        routing = routes[0] if len(routes) == 1 else Passes(routes)
+        values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
+        sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
+        if load.counting:
+            kept_TK = None if kept[0] is None else torch.cat(kept, dim=1)
+            load.put(self.place, tokens, self.num_experts, routing.experts_TK, kept_TK, routing.chosen_TK, sums_VS)
+        own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
+        if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
+            losses = self.balance_loss, self.z_loss, own, self.balance_weights
+            output_TH = add_balance(output_TH, routing, tokens.members_VN, load, self.place, *losses)
+        if sums_VS is not None and torch.is_grad_enabled():
+            assert isinstance(load, PassLoad), "captured layers have no loss of the whole batch"
+            output_TH = add_batch_loss(output_TH, sums_VS, load, self.place, self.router.batch_loss)
+        return output_TH
 
     @property
     def router(self) -> Router:
