@@ -17,6 +17,7 @@ from mome_dist.config.deepspeed.file import deepspeed_of
 from mome_dist.config.derived import (
     check_joined,
     check_llm_terms,
+    check_reads,
     encoder_sections,
     layout_of,
     least_parts,
@@ -116,6 +117,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
     tokens.check_tags(tags)
     tokens.check_prompts(config.task.prompts, tags)
     check_experts(config, layout)
+    check_reads(config, layout)
     if not config.projector.trainable and config.training.init_from is None:
         raise UserError(
             "projector.trainable=false would keep random projectors: name the run that trained them with "

@@ -170,6 +170,31 @@ def refuse_lora(config: RunConfig, reason: str) -> None:
         raise UserError(f"{stream}_encoder.lora is set, but {reason}: set {stream}_encoder.lora=null.")
 
 
+def reads_previous(config: RunConfig) -> bool:
+    """Whether experts beside a layer read what those of the layer before were meant to read."""
+    return config.mome.placed and config.mome.reads == "previous"
+
+
+def check_reads(config: RunConfig, layout: Layout) -> None:
+    """Check that the layer before is on the same rank, and there when a layer is computed.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    if not reads_previous(config):
+        return
+    if layout.pp > 1:
+        raise UserError(
+            f"mome.reads=previous does not go with parallel.pp={layout.pp}: the first layer of a stage does not have "
+            "what the last one of another stage read. Set parallel.pp=1, or mome.reads=own."
+        )
+    if layout.recompute == "full":
+        raise UserError(
+            "mome.reads=previous does not go with parallel.recompute=full: a layer that is computed again does not "
+            "have what another one read. Set parallel.recompute=selective, or mome.reads=own."
+        )
+
+
 def widths_of(config: RunConfig) -> Widths | None:
     """Units of each expert of a run's MoME modules; None where all have as many, ``mome.bottleneck``."""
     mome = config.mome

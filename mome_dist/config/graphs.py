@@ -31,6 +31,8 @@ def check_graphs(config: RunConfig) -> None:
         "llm.lora": (config.llm.lora, None, "which terms a token has is found out on the host"),
         "llm.sink_loss": (config.llm.sink_loss, 0, "which tokens it is of is found out on the host"),
     }
+    if mome.placed:
+        asked["mome.reads"] = (mome.reads, "own", "layers are captured without what others read")
     if mome.experts:
         name = str(mome.router["name"])
         asked["mome.router.name"] = (name, "top_k", "which router a token has is found out on the host")

@@ -129,7 +129,7 @@ def _refuse_idle_steps(config: RunConfig, overrides: Sequence[str]) -> None:
 
 
 # Keys of experts that a run without a router heeds.
-UNROUTED: tuple[str, ...] = ("placement", "routed_experts", "shared_experts", "expert", "bottleneck")
+UNROUTED: tuple[str, ...] = ("placement", "reads", "routed_experts", "shared_experts", "expert", "bottleneck")
 
 
 def _refuse_idle_experts(config: RunConfig, overrides: Sequence[str]) -> None:

@@ -121,6 +121,7 @@ class ProjectorConfig:
 @dataclass
 class MoMEConfig:
     placement: str = one_of("mhsa", "ffn", "layer", "none")
+    reads: str = one_of("own", "previous")
     routed_experts: int = 23
     top_k: int = 4
     shared_experts: int = 1

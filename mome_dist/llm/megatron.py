@@ -50,6 +50,7 @@ class LayerContext:
         rotation: rotary positions.
         load: where routers count; None where nobody asks.
         sinks: of the sink loss; None without one.
+        earlier: where a slot leaves what the one of the next layer reads; None where slots read what is theirs.
     """
 
     tokens: TokenContext | FixedTokens
@@ -57,10 +58,12 @@ class LayerContext:
     rotation: Rotation
     load: PassLoad | StackLoad | None
     sinks: PrefixSinks | None = None
+    earlier: list[Tensor] | None = None
 
 
 class MoMESlot:
-    """Mixin: a place beside a module that a MoME module may fill; it reads what the module reads."""
+    """Mixin: a place beside a module that a MoME module may fill; it reads what the module reads, or what that of the
+    layer before read (`LayerContext.earlier`; ScMoE, arXiv 2404.05019)."""
 
     mome: Any  # the MoME module, or None
 
@@ -71,11 +74,23 @@ class MoMESlot:
     def begin(self, hidden_N1H: Tensor, context: LayerContext) -> Callable[[], Tensor] | None:
         """Start what fills the slot on ``hidden_N1H``, so that what it sends travels beside the module; None without.
         It gives what is to be added to the module's output."""
-        return None if self.mome is None else self.mome.begin(hidden_N1H, context.own, context.load)
+        if self.mome is None:
+            return None
+        return self.mome.begin(self._read(hidden_N1H, context), context.own, context.load)
 
     def beside(self, hidden_N1H: Tensor, output_N1H: Tensor, context: LayerContext) -> Tensor:
         """What the module gives for ``hidden_N1H``, and what fills the slot gives."""
-        return output_N1H if self.mome is None else output_N1H + self.mome(hidden_N1H, context.own, context.load)
+        if self.mome is None:
+            return output_N1H
+        return output_N1H + self.mome(self._read(hidden_N1H, context), context.own, context.load)
+
+    def _read(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
+        """What fills the slot reads; in the first layer that is its own in any case."""
+        if context.earlier is None:
+            return hidden_N1H
+        read_N1H = context.earlier[0] if context.earlier else hidden_N1H
+        context.earlier[:] = [hidden_N1H]
+        return read_N1H
 
 
 class MoMESelfAttention(MoMESlot, SelfAttention):
@@ -151,9 +166,11 @@ class FrozenLLM(GPTModel):
 
     Attributes:
         graphed: the layers in graphs, for passes of training that it takes; None without any.
+        reads_previous: whether what is beside the layers reads what that of the layer before would.
     """
 
     graphed: GraphedStack | None = None
+    reads_previous = False
 
     def capture_layers(self, graphs: Graphs, tokens: int) -> None:
         """Run passes of training of so many tokens as graphs from now on; once everything that trains in the layers is
@@ -239,11 +256,12 @@ class FrozenLLM(GPTModel):
         """This stage's layers; what the arguments are is said in `LayerContext`."""
         queries = self.config.num_attention_heads // self.config.num_query_groups
         frequencies, dtype = self.rotary_pos_emb.inv_freq, self.config.params_dtype
+        earlier: list[Tensor] | None = [] if self.reads_previous else None
         rotation = Rotation.of(context.positions_N, frequencies, queries, dtype)
         return self.decoder(
             hidden_states=hidden_N1H,
             attention_mask=None,
-            packed_seq_params=LayerContext(context, own, rotation, load, sinks),
+            packed_seq_params=LayerContext(context, own, rotation, load, sinks, earlier),
         )
 
     def _sinks(self, context: TokenContext, weight: float, terms: list[Tensor]) -> PrefixSinks | None:

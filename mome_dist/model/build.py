@@ -9,7 +9,7 @@ from torch import nn
 
 from mome_dist.adapters.lora import PREFIX
 from mome_dist.adapters.tensor_parallel import TensorParallelLoRA, TermsOfTokens
-from mome_dist.config.derived import llm_terms_of
+from mome_dist.config.derived import check_reads, llm_terms_of, reads_previous
 from mome_dist.config.graphs import filled_tokens
 from mome_dist.config.schema import RunConfig
 from mome_dist.cuda_graphs.kinds import graphs_of
@@ -43,13 +43,15 @@ def build_distributed(
         lora: of the encoders that this rank has, on the first stage.
 
     Raises:
-        UserError: for missing or wrong files of the LLM.
+        UserError: for missing or wrong files of the LLM, or a layout that ``mome.reads`` does not go with.
     """
+    check_reads(config, layout)
     shape = LLMShape.from_directory(config.llm.path)
     chunks = []
     for number in range(layout.virtual):
         llm = build_frozen_llm(shape, llm_dtype(config), config.llm.attention, device, layout, number)
         load_weights(llm, shape, config.llm.path, slice_cache)
+        llm.reads_previous = reads_previous(config)
         momes = _attach_experts(config, llm, layout, dispatch) if config.mome.experts else {}
         projectors = build_projectors(config, widths).to(device) if llm.pre_process else None
         others = _attach_unrouted(config, llm) | _attach_llm_lora(config, llm, shape)

@@ -80,6 +80,8 @@ def build_reference(
     llm = load_hugging_face(config.llm.path, llm_dtype(config), device_map)
     projectors = build_projectors(config, widths)
     terms = llm_terms_of(config, llm.config.hidden_size)
-    model = MoMESpeechLM(llm, projectors, config.mome.placement, lora, terms, **mome_arguments(config))
+    model = MoMESpeechLM(
+        llm, projectors, config.mome.placement, lora, terms, config.mome.reads, **mome_arguments(config)
+    )
     model.initialize(config.seed, embedding_scale(config.llm.path))
     return model

@@ -37,11 +37,19 @@ from mome_dist.speech.views import View
 from mome_dist.token_context import Modality, OneView
 
 
-def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted, tokens: Callable[[Tensor], OneView]) -> None:
+def _attach(
+    layer: Any,
+    placement: str,
+    mome: LocalMoME | LocalUnrouted,
+    tokens: Callable[[Tensor], OneView],
+    earlier: list[Tensor] | None,
+    first_layer: bool,
+) -> None:
     """Add ``mome(h)`` to a sub-layer's output, where h is what the sub-layer reads, through a forward hook.
 
     ``layer`` is a decoder layer of transformers; those of Llama and Qwen2 name their parts alike. ``tokens`` says what
-    hidden states [B, S, H] are of.
+    hidden states [B, S, H] are of. With ``earlier``, which the modules of all layers share, h is what the sub-layer of
+    the layer before read, but in the ``first_layer``.
     """
     targets: dict[str, nn.Module] = {"mhsa": layer.self_attn, "ffn": layer.mlp, "layer": layer}
 
@@ -52,6 +60,10 @@ def _attach(layer: Any, placement: str, mome: LocalMoME | LocalUnrouted, tokens:
             mome.to(
                 first.device
             )  # the layers of an LLM that was spread over devices say where each MoME module belongs
+        if earlier is not None:
+            own = hidden
+            hidden = own if first_layer else earlier[0]
+            earlier[:] = [own]
         hidden = hidden.to(first.device)
         added = mome(hidden, first, tokens(first)) if isinstance(mome, LocalMoME) else mome(hidden, first)
         return (added, *output[1:]) if isinstance(output, tuple) else added
@@ -96,6 +108,7 @@ class MoMESpeechLM(nn.Module):
         placement: "mhsa", "ffn" or "layer"; "none" for a model without experts.
         lora: of the encoders, which are no part of the model; None if they stay as they are.
         terms: low-rank ones of the LLM; None if it has none.
+        reads: "own" or "previous": whether experts read what is beside them, or what the layer before has there.
         mome_arguments: ``routed_experts, top_k, shared_experts, bottleneck, router, expert, widths`` of `LocalMoME`;
             without routed experts there is no router.
 
@@ -110,6 +123,7 @@ class MoMESpeechLM(nn.Module):
         placement: str,
         lora: LoRATerms | None = None,
         terms: LowRankTerms | None = None,
+        reads: str = "own",
         **mome_arguments: Any,
     ) -> None:
         super().__init__()
@@ -118,8 +132,9 @@ class MoMESpeechLM(nn.Module):
         hidden_size = llm.config.hidden_size
         layers = [] if placement == "none" else list(llm.model.layers)
         self.mome = nn.ModuleList([_experts(hidden_size, **mome_arguments) for _ in layers])
+        earlier: list[Tensor] | None = [] if reads == "previous" else None
         for layer, mome in zip(layers, self._beside_layers(), strict=True):
-            _attach(layer, placement, mome, self._tokens_of)
+            _attach(layer, placement, mome, self._tokens_of, earlier, layer is layers[0])
         self.router: RouterSpec | None = self.momes[0].router.spec if self.momes else None
         # Of the pass under way: the view, the tokens that it begins with, [B, S] of a modality each, and those after.
         self._view: View | None = None

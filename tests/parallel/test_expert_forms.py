@@ -31,6 +31,7 @@ ONE_VIEW_EACH = [
     "task.avsr_video_rates=[5]",
 ]
 EXPERIMENT = ["experiment=tiny", "llm.precision=fp32", "parallel=single", *ONE_VIEW_EACH]
+PREVIOUS = "mome.reads=previous"  # and `tests/unit/test_previous.py`
 UNEQUAL = "mome=unequal"  # `tests/unit/test_expert_widths.py` has the rest
 WITHOUT_ROUTER = "method=dense_bottleneck"
 # The default has all layouts, and all kinds of checkpoints, in tests of its own.
@@ -43,6 +44,8 @@ LAYOUTS = [
         for case, optimizer in (("ep2", "sgd"), ("ep2 gather", "adamw"), ("tp2 ep2 sp gather", "sgd"))
     ),
     *((settings, "pp2 ep2 interleaved", "adamw") for settings in OTHERS[:1]),
+    (PREVIOUS, "ep2", "sgd"),
+    (PREVIOUS, "tp2 ep2 sp gather", "adamw"),
     (UNEQUAL, "ep2", "adamw"),
     (UNEQUAL, "tp2 ep2 sp gather", "sgd"),
     *(
