@@ -6,7 +6,7 @@ Shape suffixes: T tokens, H hidden size, E routed experts, K of them a token, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,15 +14,22 @@ from torch.nn import functional as F
 
 from mome_dist.moe.packed import Choose
 
-if TYPE_CHECKING:
-    from mome_dist.moe.forms.base import ExpertForm
-
 
 class Pack(Protocol):
     """All experts of a layer and their router, laid out for inference."""
 
     def added_to(self, base_TH: Tensor, hidden_TH: Tensor, choose: Choose) -> Tensor:
         """``base + MoME(hidden)``: [T, H]."""
+
+
+class Computed(Protocol):
+    """What a pack asks of a form (`mome_dist.moe.forms.base.ExpertForm`)."""
+
+    def enter(self, hidden_TH: Tensor, *common: Tensor) -> Tensor: ...
+
+    def dense(self, hidden_TH: Tensor, routed: Sequence[Tensor], gates_TE: Tensor) -> Tensor: ...
+
+    def leave(self, output_TD: Tensor, *common: Tensor) -> Tensor: ...
 
 
 class PlainPack:
@@ -38,7 +45,7 @@ class PlainPack:
 
     def __init__(
         self,
-        form: ExpertForm,
+        form: Computed,
         maps_RH: Tensor | None,
         stacks: Sequence[Sequence[Tensor]],
         dtype: torch.dtype,
