@@ -34,7 +34,7 @@ def _watched(probe: Probe, placement: str, late: bool) -> tuple[Outcome, list[st
         return land(self)
 
     # What the frozen module does last before its output.
-    frozen = megatron.CausalAttention.forward if placement == "mhsa" else megatron.swiglu
+    frozen: Any = megatron.CausalAttention.forward if placement == "mhsa" else megatron.swiglu
 
     def computed(*given: Any, **named: Any) -> Any:
         events.append(placement)

@@ -24,7 +24,8 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def _awake(spec: RouterSpec) -> LocalMoME:
     module = LocalMoME(HIDDEN, EXPERTS, TOP_K, 1, 3, spec)
-    for number, parameter in enumerate([*module.routed.parameters(), *getattr(module.shared, "weights", tuple)()]):
+    assert module.shared is not None
+    for number, parameter in enumerate([*module.routed.parameters(), *module.shared.parameters()]):
         parameter.copy_(_random(*parameter.shape, seed=number) / 3)
     return module
 

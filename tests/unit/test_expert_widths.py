@@ -97,7 +97,7 @@ def test_the_loss_that_favours_small_experts() -> None:
         weights = Widths(equal, 3, weighed=True).balance_weights
         assert torch.equal(load_balance_loss(routing, counts_E, tokens, torch.tensor(weights)), plain), "Switch loss"
     weights = Widths((1, 2, 3, 6), 3, weighed=True).balance_weights
-    assert weights == (1 / 3, 2 / 3, 1.0, 2.0)
+    assert weights is not None and weights == (1 / 3, 2 / 3, 1.0, 2.0)
     found = load_balance_loss(routing, counts_E, tokens, torch.tensor(weights))
     fraction, probability = counts_E / 100, routing.probs_TE.mean(dim=0)
     expected = 4 * sum(w * f * p for w, f, p in zip(weights, fraction, probability, strict=True))
