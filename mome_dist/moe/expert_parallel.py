@@ -186,11 +186,10 @@ class ExpertParallelMoME(MoE):
         if load is None:
             return output_TH
         routes, kept = zip(*passes, strict=True)
-        routing = routes[0] if len(routes) == 1 else Passes(routes)
+        routing, kept_TK = (routes[0], kept[0]) if len(routes) == 1 else (Passes(routes), _joined(kept))
         values_TS = cast(Routing, routing).values_TS if self.router.has_batch_loss else None
         sums_VS = None if values_TS is None else tokens.members_VN @ values_TS
         if load.counting:
-            kept_TK = None if kept[0] is None else torch.cat(kept, dim=1)
             load.put(self.place, tokens, self.num_experts, routing.experts_TK, kept_TK, routing.chosen_TK, sums_VS)
         own = self.router.losses(cast(Routing, routing)) if self.router.has_losses else ()
         if torch.is_grad_enabled() and (self.balance_loss or self.z_loss or own):
@@ -209,3 +208,9 @@ class ExpertParallelMoME(MoE):
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what the dispatch can do before the hidden states (of this dtype) are there."""
         self.deepspeed_moe.prefetch(dtype)
+
+
+def _joined(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """Of several passes, which routes were kept, beside one another; None if none can be dropped."""
+    found = [each for each in kept if each is not None]
+    return torch.cat(found, dim=1) if found else None
