@@ -6,7 +6,7 @@ module goes; `mome_dist.model.distributed` decides which module and on which pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +71,13 @@ class MoMESlot:
         super().__init__(*args, **kwargs)
         self.register_module("mome", None)  # type: ignore[attr-defined]
 
+    def begin(self, hidden_N1H: Tensor, context: LayerContext) -> Callable[[], Tensor] | None:
+        """Start what fills the slot on ``hidden_N1H``, so that what it sends travels beside the module; None without.
+        It gives what is to be added to the module's output."""
+        if self.mome is None:
+            return None
+        return self.mome.begin(self._read(hidden_N1H, context), context.own, context.load)
+
     def beside(self, hidden_N1H: Tensor, output_N1H: Tensor, context: LayerContext) -> Tensor:
         """What the module gives for ``hidden_N1H``, and what fills the slot gives."""
         if self.mome is None:
@@ -98,6 +105,7 @@ class MoMESelfAttention(MoMESlot, SelfAttention):
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        begun = self.begin(hidden_N1H, context)
         qkv_N1Z, _ = self.linear_qkv(hidden_N1H)
         groups, head = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.lora is not None:
@@ -109,7 +117,7 @@ class MoMESelfAttention(MoMESlot, SelfAttention):
         else:
             attended_NZ = self.core_attention(qkv_NGXd, context.tokens)
         output_N1H, _ = self.linear_proj(attended_NZ[:, None])
-        return self.beside(hidden_N1H, output_N1H, context)
+        return output_N1H if begun is None else output_N1H + begun()
 
 
 class MoMEMLP(MoMESlot, MLP):
@@ -117,9 +125,10 @@ class MoMEMLP(MoMESlot, MLP):
 
     def forward(self, hidden_N1H: Tensor, context: LayerContext) -> Tensor:
         """[N, 1, H] -> [N, 1, H]; under sequence parallelism a rank's tokens, both times."""
+        begun = self.begin(hidden_N1H, context)
         gate_up, _ = self.linear_fc1(hidden_N1H)
         output_N1H, _ = self.linear_fc2(swiglu(gate_up))
-        return self.beside(hidden_N1H, output_N1H, context)
+        return output_N1H if begun is None else output_N1H + begun()
 
 
 class MoMETransformerLayer(MoMESlot, TransformerLayer):

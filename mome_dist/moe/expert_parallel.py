@@ -15,7 +15,8 @@ keeps DeepSpeed's experts and groups, and differs in what MoME needs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -142,19 +143,34 @@ class ExpertParallelMoME(MoE):
             load: where to count; None counts nothing, and adds no auxiliary loss.
         """
         passes: list[tuple[Routed, Tensor | None]] = []
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-        output_TH = self.router.in_turn(hidden_TH, lambda x_TH: self._pass(x_TH, tokens, passes))
+        output_TH = self.router.in_turn(
+            hidden.reshape(-1, hidden.shape[-1]), lambda x_TH: self._landed(self._start(x_TH, tokens), passes)
+        )
         return self._balanced(output_TH, passes, tokens, load).view(hidden.shape)
 
-    def _pass(
-        self,
-        hidden_TH: Tensor,
-        tokens: TokenContext | FixedTokens,
-        passes: list[tuple[Routed, Tensor | None]],
-    ) -> Tensor:
-        """What a pass through the experts adds, [T, H]; its routes, and which of them were kept, are appended."""
+    def begin(
+        self, hidden: Tensor, tokens: TokenContext | FixedTokens, load: PassLoad | StackLoad | None = None
+    ) -> Callable[[], Tensor]:
+        """Start what travels of these hidden states, if it can start before what else is to be computed of them. What
+        is returned gives the output of `forward`, and is called once."""
+        if not self.deepspeed_moe.tokens_travel or self.router.passes > 1:
+            return partial(self, hidden, tokens, load)
+        landing = self._start(hidden.reshape(-1, hidden.shape[-1]), tokens)
+
+        def finish() -> Tensor:
+            passes: list[tuple[Routed, Tensor | None]] = []
+            return self._balanced(self._landed(landing, passes), passes, tokens, load).view(hidden.shape)
+
+        return finish
+
+    def _start(self, hidden_TH: Tensor, tokens: TokenContext | FixedTokens) -> Callable[[], Tensor]:
+        """A pass through the experts, of which the dispatch begins what it can."""
+        return self.deepspeed_moe.begin(hidden_TH, self.common.enter(hidden_TH), tokens, self.shared)
+
+    def _landed(self, landing: Callable[[], Tensor], passes: list[tuple[Routed, Tensor | None]]) -> Tensor:
+        """What a pass adds, [T, H]; its routes, and which of them were kept, are appended."""
+        added_TH = self.common.leave(landing())
         dispatch = self.deepspeed_moe
-        added_TH = self.common.leave(dispatch(hidden_TH, self.common.enter(hidden_TH), tokens, self.shared))
         assert dispatch.routing is not None
         passes.append((dispatch.routing, dispatch.kept()))
         return added_TH

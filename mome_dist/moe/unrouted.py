@@ -6,7 +6,8 @@ to drop, and every data-parallel rank holds copies, as of any trained part besid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Self
 
 import torch
@@ -94,6 +95,10 @@ class UnroutedExperts(nn.Module):
         """[..., H] -> [..., H] in the same dtype, which is that of the products."""
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         return self.common.leave(self.shared(self.common.enter(hidden_TH))).view(hidden.shape)
+
+    def begin(self, hidden: Tensor, *counted: object) -> Callable[[], Tensor]:
+        """As `mome_dist.moe.expert_parallel.ExpertParallelMoME.begin`; nothing travels."""
+        return partial(self, hidden, *counted)
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Nothing travels."""

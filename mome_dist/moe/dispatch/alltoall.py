@@ -9,6 +9,7 @@ Source: GShard (arXiv 2006.16668) algorithm 2 for capacity; MegaBlocks (arXiv 22
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ from mome_dist.token_context import TokenContext
 
 
 class AllToAllDispatch(Dispatch):
-    """Dispatch by all-to-all; the shared experts are computed while the tokens travel.
+    """Dispatch by all-to-all; tokens go there while the frozen module beside the experts computes, and in the backward
+    pass their gradients come back while that of the frozen module does.
 
     Args:
         capacity_factor: tokens of a rank that an expert takes in training, as a multiple of its even share; None drops
@@ -52,9 +54,18 @@ class AllToAllDispatch(Dispatch):
         # Slots that each expert had for a rank's tokens in the latest forward pass; None if nothing is dropped.
         self.capacity: int | None = None
 
+    @property
+    def tokens_travel(self) -> bool:
+        return self.ep_size > 1
+
     def forward(
         self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
     ) -> Tensor:
+        return self.begin(hidden_TH, inside_TD, context, shared)()
+
+    def begin(
+        self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
+    ) -> Callable[[], Tensor]:
         self.routing = routing = self.router(hidden_TH, context)
         counting = self._count(routing)
         laid_out = self.experts.laid_out(hidden_TH.dtype)  # beside the counts that travel
@@ -72,24 +83,32 @@ class AllToAllDispatch(Dispatch):
         received_SL = [row[local] for row in sent_SE]
         groups = Groups.of(received_SL, self.training, hidden_TH.device)
         if self.ep_size == 1:
-            rows = groups.placement.after(tokens)
-            results_PD = self.experts.ragged(rows.spread(inside_TD), groups.gates(gates_R), laid_out, groups)
-            output_TD = rows.collect(results_PD)
-            return output_TD if shared is None else output_TD + shared(inside_TD)
+
+            def stay() -> Tensor:
+                rows = groups.placement.after(tokens)
+                results_PD = self.experts.ragged(rows.spread(inside_TD), groups.gates(gates_R), laid_out, groups)
+                output_TD = rows.collect(results_PD)
+                return output_TD if shared is None else output_TD + shared(inside_TD)
+
+            return stay
         held = self.num_local_experts
         parts = [sum(sent_SE[mine][first : first + held]) for first in range(0, self.num_experts, held)]
         rows_there = [sum(row) for row in received_SL]
         there = [all_to_all(self.ep_group, parts, rows_there) for _ in range(2)]
         there[0].start(gates_R)
         there[1].start(tokens.spread(inside_TD))
-        shared_TD = None if shared is None else shared(inside_TD)
-        gates_P = groups.gates(there[0].finish())
-        rows_PD = groups.placement.spread(there[1].finish())
-        results_PD = self.experts.ragged(rows_PD, gates_P, laid_out, groups)
-        back = all_to_all(self.ep_group, rows_there, parts)
-        back.start(groups.placement.collect(results_PD))
-        output_TD = tokens.collect(back.finish())
-        return output_TD if shared_TD is None else output_TD + shared_TD
+
+        def return_trip() -> Tensor:
+            shared_TD = None if shared is None else shared(inside_TD)
+            gates_P = groups.gates(there[0].finish())
+            rows_PD = groups.placement.spread(there[1].finish())
+            results_PD = self.experts.ragged(rows_PD, gates_P, laid_out, groups)
+            back = all_to_all(self.ep_group, rows_there, parts)
+            back.start(groups.placement.collect(results_PD))
+            output_TD = tokens.collect(back.finish())
+            return output_TD if shared_TD is None else output_TD + shared_TD
+
+        return return_trip
 
     def kept(self) -> Tensor | None:
         return None if self.capacity is None else self.kept_TK

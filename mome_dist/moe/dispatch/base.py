@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
@@ -53,6 +56,18 @@ class Dispatch(MOELayer):
 
     def prefetch(self, dtype: torch.dtype) -> None:
         """Start what can be done before the hidden states (of this dtype) are there."""
+
+    @property
+    def tokens_travel(self) -> bool:
+        """Whether `begin` starts something."""
+        return False
+
+    def begin(
+        self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None
+    ) -> Callable[[], Tensor]:
+        """Start what travels as soon as tokens are there; what is returned gives what `forward` does, and is called
+        once."""
+        return partial(self, hidden_TH, inside_TD, context, shared)
 
     def forward(
         self, hidden_TH: Tensor, inside_TD: Tensor, context: TokenContext, shared: ExpertStack | None

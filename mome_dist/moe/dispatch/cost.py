@@ -3,7 +3,8 @@
 A layer of the run's shape passes forward and backward on every rank at once, with each dispatch in turn, where the run
 will be: its products, copies and exchanges, and ranks that share cores, cost there what they will cost. Only one thing
 is not seen by trying: weights that are gathered travel beside the frozen layer's own compute, and wait only for what
-that does not hide. Both are computed, from bytes and FLOPs at measured rates. Tokens travel while everything waits.
+that does not hide. Both are computed, from bytes and FLOPs at measured rates. That tokens go there beside the frozen
+module, and come back while everything waits, is not: at a layer's own shapes it is all waited for.
 ``benchmarks/moe_layer.py`` shows what this predicts beside what it measures.
 """
 
