@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 MOME_DIST := $(VENV)/bin/mome-dist
 export PYTHON TORCH_PIP_ARGS
 
-.PHONY: help setup assets lint test docs quickstart clean
+.PHONY: help setup assets lint test docs notebook quickstart clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)$$/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,10 @@ test: setup lint  ## lint and all tests, on the CPU
 
 docs: setup  ## the site of the documentation, in site/; a link that leads nowhere is an error
 	$(PY) -m mkdocs build --strict
+
+notebook: setup  ## run the notebook of the documentation anew, on runs/tiny and its evaluation
+	$(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[notebook]'
+	$(VENV)/bin/jupyter execute --inplace --NotebookClient.record_timing=False docs/tutorials/notebook.ipynb
 
 quickstart: setup  ## the whole pipeline on this machine's CPU: assets, corpus, training, evaluation, report
 	$(MOME_DIST) fetch

@@ -84,6 +84,11 @@ EXTRAS = {
     ],
     # The site of docs/ (`make docs`), which a test builds.
     "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "pymdown-extensions==13.1.2"],
+    # What runs the notebook in docs/ anew (`make notebook`); the tests run its cells without a kernel.
+    "notebook": [
+        "nbclient==0.11.0",  # no import here: its program is run
+        "ipykernel==7.4.0",  # no import here: it is the kernel
+    ],
     # Its interpreter runs the kernels where there is no GPU. Not a test tool like the others: torch's CUDA builds bring
     # the Triton that they are made for, and its CPU builds none (tools/setup_environment.sh).
     "interpreter": ["triton==3.9.0"],

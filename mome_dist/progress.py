@@ -41,11 +41,14 @@ class Progress:
         self.figures: tuple[str, ...] = ()
         self.began = time.monotonic()
         self._show = show
+        self._first: tuple[float, int] | None = None  # when the first update came, and what was done then
 
     def update(self, done: int, *figures: str, total: int | None = None) -> None:
         """So much is done; ``figures`` such as "loss 3.141" are shown beside it. ``total`` may be known only now."""
         self.done, self.figures = done, figures
         self.total = self.total if total is None else total
+        if self._first is None and done > self.start:
+            self._first = time.monotonic(), done
         self._show(self)
 
     def advance(self) -> None:
@@ -53,11 +56,14 @@ class Progress:
         self.update(self.done + 1, *self.figures)
 
     def left(self) -> float | None:
-        """Seconds that the rest will take at the pace so far; None while that cannot be said."""
-        new = self.done - self.start
-        if self.total is None or new <= 0:
+        """Seconds that the rest will take at the pace so far; None while that cannot be said.
+
+        The pace is that since the first update, before which programs load and caches are cold.
+        """
+        if self.total is None or self._first is None or self.done <= self._first[1]:
             return None
-        return (time.monotonic() - self.began) / new * (self.total - self.done)
+        moment, done = self._first
+        return (time.monotonic() - moment) / (self.done - done) * (self.total - self.done)
 
     def line(self, unit: str) -> str:
         """Such as ``training: 120 of 400 (30 %), loss 3.141, 0:02:10 so far, 0:05:00 left``."""

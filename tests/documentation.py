@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from docs.hooks.notebook import read_notebook
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
     r"^(?:<!-- not run here: (?P<reason>[^>]*[^>\s]) -->\n)?^(?P<indent> *)```bash\n(?P<text>.*?)^(?P=indent)```$",
@@ -54,9 +56,16 @@ def pages() -> list[str]:
         "contributing.md": "CONTRIBUTING.md",
         "changelog.md": "CHANGELOG.md",
         "benchmarks/index.md": "benchmarks/README.md",
+        "tutorials/notebook.md": "docs/tutorials/notebook.ipynb",
     }
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     return [elsewhere.get(page) or f"docs/{page}" for page in _pages_of(navigation)]
+
+
+def text_of(page: str) -> str:
+    """A page in Markdown."""
+    path = ROOT / page
+    return read_notebook(path).markdown if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
 
 
 @cache
@@ -64,7 +73,7 @@ def blocks() -> list[Block]:
     """All blocks of commands, page after page."""
     found = []
     for page in pages():
-        for match in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
+        for match in BLOCK.finditer(text_of(page)):
             lines = (line.partition(" #")[0].strip() for line in match["text"].splitlines())
             found.append(Block(page, tuple(line for line in lines if line), match["reason"]))
     return found

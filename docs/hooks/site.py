@@ -2,7 +2,8 @@
 
 The site is a view of the repository. Pages of ``docs/`` and those that lie elsewhere (README, CONTRIBUTING, CHANGELOG,
 benchmarks) link to each other as files do, so that links work in a checkout and on a forge; here they are turned into
-links of the site. ``<!-- generated: NAME -->`` in a page is replaced by what the code says today.
+links of the site. ``<!-- generated: NAME -->`` in a page is replaced by what the code says today. A notebook is a page,
+and a file to download beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the site tells of this checkout, whatever is installed
 
 from docs.hooks import generated  # noqa: E402
+from docs.hooks.notebook import read_notebook  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -37,12 +39,19 @@ MARK = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of ``docs/``."""
+    """Add the pages that lie outside of ``docs/``, and those of notebooks."""
     for source, place in ELSEWHERE.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     for path in sorted((ROOT / RESULTS).glob("*")):
         if path.suffix in (".md", ".png"):
             files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
+    for source in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        assert source.abs_src_path is not None, "a notebook is a file"
+        notebook = read_notebook(Path(source.abs_src_path))
+        files.append(File.generated(config, _page_of(source.src_uri), content=notebook.markdown))
+        for name, picture in notebook.pictures.items():
+            place = posixpath.join(posixpath.dirname(source.src_uri), name)
+            files.append(File.generated(config, place, content=picture))
     return files
 
 
@@ -59,6 +68,11 @@ def source_of(place: str) -> str:
     return elsewhere.get(place) or (place if place.startswith(RESULTS) else f"docs/{place}")
 
 
+def _page_of(notebook: str) -> str:
+    """Where the page of a notebook is."""
+    return notebook.removesuffix(".ipynb") + ".md"
+
+
 def _site_link(source: str, place: str, target: str) -> str:
     """A link from a page as the site has it; what is no file of the site stays, for MkDocs to complain of."""
     path, hash_sign, anchor = target.partition("#")
@@ -68,4 +82,6 @@ def _site_link(source: str, place: str, target: str) -> str:
     there = ELSEWHERE.get(named) or (named if named.startswith(RESULTS) else named.removeprefix("docs/"))
     if there == named and not named.startswith(RESULTS):
         return target
+    if there.endswith(".ipynb") and _page_of(there) != place:  # only the page itself offers the file
+        there = _page_of(there)
     return posixpath.relpath(there, posixpath.dirname(place) or ".") + hash_sign + anchor

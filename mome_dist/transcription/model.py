@@ -192,6 +192,7 @@ class Transcriber:
         video = [each.video for each in features if each.video is not None] if view.video_rate is not None else []
         ids = decode_tokens(run.model, run.sequences, view, audio, video, decoding)
         limits = token_limits(view, audio, video, decoding)
+        read = [len(prefix) for prefix in prefixes_of(run.sequences, view, audio, video)]
         likely: list[tuple[float, ...] | None] = [None] * len(features)
         for batch in batches_by_length(lengths_of(view, audio, video), decoding.batch_size) if log_probs else ():
             heard, seen = ([clips[i].to(run.device) for i in batch] if clips else [] for clips in (audio, video))
@@ -209,6 +210,7 @@ class Transcriber:
                 token_ids=tuple(ids[number]),
                 log_probs=likely[number],
                 view=view,
+                tokens_read=read[number],
                 seconds=max(each.seconds[stream] for stream in streams_read([view])),
                 complete=len(ids[number]) < limits[number],
                 notes=(*each.notes, *untrained),

@@ -19,6 +19,7 @@ class Transcription:
         log_probs: natural logarithm of each token's probability, given the speech and the tokens before it; None if
             they were not asked for.
         view: task and rates that it was read at.
+        tokens_read: tokens that the LLM read before it wrote: speech, tags and prompt. Higher rates mean fewer.
         seconds: length of the clip, of the longer stream where two were read.
         complete: whether the model ended the text; False where the limit of tokens did.
         notes: what was done to the clip beyond decoding, and whether the rates were trained, in words.
@@ -29,6 +30,7 @@ class Transcription:
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...] | None
     view: View
+    tokens_read: int
     seconds: float
     complete: bool
     notes: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from mome_dist.config.load import _known_keys, options_of
 from mome_dist.config.schema import RunConfig
 from mome_dist.evaluation.request import EvaluationRequest
 from tests import documentation
-from tests.documentation import ROOT, blocks, pages
+from tests.documentation import ROOT, blocks, pages, text_of
 from tests.quickstart import test_commands
 from tests.slurm import readme
 from tests.unit import test_planning_docs
@@ -46,9 +46,9 @@ def test_every_command_is_run_by_a_test_or_says_why_not() -> None:
             assert not left, f"{block.page}: no test runs {left}; add one, or <!-- not run here: REASON --> before them"
         else:
             assert left, f"{block.page}: {block.commands} are run; the reason why not, {block.reason!r}, can go"
-    marks = sum((ROOT / page).read_text(encoding="utf-8").count("<!-- not run here") for page in pages())
+    marks = sum(text_of(page).count("<!-- not run here") for page in pages())
     assert marks == sum(block.reason is not None for block in blocks()), "a reason stands right before its block"
-    fences = [re.findall(r"^ *```bash$", (ROOT / page).read_text(encoding="utf-8"), re.M) for page in pages()]
+    fences = [re.findall(r"^ *```bash$", text_of(page), re.M) for page in pages()]
     assert len(blocks()) == sum(map(len, fences))
 
 
@@ -58,7 +58,7 @@ def test_every_reason_names_tests_that_exist() -> None:
 
 
 def test_no_page_is_left_out_and_the_readme_is_short() -> None:
-    written = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
+    written = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")}
     assert written == {page for page in pages() if page.startswith("docs/")}
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -104,6 +104,16 @@ def test_files_of_the_repository_are_pages_of_the_site(site: Path) -> None:
     links = re.findall(r'href="([^"#]+)', (site / "index.html").read_text(encoding="utf-8"))
     assert {"benchmarks/results/learning.html", "contributing.html", "how-to/slurm.html"} <= set(links)
     assert (site / "benchmarks/results/learning.png").is_file()
+
+
+def test_a_notebook_is_a_page_that_offers_its_file(site: Path) -> None:
+    page = site / "tutorials/notebook.html"
+    assert 'href="tutorials/notebook.html"' in (site / "index.html").read_text(encoding="utf-8")
+    assert 'href="notebook.html"' in (site / "tutorials/small-models.html").read_text(encoding="utf-8")
+    assert 'href="notebook.ipynb"' in page.read_text(encoding="utf-8")
+    assert (site / "tutorials/notebook.ipynb").read_bytes() == (ROOT / "docs/tutorials/notebook.ipynb").read_bytes()
+    pictures = [address for address in Page(page).fetched if re.fullmatch(r"notebook-\d\.png", address)]
+    assert len(pictures) == 2 and all((page.parent / picture).is_file() for picture in pictures)
 
 
 def test_a_link_that_leads_nowhere_stops_the_build(tmp_path: Path) -> None:

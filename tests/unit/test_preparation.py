@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -168,6 +169,25 @@ def test_a_list_of_auto_avsr(tmp_path: Path) -> None:
     assert (first.listed_frames, second.listed_frames, first.listed_samples, left_out) == (75, 50, None, [])
 
 
+def test_lists_need_not_count_frames_and_samples(tmp_path: Path) -> None:
+    rows = ",ann/1.mp4,,,hello there\n,bob/1.mp4, , ,x\n"
+    clips, left_out = read_manifest(put(tmp_path / "l.csv", rows), TRAIN, None)
+    assert [(clip.speaker, clip.listed_frames, clip.text) for clip in clips] == [
+        ("ann", None, "hello there"),
+        ("bob", None, "x"),
+    ]
+    put(tmp_path / "l.wrd", "hello\n")
+    (clip,), _ = read_manifest(put(tmp_path / "l.tsv", ".\nid\tv.mp4\tv.mp4\t\t\n"), TRAIN, None)
+    assert (clip.listed_frames, clip.listed_samples, left_out) == (None, None, [])
+
+
+def test_a_root_that_is_not_there_is_named_before_any_clip_is_missed(tmp_path: Path) -> None:
+    lists = put(tmp_path / "l.csv", ",a.mp4,,,x\n")
+    for wrong, why in ((tmp_path / "none", "does not exist"), (lists, "is a file, not a folder")):
+        with pytest.raises(UserError, match=rf"--root {re.escape(str(wrong))} {why}; give the folder"):
+            read_manifest(lists, TRAIN, wrong)
+
+
 def test_a_list_of_av_hubert(tmp_path: Path) -> None:
     rows = f"{tmp_path}\ntest/s/1\tvideo/s/1.mp4\taudio/s/1.wav\t75\t48000\n"
     path = put(tmp_path / "lists/test.tsv", rows)
@@ -219,7 +239,7 @@ def test_lists_lead_nowhere_else(tmp_path: Path, named: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.csv", "lrs3,a.mp4,1\n", r"a\.csv:1: 3 fields, not 5"),
+        ("a.csv", "lrs3,a.mp4,1\n", r"a\.csv:1: 3 fields, not 5: .*',path,,,text'$"),
         ("a.csv", "\n", "names no clip"),
         ("a.csv", ",a.mp4,1,,x\ndataset,path,frames,tokens,text\n", r"a\.csv:2: 'tokens' where the tokens should be"),
         ("a.csv", ",a,b.mp4,1,1 2,x\n", r"a\.csv:1: 'b\.mp4' where the number of frames should be"),

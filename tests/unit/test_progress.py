@@ -44,10 +44,24 @@ def test_a_log_has_the_first_step_a_line_a_minute_and_the_end(clock: _Clock) -> 
             clock.now += 1
             shown.update(step, f"loss {step / 100:.3f}", "500 tokens/s")
     lines = file.getvalue().splitlines()
-    assert lines[0] == ("training: 201 of 1,000 steps (20 %), loss 2.010, 500 tokens/s, 0:00:01 so far, 0:13:19 left")
+    assert lines[0] == "training: 201 of 1,000 steps (20 %), loss 2.010, 500 tokens/s, 0:00:01 so far"
     assert lines[1].startswith("training: 261 of 1,000 steps (26 %), loss 2.610")
     assert lines[-1] == "training: 1,000 of 1,000 steps (100 %), loss 10.000, 500 tokens/s, 0:13:20 so far"
+    assert lines[1].endswith("0:01:01 so far, 0:12:19 left")
     assert len(lines) == 1 + 13 + 1
+
+
+def test_a_slow_first_step_does_not_foretell_the_rest(clock: _Clock) -> None:
+    console, file = _log()
+    with progress(console, "x", 101, every=0) as shown:
+        clock.now += 20  # programs start
+        for _ in range(2):
+            clock.now += 1
+            shown.advance()
+    assert file.getvalue().splitlines() == [
+        "x: 1 of 101 (1 %), 0:00:21 so far",
+        "x: 2 of 101 (2 %), 0:00:22 so far, 0:01:39 left",
+    ]
 
 
 def test_the_interval_may_be_none_at_all(clock: _Clock) -> None:
@@ -64,7 +78,7 @@ def test_bytes_are_told_in_gigabytes_and_a_total_may_come_later(clock: _Clock) -
     with progress(console, "writing", unit=BYTES) as shown:
         clock.now += 2
         shown.update(500_000_000, total=2_000_000_000)
-    assert file.getvalue() == "writing: 0.50 GB of 2.00 GB (25 %), 0:00:02 so far, 0:00:06 left\n"
+    assert file.getvalue() == "writing: 0.50 GB of 2.00 GB (25 %), 0:00:02 so far\n"
 
 
 def test_items_are_counted_when_they_are_dealt_with(clock: _Clock) -> None:

@@ -78,6 +78,10 @@ def test_texts_and_probabilities_of_many_are_those_of_each(
         expected = _teacher_forced(model, said, model.encode(clip))
         assert said.log_probs == pytest.approx(expected, abs=1e-4) and min(expected) < -0.1
         assert model.run.sequences.codec.decode(said.token_ids) == said.text == str(said)
+        assert clip.audio is not None and clip.video is not None
+        frames = ((len(clip.audio) / 320, view.audio_rate), (len(clip.video), view.video_rate))  # 320 samples at 50 Hz
+        speech = sum(round(count) // rate for count, rate in frames if rate is not None)
+        assert said.tokens_read == speech + model.run.sequences.overhead(view)
         assert len(said.tokens) == len(said.token_ids) and said.text.split()[0] in said.tokens
 
 

@@ -91,7 +91,7 @@ def test_mouths_are_as_large_as_the_encoder_of_the_run_knows_them(
     def keep(model: SpeechModel, clip: Clip, **options: object) -> Transcription:
         assert isinstance(clip.video, np.ndarray)
         seen["video"] = clip.video
-        return Transcription("", (), (), None, View("vsr", None, 5), 2.0, True)
+        return Transcription("", (), (), None, View("vsr", None, 5), 9, 2.0, True)
 
     monkeypatch.setattr(SpeechModel, "transcribe", keep)
     assert transcribe.main([str(run), str(files["face.mp4"]), "--video-rate", "5"]) == 0

@@ -6,8 +6,9 @@
 ``.jsonl``, ``.jsonl.gz``
             lhotse: a cut a line (`lhotse`)
 
-Frames are at 25 fps, samples at 16 kHz. Paths are below the root (the second form names one of its own, if need be
-relative to the list); nothing but local files is ever read.
+Frames are at 25 fps, samples at 16 kHz; a list may leave them empty, and one that does not has them compared with the
+film. Paths are below the root (the second form names one of its own, if need be relative to the list); nothing but
+local files is ever read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from mome_dist.data.preparation.clips import Clip, below
 from mome_dist.data.preparation.lhotse import read_cut
 from mome_dist.data.preparation.utterances import Rejection
-from mome_dist.errors import UserError, no_file
+from mome_dist.errors import UserError, no_file, no_folder
 from mome_dist.text_files import lines_of
 
 _AUDIO_SUFFIXES = (".wav", ".flac")
@@ -40,9 +41,11 @@ def read_manifest(path: Path, split: str, root: Path | None) -> Listed:
         root: folder that its paths are below; None: the list's own, or the folder that it lies in.
 
     Raises:
-        UserError: the list is missing, of another form, or names no clip that can be used, or a line of it is wrong,
-            which the message names.
+        UserError: the list or the root is missing, the list is of another form, or names no clip that can be used, or a
+            line of it is wrong, which the message names.
     """
+    if root is not None and not root.is_dir():
+        raise UserError(f"--root {root} {no_folder(root)}; give the folder that the paths of the lists begin in")
     reader = next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
     if reader is None:
         raise UserError(f"{path}: lists end in {', '.join(_READERS)}; see docs/how-to/prepare.md")
@@ -72,7 +75,10 @@ def _read_csv(path: Path, split: str, root: Path | None) -> Iterator[Clip]:
     for where, line in _rows(path):
         fields = line.split(",", 4)
         if len(fields) != 5:
-            raise UserError(f"{where}: {len(fields)} fields, not 5: dataset,path,frames,tokens,text")
+            raise UserError(
+                f"{where}: {len(fields)} fields, not 5: dataset,path,frames,tokens,text, of which dataset, frames "
+                "and tokens may be empty: ',path,,,text'"
+            )
         dataset, name, frames, tokens, text = fields
         # A header, a comma in a path, a list without tokens: its fields are not these five.
         if not re.fullmatch(r"[0-9 ]*", tokens):
@@ -123,9 +129,12 @@ def _read_cuts(path: Path, split: str, root: Path | None) -> Iterator[Clip | Rej
         yield read_cut(line, where, split, root or path.parent)
 
 
-def _count(where: str, what: str, text: str) -> int:
+def _count(where: str, what: str, text: str) -> int | None:
+    """A number of a list; None where its list does not say."""
+    if not text.strip(" "):
+        return None
     if not re.fullmatch(r" *[0-9]{1,15} *", text):
-        raise UserError(f"{where}: {text!r:.50} where the number of {what} should be")
+        raise UserError(f"{where}: {text!r:.50} where the number of {what} should be, or nothing")
     return int(text)
 
 
