@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mome_dist.errors import UserError
+from mome_dist.errors import UserError, no_file
 from mome_dist.processes import IDENTITY, is_gone, this_process
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_downloaded(path: Path) -> None:
+    """Raise UserError if a checkpoint that others published is not there; commands ask before they import torch."""
+    if not path.is_file():
+        raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
 
 
 def fsync(path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
+from mome_dist.files import check_downloaded, published_directory, sha256_of
 from mome_dist.quiet import quiet_libraries
 
 SIZES = {768: "base", 1024: "large"}  # the published widths
@@ -43,11 +44,13 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and say what was written."""
     options = command_line().parse_args(arguments)
+    check_downloaded(options.checkpoint)
+    if options.output is not None:
+        _check_target(options.output)
 
     quiet_libraries()
     from rich.console import Console
 
-    from mome_dist.files import published_directory, sha256_of
     from mome_dist.paths import cache_root
     from mome_dist.progress import stages
     from mome_dist.speech.avhubert.conversion import convert
@@ -66,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if encoder.width not in SIZES:
                 raise UserError(f"The encoder is {encoder.width} wide, no published size: name a place with --output.")
             target = cache_root() / "encoders" / f"avhubert-{SIZES[encoder.width]}"
-        if target.exists() or target.is_symlink():
-            raise UserError(f"{target} exists, and a conversion replaces nothing: name another --output or remove it.")
+            _check_target(target)
         source = {
             "file": options.checkpoint.name,
             "sha256": sha256_of(options.checkpoint),
@@ -88,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{target}: {source['model']} AV-HuBERT, {encoder.config.layers} layers, {encoder.width} wide, "
         f"{encoder.config.heads} heads, {parameters:,} parameters"
     )
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists, and a conversion replaces nothing: name another --output or remove it.")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
+from mome_dist.files import check_downloaded
 from mome_dist.quiet import quiet_libraries
 
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = {
         stream: _numbers(f"--{stream}-rates", getattr(options, f"{stream}_rates")) for stream in ("audio", "video")
     }
+    check_downloaded(options.checkpoint)
 
     quiet_libraries()
     from rich.console import Console

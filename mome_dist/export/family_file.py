@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError, first_line, no_file
+from mome_dist.errors import UserError, first_line
+from mome_dist.files import check_downloaded
 
 STREAMS = ("audio", "video")
 TASKS = {"asr": "audio", "vsr": "video", "avsr": "audiovisual"}
@@ -46,8 +47,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing, cannot be read, or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
+    check_downloaded(path)
     try:
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -257,6 +257,9 @@ QUICK = [
     ["evaluate", "{run}", "rates=asr(44)"],
     ["evaluate", "{run}", "split=tests"],
     ["report", "{export}"],
+    ["commands.convert_avhubert", "none.pt"],
+    ["commands.convert_avhubert", "{text}", "--output", "{empty}"],
+    ["commands.convert_family", "none.ckpt", "out"],
     ["train", "experiment=tiny", "lr=1"],
     ["train", "experiment=tiny"],
 ]

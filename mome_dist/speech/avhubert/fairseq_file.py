@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mome_dist.errors import UserError, first_line, no_file
+from mome_dist.errors import UserError, first_line
+from mome_dist.files import check_downloaded
 
 # What only an attack refers to. It would not run either: this is for the message.
 _ATTACKS = re.compile(
@@ -71,8 +72,7 @@ def read_fairseq(path: str | Path) -> FairseqFile:
             holds no model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
+    check_downloaded(path)
     try:
         with _allowed([]):
             unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
