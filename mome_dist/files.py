@@ -40,6 +40,12 @@ def check_downloaded(path: Path) -> None:
         raise UserError(f"{path} {no_file(path)}; name the checkpoint that was downloaded.")
 
 
+def check_absent(target: Path, what: str, name: str = "directory") -> None:
+    """Raise UserError if something is where ``what`` ("an export") is to be, which ``name`` of a command line says."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists, and {what} replaces nothing: name another {name} or remove it.")
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

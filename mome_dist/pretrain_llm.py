@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     options = command_line().parse_args(arguments)
     settings = CopySettings(steps=options.steps, batch_size=options.batch_size, seed=options.seed)
+    Corpus.open(options.corpus)  # what is missing is told before torch is imported
+    check_replaceable(options.out)
     from mome_dist.parallel.plain_world import open_world
 
     with open_world() as world:

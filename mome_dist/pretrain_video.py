@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
         bf16=options.bf16,
     )
+    Corpus.open(options.corpus)  # what is missing is told before torch is imported
+    check_replaceable(options.out)
     from mome_dist.parallel.plain_world import open_world
 
     with open_world() as world:

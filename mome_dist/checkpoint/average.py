@@ -19,7 +19,7 @@ from mome_dist.checkpoint.format import CONFIG, Part, complete, describe_part, f
 from mome_dist.checkpoint.saved import Saved
 from mome_dist.config import save_config
 from mome_dist.errors import UserError
-from mome_dist.files import published_directory, save_tensors
+from mome_dist.files import check_absent, published_directory, save_tensors
 from mome_dist.versions import version_of
 
 # Sections of a configuration that make weights comparable, number by number.
@@ -83,8 +83,7 @@ def write_average(target: Path, saved: Sequence[Saved]) -> Saved:
     Raises:
         UserError: the target exists, or the checkpoints do not belong together.
     """
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists, and an average replaces nothing: name another directory or remove it.")
+    check_absent(target, "an average")
     mean = average(saved)
     tensors = {f"model/{name}": tensor.contiguous() for name, tensor in mean.weights.items()}
     with published_directory(target, replace=False) as directory:

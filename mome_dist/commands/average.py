@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
+from mome_dist.files import check_absent
 from mome_dist.quiet import quiet_libraries
-from mome_dist.trained import place_argument
+from mome_dist.trained import place_argument, run_of
 
 
 def command_line() -> Parser:
@@ -31,6 +32,8 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Average, and say what was written."""
     options = command_line().parse_args(arguments)
+    run_of(options.run)
+    check_absent(options.target, "an average")
 
     quiet_libraries()
     from rich.console import Console

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
-from mome_dist.files import check_downloaded, published_directory, sha256_of
+from mome_dist.files import check_absent, check_downloaded, published_directory, sha256_of
 from mome_dist.quiet import quiet_libraries
 
 SIZES = {768: "base", 1024: "large"}  # the published widths
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = command_line().parse_args(arguments)
     check_downloaded(options.checkpoint)
     if options.output is not None:
-        _check_target(options.output)
+        check_absent(options.output, "a conversion", "--output")
 
     quiet_libraries()
     from rich.console import Console
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if encoder.width not in SIZES:
                 raise UserError(f"The encoder is {encoder.width} wide, no published size: name a place with --output.")
             target = cache_root() / "encoders" / f"avhubert-{SIZES[encoder.width]}"
-            _check_target(target)
+            check_absent(target, "a conversion", "--output")
         source = {
             "file": options.checkpoint.name,
             "sha256": sha256_of(options.checkpoint),
@@ -90,11 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{target}: {source['model']} AV-HuBERT, {encoder.config.layers} layers, {encoder.width} wide, "
         f"{encoder.config.heads} heads, {parameters:,} parameters"
     )
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists, and a conversion replaces nothing: name another --output or remove it.")
 
 
 if __name__ == "__main__":

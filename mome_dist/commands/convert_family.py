@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
-from mome_dist.files import check_downloaded
+from mome_dist.files import check_absent, check_downloaded
 from mome_dist.quiet import quiet_libraries
 
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stream: _numbers(f"--{stream}-rates", getattr(options, f"{stream}_rates")) for stream in ("audio", "video")
     }
     check_downloaded(options.checkpoint)
+    check_absent(options.target, "an export")
 
     quiet_libraries()
     from rich.console import Console

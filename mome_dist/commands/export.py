@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, add_frozen_options, command_parser, frozen_of, main_guard
+from mome_dist.files import check_absent
 from mome_dist.quiet import quiet_libraries
-from mome_dist.trained import place_argument
+from mome_dist.trained import find_trained, place_argument
 
 
 def command_line() -> Parser:
@@ -38,6 +39,8 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export and say what was written."""
     options = command_line().parse_args(arguments)
+    find_trained(options.run)
+    check_absent(options.target, "an export")
 
     quiet_libraries()
     from rich.console import Console

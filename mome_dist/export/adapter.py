@@ -31,7 +31,7 @@ from mome_dist.errors import UserError
 from mome_dist.evaluation.arithmetic import mome_parameters
 from mome_dist.evaluation.results import RESULTS, read_results
 from mome_dist.export.model_card import USE, model_card, usage, with_section
-from mome_dist.files import aside, published_directory
+from mome_dist.files import aside, check_absent, published_directory
 from mome_dist.hub import model_at, name_of
 from mome_dist.inference.load import LoadedRun, assemble, token_identity
 from mome_dist.parallel.layout import Layout
@@ -72,19 +72,13 @@ def export_adapter(
             licence is no identifier.
     """
     source, target = Path(source), Path(target)
-    check_target(target)
+    check_absent(target, "an export")
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise UserError(f"licence {licence!r} is no identifier of the hub: write such as apache-2.0 or cc-by-nc-4.0.")
     if is_adapter(source):
         return _renew(source, target)
     saved = read_checkpoint(find_checkpoint(source))
     return export_run(assemble(saved, frozen=frozen), saved, target, licence)
-
-
-def check_target(target: Path) -> None:
-    """Raise UserError if there is something where an export shall be."""
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists, and an export replaces nothing: name another directory or remove it.")
 
 
 def export_run(run: LoadedRun, saved: Saved, target: Path, licence: str | None = None) -> dict[str, Any]:

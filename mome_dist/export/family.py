@@ -26,9 +26,9 @@ from mome_dist.config import RunConfig, load_config
 from mome_dist.config.derived import frozen_sections
 from mome_dist.data.encoding import load_encoder
 from mome_dist.errors import UserError
-from mome_dist.export.adapter import check_target, export_run
+from mome_dist.export.adapter import export_run
 from mome_dist.export.family_file import LLM_LORA, MIXTURE, TASKS, VIDEO_LORA, Told, examine, read_state
-from mome_dist.files import sha256_of
+from mome_dist.files import check_absent, sha256_of
 from mome_dist.hub import HubModel, fetch
 from mome_dist.inference.load import LoadedRun, assemble
 from mome_dist.llm.tokens import TokenTable
@@ -76,9 +76,9 @@ def convert_family(
         UserError: naming a tensor that is missing, unknown or of a wrong shape, or a frozen model that is another one.
     """
     checkpoint, target = Path(checkpoint), Path(target)
-    check_target(target)
+    check_absent(target, "an export")
     if own_video_encoder is not None:
-        check_target(own_video_encoder)
+        check_absent(own_video_encoder, "an export")
     tensors = read_state(checkpoint)
     told = examine(tensors, _Widths(overrides), rates)
     config = load_config([*told.overrides, *overrides])

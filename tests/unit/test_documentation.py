@@ -100,6 +100,12 @@ def test_the_site_has_every_page_and_asks_no_other_host(site: Path) -> None:
     assert not left, "a mark of what is generated was not filled in"
 
 
+def test_the_search_knows_every_page(site: Path) -> None:
+    found = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    places = {str(path.relative_to(site)) for path in site.rglob("*.html")} - {"404.html"}
+    assert {entry["location"].partition("#")[0] or "index.html" for entry in found} == places
+
+
 def test_files_of_the_repository_are_pages_of_the_site(site: Path) -> None:
     links = re.findall(r'href="([^"#]+)', (site / "index.html").read_text(encoding="utf-8"))
     assert {"benchmarks/results/learning.html", "contributing.html", "how-to/slurm.html"} <= set(links)

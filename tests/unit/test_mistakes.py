@@ -260,6 +260,12 @@ QUICK = [
     ["commands.convert_avhubert", "none.pt"],
     ["commands.convert_avhubert", "{text}", "--output", "{empty}"],
     ["commands.convert_family", "none.ckpt", "out"],
+    ["commands.export", "none", "out"],
+    ["commands.export", "{run}", "{empty}"],
+    ["commands.average", "none", "out"],
+    ["pretrain_llm", "--corpus", "{empty}"],
+    ["pretrain_video", "--corpus", "none"],
+    ["pretrain_llm", "--corpus", "{corpus}", "--out", "{run}"],
     ["train", "experiment=tiny", "lr=1"],
     ["train", "experiment=tiny"],
 ]
