@@ -10,6 +10,7 @@ same settings from the same corpus. ``--out`` becomes a plain Hugging Face direc
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -92,13 +93,23 @@ def command_line() -> Parser:
     return parser
 
 
+def check_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, and find without torch what it would fail at: a launcher asks before it starts ranks.
+
+    Raises:
+        UserError: there is no corpus, or ``--out`` holds something else.
+    """
+    options = command_line().parse_args(arguments)
+    Corpus.open(options.corpus)
+    check_replaceable(options.out)
+    return options
+
+
 @main_guard
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    options = command_line().parse_args(arguments)
+    options = check_arguments(arguments)
     settings = CopySettings(steps=options.steps, batch_size=options.batch_size, seed=options.seed)
-    Corpus.open(options.corpus)  # what is missing is told before torch is imported
-    check_replaceable(options.out)
     from mome_dist.parallel.plain_world import open_world
 
     with open_world() as world:

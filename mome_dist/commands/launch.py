@@ -115,4 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return LAUNCHERS[launcher][0](own)
     if any(word in _HELP for word in rest):
         return main_of(command)([*command.first, "--help"])
+    check = getattr(importlib.import_module(command.module), "check_arguments", None)
+    if check is not None:
+        check(rest)
     return LAUNCHERS[launcher][0]([*own, "--module", command.module, "--", *rest])

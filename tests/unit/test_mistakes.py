@@ -264,6 +264,8 @@ QUICK = [
     ["commands.export", "{run}", "{empty}"],
     ["commands.average", "none", "out"],
     ["pretrain_llm", "--corpus", "{empty}"],
+    ["commands.launch", "--nproc", "2", "pretrain", "llm", "--corpus", "{empty}"],
+    ["commands.launch", "slurm", "--dry-run", "pretrain", "video", "--corpus", "none"],
     ["pretrain_video", "--corpus", "none"],
     ["pretrain_llm", "--corpus", "{corpus}", "--out", "{run}"],
     ["train", "experiment=tiny", "lr=1"],
