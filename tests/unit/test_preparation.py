@@ -26,6 +26,8 @@ from mome_dist.data.preparation.utterances import Prepared
 from mome_dist.data.shards import EncodedUtterance, check_id
 from mome_dist.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # As in LRS3's pretrain folder.
 PRETRAIN_TEXT = """\
 Text:  SO {LG} IT'S WELL-KNOWN <NOISE> THAT
@@ -179,6 +181,21 @@ def test_lists_need_not_count_frames_and_samples(tmp_path: Path) -> None:
     put(tmp_path / "l.wrd", "hello\n")
     (clip,), _ = read_manifest(put(tmp_path / "l.tsv", ".\nid\tv.mp4\tv.mp4\t\t\n"), TRAIN, None)
     assert (clip.listed_frames, clip.listed_samples, left_out) == (None, None, [])
+
+
+def test_the_lists_of_the_tutorial_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs/tutorials/own-films.md").read_text(encoding="utf-8")
+    csv, tsv = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    put(tmp_path / "test.wrd", "hello\n")
+    train, _ = read_manifest(put(tmp_path / "train.csv", csv), TRAIN, tmp_path)
+    test, _ = read_manifest(put(tmp_path / "test.tsv", tsv), "test", None)
+    assert [(clip.speaker, clip.media.relative_to(tmp_path).as_posix()) for clip in train + test] == [
+        ("ann", "films/ann/1.mp4"),
+        ("bob", "films/bob/1.mp4"),
+        ("bob", "films/bob/2.mp4"),
+    ]
+    assert (test[0].text, test[0].listed_frames, test[0].audio) == ("hello", 83, None)
+    check_clips([*train, *test])
 
 
 def test_a_root_that_is_not_there_is_named_before_any_clip_is_missed(tmp_path: Path) -> None:
