@@ -185,7 +185,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         wrong = f"{path}: no manifest" if directory.is_dir() else f"{directory} {no_folder(directory)}"
         raise UserError(
             f"{wrong}; name a corpus (train: data.corpus=DIR, evaluate: corpus=DIR, pretrain: --corpus DIR), or make "
-            "one: mome-dist prepare synthetic, or mome-dist prepare lrs3, lrs2 or manifests of a data set"
+            "one with mome-dist prepare synthetic (synthetic) or mome-dist prepare (of a data set)"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
