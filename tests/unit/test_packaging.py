@@ -256,7 +256,7 @@ def test_nothing_ties_the_tree_to_one_machine(tracked: list[Path]) -> None:
     found = [
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in tracked
-        if path.suffix in {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".json", ""}
+        if path.suffix in {".py", ".ipynb", ".md", ".sh", ".toml", ".txt", ".yaml", ".json", ""}
         for match in pattern.finditer(path.read_text(encoding="utf-8", errors="ignore"))
     ]
     assert not found
