@@ -195,7 +195,7 @@ class ModelTensors:
         return tensors
 
     def _router_names(self, number: int) -> list[str]:
-        return sorted((n for n in self.shapes if n.startswith(f"mome.{number}.router_")), key=_module_order)
+        return sorted((n for n in self.shapes if n.startswith(f"mome.{number}.router_")), key=module_order)
 
     def _router(self, number: int) -> list[Parameter]:
         """The parameters of a layer's router. What trains there has the gradient of a rank's own tokens."""
@@ -222,11 +222,11 @@ class ModelTensors:
             if first_stage if layer is None else layer in layers:
                 chosen.append(name)
         held: dict[str, list[StateTensor]] = {}
-        for name in sorted(chosen, key=_module_order):
+        for name in sorted(chosen, key=module_order):
             held.setdefault(self.sharing[name].packed or name, []).append(self._part(name, tp, tp_rank))
         found = [_of_tensors(local, tensors) for local, tensors in held.items()]
         named = (dataclasses.replace(each, local=walked_name(each.local)) for each in found)
-        return sorted(named, key=lambda each: _module_order(each.local))
+        return sorted(named, key=lambda each: module_order(each.local))
 
     def _part(self, name: str, tp: int, tp_rank: int) -> StateTensor:
         """What a tensor-parallel rank has of a tensor."""
@@ -235,7 +235,7 @@ class ModelTensors:
         return StateTensor(name, sharing.local_shape(shape, tp), name, cut=cut)
 
 
-def _module_order(name: str) -> list[tuple[int, int | str]]:
+def module_order(name: str) -> list[tuple[int, int | str]]:
     """Sorts names as torch walks modules: numbers by value (also in ``rate16``), a weight before the bias beside it."""
     module = name.partition(".")[0]
     place = MODULE_ORDER.index(module) if module in MODULE_ORDER else len(MODULE_ORDER)
