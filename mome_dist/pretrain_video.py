@@ -25,7 +25,7 @@ from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.data.corpus import Corpus
 from mome_dist.data.synthetic import SyntheticSettings, default_corpus_dir
 from mome_dist.paths import cache_root
-from mome_dist.training.pretraining_settings import VisemeSettings
+from mome_dist.training.pretraining_settings import VisemeSettings, checked_arguments
 from mome_dist.training.step_progress import step_progress
 
 if TYPE_CHECKING:
@@ -95,15 +95,8 @@ def command_line() -> Parser:
 
 
 def check_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and find without torch what it would fail at: a launcher asks before it starts ranks.
-
-    Raises:
-        UserError: there is no corpus, or ``--out`` holds something else.
-    """
-    options = command_line().parse_args(arguments)
-    Corpus.open(options.corpus)
-    check_replaceable(options.out)
-    return options
+    """As `mome_dist.training.pretraining_settings.checked_arguments`."""
+    return checked_arguments(command_line(), arguments)
 
 
 @main_guard

@@ -175,36 +175,35 @@ class _Work:
     aligner: WordAligner | None
     console: Console
 
-    def transcribe(self, film: Path | FilmReading, shown: bool) -> Transcript:
+    def transcribe(self, film: FilmReading, shown: bool) -> Transcript:
         """What is said in one film; ``shown`` draws how far it has come."""
         from mome_dist.progress import progress
-        from mome_dist.transcription.films import transcribe_film
+        from mome_dist.transcription.films import transcribe_reading
 
-        with progress(self.console if shown else None, "transcribing", unit="seconds") as bar:
-            found = transcribe_film(
+        with progress(self.console if shown else None, "transcribing", round(film.seconds), unit="seconds") as bar:
+            found = transcribe_reading(
                 self.model,
                 film,
-                audio_rate=self.view.audio_rate,
-                video_rate=self.view.video_rate,
                 num_beams=self.options.num_beams,
                 log_probs=bool({"json", "jsonl"} & set(self.options.format)),
-                longest=self.options.longest,
                 align=self.aligner,
-                heard=lambda done, seconds: bar.update(round(done), total=round(seconds)),
+                heard=lambda done: bar.update(round(done)),
             )
         for note in found.notes:
-            self.console.print(f"{found.path}: {note}", markup=False)
+            self.console.print(f"{film.path}: {note}", markup=False)
         return found
 
     def write(self, places: Sequence[Place]) -> tuple[float, list[Path]]:
         """A file of each film in each format; returns seconds of film, and films that could not be read."""
         from mome_dist.files import write_text
         from mome_dist.progress import track
+        from mome_dist.transcription.reading import FilmReading
 
         seconds, failed = 0.0, list[Path]()
         for film, name in track(places, "transcribing", self.console, unit="films"):
             try:
-                found = self.transcribe(film, shown=False)
+                reading = FilmReading(self.model.run.config, film, self.view, self.options.longest)
+                found = self.transcribe(reading, shown=False)
             except UserError as error:
                 failed.append(film)
                 self.console.print(f"error: {error}", markup=False)

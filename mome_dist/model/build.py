@@ -103,7 +103,7 @@ def _attach_low_rank(config: RunConfig, llm: FrozenLLM, shape: LLMShape) -> dict
 
 
 def _widths(shape: LLMShape) -> tuple[int, int, int]:
-    """Of hidden states, of queries, and of values."""
+    """The widths of hidden states, of queries, and of values."""
     return shape.hidden_size, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
 
 

@@ -17,7 +17,7 @@ from mome_dist.token_context import FixedTokens, TokenContext
 
 
 class Auxiliary(NamedTuple):
-    """Of a module: its place among those of its stage, and the coefficients of its balance loss and its z-loss."""
+    """A module's place among those of its stage, and the coefficients of its balance loss and its z-loss."""
 
     place: int
     balance_loss: float

@@ -115,7 +115,7 @@ def view_cosines(model: DistributedMoME, engine: Engine, steps: Iterator[Step]) 
 
 
 def _gradients(engine: Engine, mome: ExpertParallelMoME) -> tuple[Tensor, Tensor]:
-    """Of a module's experts on this rank, [E, P], and of its router, [1, P]."""
+    """The reduced gradients of a module's experts on this rank, [E, P], and of its router, [1, P]."""
     experts = engine.gradient(mome.deepspeed_moe.experts.packed).detach().float().clone()
     router = [engine.gradient(parameter).detach().float().flatten() for parameter in mome.router.parameters()]
     device = experts.device

@@ -1,9 +1,14 @@
-"""Settings of the two pre-trainings. No torch here: command lines have their defaults."""
+"""Settings and command lines of the two pre-trainings. No torch here."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mome_dist.artefact import check_replaceable
+from mome_dist.cli import Parser
+from mome_dist.data.corpus import Corpus
 from mome_dist.errors import UserError
 
 
@@ -62,3 +67,18 @@ class CopySettings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"LLM pre-training: {name}={getattr(self, name)} must be at least 1.")
+
+
+def checked_arguments(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line, and find what the job would fail at: a launcher asks before it starts ranks.
+
+    Args:
+        parser: with ``--corpus`` and ``--out``.
+
+    Raises:
+        UserError: there is no corpus, or ``--out`` holds something else.
+    """
+    options = parser.parse_args(arguments)
+    Corpus.open(options.corpus)
+    check_replaceable(options.out)
+    return options

@@ -19,18 +19,20 @@ from mome_dist.transcription.model import Transcriber
 from mome_dist.transcription.reading import FilmReading, Part
 from mome_dist.transcription.results import LONGEST, Segment, Transcript, Transcription, Word, spread_words
 
+Align = Callable[[Audio, str], Sequence[Word]]
+"""Finds the words of a text in a recording of it."""
+
 
 def transcribe_film(
     model: Transcriber,
-    film: str | Path | FilmReading,
+    path: str | Path,
     *,
     audio_rate: int | None = None,
     video_rate: int | None = None,
     num_beams: int | None = None,
     log_probs: bool = True,
     longest: float = LONGEST,
-    align: Callable[[Audio, str], Sequence[Word]] | None = None,
-    heard: Callable[[float, float], None] = lambda done, seconds: None,
+    align: Align | None = None,
 ) -> Transcript:
     """Write down what is said in a film of any length.
 
@@ -39,41 +41,53 @@ def transcribe_film(
 
     Args:
         model: that transcribes.
-        film: the path of an audio or video file, or one that is being read already, which knows its rates and cuts.
+        path: of an audio or video file.
         audio_rate, video_rate, num_beams, log_probs: as in `Transcriber.transcribe`.
         longest: seconds that are read at once.
         align: finds words in sound, as `mome_dist.transcription.words.WordAligner` does; used where sound is read.
-        heard: is told how many seconds are done, and of how many.
 
     Raises:
         UserError: as `Transcriber.transcribe`; or a film of one part shows no face.
     """
-    config = model.run.config
-    if isinstance(film, FilmReading):
-        reading = film
-    else:
-        view = view_of(audio_rate, video_rate)
-        check_view(config, view, "rates")
-        reading = FilmReading(config, film, view, longest)
+    view = view_of(audio_rate, video_rate)
+    check_view(model.run.config, view, "rates")
+    reading = FilmReading(model.run.config, path, view, longest)
+    return transcribe_reading(model, reading, num_beams=num_beams, log_probs=log_probs, align=align)
+
+
+def transcribe_reading(
+    model: Transcriber,
+    reading: FilmReading,
+    *,
+    num_beams: int | None = None,
+    log_probs: bool = True,
+    align: Align | None = None,
+    heard: Callable[[float], None] = lambda done: None,
+) -> Transcript:
+    """As `transcribe_film`, of a film that is being read already.
+
+    Args:
+        heard: is told how many seconds of the film are done.
+    """
     segments: list[Segment] = []
     parts = reading.parts()
-    while batch := list(islice(parts, config.decoding.batch_size)):
-        for of_view in dict.fromkeys(part.view for part in batch):
-            same = [part for part in batch if part.view == of_view]
+    while batch := list(islice(parts, model.run.config.decoding.batch_size)):
+        for view in dict.fromkeys(part.view for part in batch):
+            same = [part for part in batch if part.view == view]
             said = model.transcribe(
                 [part.clip for part in same],
-                audio_rate=of_view.audio_rate,
-                video_rate=of_view.video_rate,
+                audio_rate=view.audio_rate,
+                video_rate=view.video_rate,
                 num_beams=num_beams,
                 log_probs=log_probs,
             )
             segments += [_segment(part, each, align) for part, each in zip(same, said, strict=True)]
-        heard(batch[-1].stretch.end, reading.seconds)
+        heard(batch[-1].stretch.end)
     segments.sort(key=lambda segment: segment.start)
     return Transcript(reading.path, reading.seconds, tuple(segments), tuple(reading.notes))
 
 
-def _segment(part: Part, said: Transcription, align: Callable[[Audio, str], Sequence[Word]] | None) -> Segment:
+def _segment(part: Part, said: Transcription, align: Align | None) -> Segment:
     start, end = part.stretch
     if align is None or part.clip.audio is None:
         return Segment(start, end, said, spread_words(said.text, start, end), aligned=False)

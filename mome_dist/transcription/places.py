@@ -13,7 +13,7 @@ ENDINGS = frozenset({
     "aac", "avi", "flac", "flv", "m4a", "m4v", "mka", "mkv", "mov", "mp3", "mp4", "mpeg", "mpg", "mts", "oga", "ogg",
     "opus", "ts", "wav", "webm", "wma", "wmv",
 })  # fmt: skip
-"""Of files in a folder that are taken for films or recordings; a file that is named itself may have any."""
+"""Endings of files in a folder that are taken for films or recordings; a file that is named itself may have any."""
 
 
 class Place(NamedTuple):

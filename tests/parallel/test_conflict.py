@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mome_dist.checkpoint.format import CheckpointReader, newest_checkpoint
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
 from mome_dist.engine.engine import Engine
@@ -79,12 +80,24 @@ def test_layouts_find_the_cosines_of_one_process(tmp_path: Path, case: Case) -> 
     assert np.nanmin(found_QLX) < 0.9, "views differ"
 
 
-def test_losses_are_the_same_to_the_bit(lab: Lab, tmp_path: Path) -> None:
+def _saved(run: Path) -> dict[str, NDArray[Any]]:
+    """What training leaves, but the state of Python's own generator, which each process has of its own."""
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    with CheckpointReader(newest) as reader:
+        names = [name for name in reader.names() if not name.endswith("/python")]
+        return {name: np.asarray(reader.read(name)) for name in names}
+
+
+def test_training_is_the_same_to_the_bit(lab: Lab, tmp_path: Path) -> None:
     run = ["task=avsr", "task.views_per_step=4", "mome.bias_rate=0.01", "training.steps=4"]
     losses = {
         every: lab.train(2, tmp_path / str(every), *run, f"mome.conflict_every={every}", ep=2) for every in (0, 2)
     }
     assert losses[0] == losses[2]
+    without, compared = _saved(tmp_path / "0"), _saved(tmp_path / "2")
+    assert without.keys() == compared.keys() and any(name.startswith("optimizer/") for name in without)
+    assert not [name for name, values in without.items() if not np.array_equal(values, compared[name])]
     assert not (tmp_path / "0/conflicts.jsonl").exists()
     first, second = lines(tmp_path / "2/conflicts.jsonl")
     assert (first["step"], second["step"]) == (2, 4) and len(first["views"]) == 4 and len(first["pairs"]) == 6

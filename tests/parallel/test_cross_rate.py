@@ -7,34 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from mome_dist.aligned_tokens import Aligned
 from mome_dist.config import load_config
 from mome_dist.moe.route_distillation import RouteDistillation
-from mome_dist.parallel.layout import Layout
 from mome_dist.verification.probe import Probe, shrunk
-from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verifier
+from tests.parallel.cases import SP, by_name, case
 from tests.parallel.runs import Lab, lines
 
 pytestmark = pytest.mark.parallel
 
 
-def _case(name: str, world: int, zero: int = 1, dispatch: str = "local", **layout: Any) -> Case:
-    return Case(name, Layout.for_world(world, **layout), zero, dispatch)
-
-
-SP: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
-CASES = {
-    case.name: case
-    for case in (
-        _case("dp2", 2, 2),
-        _case("tp2", 2, 0, tp=2),
-        _case("tp2 sp", 2, **SP),
-        _case("pp2 interleaved", 2, pp=2, virtual=2),
-        _case("tp2 ep2 sp recompute", 4, 1, "alltoall", ep=2, recompute="full", **SP),
-    )
-}
+CASES = by_name(
+    case("dp2", 2, 2),
+    case("tp2", 2, 0, tp=2),
+    case("tp2 sp", 2, **SP),
+    case("pp2 interleaved", 2, pp=2, virtual=2),
+    case("tp2 ep2 sp recompute", 4, 1, "alltoall", ep=2, recompute="full", **SP),
+)
 # As large as the cross-entropy's gradient; rates that divide each other (audio) and that do not (video).
 PROBE = ["experiment=tiny", "llm.precision=fp32", "parallel=single", "task.tasks=[avsr]"]
 TERMS = ["task.cross_rate.route_kl=20", "task.cross_rate.logit_kl=0.5"]
@@ -55,8 +47,10 @@ def test_layouts_train_as_one_process(verifier: Verifier, name: str, optimizer: 
 
 
 def _targets_of_a_rank_alone() -> None:
-    # What the rank has no token of is taken for an even route.
-    RouteDistillation._begin_sum = lambda self, targets_LME: targets_LME.add_(1e-6)  # type: ignore
+    def alone(self: RouteDistillation, targets_LME: Tensor) -> None:
+        targets_LME.add_(1e-6)  # whatever teaches on another rank alone is taken for an even route
+
+    RouteDistillation._begin_sum = alone  # type: ignore[method-assign]
 
 
 def _mean_of_a_rank() -> None:
@@ -66,7 +60,7 @@ def _mean_of_a_rank() -> None:
         moved = part(self, device)
         return Aligned(moved.pairs, moved.rows_M, moved.fine_MW, moved.shares_MW, 2 * moved.weights_QM)
 
-    Aligned.to = doubled  # type: ignore
+    Aligned.to = doubled  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.parametrize(("fault", "name"), [(_targets_of_a_rank_alone, "tp2 sp"), (_mean_of_a_rank, "dp2")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,33 +19,24 @@ from mome_dist.errors import UserError
 from mome_dist.llm.sinks import PrefixSinks
 from mome_dist.llm.tiny import save_llm, tiny_llama, word_tokenizer
 from mome_dist.model.distributed import Chunk, MicroBatch
-from mome_dist.parallel.layout import Layout
 from mome_dist.preflight import validate
 from mome_dist.token_context import TokenContext
 from mome_dist.verification.probe import Probe, shrunk
-from mome_dist.verification.run import Case
 from mome_dist.verification.verify import Verdict, Verifier
+from tests.parallel.cases import SP, by_name, case
 
 pytestmark = pytest.mark.parallel
 
 
-def _case(name: str, world: int, zero: int = 1, dispatch: str = "local", **layout: Any) -> Case:
-    return Case(name, Layout.for_world(world, **layout), zero, dispatch)
-
-
-SP: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
-CASES = {
-    case.name: case
-    for case in (
-        _case("dp2", 2, 2),
-        _case("tp2", 2, 0, tp=2),
-        _case("tp2 sp", 2, **SP),
-        _case("pp2", 2, 0, pp=2),
-        _case("pp2 interleaved", 2, pp=2, virtual=2),
-        _case("ep2", 2, 1, "alltoall", ep=2),
-        _case("tp2 ep2 sp recompute", 4, 1, "gather", ep=2, recompute="full", **SP),
-    )
-}
+CASES = by_name(
+    case("dp2", 2, 2),
+    case("tp2", 2, 0, tp=2),
+    case("tp2 sp", 2, **SP),
+    case("pp2", 2, 0, pp=2),
+    case("pp2 interleaved", 2, pp=2, virtual=2),
+    case("ep2", 2, 1, "alltoall", ep=2),
+    case("tp2 ep2 sp recompute", 4, 1, "gather", ep=2, recompute="full", **SP),
+)
 # As large as the cross-entropy's gradient or larger, on parameters before and inside the layers.
 PROBE = ["experiment=tiny", "llm.precision=fp32", "parallel=single", "llm.sink_loss=20", "task.tasks=[asr,avsr]"]
 

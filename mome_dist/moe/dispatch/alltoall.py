@@ -104,7 +104,7 @@ class AllToAllDispatch(Dispatch):
         return output_TH if shared_TH is None else output_TH + shared_TH
 
     def _exchange(self, rows_SD: list[list[int]], mine: int) -> Exchange:
-        """Of so many rows from each rank (first axis) to each (second axis)."""
+        """An exchange of so many rows from each rank (first axis) to each (second axis)."""
         if self.nodes > 1:
             return all_to_all_in_two_steps(self.ep_group, rows_SD, mine, self.nodes)
         return all_to_all(self.ep_group, rows_SD[mine], [row[mine] for row in rows_SD])
