@@ -20,8 +20,8 @@ from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
+from mome_dist.libraries import prepare_libraries
 from mome_dist.preflight import validate
-from mome_dist.quiet import quiet_libraries
 
 
 @main_guard
@@ -39,7 +39,7 @@ def main(overrides: Sequence[str] | None = None) -> int:
     settle_models(config)
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 
-    quiet_libraries()
+    prepare_libraries()
     from mome_dist.training.loop import train
 
     try:

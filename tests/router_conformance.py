@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mome_dist.config import RunConfig, load_config
@@ -29,6 +30,7 @@ from mome_dist.moe.routers.registry import ROUTERS
 from mome_dist.moe.routing import Routing
 from mome_dist.parallel.initialize import parallel_world
 from mome_dist.parallel.layout import Layout
+from mome_dist.paths import configs_dir
 from mome_dist.planning.job import Clip, job_of
 from mome_dist.planning.llms import find_shape
 from mome_dist.ports import free_port
@@ -77,8 +79,18 @@ def _values(field: dataclasses.Field[Any]) -> list[str]:
 
 
 def saved(form: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of what a router of a small run saves."""
-    router = build_router(router_of(configured(form)), HIDDEN, EXPERTS, TOP_K)
+    """Names and shapes of what a router of a small run saves.
+
+    No run is composed for it, of which every process of the tests would do dozens before its first test.
+    """
+    chosen = {key: value for key, _, value in (override.partition("=") for override in form)}
+    values = yaml.safe_load((configs_dir() / f"mome/router/{chosen['mome/router']}.yaml").read_text())
+    own = {
+        key.removeprefix("mome.router."): yaml.safe_load(value) for key, value in chosen.items() if ".router." in key
+    }
+    config = configured([])
+    config.mome.router = values | own
+    router = build_router(router_of(config), HIDDEN, EXPERTS, TOP_K)
     return tuple((tensor.name, tensor.shape) for tensor in router.tensors())
 
 

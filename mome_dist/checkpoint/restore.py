@@ -14,7 +14,7 @@ from mome_dist.checkpoint.format import CONFIG, CheckpointReader, checkpoints_of
 from mome_dist.checkpoint.random_state import set_random_state
 from mome_dist.config.derived import lora_of
 from mome_dist.config.load import load_saved_config
-from mome_dist.config.schema import LLMLoRAConfig, LoRAConfig
+from mome_dist.config.schema import LLMLoRAConfig, LoRAConfig, RunConfig
 from mome_dist.engine.engine import Engine
 from mome_dist.errors import UserError
 from mome_dist.model.distributed import DistributedMoME
@@ -101,10 +101,18 @@ def check_continues(directory: Path, frozen: Mapping[str, str], order: Mapping[s
             )
 
 
-def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = False) -> list[str]:
+def saved_config(directory: Path) -> RunConfig:
+    """The configuration of the run that a checkpoint is of, from its file, whose hash is checked."""
+    with CheckpointReader(directory) as reader:
+        reader.verify([CONFIG])
+    return load_saved_config(directory / CONFIG)
+
+
+def check_lora(directory: Path, config: RunConfig, lora: Mapping[str, LoRAConfig], init: bool = False) -> list[str]:
     """Refuse a checkpoint whose encoders have other low-rank terms than configured.
 
     Args:
+        config: that of the checkpoint, `saved_config`.
         lora: by stream, none of an encoder that stays as it is. Alpha is nowhere but in the configuration.
         init: whether a new run starts from the checkpoint's weights; then an encoder that was frozen may learn.
 
@@ -114,9 +122,7 @@ def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = Fal
     Raises:
         UserError: naming the configuration key.
     """
-    with CheckpointReader(directory) as reader:
-        reader.verify([CONFIG])
-    saved, begin = lora_of(load_saved_config(directory / CONFIG)), []
+    saved, begin = lora_of(config), []
     for stream in ("audio", "video"):
         before, now = saved.get(stream), lora.get(stream)
         if init and before is None and now is not None:
@@ -129,11 +135,12 @@ def check_lora(directory: Path, lora: Mapping[str, LoRAConfig], init: bool = Fal
     return begin
 
 
-def check_llm_lora(directory: Path, lora: LLMLoRAConfig | None, init: bool = False) -> bool:
+def check_llm_lora(directory: Path, config: RunConfig, lora: LLMLoRAConfig | None, init: bool = False) -> bool:
     """Refuse a checkpoint whose LLM has other low-rank terms than configured; their rank and views are those of its
     tensors.
 
     Args:
+        config: that of the checkpoint, `saved_config`.
         lora: of the LLM; None if it has none.
         init: whether a new run starts from the checkpoint's weights; then an LLM without terms may get some.
 
@@ -143,9 +150,7 @@ def check_llm_lora(directory: Path, lora: LLMLoRAConfig | None, init: bool = Fal
     Raises:
         UserError: naming the configuration key.
     """
-    with CheckpointReader(directory) as reader:
-        reader.verify([CONFIG])
-    before = load_saved_config(directory / CONFIG).llm.lora
+    before = config.llm.lora
     if init and before is None:
         return lora is not None
     saved, now = (None if each is None else (each.scale, sorted(each.terms)) for each in (before, lora))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
-from mome_dist.quiet import quiet_libraries
+from mome_dist.libraries import prepare_libraries
 from mome_dist.trained import place_argument
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Reshard and say what was done."""
     options = command_line().parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    quiet_libraries()
+    prepare_libraries()
     logging.disable(logging.WARNING)
     from rich.console import Console
 

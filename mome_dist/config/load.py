@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -262,7 +263,13 @@ def unreadable(override: str) -> str:
 
 def _to_schema(composed: Any) -> RunConfig:
     plain = OmegaConf.to_container(composed, resolve=True)
-    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(_schema(), plain)))
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The typed schema with its defaults, which merging copies: to make it takes longer than all the rest."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] | None = None) -> str:

@@ -28,6 +28,7 @@ from mome_dist.checkpoint.restore import (
     restore_optimizer,
     restore_random_state,
     restore_weights,
+    saved_config,
 )
 from mome_dist.checkpoint.save import CheckpointSaver
 from mome_dist.config import RunConfig
@@ -164,20 +165,22 @@ def prepare(
     start = 0
     if checkpoint is not None:
         check_continues(checkpoint, frozen, order_facts, config.optimizer.name)
-        check_lora(checkpoint, lora_of(config))
-        check_llm_lora(checkpoint, config.llm.lora)
+        saved = saved_config(checkpoint)
+        check_lora(checkpoint, saved, lora_of(config))
+        check_llm_lora(checkpoint, saved, config.llm.lora)
         start = restore_weights(checkpoint, model)
     elif config.training.init_from is not None and is_peft(config.training.init_from):
         start_from_peft(config.training.init_from, llm_terms_of(config, shape.hidden_size), model.own_parts())
         console.print(f"the LLM's shared term starts from {config.training.init_from}", highlight=False)
     elif config.training.init_from is not None:
         source = find_checkpoint(config.training.init_from)
-        begin = check_lora(source, lora_of(config), init=True)
+        saved = saved_config(source)
+        begin = check_lora(source, saved, lora_of(config), init=True)
         # Projectors suit any encoder of their width, LoRA the one that it was trained on.
         adapted = [f"{stream}_encoder" for stream in lora_of(config) if stream not in begin]
         check_frozen(source, {name: frozen[name] for name in ("llm", *adapted)})
         new = [f"lora.{stream}." for stream in begin]
-        new += [f"{PREFIX}."] if check_llm_lora(source, config.llm.lora, init=True) else []
+        new += [f"{PREFIX}."] if check_llm_lora(source, saved, config.llm.lora, init=True) else []
         restore_weights(source, model, new)
         console.print(f"starts from the weights of {source}", highlight=False)
     engine = Engine(model, config.optimizer, deepspeed.acts, layout.sequence_parallel)

@@ -10,7 +10,12 @@ import torch
 
 torch.set_num_threads(1)
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed does when it makes an engine
+from mome_dist.libraries import compile_when_called
+
+compile_when_called()
+
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  and this
 
 import mome_dist.engine.engine
 import mome_dist.model.build

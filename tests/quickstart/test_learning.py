@@ -18,8 +18,9 @@ def test_asr_learns_unseen_sentences_of_unseen_speakers(tmp_path: Path) -> None:
     newcomer = Newcomer.arrive(tmp_path, forks=True)  # that they start by themselves is what test_commands shows
     corpus = newcomer.default_corpus()
     newcomer.run(f"mome-dist prepare synthetic --train 288 --validation 16 --test 24 --out {corpus}")
-    newcomer.run(f"{LOCAL} pretrain llm")
-    newcomer.run(f"{LOCAL} train experiment=tiny task=asr task.asr_audio_rates=[4,16] training.steps=120")
+    newcomer.run(f"{LOCAL} pretrain llm --steps 160")
+    small = "task=asr task.asr_audio_rates=[4,16] training.steps=90 optimizer.warmup_steps=10"
+    newcomer.run(f"{LOCAL} train experiment=tiny {small}")
     newcomer.run(f"{LOCAL} evaluate runs/tiny baselines=[chance,untrained]")
     results = json.loads((tmp_path / "runs/tiny/evaluation/results.json").read_text())
     wer = {row["view"]: row for row in results["views"]}
