@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mome_dist.errors import RankLostError
+from mome_dist.parallel.gloo import share_devices
 
 _ARRIVED = "arrived/{}"
 _POLL_SECONDS = 0.02
@@ -31,6 +32,7 @@ def join(backend: str, timeout_seconds: float) -> None:
     Raises:
         RankLostError: if a rank does not come in time; it is named.
     """
+    share_devices()
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)

@@ -59,7 +59,7 @@ class Lab:
         # The same in every run of the tests: of many encoders, one gives a token whose experts are nearly tied, so that
         # layouts, which differ in the last bits, choose others.
         with torch.random.fork_rng(devices=[]):
-            whisper_directory(folder / "audio")
+            whisper_directory(folder / "audio", width=48)
             VideoEncoder(_VIDEO).save_pretrained(folder / "video")
         return cls(corpus, *(folder / name for name in ("llm", "audio", "video", "cache")))
 

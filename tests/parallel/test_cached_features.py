@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def test_training_from_the_cache_has_the_same_losses(tiny_corpus_dir: Path, tmp_
     itself = lab.train(1, tmp_path / "itself", *short)
     arguments = [*lab.overrides(tmp_path / "unused"), "--output", str(shared)]
     assert run_world(main, 2, arguments) == [0, 0]
-    empty = Lab(lab.corpus, lab.llm, lab.video_encoder, tmp_path / "empty cache")
+    empty = replace(lab, cache=tmp_path / "empty cache")
     assert empty.train(1, tmp_path / "cached", f"data.features_dir={shared}", *short) == itself
     assert not (empty.cache / "features").exists(), "training encoded nothing"
     stores = sorted(path.parent for path in shared.rglob("part-*.safetensors"))

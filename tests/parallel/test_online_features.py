@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ def damaged(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, st
     with (folder / "corpus" / utterance.shard).open("r+b") as shard:
         shard.seek(offset + size // 2)
         shard.write(bytes(64))
-    return Lab(folder / "corpus", lab.llm, lab.video_encoder, folder / "cache"), utterance.id
+    return replace(lab, corpus=folder / "corpus", cache=folder / "cache"), utterance.id
 
 
 def _refusal(overrides: list[str], cache: Path) -> str:

@@ -80,7 +80,7 @@ def test_counts_of_a_rank_alone_are_seen_to_be_wrong(tmp_path: Path) -> None:
 
 def test_a_shared_router_of_unequal_encoders_is_refused_before_anything_starts(lab: Lab, tmp_path: Path) -> None:
     config = load_config(lab.overrides(tmp_path, "mome=none", "parallel=single", "projector=smop", JEJR))
-    with pytest.raises(UserError, match=r"form=jejr .*\(384 of audio, 128 of video\): set projector.mixture.form=dedr"):
+    with pytest.raises(UserError, match=r"form=jejr .*\(48 of audio, 32 of video\): set projector.mixture.form=dedr"):
         validate(config, 1)
     config.task.tasks = ["asr"]
     validate(config, 1)
