@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.libraries import prepare_libraries
-from mome_dist.trained import place_argument
+from mome_dist.trained import find_trained, place_argument
 
 
 def command_line() -> Parser:
@@ -41,6 +41,8 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reshard and say what was done."""
     options = command_line().parse_args(arguments)
+    if not options.source.exists():
+        find_trained(options.source)  # what there is instead is told before torch is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     prepare_libraries()
     logging.disable(logging.WARNING)

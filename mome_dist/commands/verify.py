@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
+from mome_dist.config import load_config
+from mome_dist.config.values import check_values
 from mome_dist.libraries import prepare_libraries
 from mome_dist.parallel.forked import compute_on_cpu
 
@@ -39,6 +41,8 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify and print a table; 1 if anything differs."""
     options = command_line().parse_intermixed_args(arguments)
+    config = load_config(options.overrides)  # a mistake is told before torch is imported
+    check_values(config)
     compute_on_cpu()
     os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     prepare_libraries()
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        return verify_command(options, Path(scratch))
+        return verify_command(config, options, Path(scratch))
 
 
 if __name__ == "__main__":

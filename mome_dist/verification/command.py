@@ -11,11 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mome_dist.config import RunConfig, load_config
+from mome_dist.config import RunConfig
 from mome_dist.config.deepspeed.file import DeepSpeedSettings, deepspeed_of
 from mome_dist.config.derived import check_llm_terms, layout_of, lora_of, router_of
 from mome_dist.config.models import settle_models
-from mome_dist.config.values import check_values
 from mome_dist.errors import UserError
 from mome_dist.llm.division import check_division
 from mome_dist.llm.shape import LLMShape
@@ -31,8 +30,13 @@ LOG_WIDTH = 140  # columns of the table where there is no terminal to ask
 KINDS = ("loss", "gradient norm", "gradient", "weight")
 
 
-def verify_command(options: argparse.Namespace, scratch: Path) -> int:
+def verify_command(config: RunConfig, options: argparse.Namespace, scratch: Path) -> int:
     """Run the cases that the command line asks for, print the table, return the exit code.
+
+    Args:
+        config: the overrides', with its values checked.
+        options: of the command line.
+        scratch: a folder for what is made small.
 
     Raises:
         UserError: for a wrong configuration, or a choice without cases.
@@ -40,8 +44,6 @@ def verify_command(options: argparse.Namespace, scratch: Path) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    config = load_config(options.overrides)
-    check_values(config)
     deepspeed = deepspeed_of(config, layout_of(config, options.nproc).dp if options.nproc else None)
     console.print(deepspeed.describe(), highlight=False, soft_wrap=True)
     if options.shrink:

@@ -61,7 +61,7 @@ class Lab:
         with torch.random.fork_rng(devices=[]):
             whisper_directory(folder / "audio", width=48)
             VideoEncoder(_VIDEO).save_pretrained(folder / "video")
-        return cls(corpus, *(folder / name for name in ("llm", "audio", "video", "cache")))
+        return cls(corpus, folder / "llm", folder / "audio", folder / "video", folder / "cache")
 
     def overrides(self, output: Path, *more: str) -> list[str]:
         """Command-line arguments of a run."""

@@ -270,6 +270,8 @@ QUICK = [
     ["pretrain_llm", "--corpus", "{corpus}", "--out", "{run}"],
     ["train", "experiment=tiny", "lr=1"],
     ["train", "experiment=tiny"],
+    ["commands.verify", "experiment=nothing"],
+    ["commands.reshard", "none", "out"],
 ]
 
 
