@@ -21,10 +21,10 @@ from benchmarks.measuring import WARM_UP_ROUNDS, interleaved, machine, median_mi
 from benchmarks.results import RESULTS, table, write_results
 from mome_dist.assets import asset_dir
 from mome_dist.cli import main_guard
-from mome_dist.libraries import prepare_libraries
 from mome_dist.llm.hugging_face import load_hugging_face
 from mome_dist.llm.precision import fast_precision
 from mome_dist.llm.tensors import embedding_scale
+from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.projector import Projectors
 from mome_dist.speech.reference import MoMESpeechLM
 from mome_dist.speech.sequence import AUDIO
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
-    prepare_libraries()
+    quiet_libraries()
     torch.set_num_threads(1)
     options.llm = options.llm or asset_dir("smollm2-135m")
     facts = machine()

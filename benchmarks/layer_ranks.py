@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from benchmarks.layer_options import TOP_K, add_case_options
 from benchmarks.results import rank_arguments
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case and let rank 0 write the figures."""
     options = rank_arguments(__doc__, add_case_options, arguments)
-    prepare_libraries()
+    quiet_libraries()
     import torch
 
     from benchmarks.layer_candidates import LayerShape

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.results import RESULTS, write_results
 from mome_dist.cli import main_guard
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Workers are forked: no library may start threads before that.
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", HF_DEACTIVATE_ASYNC_LOAD="1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    prepare_libraries()
+    quiet_libraries()
     import torch
 
     from benchmarks.measuring import machine

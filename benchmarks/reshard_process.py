@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.resident import peak_resident
 from mome_dist.files import fsync
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 CHUNK = 4 << 20
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    prepare_libraries()
+    quiet_libraries()
     if options.work == "copy":
         began = time.perf_counter()
         copy(options.source, options.target)

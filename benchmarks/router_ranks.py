@@ -9,14 +9,14 @@ from typing import Any
 
 from benchmarks.results import rank_arguments
 from benchmarks.router_options import OURS, TOP_K, add_case_options
-from mome_dist.libraries import prepare_libraries
 from mome_dist.moe.routers.registry import ROUTERS
+from mome_dist.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every dispatch and let rank 0 write the figures."""
     options = rank_arguments(__doc__, add_case_options, arguments)
-    prepare_libraries()
+    quiet_libraries()
     import torch
 
     from benchmarks.measuring import machine

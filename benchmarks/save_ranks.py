@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.results import rank_arguments
 from benchmarks.step_ranks import add_step_options
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 FORMS = ("no checkpoint", "written between steps", "written beside training")
 
@@ -21,7 +21,7 @@ FORMS = ("no checkpoint", "written between steps", "written beside training")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and let rank 0 write the figures."""
     options = rank_arguments(__doc__, add_step_options, arguments)
-    prepare_libraries()
+    quiet_libraries()
     import torch
 
     from benchmarks.measuring import machine

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import rank_arguments
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both forms and let rank 0 write the figures."""
     options = rank_arguments(__doc__, add_step_options, arguments)
-    prepare_libraries()
+    quiet_libraries()
     import torch
 
     from benchmarks.measuring import machine

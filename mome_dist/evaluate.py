@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from mome_dist.cli import main_guard
 from mome_dist.evaluation.checks import check_request
 from mome_dist.evaluation.request import EvaluationRequest, parse_request
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 
 @main_guard
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = parse_request(EvaluationRequest, arguments)
     check_request(request)
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.evaluation.command import evaluate

@@ -20,8 +20,9 @@ from mome_dist.config.load import load_training
 from mome_dist.config.models import settle_models
 from mome_dist.errors import PreemptedError
 from mome_dist.exit_codes import PREEMPTED
-from mome_dist.libraries import prepare_libraries
+from mome_dist.late_compilation import compile_when_called
 from mome_dist.preflight import validate
+from mome_dist.quiet import quiet_libraries
 
 
 @main_guard
@@ -39,7 +40,8 @@ def main(overrides: Sequence[str] | None = None) -> int:
     settle_models(config)
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
 
-    prepare_libraries()
+    quiet_libraries()
+    compile_when_called()
     from mome_dist.training.loop import train
 
     try:

@@ -32,7 +32,7 @@ from mome_dist.errors import UserError
 from mome_dist.evaluation.checks import check_view
 from mome_dist.exit_codes import USER_ERROR
 from mome_dist.hints import did_you_mean, near
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 from mome_dist.speech.views import View, streams_read, view_of
 from mome_dist.trained import find_trained, place_argument
 from mome_dist.transcription.places import Place, films_at
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if view not in (trained := views_of(config)):
         print(f"note: {view} was not trained; trained: {', '.join(map(str, trained))}.", file=sys.stderr, flush=True)
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.inference.load import load_run

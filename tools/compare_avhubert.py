@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from mome_dist.cli import Parser, main_guard
 from mome_dist.errors import UserError
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "there, with its submodule fairseq."
         )
 
-    prepare_libraries()
+    quiet_libraries()
     from mome_dist.speech.avhubert.conversion import convert
     from mome_dist.speech.avhubert.fairseq_file import read_fairseq
 

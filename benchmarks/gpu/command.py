@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import RESULTS, write_results
 from mome_dist.errors import UserError
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def open_device(options: argparse.Namespace) -> torch.device:
         raise UserError(
             "--tiny: its figures mean nothing and do not belong beside measured ones: set --results FOLDER."
         )
-    prepare_libraries()
+    quiet_libraries()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

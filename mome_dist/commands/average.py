@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.files import check_absent
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 from mome_dist.trained import place_argument, run_of
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_of(options.run)
     check_absent(options.target, "an average")
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.checkpoint.average import write_average

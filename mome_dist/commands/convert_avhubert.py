@@ -20,7 +20,7 @@ from pathlib import Path
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import check_absent, check_downloaded, published_directory, sha256_of
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 SIZES = {768: "base", 1024: "large"}  # the published widths
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output is not None:
         check_absent(options.output, "a conversion", "--output")
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.paths import cache_root

@@ -18,7 +18,7 @@ from pathlib import Path
 from mome_dist.cli import Parser, command_parser, main_guard
 from mome_dist.errors import UserError
 from mome_dist.files import check_absent, check_downloaded
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 
 
 def command_line() -> Parser:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_downloaded(options.checkpoint)
     check_absent(options.target, "an export")
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.export.family import convert_family

@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     from mome_dist.diagnosis.facts import Facts, find_facts
     from mome_dist.diagnosis.findings import Finding, judge
-    from mome_dist.libraries import prepare_libraries
+    from mome_dist.quiet import quiet_libraries
 
-    prepare_libraries()
+    quiet_libraries()
     facts: Facts = find_facts()
     findings: list[Finding] = judge(facts)
     broken = any(finding.broken for finding in findings)

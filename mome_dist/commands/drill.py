@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
-from mome_dist.libraries import prepare_libraries
+from mome_dist.late_compilation import compile_when_called
 from mome_dist.parallel.forked import compute_on_cpu
+from mome_dist.quiet import quiet_libraries
 
 
 def command_line() -> Parser:
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compute_on_cpu()
     os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
     os.environ.update(GLOO_SOCKET_IFNAME="lo", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    prepare_libraries()
+    quiet_libraries()
+    compile_when_called()
     import torch
 
     from mome_dist.drills.cases import FAULTS

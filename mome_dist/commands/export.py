@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mome_dist.cli import Parser, add_frozen_options, command_parser, frozen_of, main_guard
 from mome_dist.files import check_absent
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 from mome_dist.trained import find_trained, place_argument
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     find_trained(options.run)
     check_absent(options.target, "an export")
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.export.adapter import export_adapter

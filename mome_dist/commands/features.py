@@ -19,8 +19,8 @@ from mome_dist.config import load_config
 from mome_dist.config.derived import encoder_sections, refuse_lora
 from mome_dist.config.models import settle_models
 from mome_dist.config.values import check_values
-from mome_dist.libraries import prepare_libraries
 from mome_dist.preflight import check_encoders
+from mome_dist.quiet import quiet_libraries
 
 WIDTH = 120  # columns where there is no terminal to ask
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output is not None:
         config.data.features_dir = str(options.output)
 
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from mome_dist.parallel.plain_world import open_world

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mome_dist.cli import Parser, command_parser, main_guard
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 from mome_dist.trained import place_argument
 
 
@@ -47,7 +47,7 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = command_line().parse_args(arguments)
-    prepare_libraries()
+    quiet_libraries()
     from rich.console import Console
     from rich.table import Table
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, command_parser, main_guard
-from mome_dist.libraries import prepare_libraries
+from mome_dist.quiet import quiet_libraries
 from mome_dist.trained import find_trained, place_argument
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.source.exists():
         find_trained(options.source)  # what there is instead is told before torch is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    prepare_libraries()
+    quiet_libraries()
     logging.disable(logging.WARNING)
     from rich.console import Console
 

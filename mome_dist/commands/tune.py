@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
-from mome_dist.libraries import prepare_libraries
+from mome_dist.late_compilation import compile_when_called
 from mome_dist.parallel.forked import compute_on_cpu
 from mome_dist.planning.command import add_cluster_options, add_job_options
+from mome_dist.quiet import quiet_libraries
 
 
 def command_line() -> Parser:
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shrink:
         compute_on_cpu()
         os.environ["HF_HUB_OFFLINE"] = "1"
-        prepare_libraries()
+        quiet_libraries()
+        compile_when_called()
         import torch
 
         import mome_dist.tuning.forked  # noqa: F401  imported once here, inherited by every fork

@@ -21,8 +21,9 @@ from pathlib import Path
 from mome_dist.cli import Parser, add_overrides, command_parser, main_guard
 from mome_dist.config import load_config
 from mome_dist.config.values import check_values
-from mome_dist.libraries import prepare_libraries
+from mome_dist.late_compilation import compile_when_called
 from mome_dist.parallel.forked import compute_on_cpu
+from mome_dist.quiet import quiet_libraries
 
 
 def command_line() -> Parser:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_values(config)
     compute_on_cpu()
     os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", HF_HUB_OFFLINE="1")
-    prepare_libraries()
+    quiet_libraries()
+    compile_when_called()
     import torch
 
     from mome_dist.verification.command import verify_command

@@ -29,7 +29,7 @@ from mome_dist.training.loop import train
 from tests.parallel.worlds import run_world
 from tests.whisper_directory import whisper_directory
 
-# A sixteenth of the default's work: features that are encoded in every step were half of what a run computed.
+# Small, like the audio encoder: a run that encodes in every step would compute little else.
 _VIDEO = VideoEncoderConfig(downsample=4, trunk_widths=(8, 16, 32), width=32, layers=1, heads=2, ffn_width=64)
 LAYOUT_KEYS = ("parallel.tp", "parallel.pp", "parallel.ep")
 

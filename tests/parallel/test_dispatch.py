@@ -257,13 +257,13 @@ VIEWS = ("asr(4)", "vsr(2)", "avsr(16,5)")
 
 
 def _several_views(rank: int) -> TokenContext:
-    """Of each view an utterance, with dead tokens behind; ranks have different numbers of them."""
+    """Make an utterance of each view, with dead tokens behind; ranks have different numbers of them."""
     lengths = [8 + 3 * rank, 6, 9]
     return TokenContext.of([(view, [n]) for view, n in zip(VIEWS, lengths, strict=True)], multiple=1, least=26 + rank)
 
 
 def _with_capacity(ep: int, rank: int) -> dict[str, tuple[float, int, int]]:
-    """Of routers with a capacity: how far outputs and gradients are from the one-process form whose gates are zero
+    """Tell of routers with a capacity how far outputs and gradients are from the one-process form whose gates are zero
     where a route has no slot; routes of this rank without one; the most of its rows that an expert takes."""
     from megatron.core import parallel_state
 

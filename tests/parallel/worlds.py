@@ -10,12 +10,13 @@ import torch
 
 torch.set_num_threads(1)
 
-from mome_dist.libraries import compile_when_called
+from mome_dist.late_compilation import compile_when_called
 
 compile_when_called()
 
+# DeepSpeed imports both when it makes an engine.
 import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  and this
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import mome_dist.engine.engine
 import mome_dist.model.build

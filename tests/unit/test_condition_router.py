@@ -55,7 +55,7 @@ def _shifted(router: Any) -> Any:
 
 
 def _context(*views: str) -> TokenContext:
-    """Of each view an utterance: a tag, speech that was heard or, in VSR, seen, and text."""
+    """Make an utterance of each view: a tag, speech that was heard or, in VSR, seen, and text."""
     modality = []
     for view in views:
         kind = Modality.VIDEO if view.startswith("vsr") else Modality.AUDIO

@@ -23,7 +23,7 @@ POLICIES = ("position", "probs", "reroute")
 
 
 def _logits(tokens: int = TOKENS, common: float = 0.0, seed: int = 0) -> Tensor:
-    """Of tokens that have so much in common."""
+    """Draw logits of tokens that have so much in common."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, EXPERTS, generator=generator) + common * torch.randn(EXPERTS, generator=generator)
 

@@ -38,7 +38,7 @@ def _outputs(module: Any, hidden_TH: Tensor) -> Tensor:
 
 
 def _gradients(module: Any, output_TH: Tensor) -> list[Tensor]:
-    """Of the router's map, then of the experts."""
+    """Compute the gradients of the router's map, then of the experts."""
     weights = [module.router.weight, *module.routed.weights()]
     return list(torch.autograd.grad((output_TH * normal(*output_TH.shape, seed=9)).sum(), weights, retain_graph=True))
 
