@@ -10,10 +10,6 @@ import torch
 
 torch.set_num_threads(1)
 
-from mome_dist.late_compilation import compile_when_called
-
-compile_when_called()
-
 # DeepSpeed imports both when it makes an engine.
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
